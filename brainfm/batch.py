@@ -1,0 +1,73 @@
+"""What travels between loader, objective and task, and the letters of its axes.
+
+| letter | axis | | letter | axis |
+|---|---|---|---|---|
+| B | scans or cases of a batch | | N | tokens |
+| M | contrasts of a case | | E | features (embedding) |
+| C | channels | | K | classes |
+| X | left to right | | Y | posterior to anterior |
+| Z | inferior to superior | | | |
+
+Always X, Y, Z in this order.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, fields, replace
+from typing import Self
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Patches for one step. Fields that a question does not need are None.
+
+    Attributes:
+        image: [B, 1, X, Y, Z] standardised voxels; for a task [B, M, X, Y, Z], a channel a contrast, 0 where absent.
+        sample: [B] int64, the samples' numbers; whatever is drawn for a sample is drawn from (seed, purpose, number).
+        partner: [B, 1, X, Y, Z] a second scan of the same session at the same corner.
+        paired: [B] bool; False where the session has one scan only (partner then repeats image and must not count).
+        same_contrast: [B] bool; True where both scans show the same known contrast. Unknown contrasts never match.
+        present: [B, M] bool; which contrasts a case has.
+        label: [B, X, Y, Z] int64 class indices.
+    """
+
+    image: Tensor
+    sample: Tensor
+    partner: Tensor | None = None
+    paired: Tensor | None = None
+    same_contrast: Tensor | None = None
+    present: Tensor | None = None
+    label: Tensor | None = None
+
+    def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
+        """The batch on another device; float16 voxels become float32 there."""
+        moved = {}
+        for f in fields(self):
+            value = getattr(self, f.name)
+            if isinstance(value, Tensor):
+                value = value.to(device, non_blocking=non_blocking)
+                moved[f.name] = value.float() if value.dtype == torch.float16 else value
+        return replace(self, **moved)
+
+    def pin_memory(self) -> Self:
+        values = {f.name: getattr(self, f.name) for f in fields(self)}
+        return replace(self, **{k: v.pin_memory() for k, v in values.items() if isinstance(v, Tensor)})
+
+    def __len__(self) -> int:
+        return self.image.shape[0]
+
+
+@dataclass(frozen=True)
+class Terms:
+    """A loss and what it is made of.
+
+    Attributes:
+        total: scalar to be minimised, the weighted sum.
+        parts: unweighted scalars by name, detached, for the curves.
+    """
+
+    total: Tensor
+    parts: dict[str, Tensor]

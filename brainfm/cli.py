@@ -1,0 +1,311 @@
+"""The verbs of the command line. The only file that knows hydra; what is heavy is imported by the verb that needs it."""
+
+from __future__ import annotations
+
+import errno
+import re
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+from brainfm import __version__
+from brainfm.specs import BrainfmError, ConfigError
+
+VERBS = {
+    "demo": "a synthetic cohort taken through every step below, and a report with pictures",
+    "manifest": "find the scans under a folder: one row a scan",
+    "doctor": "read every scan and say what is wrong with it",
+    "prepare": "bring every session to one grid, in a store of random patches",
+    "pretrain": "pre-train a backbone without labels",
+    "finetune": "fine-tune a backbone on labelled cases; leaves a bundle",
+    "predict": "apply a bundle; masks lie on the scans that came in",
+    "evaluate": "compare masks with labels: Dice, surface Dice, volumes, intervals",
+}
+
+# Values of these keys are text as it stands: a path may hold blanks, brackets or '=' without quoting for hydra.
+_TEXT = re.compile(
+    r"^(root|out|store|run|manifest|bundle|participants|predictions|backbone_from|(masks|labels|input)\..+)$"
+)
+_OPEN = ("masks.", "labels.", "input.")  # groups whose keys the user names
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a verb. Returns the exit code: 0 done, 1 faults found (doctor), 2 the user can mend it."""
+    words = list(sys.argv[1:] if arguments is None else arguments)
+    if not words or words[0] in ("-h", "--help", "help"):
+        print(_usage())
+        return 0
+    if words[0] == "--version":
+        print(__version__)
+        return 0
+    verb, *rest = words
+    debug = "debug=true" in rest
+    try:
+        if verb not in VERBS:
+            raise ConfigError(f"unknown verb {verb!r}, expected one of {', '.join(VERBS)}")
+        if any(word in ("-h", "--help") for word in rest):
+            print(_verb_help(verb))
+            return 0
+        return _RUN[verb](resolve(verb, rest))
+    except BrainfmError as error:
+        if debug:
+            raise
+        return _complain(str(error))
+    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
+        if debug:
+            raise
+        return _complain(f"{error.filename}: {(error.strerror or type(error).__name__).lower()}")
+    except OSError as error:
+        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+            raise
+        return _complain(f"no space left on the disk for {error.filename or 'the output'}: free some and run again")
+    except KeyboardInterrupt:
+        print("brainfm: interrupted; the same command goes on from what is done", file=sys.stderr)
+        return 130
+
+
+def _complain(sentence: str) -> int:
+    print(f"brainfm: {sentence}", file=sys.stderr)
+    return 2
+
+
+def configs() -> Path:
+    """The folder of the YAML files: inside the installed package, or beside it in a checkout."""
+    inside = Path(__file__).parent / "configs"
+    return inside if inside.is_dir() else Path(__file__).parents[1] / "configs"
+
+
+def _usage() -> str:
+    width = max(map(len, VERBS))
+    lines = [f"  {verb:<{width}}  {text}" for verb, text in VERBS.items()]
+    return "\n".join(
+        [
+            f"brainfm {__version__}: compact 3D brain-MRI foundation models",
+            "",
+            "usage: brainfm VERB key=value ...      (brainfm VERB --help lists the keys)",
+            "",
+            *lines,
+        ]
+    )
+
+
+def _verb_help(verb: str) -> str:
+    """The verb's YAML as it stands, comments included, and the options of each group it uses."""
+    text = (configs() / f"{verb}.yaml").read_text()
+    lines = [line for line in text.splitlines() if not line.startswith("debug:")]
+    groups = re.findall(r"^  - (?:optional )?(\w+): (\w+)", text, flags=re.MULTILINE)
+    for group, chosen in groups:
+        lines.append(f"\n{group}={'|'.join(options(group))}   (default {chosen})")
+        if chosen != "null":
+            lines += [
+                f"  {group}.{line}" if re.match(r"\w", line) else f"  {line}"
+                for line in (configs() / group / f"{chosen}.yaml").read_text().splitlines()
+            ]
+    return "\n".join([f"usage: brainfm {verb} key=value ...   (??? must be given)", "", *lines])
+
+
+def options(group: str) -> list[str]:
+    """What may follow ``group=``."""
+    return sorted(path.stem for path in (configs() / group).glob("*.yaml"))
+
+
+def resolve(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
+    """The verb's configuration with the overrides applied, as plain values.
+
+    Raises:
+        ConfigError: for a key given twice, unknown or missing, or an option that does not exist.
+    """
+    seen: dict[str, str] = {}
+    for word in overrides:
+        key, separator, value = word.partition("=")
+        if not separator:
+            raise ConfigError(f"found {word!r}, expected key=value")
+        if key in seen:
+            raise ConfigError(f"{key} is given twice ({seen[key]} and {value}), expected once")
+        seen[key] = value
+    from hydra import compose, initialize_config_dir
+    from hydra.errors import HydraException
+    from omegaconf import OmegaConf
+    from omegaconf.errors import OmegaConfBaseException
+
+    try:
+        with initialize_config_dir(str(configs().resolve()), version_base="1.3"):
+            composed = compose(verb, [_for_hydra(key, value) for key, value in seen.items()])
+            missing = sorted(OmegaConf.missing_keys(composed))
+            if missing:
+                raise ConfigError(f"brainfm {verb}: {', '.join(missing)} must be given, e.g. {missing[0]}=...")
+            return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
+    except (HydraException, OmegaConfBaseException) as error:
+        raise ConfigError(_hydra_sentence(verb, seen, error)) from error
+
+
+def _for_hydra(key: str, value: str) -> str:
+    if _TEXT.match(key) and value != "null":
+        quoted = value.replace("\\", "\\\\").replace("'", "\\'") if "'" in value or value.endswith("\\") else value
+        return f"{'++' if key.startswith(_OPEN) else ''}{key}='{quoted}'"
+    return f"{key}={value}"
+
+
+def _hydra_sentence(verb: str, seen: dict[str, str], error: Exception) -> str:
+    text = str(error)
+    for group, value in seen.items():
+        if (configs() / group).is_dir() and value not in [*options(group), "null"]:
+            return f"{group}={value}: expected one of {', '.join(options(group)) or 'none yet'}"
+    unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct|No match in the defaults", text)
+    if unknown:
+        key = unknown.group(1) or unknown.group(2) or "a key"
+        return f"brainfm {verb} has no key {key!r}; `brainfm {verb} --help` lists them"
+    return f"brainfm {verb}: {text.splitlines()[0]}"
+
+
+def _workers(config: dict[str, Any]) -> int:
+    import os
+
+    if int(config["workers"]) > 0:
+        return int(config["workers"])
+    return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+
+
+def _manifest(config: dict[str, Any]) -> int:
+    from brainfm.data.layouts import find
+    from brainfm.data.manifest import write_manifest
+
+    participants = config["participants"]
+    found = find(
+        Path(config["root"]),
+        config["layout"],
+        masks=config["masks"],
+        labels=config["labels"],
+        participants=Path(participants) if participants else None,
+    )
+    for note in found.notes:
+        print(note)
+    out = Path(config["out"])
+    write_manifest(out, found.scans)
+    subjects = {(s.dataset, s.subject) for s in found.scans}
+    sessions = {(s.dataset, s.subject, s.session) for s in found.scans}
+    print(f"{out}: {len(found.scans)} scans, {len(sessions)} sessions, {len(subjects)} subjects")
+    return 0
+
+
+def _doctor(config: dict[str, Any]) -> int:
+    from brainfm.data.doctor import examine, write_faults
+    from brainfm.data.manifest import read_manifest
+    from brainfm.training.monitor import Progress
+
+    manifest = read_manifest(Path(config["manifest"]))
+    with Progress("doctor", len(manifest.scans)) as bar:
+        faults = examine(manifest, _workers(config), lambda done, total: _move(bar, done, total))
+    for fault in faults:
+        print(f"{fault.path}: {fault.fault}")
+    out = Path(config["out"]) if config["out"] else manifest.path.with_suffix(".doctor.csv")
+    write_faults(out, faults)
+    bad = len({fault.path for fault in faults})
+    print(f"{out}: {len(faults)} faults in {bad} files of {len(manifest.scans)} scans")
+    return 1 if faults else 0
+
+
+def _move(bar: Any, done: int, total: int) -> None:
+    bar.total = total
+    bar.done = done - 1
+    bar.advance()
+
+
+def _prepare(config: dict[str, Any]) -> int:
+    from brainfm.data.manifest import read_manifest
+    from brainfm.data.prepare import prepare
+    from brainfm.training.monitor import Progress
+
+    spec = preprocess_spec(config["preprocess"])
+    manifest = read_manifest(Path(config["manifest"]))
+    with Progress("prepare", len(manifest.sessions())) as bar:
+        report = prepare(
+            manifest, Path(config["store"]), spec, _workers(config), lambda done, total: _move(bar, done, total)
+        )
+    for failure in report.failed:
+        print(f"left out: {failure.path}: {failure.reason}")
+    print(
+        f"{config['store']}: {report.done} sessions prepared, {report.skipped} were there, "
+        f"{len(report.failed)} files left out"
+    )
+    return 0
+
+
+def preprocess_spec(values: dict[str, Any]) -> Any:
+    """A PreprocessSpec from a configuration, where one spacing may stand for three."""
+    from brainfm.specs import PreprocessSpec
+
+    spacing = values["spacing_mm"]
+    return PreprocessSpec.from_dict(values | {"spacing_mm": spacing if isinstance(spacing, list) else [spacing] * 3})
+
+
+def _pretrain(config: dict[str, Any]) -> int:
+    from brainfm.training.pretrain import pretrain
+
+    pretrain(config)
+    return 0
+
+
+def _finetune(config: dict[str, Any]) -> int:
+    from brainfm.training.finetune import finetune
+
+    finetune(config)
+    return 0
+
+
+def _predict(config: dict[str, Any]) -> int:
+    from brainfm.inference.predict import predict, predict_manifest
+    from brainfm.training.monitor import Progress
+
+    if bool(config["input"]) == bool(config["manifest"]):
+        raise ConfigError("brainfm predict: expected either input.CONTRAST=FILE or manifest=FILE")
+    if not config["manifest"]:
+        predict(config["bundle"], config["input"], out=config["out"], on=config["on"], device=config["device"])
+        print(config["out"])
+        return 0
+    from brainfm.data.manifest import read_manifest
+
+    manifest = read_manifest(Path(config["manifest"]))
+    with Progress("predict", len(manifest.sessions())) as bar:
+        report = predict_manifest(
+            config["bundle"],
+            manifest,
+            Path(config["out"]),
+            device=config["device"],
+            progress=lambda done, total: _move(bar, done, total),
+        )
+    print(f"{config['out']}: {report}")
+    return 0
+
+
+def _evaluate(config: dict[str, Any]) -> int:
+    from brainfm.inference.evaluate import evaluate
+
+    if bool(config["bundle"]) == bool(config["predictions"]):
+        raise ConfigError("brainfm evaluate: expected either bundle=DIR or predictions=DIR")
+    print(evaluate(config))
+    return 0
+
+
+def _demo(config: dict[str, Any]) -> int:
+    from brainfm.demo import demo
+
+    print(demo(Path(config["out"]), int(config["seed"]), _workers(config)))
+    return 0
+
+
+_RUN: dict[str, Callable[[dict[str, Any]], int]] = {
+    "demo": _demo,
+    "manifest": _manifest,
+    "doctor": _doctor,
+    "prepare": _prepare,
+    "pretrain": _pretrain,
+    "finetune": _finetune,
+    "predict": _predict,
+    "evaluate": _evaluate,
+}
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,170 @@
+"""Which voxels show the patient, and intensities that mean the same from scan to scan."""
+
+from __future__ import annotations
+
+from dataclasses import asdict, dataclass
+from typing import Any, Self
+
+import numpy as np
+import scipy.ndimage
+
+from brainfm.specs import ScanError
+from brainfm.volume import Volume
+
+_MOST_FOREGROUND = 0.6  # above this share, "differs from the background" tells nothing
+_MOST_DIM = 0.35  # of the differing voxels; above, they are air noise and not tissue
+_BORDER_SHARE = 0.5  # of the border that must hold the background value
+_THRESHOLD = 0.1  # of the way from the 2nd to the 98th percentile
+_COARSE_MM = 4.0  # blocks in which air noise averages out
+_SPECK = 0.05  # of the largest piece; smaller pieces are dropped
+
+
+@dataclass(frozen=True)
+class Stats:
+    """How a scan was standardised: clip to [low, high], subtract mean, divide by std."""
+
+    low: float
+    high: float
+    mean: float
+    std: float
+
+    def to_dict(self) -> dict[str, float]:
+        return asdict(self)
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return cls(**{name: float(value) for name, value in values.items()})
+
+
+def foreground(volume: Volume) -> np.ndarray:
+    """The voxels that show the patient and not air or padding.
+
+    A skull-stripped or padded scan has one exact background value, the commonest one on the border of the array: its
+    foreground is what differs from it, dark cerebrospinal fluid included. Where that says nothing (more than 60 % of
+    the array differs, or much of what differs is as dark as noise) the foreground is what lies above the robust
+    threshold of 10 % between the 2nd and the 98th percentile; for it the scan is averaged to 4 mm as well, and
+    pieces smaller than 5 % of the largest are dropped.
+
+    Returns:
+        bool [X, Y, Z] in the memory order of the voxels.
+
+    Raises:
+        ScanError: all voxels have one value.
+    """
+    voxels = volume.voxels
+    low, high = float(voxels.min()), float(voxels.max())
+    if low == high:
+        raise ScanError(f"all voxels have the value {low:g}, expected an image")
+    background = _background_value(voxels)
+    sample = _sample(voxels)
+    if background is not None:
+        sample = sample[sample != background]
+        differs = voxels != background
+        share = np.count_nonzero(differs) / voxels.size
+        if 0 < share < _MOST_FOREGROUND and not _is_noisy(sample, background):
+            return differs
+    if sample.size == 0:
+        return voxels != background
+    mask = _above_threshold(voxels, _threshold(sample), volume.spacing_mm)
+    return mask if mask.any() else voxels > low
+
+
+def statistics(voxels: np.ndarray, mask: np.ndarray, clip_percentiles: tuple[float, float]) -> Stats:
+    """Percentiles of the foreground, and mean and standard deviation of the clipped foreground.
+
+    Raises:
+        ScanError: the foreground is empty or has one value.
+    """
+    values = voxels[mask].astype(np.float32, copy=False)
+    if values.size == 0:
+        raise ScanError("no foreground was found, expected an image of a head")
+    low, high = (float(p) for p in np.percentile(values, clip_percentiles, overwrite_input=True))
+    np.clip(values, low, high, out=values)
+    mean = float(values.mean(dtype=np.float64))
+    values -= np.float32(mean)
+    std = float(np.sqrt(np.square(values, out=values).mean(dtype=np.float64)))
+    if not (high > low and std > 0):
+        raise ScanError(f"nearly all of the foreground has the value {low:g}, expected an image")
+    return Stats(low, high, mean, std)
+
+
+def apply(voxels: np.ndarray, stats: Stats) -> np.ndarray:
+    """Clip and standardise a float32 array in place; returns it."""
+    np.clip(voxels, np.float32(stats.low), np.float32(stats.high), out=voxels)
+    voxels -= np.float32(stats.mean)
+    voxels /= np.float32(stats.std)
+    return voxels
+
+
+def standardise(
+    voxels: np.ndarray, mask: np.ndarray, clip_percentiles: tuple[float, float]
+) -> tuple[np.ndarray, Stats]:
+    """Zero mean and unit deviation over the foreground; background is clipped like everything else.
+
+    Args:
+        voxels: [X, Y, Z]; not changed.
+        mask: bool [X, Y, Z], the foreground.
+        clip_percentiles: of the foreground, in percent.
+
+    Returns:
+        float32 [X, Y, Z], and what was done.
+
+    Raises:
+        ScanError: as statistics.
+    """
+    stats = statistics(voxels, mask, clip_percentiles)
+    return apply(voxels.astype(np.float32, order="K"), stats), stats
+
+
+def _background_value(voxels: np.ndarray) -> float | None:
+    """The value that most of the border has, if there is one."""
+    faces = [np.take(voxels, i, axis=axis).ravel() for axis in range(3) for i in (0, -1)]
+    values, counts = np.unique(np.concatenate(faces), return_counts=True)
+    most = int(counts.argmax())
+    return float(values[most]) if counts[most] >= _BORDER_SHARE * counts.sum() else None
+
+
+def _sample(voxels: np.ndarray) -> np.ndarray:
+    """At most about a million voxels on a regular lattice, enough for robust percentiles."""
+    step = max(1, round((voxels.size / 500_000) ** (1 / 3)))
+    return voxels[::step, ::step, ::step].ravel()
+
+
+def _threshold(sample: np.ndarray) -> float:
+    low, high = np.percentile(sample, (2, 98))
+    return float(low + _THRESHOLD * (high - low))
+
+
+def _is_noisy(sample: np.ndarray, background: float) -> bool:
+    """Whether what differs from the background is mostly a little above it, as air around a padded head is."""
+    if sample.size == 0:
+        return False
+    high = float(np.percentile(sample, 98))
+    above = sample - background
+    return bool(((above > 0) & (above < _THRESHOLD * (high - background))).mean() > _MOST_DIM)
+
+
+def _above_threshold(voxels: np.ndarray, threshold: float, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """Voxels above the threshold, in and beside blocks whose mean is above it too, without specks."""
+    if not voxels.flags.c_contiguous and voxels.flags.f_contiguous:
+        return _above_threshold(voxels.T, threshold, (spacing_mm[2], spacing_mm[1], spacing_mm[0])).T
+    factors = [max(1, round(_COARSE_MM / spacing)) for spacing in spacing_mm]
+    coarse = voxels
+    for axis, factor in enumerate(factors):
+        if factor > 1:
+            starts = np.arange(0, voxels.shape[axis], factor)
+            counts = np.diff(np.append(starts, voxels.shape[axis])).astype(np.float32)
+            coarse = np.add.reduceat(coarse, starts, axis=axis)
+            coarse = coarse / counts.reshape([-1 if i == axis else 1 for i in range(3)])
+    pieces, count = scipy.ndimage.label(coarse > threshold)
+    if count == 0:
+        return voxels > threshold
+    sizes = np.bincount(pieces.ravel())
+    sizes[0] = 0
+    kept = (sizes >= _SPECK * sizes.max())[pieces]
+    kept = scipy.ndimage.binary_dilation(kept)
+    for axis, factor in enumerate(factors):
+        if factor > 1:
+            kept = np.repeat(kept, factor, axis=axis)
+    kept = kept[tuple(slice(size) for size in voxels.shape)]
+    return np.logical_and(kept, voxels > threshold)

@@ -1,0 +1,431 @@
+"""NIfTI files: read onto RAS+ axes without losing the way back, write label maps onto the grid of an input file.
+
+The only module that knows nibabel. Single-file NIfTI-1 and NIfTI-2, plain or gzipped (told by content, not by name).
+"""
+
+from __future__ import annotations
+
+import gzip
+import os
+import secrets
+import zlib
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import nibabel as nib
+import numpy as np
+from nibabel.spatialimages import HeaderDataError
+
+from brainfm.specs import ScanError
+from brainfm.volume import Volume, spacing_of
+
+MAX_NON_FINITE = 0.01  # of the voxels; a scan with more has lost data, not a few divisions by zero
+_FEW_SLICES = 8
+_DISAGREEMENT_MM = 0.1
+_PLAUSIBLE_SPACING_MM = (0.1, 20.0)
+
+
+@dataclass(frozen=True)
+class FileGrid:
+    """The grid of a file as it came.
+
+    Attributes:
+        shape_vox: in the file's own axis order.
+        affine_mm: four rows of four; file indices to scanner mm (RAS+).
+        orientation: per file axis, the RAS axis it runs along (0, 1, 2) and whether with it (1) or against it (-1).
+    """
+
+    shape_vox: tuple[int, int, int]
+    affine_mm: tuple[tuple[float, ...], ...]
+    orientation: tuple[tuple[int, int], ...]
+
+    def to_ras(self, array: np.ndarray) -> np.ndarray:
+        """A view of [..., file axes] as [..., X, Y, Z]: axes permuted and flipped, nothing else."""
+        self._check(array, self.shape_vox)
+        lead = array.ndim - 3
+        turned = array[(..., *(slice(None, None, flip) for _, flip in self.orientation))]
+        order = [0, 0, 0]
+        for file_axis, (ras_axis, _) in enumerate(self.orientation):
+            order[ras_axis] = lead + file_axis
+        return turned.transpose(*range(lead), *order)
+
+    def from_ras(self, array: np.ndarray) -> np.ndarray:
+        """The inverse of to_ras: a view of [..., X, Y, Z] as [..., file axes]."""
+        self._check(array, self.ras_shape())
+        lead = array.ndim - 3
+        turned = array.transpose(*range(lead), *(lead + ras_axis for ras_axis, _ in self.orientation))
+        return turned[(..., *(slice(None, None, flip) for _, flip in self.orientation))]
+
+    def ras_shape(self) -> tuple[int, int, int]:
+        """The shape of the reoriented array."""
+        shape = [0, 0, 0]
+        for size, (ras_axis, _) in zip(self.shape_vox, self.orientation, strict=True):
+            shape[ras_axis] = size
+        return shape[0], shape[1], shape[2]
+
+    def ras_affine(self) -> np.ndarray:
+        """The affine [4, 4] float64 of the reoriented array."""
+        source = np.array(self.affine_mm, dtype=np.float64)
+        affine = np.eye(4)
+        affine[:3, 3] = source[:3, 3]
+        for file_axis, (ras_axis, flip) in enumerate(self.orientation):
+            affine[:3, ras_axis] = flip * source[:3, file_axis]
+            if flip < 0:
+                affine[:3, 3] += source[:3, file_axis] * (self.shape_vox[file_axis] - 1)
+        return affine
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "shape_vox": list(self.shape_vox),
+            "affine_mm": [list(row) for row in self.affine_mm],
+            "orientation": [list(pair) for pair in self.orientation],
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        x, y, z = (int(size) for size in values["shape_vox"])
+        return cls(
+            shape_vox=(x, y, z),
+            affine_mm=tuple(tuple(float(v) for v in row) for row in values["affine_mm"]),
+            orientation=tuple((int(axis), int(flip)) for axis, flip in values["orientation"]),
+        )
+
+    @staticmethod
+    def _check(array: np.ndarray, shape: tuple[int, int, int]) -> None:
+        if array.shape[-3:] != shape:
+            raise ValueError(f"the last three axes are {array.shape[-3:]}, expected {shape}")
+
+
+@dataclass(frozen=True)
+class Header:
+    """What a file says about itself, read without its voxels.
+
+    Attributes:
+        grid: the grid that `read` will use.
+        dtype: of the stored numbers, before any scaling.
+        spacing_mm: in the file's own axis order.
+        faults: one line each, for the doctor; the file is readable all the same.
+    """
+
+    grid: FileGrid
+    dtype: np.dtype
+    spacing_mm: tuple[float, float, float]
+    faults: tuple[str, ...]
+
+
+def read_header(path: Path) -> Header:
+    """The header alone; of a gzipped file only the first block is unpacked.
+
+    Raises:
+        ScanError: not a NIfTI file, not one real number per voxel, not 3D, or no usable affine.
+    """
+    return _interpret(_parse(_first_bytes(path), path), path)
+
+
+def read(path: Path, *, labels: bool = False) -> tuple[Volume, FileGrid]:
+    """The voxels on RAS+ axes, and the grid they came from.
+
+    Non-finite voxels, where they are at most 1 % of all, become 0. The array keeps the file's memory order.
+
+    Args:
+        path: a ``.nii`` or ``.nii.gz`` file.
+        labels: return int32, and insist on whole numbers; else float32 with the header's scaling applied.
+
+    Raises:
+        ScanError: as read_header, and where the file is cut short or damaged, has more than 1 % of non-finite voxels,
+            or, for labels, holds anything but whole numbers.
+    """
+    raw = _all_bytes(path)
+    header = _parse(raw, path)
+    grid = _interpret(header, path).grid
+    stored = grid.to_ras(_stored_voxels(raw, header, grid.shape_vox, path))
+    slope, intercept = _scaling(header)
+    voxels = _as_labels(stored, slope, intercept, path) if labels else _as_image(stored, slope, intercept, path)
+    try:
+        return Volume(voxels, grid.ras_affine()), grid
+    except ValueError as error:
+        raise ScanError(f"{path}: {error}") from None
+
+
+def write_labels(path: Path, labels_ras: np.ndarray, like: Path) -> None:
+    """Write a label map on the grid of another file: same shape, same sform and qform with their codes, uint8.
+
+    Free text and extensions of `like` are not copied, for they may name the patient. A crash leaves no half-written file.
+
+    Args:
+        path: ``.nii`` or ``.nii.gz``; an existing file is replaced.
+        labels_ras: [X, Y, Z] whole numbers 0 to 255 on the axes that `read` returned for `like`.
+        like: the file whose grid is taken.
+
+    Raises:
+        ScanError: as read_header(like).
+        ValueError: the shape is not that of `like`, or a label does not fit into uint8.
+    """
+    path = Path(path)
+    source = _parse(_first_bytes(like), like)
+    grid = _interpret(source, like).grid
+    if labels_ras.min() < 0 or labels_ras.max() > 255:
+        raise ValueError(f"labels reach from {labels_ras.min()} to {labels_ras.max()}, expected 0 to 255")
+    if not np.issubdtype(labels_ras.dtype, np.integer) and labels_ras.dtype != bool:
+        raise ValueError(f"labels are {labels_ras.dtype}, expected whole numbers")
+    data = np.asfortranarray(grid.from_ras(labels_ras), dtype=np.uint8)
+    header = source.copy()
+    header.set_data_dtype(np.uint8)
+    header.set_data_shape(data.shape)
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    header["cal_min"], header["cal_max"] = 0, 0
+    header["descrip"], header["aux_file"] = b"", b""
+    header["intent_code"], header["intent_name"] = 0, b""
+    header["magic"] = header.single_magic
+    header["vox_offset"] = header.single_vox_offset
+    # The four zero bytes say that no extension follows.
+    content = header.binaryblock.ljust(int(header.single_vox_offset), b"\0") + data.tobytes(order="F")
+    if path.name.endswith(".gz"):
+        content = gzip.compress(content, compresslevel=4, mtime=0)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def header_faults(path: Path) -> list[str]:
+    """For the doctor: what is wrong with a file as far as its header tells, one line each."""
+    try:
+        return list(read_header(path).faults)
+    except ScanError as error:
+        return [str(error).removeprefix(f"{path}: ")]
+
+
+def voxel_faults(path: Path) -> list[str]:
+    """For the doctor: what is wrong with a file's voxels, one line each; empty where the header is already refused."""
+    try:
+        read_header(path)
+    except ScanError:
+        return []  # header_faults says so
+    try:
+        raw = _all_bytes(path)
+        header = _parse(raw, path)
+        shape = _interpret(header, path).grid.shape_vox
+        stored = _stored_voxels(raw, header, shape, path)
+    except ScanError as error:
+        return [str(error).removeprefix(f"{path}: ")]
+    faults = []
+    finite = stored
+    if stored.dtype.kind == "f":
+        good = np.isfinite(stored)
+        bad = stored.size - int(np.count_nonzero(good))
+        if bad:
+            limit = f", more than the {MAX_NON_FINITE:.0%} that can be used" if bad > MAX_NON_FINITE * stored.size else ""
+            faults.append(f"{bad} of {stored.size} voxels are NaN or infinite{limit}")
+            finite = stored[good]
+    if finite.size and finite.min() == finite.max():
+        faults.append(f"all voxels have the value {finite.flat[0]:g}")
+    return faults
+
+
+# ---- bytes -----------------------------------------------------------------------------------------------------------
+
+
+def _first_bytes(path: Path) -> bytes:
+    """Enough of the unpacked file for either header."""
+    try:
+        with open(path, "rb") as file:
+            if file.read(2) == b"\x1f\x8b":
+                file.seek(0)
+                with gzip.GzipFile(fileobj=file) as unpacked:
+                    return unpacked.read(544)
+            file.seek(0)
+            return file.read(544)
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from None
+
+
+def _all_bytes(path: Path) -> bytes:
+    """The unpacked file; one call on the whole, which is several times faster than a stream, checks length and CRC."""
+    try:
+        content = Path(path).read_bytes()
+        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
+    except (OSError, EOFError, zlib.error) as error:
+        raise _unreadable(path, error) from None
+
+
+def _unreadable(path: Path, error: Exception) -> ScanError:
+    if isinstance(error, FileNotFoundError):
+        return ScanError(f"{path}: no such file")
+    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
+        return ScanError(f"{path}: the gzip stream is cut short or damaged ({error}), expected a whole .nii.gz file")
+    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
+    return ScanError(f"{path}: cannot be read ({reason})")
+
+
+def _stored_voxels(raw: bytes, header: Any, shape: tuple[int, int, int], path: Path) -> np.ndarray:
+    """The numbers as stored, in the file's axes, without a copy."""
+    dtype = header.get_data_dtype()
+    offset = max(int(header["vox_offset"]), int(header.sizeof_hdr))
+    count = shape[0] * shape[1] * shape[2]
+    if len(raw) < offset + count * dtype.itemsize:
+        raise ScanError(
+            f"{path}: the file is cut short, found {len(raw)} bytes where the header promises {offset + count * dtype.itemsize}"
+        )
+    return np.frombuffer(raw, dtype=dtype, count=count, offset=offset).reshape(shape, order="F")
+
+
+# ---- header ----------------------------------------------------------------------------------------------------------
+
+
+def _parse(raw: bytes, path: Path) -> Any:
+    """A nibabel Nifti1Header or Nifti2Header from the first bytes of a file."""
+    for kind in (nib.Nifti1Header, nib.Nifti2Header):
+        size = kind.sizeof_hdr
+        if len(raw) >= size and size in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big")):
+            header = kind(raw[:size], check=False)
+            if header["magic"].item()[:4].rstrip(b"\0") != kind.single_magic.rstrip(b"\0")[:4]:
+                break
+            return header
+    raise ScanError(f"{path}: not a single-file NIfTI image, expected .nii or .nii.gz")
+
+
+def _interpret(header: Any, path: Path) -> Header:
+    """Check the header and settle the grid."""
+    try:
+        dtype = header.get_data_dtype()
+    except HeaderDataError:
+        raise ScanError(f"{path}: unknown data type code {int(header['datatype'])}") from None
+    if dtype.fields is not None:
+        raise ScanError(f"{path}: found colour (RGB) voxels, expected one number per voxel")
+    if dtype.kind == "c":
+        raise ScanError(f"{path}: found complex voxels, expected real ones")
+    if dtype.kind not in "iuf":
+        raise ScanError(f"{path}: found voxels of type {dtype}, expected real numbers")
+    shape = _shape(header, path)
+    affine, faults = _settle_affine(header, shape, path)
+    orientation = tuple((int(axis), int(flip)) for axis, flip in nib.io_orientation(affine))
+    grid = FileGrid(shape, tuple(tuple(float(v) for v in row) for row in affine), orientation)
+    spacing = spacing_of(affine)
+    if min(shape) < _FEW_SLICES:
+        faults.append(f"only {min(shape)} slices along one axis, expected {_FEW_SLICES} or more for a 3D scan")
+    low, high = _PLAUSIBLE_SPACING_MM
+    if min(spacing) < low or max(spacing) > high:
+        text = " x ".join(f"{s:g}" for s in spacing)
+        faults.append(f"voxels of {text} mm, expected {low:g} to {high:g} mm along each axis")
+    return Header(grid, dtype, spacing, tuple(faults))
+
+
+def _shape(header: Any, path: Path) -> tuple[int, int, int]:
+    dim = [int(d) for d in header["dim"]]
+    if not 1 <= dim[0] <= 7 or any(d < 1 for d in dim[1 : dim[0] + 1]):
+        raise ScanError(f"{path}: impossible dimensions {dim} in the header")
+    shape = dim[1 : dim[0] + 1]
+    while len(shape) > 3 and shape[-1] == 1:
+        shape.pop()
+    if len(shape) != 3:
+        text = " x ".join(str(size) for size in shape)
+        raise ScanError(f"{path}: found a {len(shape)}D image ({text}), expected 3D")
+    return shape[0], shape[1], shape[2]
+
+
+def _settle_affine(header: Any, shape: tuple[int, int, int], path: Path) -> tuple[np.ndarray, list[str]]:
+    """sform where its code is set, else qform, else the voxel sizes alone; a broken one yields to the next."""
+    faults: list[str] = []
+    pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
+        faults.append(f"a voxel size of {' x '.join(f'{p:g}' for p in pixdim)} mm in the header, expected lengths above 0")
+    found: dict[str, np.ndarray] = {}
+    for name, affine in (("sform", _sform(header)), ("qform", _qform(header))):
+        if affine is not None and _usable(affine):
+            found[name] = affine
+        elif affine is not None:
+            faults.append(f"the {name} is singular or not finite")
+    if len(found) == 2:
+        corners = corner_points(shape)
+        apart = np.abs(_moved(found["sform"], corners) - _moved(found["qform"], corners)).max()
+        if apart > _DISAGREEMENT_MM:
+            faults.append(f"sform and qform disagree by {apart:.3g} mm, the sform is used")
+    if found:
+        return next(iter(found.values())), faults
+    base = np.diag([-pixdim[0], pixdim[1], pixdim[2], 1.0])  # radiological order, as the ANALYZE format had it
+    base[:3, 3] = -base[:3, :3] @ ((np.array(shape) - 1) / 2)
+    if not _usable(base):
+        raise ScanError(f"{path}: neither sform nor qform nor the voxel sizes give a usable affine")
+    faults.append("neither sform nor qform is set, so left and right are a guess")
+    return base, faults
+
+
+def _sform(header: Any) -> np.ndarray | None:
+    affine = header.get_sform(coded=True)[0]
+    return None if affine is None else np.asarray(affine, dtype=np.float64)
+
+
+def _qform(header: Any) -> np.ndarray | None:
+    if int(header["qform_code"]) <= 0:
+        return None
+    try:
+        return np.asarray(header.get_qform(coded=False), dtype=np.float64)
+    except (HeaderDataError, ValueError):
+        return np.full((4, 4), np.nan)  # quaternion longer than 1, or an impossible handedness
+
+
+def _usable(affine: np.ndarray) -> bool:
+    return bool(np.isfinite(affine).all() and abs(np.linalg.det(affine[:3, :3])) > 1e-9)
+
+
+def corner_points(shape: tuple[int, int, int]) -> np.ndarray:
+    """[8, 3] float64: the indices of the eight corner voxels."""
+    return np.array(np.meshgrid(*[(0.0, size - 1.0) for size in shape], indexing="ij")).reshape(3, -1).T
+
+
+def _moved(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
+    return points @ affine[:3, :3].T + affine[:3, 3]
+
+
+# ---- values ----------------------------------------------------------------------------------------------------------
+
+
+def _scaling(header: Any) -> tuple[float, float]:
+    slope, intercept = float(header["scl_slope"]), float(header["scl_inter"])
+    if not np.isfinite(slope) or slope == 0:
+        return 1.0, 0.0  # the standard: no scaling
+    return slope, intercept if np.isfinite(intercept) else 0.0
+
+
+def _as_image(stored: np.ndarray, slope: float, intercept: float, path: Path) -> np.ndarray:
+    """float32 in the file's memory order, scaled and finite."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is counted below
+        voxels = stored.astype(np.float32, order="K")
+        if slope != 1:
+            voxels *= np.float32(slope)
+        if intercept != 0:
+            voxels += np.float32(intercept)
+    if stored.dtype.kind == "f" or slope != 1 or intercept != 0:
+        finite = np.isfinite(voxels)
+        bad = voxels.size - int(np.count_nonzero(finite))
+        if bad > MAX_NON_FINITE * voxels.size:
+            raise ScanError(
+                f"{path}: {bad} of {voxels.size} voxels are NaN or infinite, expected at most {MAX_NON_FINITE:.0%}"
+            )
+        if bad:
+            voxels[~finite] = 0
+    return voxels
+
+
+def _as_labels(stored: np.ndarray, slope: float, intercept: float, path: Path) -> np.ndarray:
+    """int32 in the file's memory order."""
+    values = stored
+    if slope != 1 or intercept != 0:
+        values = stored.astype(np.float64, order="K") * slope + intercept
+    if values.dtype.kind == "f":
+        if not np.isfinite(values).all():
+            raise ScanError(f"{path}: a label map with NaN or infinite voxels, expected whole numbers")
+        if np.abs(values - np.rint(values)).max() > 1e-4:  # scaled files miss whole numbers by rounding
+            raise ScanError(f"{path}: a label map with fractions, expected whole numbers")
+        values = np.rint(values)
+    limits = np.iinfo(np.int32)
+    if values.min() < limits.min or values.max() > limits.max:
+        raise ScanError(f"{path}: labels from {values.min()} to {values.max()}, expected 32-bit whole numbers")
+    return values.astype(np.int32, order="K")

@@ -1,0 +1,79 @@
+"""What every pre-trained network offers, whatever it is made of."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from typing import Any
+
+from torch import Tensor, nn
+
+from brainfm.specs import ConfigError
+
+# name -> the module that holds a function of that name; imported when it is built, so an unused family costs nothing
+BACKBONES: dict[str, str] = {
+    "unet": "brainfm.nets.unet",
+    "unet_b": "brainfm.nets.unet",
+    "unet_tiny": "brainfm.nets.unet",
+}
+
+
+class Backbone(nn.Module, ABC):
+    """A network that reads one channel and gives feature maps, fine to coarse.
+
+    Attributes:
+        widths: channels E of each map.
+        strides: voxels of the image per voxel of each map; the first is 1.
+        config: ``{"name": ..., ...}``; ``build_backbone(**config)`` makes the same network with fresh weights.
+    """
+
+    widths: tuple[int, ...]
+    strides: tuple[int, ...]
+    config: dict[str, Any]
+
+    @abstractmethod
+    def features(self, image: Tensor) -> list[Tensor]:
+        """[B, 1, X, Y, Z] -> one map [B, E, X/s, Y/s, Z/s] per width E and stride s."""
+
+    @abstractmethod
+    def features_masked(self, image: Tensor, hidden: Tensor) -> list[Tensor]:
+        """The same without the information of the voxels where ``hidden`` (bool [B, 1, X, Y, Z]) is True."""
+
+    @abstractmethod
+    def blocks(self) -> list[nn.Module]:
+        """Every parameter in exactly one block, the one nearest to the image first: for freezing and rate decay."""
+
+    def forward(self, image: Tensor) -> list[Tensor]:
+        return self.features(image)
+
+    def check_patch(self, patch_vox: Sequence[int]) -> None:
+        """Raises: ConfigError where a patch of this size (X, Y, Z) cannot pass the network."""
+        stride = self.strides[-1]
+        edges = tuple(int(p) for p in patch_vox)
+        if len(edges) != 3 or any(p < stride or p % stride for p in edges) or max(edges) < 2 * stride:
+            raise ConfigError(
+                f"patch_vox={edges}: {self.config['name']} needs three multiples of {stride} voxels, "
+                f"at least one of them {2 * stride} or more (instance norm cannot work on a map of one voxel)"
+            )
+
+
+def build_backbone(name: str, **settings: Any) -> Backbone:
+    """The backbone of this name with fresh weights.
+
+    Raises: ConfigError where the name or a setting is unknown, or a value impossible.
+    """
+    if name not in BACKBONES:
+        raise ConfigError(f"unknown backbone {name!r}, expected one of {', '.join(sorted(BACKBONES))}")
+    build = getattr(importlib.import_module(BACKBONES[name]), name)
+    legal = inspect.signature(build).parameters
+    unknown = sorted(set(settings) - set(legal))
+    if unknown:
+        raise ConfigError(
+            f"unknown key {', '.join(unknown)} for backbone {name}, expected {', '.join(legal) if legal else 'none'}"
+        )
+    missing = [k for k, p in legal.items() if p.default is p.empty and k not in settings]
+    if missing:
+        raise ConfigError(f"backbone {name} needs the key {', '.join(missing)}")
+    return build(**settings)

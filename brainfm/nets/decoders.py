@@ -1,0 +1,81 @@
+"""From feature maps back to voxels."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import pairwise
+
+import torch
+from torch import Tensor, nn
+
+from brainfm.nets.unet import ConvNormAct
+
+
+class LightDecoder(nn.Module):
+    """Latents to one image, without skip connections, so that everything has to pass the latents.
+
+    Args:
+        latent_channels: E of the latents.
+        widths: channels of the backbone's maps, fine to coarse; the decoder climbs back through them.
+        strides: of the same maps, starting at 1.
+
+    Source: github.com/jbanusco/fomo25 at de35782, src/models/networks/mmunetvae.py: transposed convolution, then one
+    3x3x3 convolution a level; linear output.
+    """
+
+    def __init__(self, latent_channels: int, widths: Sequence[int], strides: Sequence[int]) -> None:
+        super().__init__()
+        self.levels = nn.ModuleList()
+        before = latent_channels
+        for width, scale in _climb(widths, strides):
+            up = nn.ConvTranspose3d(before, width, kernel_size=scale, stride=scale)
+            self.levels.append(nn.Sequential(up, ConvNormAct(width, width)))
+            before = width
+        self.out = nn.Conv3d(before, 1, kernel_size=1)
+
+    def forward(self, latents: Tensor) -> Tensor:
+        """[B, E, X/s, Y/s, Z/s] on the coarsest grid -> [B, 1, X, Y, Z]."""
+        for level in self.levels:
+            latents = level(latents)
+        return self.out(latents)
+
+
+class SkipDecoder(nn.Module):
+    """The decoder half of a U-Net: feature maps to logits.
+
+    One convolution a level, not nnU-Net's two: at full resolution the decoder's first convolution already costs twice
+    the encoder's, the second would add half of that again for a gain that pre-trained features make small.
+
+    Args:
+        widths: channels of the maps, fine to coarse.
+        strides: of the same maps, starting at 1.
+        out_channels: K.
+
+    Source: Ronneberger et al. 2015 (arXiv 1505.04597) with the blocks of UNetEncoder.
+    """
+
+    def __init__(self, widths: Sequence[int], strides: Sequence[int], out_channels: int) -> None:
+        super().__init__()
+        self.ups, self.merges = nn.ModuleList(), nn.ModuleList()
+        before = widths[-1]
+        for width, scale in _climb(widths, strides):
+            self.ups.append(nn.ConvTranspose3d(before, width, kernel_size=scale, stride=scale))
+            self.merges.append(ConvNormAct(2 * width, width))
+            before = width
+        self.out = nn.Conv3d(before, out_channels, kernel_size=1)
+
+    def forward(self, maps: Sequence[Tensor]) -> Tensor:
+        """Maps [B, E, X/s, Y/s, Z/s], fine to coarse, of an image whose edges are multiples of the coarsest stride
+        (Backbone.check_patch) -> [B, K, X, Y, Z]."""
+        features = maps[-1]
+        for up, merge, skip in zip(self.ups, self.merges, reversed(maps[:-1]), strict=True):
+            features = merge(torch.cat([up(features), skip], dim=1))
+        return self.out(features)
+
+
+def _climb(widths: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
+    """(width, upsampling factor) of every step from the coarsest map to the finest."""
+    if strides[0] != 1 or len(widths) != len(strides):
+        raise ValueError(f"a decoder needs a map at stride 1 and one width a stride, not {widths} at {strides}")
+    scales = [coarse // fine for fine, coarse in pairwise(strides)]
+    return list(zip(reversed(widths[:-1]), reversed(scales), strict=True))

@@ -1,0 +1,72 @@
+"""Where the contrasts of a case meet."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor, nn
+
+from brainfm.specs import ConfigError
+
+
+class Fusion(nn.Module):
+    """Feature maps of several contrasts -> feature maps of the case, for any set of contrasts in any order.
+
+    ``mean`` averages the contrasts that are present. ``attention`` weighs them voxel by voxel with a softmax over the
+    scores of one 1x1x1 convolution a level; it starts as the mean (weights zero) and has no bias, which a softmax would
+    not see.
+
+    Args:
+        widths: channels of the maps, fine to coarse.
+        how: ``mean`` or ``attention``.
+
+    Source: Havaei et al. 2016, HeMIS (arXiv 1607.05194), for the mean of what is there.
+    Raises: ConfigError for another ``how``.
+    """
+
+    def __init__(self, widths: Sequence[int], how: str) -> None:
+        super().__init__()
+        if how not in ("mean", "attention"):
+            raise ConfigError(f"task.fusion={how!r}: expected 'mean' or 'attention'")
+        self.how = how
+        self.scores = nn.ModuleList()
+        if how == "attention":
+            for width in widths:
+                score = nn.Conv3d(width, 1, kernel_size=1, bias=False)
+                nn.init.zeros_(score.weight)
+                self.scores.append(score)
+
+    def forward(self, maps: Sequence[Sequence[Tensor]], present: Tensor) -> list[Tensor]:
+        """The maps of the case; zeros for a case without any contrast.
+
+        What stands in an absent contrast's maps, be it NaN, changes neither the result nor any gradient of it here.
+        (A NaN *image* must still be kept from the backbone: its weights' gradients would multiply 0 by NaN.)
+
+        Args:
+            maps: M contrasts, each a list of maps [B, E, X/s, Y/s, Z/s], fine to coarse.
+            present: [B, M] bool.
+        """
+        fused = []
+        for level in range(len(maps[0])):
+            features = [
+                contrast[level].masked_fill(~present[:, m, None, None, None, None], 0)
+                for m, contrast in enumerate(maps)
+            ]
+            weights = self._weights(level, features, present)
+            total = features[0] * weights[:, 0]
+            for m in range(1, len(features)):
+                total = total + features[m] * weights[:, m]
+            fused.append(total)
+        return fused
+
+    def _weights(self, level: int, features: list[Tensor], present: Tensor) -> Tensor:
+        """[B, M, 1, X|1, Y|1, Z|1], summing to 1 over the contrasts that are present and 0 elsewhere."""
+        there = present[:, :, None, None, None, None]
+        if self.how == "mean":
+            weights = there / there.sum(dim=1, keepdim=True).clamp(min=1)
+            return weights.to(features[0].dtype)
+        scores = torch.stack([self.scores[level](f) for f in features], dim=1).float()
+        # a finite floor instead of -inf: a case without contrasts gets zeros, not NaN
+        shares = torch.softmax(scores.masked_fill(~there, torch.finfo(scores.dtype).min), dim=1) * there
+        return shares.to(features[0].dtype)

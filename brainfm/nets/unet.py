@@ -1,0 +1,80 @@
+"""The encoder half of a plain 3D U-Net."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from brainfm.nets.backbone import Backbone
+from brainfm.specs import ConfigError
+
+
+class ConvNormAct(nn.Sequential):
+    """3x3x3 convolution with bias, instance norm with scale and shift, leaky ReLU: [B, E, X, Y, Z] -> [B, E', X, Y, Z].
+
+    Source: the block of the FOMO25 baseline and winner (see UNetEncoder).
+    """
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(
+            nn.Conv3d(channels_in, channels_out, kernel_size=3, padding=1),
+            nn.InstanceNorm3d(channels_out, eps=1e-5, affine=True),
+            nn.LeakyReLU(0.01, inplace=True),
+        )
+
+
+class UNetEncoder(Backbone):
+    """Levels of two convolutions each, with 2x2x2 max pooling between them.
+
+    Args:
+        widths: channels of each level, fine to coarse.
+        name: what ``build_backbone`` calls this size; ``unet`` where the widths are free.
+
+    Source: github.com/jbanusco/fomo25 at de35782, src/models/networks/unet.py (the winner of FOMO25's method track).
+    """
+
+    def __init__(self, widths: Sequence[int], name: str = "unet") -> None:
+        super().__init__()
+        if not 2 <= len(widths) <= 8 or any(not isinstance(w, int) or not 1 <= w <= 4096 for w in widths):
+            raise ConfigError(f"backbone.widths={widths}: expected two to eight whole numbers from 1 to 4096")
+        self.widths = tuple(widths)
+        self.strides = tuple(2**level for level in range(len(widths)))
+        self.config = {"name": name} if name != "unet" else {"name": name, "widths": list(self.widths)}
+        self.levels = nn.ModuleList(
+            nn.Sequential(ConvNormAct(before, width), ConvNormAct(width, width))
+            for before, width in zip((1, *self.widths[:-1]), self.widths, strict=True)
+        )
+
+    def features(self, image: Tensor) -> list[Tensor]:
+        """Raises: ConfigError where the image does not fit (see check_patch); ValueError for other than one channel."""
+        if image.ndim != 5 or image.shape[1] != 1:
+            raise ValueError(f"a backbone reads [B, 1, X, Y, Z], not {tuple(image.shape)}; pass contrasts one by one")
+        self.check_patch(image.shape[2:])
+        maps = [self.levels[0](image)]
+        for level in self.levels[1:]:
+            maps.append(level(F.max_pool3d(maps[-1], 2)))
+        return maps
+
+    def features_masked(self, image: Tensor, hidden: Tensor) -> list[Tensor]:
+        """Hidden voxels become 0, the mean of a standardised scan's foreground: no contrast is told apart by it."""
+        return self.features(image.masked_fill(hidden, 0))
+
+    def blocks(self) -> list[nn.Module]:
+        return list(self.levels)
+
+
+def unet(widths: Sequence[int]) -> UNetEncoder:
+    """Free widths, e.g. for an ablation."""
+    return UNetEncoder(list(widths))
+
+
+def unet_b() -> UNetEncoder:
+    """14.1 M parameters, the size that won FOMO25."""
+    return UNetEncoder((32, 64, 128, 256, 512), name="unet_b")
+
+
+def unet_tiny() -> UNetEncoder:
+    """For tests and demonstrations on a CPU."""
+    return UNetEncoder((8, 16, 32), name="unet_tiny")

@@ -1,0 +1,269 @@
+"""Two scans of one person: the anatomy of one, in the contrast of the other."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from types import MappingProxyType
+
+import torch
+from torch import Tensor
+
+from brainfm.batch import Batch, Terms
+from brainfm.nets.backbone import Backbone
+from brainfm.nets.decoders import LightDecoder
+from brainfm.nets.latents import Code, Latents, draw_noise
+from brainfm.objectives.losses import cosine, kl_to_standard_normal, mean_of_valid, ramp, reconstruction
+from brainfm.objectives.masking import draw_mask, hidden_blocks
+from brainfm.objectives.objective import Objective
+from brainfm.specs import ConfigError, ViewSpec
+
+_HALVES = MappingProxyType({"anatomy": 0.5, "contrast": 0.5})
+
+
+@dataclass(frozen=True)
+class _Scans:
+    """The scans of a batch that count: a of every sample [B, ...], b of the P samples that have a second scan."""
+
+    a: Tensor
+    hidden_a: Tensor
+    b: Tensor
+    hidden_b: Tensor
+    rows: Tensor  # [P] int64: which samples the b belong to
+    differ: Tensor  # [P] bool: a and b are not known to show the same contrast
+
+
+@dataclass(frozen=True)
+class _Outputs:
+    """Reconstructions, each [V, 1, X, Y, Z] beside the scan it has to match."""
+
+    self_a: Tensor
+    self_b: Tensor
+    cross_a: Tensor
+    cross_b: Tensor
+
+
+class CrossContrast(Objective):
+    """Two scans a, b of one session on one grid, masked independently; A is the anatomy part of a latent, C the rest.
+
+    self: D[A_a, C_a] -> a and D[A_b, C_b] -> b; cross: D[A_b, C_a] -> a and D[A_a, C_b] -> b; agreement
+    1 - cos(A_a, A_b); separation: the cosine of the ``contrast`` parts where the contrasts differ; KL of all parts.
+    A sample with one scan has only the self term and the KL of a. Each term is a mean over the samples it applies to.
+    Parts beside ``anatomy`` and ``contrast`` travel with the contrast and meet no term but the KL.
+
+    Args:
+        backbone: trained; owned from here on.
+        patch_vox: X, Y, Z.
+        seed: of masks and latent noise.
+        parts: of the latent, ``anatomy`` and ``contrast`` among them.
+        latent_channels: of all parts.
+        variational: sample the latents while training, and use the KL term.
+        mask_unit_vox, mask_ratio: edge length and share of the hidden blocks.
+        loss_on: ``all`` voxels of a target or the ``hidden`` ones.
+        beta: of the smooth L1, in units of the standardised intensity.
+        swap: ``standard``, or ``published``: the cross terms then pair a target with the contrast of the OTHER scan,
+            D[A, C_b] -> a and D[A, C_a] -> b.
+        anatomy_from: in the cross terms: of the ``other`` scan or the ``mean`` of both; null for ``other`` with the
+            standard swap and ``mean`` with the published one.
+        self_weight, cross_weight, agreement_weight, separation_weight, kl_weight: of the terms.
+        separation_floor: cosine below which contrast codes are far enough apart; -1 pushes for ever, as published.
+        kl_ramp: share of the run over which the KL weight grows from 0.
+
+    Source: github.com/jbanusco/fomo25 at de35782, src/models/self_supervised_crosspatch.py (arXiv 2601.13166).
+    Differs: samples with one scan, and repeats of one contrast, are not pushed apart from themselves; the cross terms
+    give a target its own contrast unless swap=published; hidden voxels are the foreground's mean, not the background.
+    Raises: ConfigError for impossible values.
+    """
+
+    name = "cross_contrast"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        patch_vox: tuple[int, int, int],
+        seed: int,
+        parts: Mapping[str, float] = _HALVES,
+        latent_channels: int = 512,
+        variational: bool = True,
+        mask_unit_vox: int = 4,
+        mask_ratio: float = 0.2,
+        loss_on: str = "all",
+        beta: float = 0.1,
+        swap: str = "standard",
+        anatomy_from: str | None = None,
+        self_weight: float = 3.0,
+        cross_weight: float = 1.0,
+        agreement_weight: float = 0.5,
+        separation_weight: float = 0.5,
+        separation_floor: float = -1.0,
+        kl_weight: float = 0.001,
+        kl_ramp: float = 0.1,
+    ) -> None:
+        config = {
+            "parts": dict(parts),
+            "latent_channels": latent_channels,
+            "variational": variational,
+            "mask_unit_vox": mask_unit_vox,
+            "mask_ratio": mask_ratio,
+            "loss_on": loss_on,
+            "beta": beta,
+            "swap": swap,
+            "anatomy_from": anatomy_from,
+            "self_weight": self_weight,
+            "cross_weight": cross_weight,
+            "agreement_weight": agreement_weight,
+            "separation_weight": separation_weight,
+            "separation_floor": separation_floor,
+            "kl_weight": kl_weight,
+            "kl_ramp": kl_ramp,
+        }
+        super().__init__(backbone, ViewSpec(patch_vox=patch_vox, pairs=True), seed, config)
+        hidden_blocks(self.views.patch_vox, mask_unit_vox, mask_ratio)
+        _check(parts, loss_on, beta, swap, anatomy_from)
+        self.mask_unit_vox, self.mask_ratio = mask_unit_vox, mask_ratio
+        self.loss_on, self.beta, self.swap = loss_on, beta, swap
+        self.anatomy_from = anatomy_from or ("mean" if swap == "published" else "other")
+        self.separation_floor, self.kl_ramp = separation_floor, kl_ramp
+        self.weights = {
+            "self": self_weight,
+            "cross": cross_weight,
+            "agreement": agreement_weight,
+            "separation": separation_weight,
+            "kl": kl_weight,
+        }
+        self.latents = Latents(backbone.widths, parts, latent_channels, variational)
+        self.decoder = LightDecoder(latent_channels, backbone.widths, backbone.strides)
+
+    def forward(self, batch: Batch, progress: float) -> Terms:
+        """The weighted sum; parts ``self``, ``cross``, ``agreement``, ``separation``, ``kl``, unweighted.
+
+        Reads image, sample and, where there are any, partner, paired, same_contrast. A partner without ``paired``
+        always counts; without ``same_contrast`` the contrasts are taken to differ.
+        """
+        scans = self._scans(batch)
+        codes = self._encode(scans)
+        values = self.latents.sample(codes, self._noise(batch, scans, codes) if self._noisy() else None)
+        outputs = self._decode(values, scans)
+        parts = self._terms(scans, codes, values, outputs)
+        weights = self.weights | {"kl": self.weights["kl"] * ramp(progress, self.kl_ramp)}
+        total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
+        return Terms(total, {name: part.detach() for name, part in parts.items()})
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """``input``, ``masked`` (hidden voxels 0) and ``self`` of scan a; ``partner`` (scan b) and ``cross`` (a made
+        with b's anatomy, or as ``swap`` says), both zero where there is one scan."""
+        scans = self._scans(batch)
+        outputs = self._decode(self.latents.sample(self._encode(scans), None), scans)
+        partner, cross = torch.zeros_like(scans.a), torch.zeros_like(scans.a)
+        partner[scans.rows] = scans.b
+        cross[scans.rows] = outputs.cross_a.float()
+        masked = scans.a.masked_fill(scans.hidden_a, 0)
+        return {"input": scans.a, "masked": masked, "self": outputs.self_a.float(), "partner": partner, "cross": cross}
+
+    def _scans(self, batch: Batch) -> _Scans:
+        device = batch.image.device
+        partner = batch.image if batch.partner is None else batch.partner
+        paired = torch.full((len(batch),), batch.partner is not None, device=device)
+        if batch.partner is not None and batch.paired is not None:
+            paired = batch.paired
+        rows = paired.nonzero().squeeze(1)  # picked, not multiplied by 0: a partner that must not count costs nothing
+        differ = torch.ones_like(rows, dtype=torch.bool)
+        if batch.same_contrast is not None:
+            differ = ~batch.same_contrast[rows]
+        return _Scans(
+            a=batch.image.float(),
+            hidden_a=self._hidden(batch, batch.sample, "mask_a"),
+            b=partner[rows].float(),
+            hidden_b=self._hidden(batch, batch.sample[rows], "mask_b"),
+            rows=rows,
+            differ=differ,
+        )
+
+    def _hidden(self, batch: Batch, samples: Tensor, purpose: str) -> Tensor:
+        shape = batch.image.shape[2:]
+        return draw_mask(samples, shape, self.mask_unit_vox, self.mask_ratio, self.seed, purpose)
+
+    def _encode(self, scans: _Scans) -> dict[str, Code]:
+        """Codes of [B + P] scans, the a first, in one pass."""
+        images, hidden = torch.cat([scans.a, scans.b]), torch.cat([scans.hidden_a, scans.hidden_b])
+        return self.latents(self.backbone.features_masked(images, hidden))
+
+    def _noisy(self) -> bool:
+        return self.training and self.latents.variational
+
+    def _noise(self, batch: Batch, scans: _Scans, codes: Mapping[str, Code]) -> Tensor:
+        shape = (self.latents.channels, *codes["anatomy"].mean.shape[2:])
+        noise_a = draw_noise(batch.sample, shape, self.seed, "latent_a")
+        return torch.cat([noise_a, draw_noise(batch.sample[scans.rows], shape, self.seed, "latent_b")])
+
+    def _decode(self, values: Mapping[str, Tensor], scans: _Scans) -> _Outputs:
+        """All four reconstructions in one pass."""
+        count = len(scans.a)
+        every_a = {name: value[:count] for name, value in values.items()}
+        a = {name: value[scans.rows] for name, value in every_a.items()}
+        b = {name: value[count:] for name, value in values.items()}
+        anatomy_for_a, anatomy_for_b = b["anatomy"], a["anatomy"]
+        if self.anatomy_from == "mean":
+            anatomy_for_a = anatomy_for_b = (a["anatomy"] + b["anatomy"]) / 2
+        rest_for_a, rest_for_b = (a, b) if self.swap == "standard" else (b, a)
+        latents = torch.cat(
+            [
+                _join(every_a["anatomy"], every_a),
+                _join(b["anatomy"], b),
+                _join(anatomy_for_a, rest_for_a),
+                _join(anatomy_for_b, rest_for_b),
+            ]
+        )
+        pairs = len(scans.rows)
+        return _Outputs(*self.decoder(latents).split([count, pairs, pairs, pairs]))
+
+    def _terms(
+        self, scans: _Scans, codes: Mapping[str, Code], values: Mapping[str, Tensor], outputs: _Outputs
+    ) -> dict[str, Tensor]:
+        count, rows = len(scans.a), scans.rows
+        on_hidden = self.loss_on == "hidden"
+        hidden_a, hidden_b = (scans.hidden_a, scans.hidden_b) if on_hidden else (None, None)
+        hidden_pa = scans.hidden_a[rows] if on_hidden else None
+
+        def error(output: Tensor, target: Tensor, where: Tensor | None) -> Tensor:
+            return mean_of_valid(reconstruction(output, target, "smooth_l1", self.beta, where))
+
+        a, b = scans.a, scans.b
+        anatomy, contrast = values["anatomy"], values["contrast"]
+        apart = cosine(contrast[:count][rows], contrast[count:])[scans.differ].clamp(min=self.separation_floor)
+        divergences = torch.stack([kl_to_standard_normal(code) for code in codes.values()]).sum(dim=0)
+        return {
+            "self": error(outputs.self_a, a, hidden_a) + error(outputs.self_b, b, hidden_b),
+            "cross": error(outputs.cross_a, a[rows], hidden_pa) + error(outputs.cross_b, b, hidden_b),
+            "agreement": mean_of_valid(1 - cosine(anatomy[:count][rows], anatomy[count:])),
+            "separation": mean_of_valid(apart),
+            "kl": mean_of_valid(divergences[:count]) + mean_of_valid(divergences[count:]),
+        }
+
+
+def _join(anatomy: Tensor, rest: Mapping[str, Tensor]) -> Tensor:
+    """A latent [V, E, X, Y, Z] of one scan's anatomy and another's other parts, in the order of the parts."""
+    return torch.cat([anatomy if name == "anatomy" else value for name, value in rest.items()], dim=1)
+
+
+def _check(parts: Mapping[str, float], loss_on: str, beta: float, swap: str, anatomy_from: str | None) -> None:
+    if not {"anatomy", "contrast"} <= set(parts):
+        raise ConfigError(f"objective.parts={', '.join(parts)}: cross_contrast needs 'anatomy' and 'contrast'")
+    choices = (
+        ("loss_on", loss_on, ("all", "hidden")),
+        ("swap", swap, ("standard", "published")),
+        ("anatomy_from", anatomy_from, (None, "other", "mean")),
+    )
+    for key, value, legal in choices:
+        if value not in legal:
+            words = ", ".join("null" if v is None else str(v) for v in legal)
+            raise ConfigError(f"objective.{key}={value!r}: expected one of {words}")
+    if beta <= 0:
+        raise ConfigError(f"objective.beta={beta}: expected more than 0")
+    if swap == "published" and anatomy_from == "other":
+        raise ConfigError(
+            "objective.anatomy_from=other: with swap=published a cross term would be the other scan's own code asked "
+            "for this scan; expected 'mean'"
+        )

@@ -1,0 +1,85 @@
+"""What every self-supervised question offers to the trainer."""
+
+from __future__ import annotations
+
+import importlib
+import inspect
+from abc import ABC, abstractmethod
+from typing import Any, ClassVar
+
+from torch import Tensor, nn
+
+from brainfm.batch import Batch, Terms
+from brainfm.nets.backbone import Backbone
+from brainfm.specs import ConfigError, ViewSpec
+
+OBJECTIVES: dict[str, tuple[str, str]] = {
+    "mae": ("brainfm.objectives.mae", "MAE"),
+    "cross_contrast": ("brainfm.objectives.cross_contrast", "CrossContrast"),
+}
+
+
+class Objective(nn.Module, ABC):
+    """A question put to a backbone, with whatever networks it needs beside it.
+
+    Attributes:
+        name: what build_objective calls it.
+        views: what the loader must supply.
+        config: its settings, complete, JSON-able; with the name they make the same objective again.
+        seed: of the draws; each is a function of (seed, purpose, the sample's number).
+    """
+
+    name: ClassVar[str]
+
+    def __init__(self, backbone: Backbone, views: ViewSpec, seed: int, config: dict[str, Any]) -> None:
+        super().__init__()
+        backbone.check_patch(views.patch_vox)
+        self.backbone = backbone
+        self.views = views
+        self.seed = seed
+        self.config = config
+
+    @abstractmethod
+    def forward(self, batch: Batch, progress: float) -> Terms:
+        """The loss of a batch; ``progress`` in [0, 1] through the run drives every schedule."""
+
+    @abstractmethod
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """Images [B, 1, X, Y, Z] float32 for the monitor, without gradients and without noise."""
+
+    def after_step(self, progress: float) -> None:
+        """Called after each step of the optimiser: a teacher moves here; most objectives have none."""
+
+    def state_for_file(self) -> dict[str, Tensor]:
+        """The tensors that are not the backbone's, for the backbone file."""
+        return {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
+
+
+def build_objective(
+    name: str, backbone: Backbone, *, patch_vox: tuple[int, int, int], seed: int, **config: Any
+) -> Objective:
+    """The objective of this name around ``backbone``, which it owns from then on.
+
+    Raises: ConfigError where the name or a key is unknown, a value impossible, or the patch does not fit.
+    """
+    legal = settings(name)
+    unknown = sorted(set(config) - set(legal))
+    if unknown:
+        raise ConfigError(f"unknown key {', '.join(unknown)} for objective {name}, expected {', '.join(sorted(legal))}")
+    return _find(name)(backbone, patch_vox=patch_vox, seed=seed, **config)
+
+
+def settings(name: str) -> dict[str, Any]:
+    """The keys of an objective with their defaults.
+
+    Raises: ConfigError where the name is unknown.
+    """
+    own = ("self", "backbone", "patch_vox", "seed")
+    return {k: p.default for k, p in inspect.signature(_find(name).__init__).parameters.items() if k not in own}
+
+
+def _find(name: str) -> Any:
+    if name not in OBJECTIVES:
+        raise ConfigError(f"unknown objective {name!r}, expected one of {', '.join(sorted(OBJECTIVES))}")
+    module, kind = OBJECTIVES[name]
+    return getattr(importlib.import_module(module), kind)

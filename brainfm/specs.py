@@ -1,0 +1,171 @@
+"""Frozen values that are hashed and shipped, and the exceptions a user can cause."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from dataclasses import asdict, dataclass, field, fields
+from typing import Any, Self
+
+
+class BrainfmError(Exception):
+    """Something the user can mend. The text is one sentence: what was found, what was expected, which file."""
+
+
+class ConfigError(BrainfmError):
+    """A wrong or missing key on the command line or in a configuration."""
+
+
+class ManifestError(BrainfmError):
+    """A manifest that cannot be read or contradicts itself."""
+
+
+class ScanError(BrainfmError):
+    """One scan that cannot be used; the others stay usable."""
+
+
+class StoreError(BrainfmError):
+    """A store that is missing, damaged or was made with another spec."""
+
+
+class WeightsError(BrainfmError):
+    """A weights file that is damaged or does not fit."""
+
+
+class BundleError(BrainfmError):
+    """A bundle that is incomplete, damaged or was tampered with."""
+
+
+class TrainingError(BrainfmError):
+    """A run that cannot go on; the last good state was kept."""
+
+
+class _Frozen:
+    """JSON in and out, and the fingerprint, for the frozen dataclasses below."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return json.loads(json.dumps(asdict(self)))  # type: ignore[call-overload]
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        """Raises: ConfigError where a name is unknown or missing."""
+        known = {f.name for f in fields(cls)}  # type: ignore[arg-type]
+        unknown = sorted(set(values) - known)
+        if unknown:
+            raise ConfigError(f"unknown {cls.__name__} key {unknown[0]!r}, expected one of {', '.join(sorted(known))}")
+        try:
+            return cls(**{k: tuple(v) if isinstance(v, list) else v for k, v in values.items()})
+        except TypeError as error:
+            raise ConfigError(f"incomplete {cls.__name__}: {error}") from None
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change when any value changes."""
+        text = json.dumps(self.to_dict(), sort_keys=True, separators=(",", ":"))
+        return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+@dataclass(frozen=True)
+class PreprocessSpec(_Frozen):
+    """What is done to every scan before a network sees it.
+
+    Attributes:
+        spacing_mm: edge lengths of the voxels of the common grid along X, Y, Z.
+        align: ``header`` trusts the affines of a session's scans.
+        clip_percentiles: of the foreground; voxels outside are clipped before standardising.
+        margin_mm: kept around the union of the foregrounds.
+        labels: how label volumes reach the grid: ``nearest``, or ``linear`` (each class apart, then the largest).
+        version: raised when the same values would give other voxels.
+    """
+
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    align: str = "header"
+    clip_percentiles: tuple[float, float] = (0.5, 99.5)
+    margin_mm: float = 2.0
+    labels: str = "linear"
+    version: int = 1
+
+    def __post_init__(self) -> None:
+        if len(self.spacing_mm) != 3 or not all(0.1 <= s <= 20 for s in self.spacing_mm):
+            raise ConfigError(f"preprocess.spacing_mm={self.spacing_mm}: expected three lengths from 0.1 to 20 mm")
+        if self.align not in ("header",):
+            raise ConfigError(f"preprocess.align={self.align!r}: expected 'header'")
+        low, high = self.clip_percentiles
+        if not 0 <= low < high <= 100:
+            raise ConfigError(f"preprocess.clip_percentiles={self.clip_percentiles}: expected 0 <= low < high <= 100")
+        if self.margin_mm < 0:
+            raise ConfigError(f"preprocess.margin_mm={self.margin_mm}: expected 0 or more")
+        if self.labels not in ("nearest", "linear"):
+            raise ConfigError(f"preprocess.labels={self.labels!r}: expected 'nearest' or 'linear'")
+        object.__setattr__(self, "spacing_mm", tuple(float(s) for s in self.spacing_mm))
+        object.__setattr__(self, "clip_percentiles", (float(low), float(high)))
+        object.__setattr__(self, "margin_mm", float(self.margin_mm))
+
+
+@dataclass(frozen=True)
+class ViewSpec(_Frozen):
+    """What the loader must supply to an objective.
+
+    Attributes:
+        patch_vox: edge lengths of the patch along X, Y, Z.
+        pairs: whether a second scan of the same session is read at the same corner.
+    """
+
+    patch_vox: tuple[int, int, int]
+    pairs: bool = False
+
+    def __post_init__(self) -> None:
+        if len(self.patch_vox) != 3 or any(int(p) != p or p < 1 for p in self.patch_vox):
+            raise ConfigError(f"patch_vox={self.patch_vox}: expected three whole numbers of voxels")
+        object.__setattr__(self, "patch_vox", tuple(int(p) for p in self.patch_vox))
+
+
+@dataclass(frozen=True)
+class TaskSpec(_Frozen):
+    """A supervised question, as a bundle ships it.
+
+    Attributes:
+        kind: ``segmentation``.
+        target: the label volume's name: column ``<target>_mask`` (anything but 0 is 1) or ``<target>_labels``.
+        contrasts: those the task may see, in no particular order; any may be missing.
+        values: the label values of the classes, background (0) first.
+        patch_vox: the window the network was trained on.
+        fusion: how contrasts meet: ``mean`` or ``attention`` over those that are present.
+    """
+
+    kind: str
+    target: str
+    contrasts: tuple[str, ...]
+    values: tuple[int, ...]
+    patch_vox: tuple[int, int, int]
+    fusion: str = "attention"
+
+    @property
+    def classes(self) -> int:
+        """K, background included."""
+        return len(self.values)
+
+
+@dataclass(frozen=True)
+class Provenance(_Frozen):
+    """Where weights come from: enough to run the same command again.
+
+    Attributes:
+        version: of brainfm.
+        commit: of the code, where it is known.
+        data: fingerprint of the index of the store that was trained on.
+        config: the resolved configuration.
+        seed, steps, samples: of the run.
+        hours: of wall time, and ``device`` the device they were spent on.
+        parents: fingerprints of the weights that this run started from.
+    """
+
+    version: str
+    commit: str
+    data: str
+    config: dict[str, Any] = field(default_factory=dict)
+    seed: int = 0
+    steps: int = 0
+    samples: int = 0
+    hours: float = 0.0
+    device: str = "cpu"
+    parents: tuple[str, ...] = ()

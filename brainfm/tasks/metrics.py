@@ -1,0 +1,141 @@
+"""Scores of masks, and how sure one can be of their mean.
+
+Empty masks follow the metric code of the FOMO26 challenge: where neither mask holds a voxel, Dice is 1 and surface
+Dice is 0; where only one does, both are 0. A mean over cases therefore never meets a NaN.
+Source: fomo26/fomo-metrics, segmentation.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+
+from brainfm.seeds import stream
+from brainfm.specs import ConfigError
+
+_RESAMPLED_AT_ONCE = 10_000_000  # values drawn in one block of the bootstrap: 80 MB of indices
+
+
+def dice(predicted: np.ndarray, true: np.ndarray) -> float:
+    """2 |P and T| / (|P| + |T|).
+
+    Args:
+        predicted, true: arrays of one shape; a voxel that is not 0 belongs to the mask.
+
+    Raises:
+        ValueError: where the shapes differ.
+    """
+    p, t = _masks(predicted, true)
+    total = int(np.count_nonzero(p)) + int(np.count_nonzero(t))
+    return 1.0 if total == 0 else 2.0 * int(np.count_nonzero(p & t)) / total
+
+
+def surface_dice(
+    predicted: np.ndarray,
+    true: np.ndarray,
+    spacing_mm: tuple[float, float, float],
+    tolerance_mm: float = 1.0,
+) -> float:
+    """The share of both surfaces that lies within the tolerance of the other one.
+
+    Surfaces are made of elements between voxel centres, each with its area in mm^2, so that thick slices count by
+    their true extent and not by their number of voxels.
+
+    Args:
+        predicted, true: [X, Y, Z]; a voxel that is not 0 belongs to the mask. The volume's border counts as surface.
+        spacing_mm: edge lengths of a voxel along the three axes.
+
+    Raises:
+        ValueError: where the shapes differ or are not 3D, or a spacing is not a positive number.
+        ConfigError: where monai is not installed.
+
+    Source: Nikolov et al. 2018 (arXiv:1809.04430), eq. 1 of the appendix on surface DSC; elements as in
+        google-deepmind/surface-distance, computed by monai.
+    """
+    p, t = _masks(predicted, true)
+    spacing = tuple(float(s) for s in spacing_mm)
+    if p.ndim != 3 or len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
+        raise ValueError(f"surface Dice needs 3D masks and three spacings > 0, found {p.shape} and {spacing_mm}")
+    if not p.any() or not t.any():
+        return 0.0
+    try:
+        import torch
+        from monai.metrics import compute_surface_dice
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"surface Dice needs the package {error.name}, which is not installed: pip install 'brainfm[metrics]'"
+        ) from None
+    box = _union_box(p, t)
+    # One empty voxel all around closes the surfaces of masks that touch the border, as DeepMind's code does.
+    pair = [torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (p, t)]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", FutureWarning)  # monai 1.5 and 1.6 warn about an argument of their own calls
+        value = float(
+            compute_surface_dice(
+                pair[0], pair[1], [tolerance_mm], include_background=True, spacing=spacing, use_subvoxels=True
+            )
+        )
+    return value if np.isfinite(value) else 0.0
+
+
+def volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> float:
+    """Millilitres of the voxels that are not 0; ``spacing_mm`` are the edge lengths of a voxel."""
+    return int(np.count_nonzero(mask)) * float(np.prod(np.asarray(spacing_mm, dtype=np.float64))) / 1000.0
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over cases with its 95 % bootstrap interval; ``n`` is the number of cases."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
+
+
+def bootstrap_interval(values: Iterable[float], seed: int, resamples: int = 10_000) -> Interval:
+    """The mean and the 2.5th and 97.5th percentiles of the means of resampled cases.
+
+    Args:
+        values: one number a case, at least one. A single case gives an interval without width.
+        seed: >= 0; the same seed and values give the same interval.
+
+    Raises:
+        ValueError: where there is no value or one of them is not finite: a NaN is a score that was never decided.
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 13.3 (percentile interval).
+    """
+    cases = np.asarray(list(values), dtype=np.float64)
+    if cases.ndim != 1 or cases.size == 0:
+        raise ValueError(f"a bootstrap needs one number a case and at least one case, found shape {cases.shape}")
+    if not np.isfinite(cases).all():
+        raise ValueError(f"{int((~np.isfinite(cases)).sum())} of {cases.size} values are not finite")
+    generator = stream(seed, "bootstrap")
+    rows = max(1, _RESAMPLED_AT_ONCE // cases.size)
+    means = [
+        cases[generator.integers(cases.size, size=(min(rows, resamples - start), cases.size))].mean(axis=1)
+        for start in range(0, resamples, rows)
+    ]
+    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
+    return Interval(float(cases.mean()), float(low), float(high), int(cases.size))
+
+
+def _masks(predicted: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    p, t = np.asarray(predicted), np.asarray(true)
+    if p.shape != t.shape:
+        raise ValueError(f"masks of one shape can be compared, found {p.shape} and {t.shape}")
+    return p != 0, t != 0
+
+
+def _union_box(p: np.ndarray, t: np.ndarray) -> tuple[slice, ...]:
+    """The smallest box around both masks: distances outside it are never asked for."""
+    union = p | t
+    box = []
+    for axis in range(union.ndim):
+        others = tuple(a for a in range(union.ndim) if a != axis)
+        used = np.flatnonzero(union.any(axis=others))
+        box.append(slice(int(used[0]), int(used[-1]) + 1))
+    return tuple(box)

@@ -1,0 +1,50 @@
+"""What every supervised question offers to training and to prediction."""
+
+from __future__ import annotations
+
+import importlib
+from abc import ABC, abstractmethod
+
+from torch import Tensor, nn
+
+from brainfm.batch import Batch, Terms
+from brainfm.nets.backbone import Backbone
+from brainfm.specs import ConfigError, TaskSpec
+
+# kind -> (module, class); imported when it is built
+TASKS: dict[str, tuple[str, str]] = {"segmentation": ("brainfm.tasks.segmentation", "SegmentationTask")}
+
+
+class Task(nn.Module, ABC):
+    """A backbone with a head that answers one question.
+
+    Attributes:
+        spec: the question.
+        backbone: reads one contrast at a time; ``backbone.blocks()`` is what freezing and rate decay need.
+    """
+
+    spec: TaskSpec
+    backbone: Backbone
+
+    @abstractmethod
+    def forward(self, image: Tensor, present: Tensor) -> Tensor:
+        """[B, M, X, Y, Z] with present [B, M] -> the head's raw output."""
+
+    @abstractmethod
+    def loss(self, output: Tensor, batch: Batch) -> Terms:
+        """What training minimises, of the output of ``forward``."""
+
+    @abstractmethod
+    def decode(self, output: Tensor) -> Tensor:
+        """The output as a user reads it."""
+
+
+def build_task(spec: TaskSpec, backbone: Backbone) -> Task:
+    """The task of this kind around a backbone, its head with fresh weights.
+
+    Raises: ConfigError where the kind is unknown or the spec does not suit it.
+    """
+    if spec.kind not in TASKS:
+        raise ConfigError(f"task.kind={spec.kind!r}: expected one of {', '.join(sorted(TASKS))}")
+    module, name = TASKS[spec.kind]
+    return getattr(importlib.import_module(module), name)(spec, backbone)

@@ -1,0 +1,117 @@
+"""A volume of any size through a network that was trained on patches."""
+
+from __future__ import annotations
+
+import itertools
+import math
+from collections.abc import Callable, Iterator
+
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+# (image [B, M, X, Y, Z], present [B, M]) -> logits [B, K, X, Y, Z] on the same device
+Network = Callable[[Tensor, Tensor], Tensor]
+
+
+@torch.no_grad()
+def predict_windows(
+    network: Network,
+    image: Tensor,
+    present: Tensor,
+    patch_vox: tuple[int, int, int],
+    *,
+    overlap: float = 0.5,
+    batch: int = 2,
+    sigma: float = 0.125,
+    device: torch.device | str = "cpu",
+    autocast: torch.dtype | None = None,
+) -> Tensor:
+    """Class probabilities of a whole volume: the Gaussian-weighted mean over overlapping windows.
+
+    The volume and the sums stay in main memory; only ``batch`` windows at a time are on the device. A volume thinner
+    than the patch is padded on both sides with each contrast's minimum, as the training patches are, and the padding
+    is cut off again. No window is skipped: prepared volumes are cropped to the head, so that empty ones are rare.
+
+    Args:
+        network: gives logits; it must already be on ``device`` and in evaluation mode.
+        image: [M, X, Y, Z] standardised voxels in main memory.
+        present: [M] bool; which contrasts there are, at least one.
+        patch_vox: edge lengths of a window.
+        overlap: share of a window that the next one along an axis repeats, in [0, 1).
+        batch: windows a forward pass.
+        sigma: standard deviation of the weights as a share of the window.
+        autocast: bfloat16 or float16 computes the network in that precision; sums are float32 always.
+
+    Returns:
+        [K, X, Y, Z] float32 in main memory; sums to 1 over K.
+
+    Raises:
+        ValueError: where the shapes do not fit, no contrast is present, or the overlap is not in [0, 1).
+
+    Source: the weights and positions are those of monai.inferers.sliding_window_inference(mode="gaussian").
+        Differs: probabilities are averaged, not logits, so that no window outvotes the others by its scale.
+    """
+    if image.ndim != 4 or present.shape != image.shape[:1] or not bool(present.any()):
+        raise ValueError(f"expected [M, X, Y, Z] and [M] with a contrast present, found {image.shape}, {present}")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"expected an overlap in [0, 1), found {overlap}")
+    padded, inner = _padded(image.float(), patch_vox)
+    weight = gaussian_weight(patch_vox, sigma)
+    target = torch.device(device)
+    on_device, given = weight.to(target), present.to(target)
+    total: Tensor | None = None
+    mass = torch.zeros(padded.shape[1:])
+    for windows in _batched(window_slices(tuple(padded.shape[1:]), patch_vox, overlap), batch):
+        patches = torch.stack([padded[(slice(None), *w)] for w in windows]).to(target)
+        with torch.autocast(target.type, dtype=autocast, enabled=autocast is not None):
+            logits = network(patches, given.expand(len(windows), -1))
+        weighted = (torch.softmax(logits.float(), dim=1) * on_device).cpu()
+        if total is None:
+            total = torch.zeros(weighted.shape[1], *padded.shape[1:])
+        for window, values in zip(windows, weighted):
+            total[(slice(None), *window)] += values
+            mass[window] += weight
+    assert total is not None  # there is always one window
+    total /= mass
+    return total[(slice(None), *inner)].contiguous()
+
+
+def gaussian_weight(patch_vox: tuple[int, int, int], sigma: float = 0.125) -> Tensor:
+    """[X, Y, Z] weights of a window's voxels: a Gaussian about its centre, never below a thousandth."""
+    weight = torch.ones(())
+    for size in patch_vox:
+        x = torch.arange(size, dtype=torch.float32) - (size - 1) / 2
+        weight = weight.unsqueeze(-1) * torch.exp(-(x**2) / (2 * (sigma * size) ** 2))
+    # Corners would otherwise weigh 1e-14: a voxel seen from there alone would be 0 / 0 in float32.
+    return weight.clamp_min(max(float(weight.min()), 1e-3))
+
+
+def window_slices(
+    shape: tuple[int, ...], patch_vox: tuple[int, int, int], overlap: float
+) -> Iterator[tuple[slice, slice, slice]]:
+    """Windows that cover a volume which is nowhere thinner than the patch; the last along an axis ends at its end."""
+    starts = []
+    for size, patch in zip(shape, patch_vox):
+        step = max(1, int(patch * (1 - overlap)))
+        count = math.ceil((size - patch) / step) + 1
+        starts.append([min(i * step, size - patch) for i in range(count)])
+    for corner in itertools.product(*starts):
+        x, y, z = (slice(c, c + p) for c, p in zip(corner, patch_vox))
+        yield x, y, z
+
+
+def _padded(image: Tensor, patch_vox: tuple[int, int, int]) -> tuple[Tensor, tuple[slice, ...]]:
+    """The image grown to at least a patch, and where the original lies in it."""
+    before = [max(0, p - s) // 2 for s, p in zip(image.shape[1:], patch_vox)]
+    after = [max(0, p - s) - b for s, p, b in zip(image.shape[1:], patch_vox, before)]
+    inner = tuple(slice(b, b + s) for b, s in zip(before, image.shape[1:]))
+    if not any(before) and not any(after):
+        return image, inner
+    widths = [w for b, a in zip(reversed(before), reversed(after)) for w in (b, a)]  # torch counts from the last axis
+    return torch.stack([functional.pad(c, widths, value=float(c.min())) for c in image]), inner
+
+
+def _batched(windows: Iterator[tuple[slice, slice, slice]], size: int) -> Iterator[list[tuple[slice, slice, slice]]]:
+    while group := list(itertools.islice(windows, size)):
+        yield group

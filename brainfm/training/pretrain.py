@@ -1,0 +1,239 @@
+"""Pre-training: a store and an objective in, a backbone file out."""
+
+from __future__ import annotations
+
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from lightning.fabric import Fabric
+from torch import Tensor
+
+from brainfm import __version__
+from brainfm.batch import Batch, Terms
+from brainfm.data.augment import AugmentSpec, apply, draw
+from brainfm.data.loader import StepSampler, make_loader
+from brainfm.data.patches import PretrainPatches
+from brainfm.data.splits import holdout
+from brainfm.data.store import SessionEntry, Store
+from brainfm.nets.backbone import build_backbone
+from brainfm.nets.weights import save_backbone
+from brainfm.objectives.objective import Objective, build_objective
+from brainfm.specs import ConfigError, Provenance
+from brainfm.training.loop import LoopSpec, Run, State, train
+from brainfm.training.monitor import save_pictures
+from brainfm.training.optim import build_optimizer
+
+BACKBONE_FILE = "backbone.safetensors"
+
+
+class Augmented(torch.nn.Module):
+    """Augments a batch on the device, then asks; outside training mode it only asks."""
+
+    def __init__(self, question: Objective, spec: AugmentSpec | None, seed: int) -> None:
+        super().__init__()
+        self.question, self.spec, self.seed = question, spec, seed
+
+    def forward(self, batch: Batch, progress: float) -> Terms:
+        if self.training and self.spec is not None:
+            batch = apply(batch, draw(batch, self.spec, self.seed))
+        return self.question(batch, progress)
+
+
+def make_fabric(trainer: Mapping[str, Any]) -> Fabric:
+    """Fabric as ``trainer`` says: accelerator, devices, num_nodes, strategy, precision; launches the processes."""
+    precision = str(trainer["precision"])
+    if precision not in ("bf16-mixed", "32-true"):
+        raise ConfigError(f"trainer.precision={precision}: expected bf16-mixed or 32-true")
+    if trainer["accelerator"] == "gpu" and not torch.cuda.is_available():
+        raise ConfigError("trainer.accelerator=gpu: no GPU was found; use trainer=cpu or trainer=auto")
+    if trainer.get("threads"):
+        torch.set_num_threads(int(trainer["threads"]))
+    torch.set_float32_matmul_precision("high")
+    fabric = Fabric(
+        accelerator=trainer["accelerator"],
+        devices=trainer["devices"],
+        num_nodes=int(trainer["num_nodes"]),
+        strategy=trainer["strategy"],
+        precision=precision,  # type: ignore[arg-type]
+    )
+    fabric.launch()
+    return fabric
+
+
+def loop_spec(trainer: Mapping[str, Any], optim: Mapping[str, Any]) -> LoopSpec:
+    max_steps = int(trainer["max_steps"])
+    return LoopSpec(
+        max_steps=max_steps,
+        warmup_steps=round(float(optim["warmup_fraction"]) * max_steps),
+        clip_norm=float(trainer["clip_norm"]),
+        log_every=int(trainer["log_every"]),
+        checkpoint_every=int(trainer["checkpoint_every"]),
+        evaluate_every=int(trainer["evaluate_every"]),
+    )
+
+
+def pretrain(config: dict[str, Any]) -> State:
+    """Runs or resumes the pre-training that the resolved configuration describes (configs/pretrain.yaml).
+
+    Leaves ``backbone.safetensors``, ``last.ckpt``, ``curves.csv``, ``tensorboard/`` and ``pictures/`` in ``run``.
+
+    Raises:
+        BrainfmError: whatever the user can mend, in one sentence.
+    """
+    store, folder, seed = Store.open(Path(config["store"])), Path(config["run"]), int(config["seed"])
+    trainer, data = config["trainer"], config["data"]
+    folder.mkdir(parents=True, exist_ok=True)
+    fabric = make_fabric(trainer)
+    torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
+    backbone = build_backbone(**config["backbone"])
+    objective = build_objective(**config["objective"], backbone=backbone, patch_vox=tuple(data["patch_vox"]), seed=seed)
+    sides = split_sessions(store, float(data["validation"]), seed)
+    train_set = PretrainPatches(store, sides[0], objective.views, seed, float(data["foreground_share"]))
+    if fabric.is_global_zero:
+        say(
+            f"{sum(p.numel() for p in objective.parameters()):,} parameters in pre-training "
+            f"({sum(p.numel() for p in backbone.parameters()):,} in the encoder); "
+            f"{len(train_set)} subjects to train on, {len({s.subject_key for s in sides[1]})} held out"
+        )
+    augment = AugmentSpec(**data["augment"]) if data["augment"] else None
+    batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
+    spec = loop_spec(trainer, config["optim"])
+
+    def loader_from(step: int) -> Any:
+        steps = StepSampler(step, spec.max_steps, batch_size, fabric.global_rank, fabric.world_size)
+        return make_loader(train_set, steps, workers, pin_memory=fabric.device.type == "cuda")
+
+    validate = _Validation(fabric, objective, store, sides[1], sides[0], batch_size, folder, config)
+    state = train(
+        Run(
+            fabric=fabric,
+            folder=folder,
+            identity=identity_of(config, store),
+            module=Augmented(objective, augment, seed),
+            optimizer=build_optimizer(objective, **optim_values(config["optim"])),
+            loader_from=loader_from,
+            spec=spec,
+            evaluate=validate,
+            after_step=objective.after_step,
+            title="pretrain",
+        )
+    )
+    if state.step == spec.max_steps and fabric.is_global_zero:
+        samples = state.step * batch_size * fabric.world_size
+        provenance = provenance_of(config, store, state, samples, fabric)
+        save_backbone(
+            folder / BACKBONE_FILE,
+            backbone,
+            objective={"name": objective.name, "config": objective.config},
+            objective_state=objective.state_for_file(),
+            preprocess=store.spec,
+            patch_vox=objective.views.patch_vox,
+            provenance=provenance,
+        )
+        say(
+            f"{folder / BACKBONE_FILE}: {state.step} steps, {samples:,} samples, {provenance.hours:.2f} h on "
+            f"{provenance.device}, {100 * state.waited / max(state.seconds, 1e-9):.1f} % of it waiting for data"
+        )
+    elif fabric.is_global_zero:
+        say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
+    return state
+
+
+def split_sessions(store: Store, held_fraction: float, seed: int) -> tuple[list[SessionEntry], list[SessionEntry]]:
+    """Sessions to train on and sessions held out; a subject is on one side."""
+    _, held = holdout(sorted({s.subject_key for s in store.sessions}), held_fraction, seed)
+    away = set(held)
+    return (
+        [s for s in store.sessions if s.subject_key not in away],
+        [s for s in store.sessions if s.subject_key in away],
+    )
+
+
+class _Validation:
+    """The objective's terms on fixed samples of held-out subjects, and pictures of the first batch."""
+
+    def __init__(
+        self,
+        fabric: Fabric,
+        objective: Objective,
+        store: Store,
+        held: list[SessionEntry],
+        trained: list[SessionEntry],
+        batch_size: int,
+        folder: Path,
+        config: dict[str, Any],
+    ) -> None:
+        self.fabric, self.objective, self.folder = fabric, objective, folder
+        self.batches = int(config["data"]["validation_batches"]) if any(s.scans for s in held) else 0
+        # With nobody held out the pictures still show something: subjects that were trained on.
+        shown = held if self.batches else trained
+        self.loader = make_loader(
+            PretrainPatches(store, shown, objective.views, int(config["seed"]) + 1, foreground_share=1.0),
+            StepSampler(0, max(1, self.batches), batch_size),
+            workers=0,
+        )
+
+    @torch.no_grad()
+    def __call__(self, state: State) -> dict[str, float]:
+        sums: dict[str, float] = {}
+        for number, batch in enumerate(self.loader):
+            batch = batch.to(self.fabric.device)
+            with self.fabric.autocast():
+                if self.batches:
+                    terms = self.objective(batch, 1.0)
+                    for name, value in {"total": terms.total, **terms.parts}.items():
+                        sums[f"val_{name}"] = sums.get(f"val_{name}", 0.0) + float(value) / self.batches
+                if number == 0 and self.fabric.is_global_zero:
+                    pictures: dict[str, Tensor] = self.objective.pictures(batch)
+                    save_pictures(self.folder / "pictures", state.step, pictures)
+        return sums
+
+
+def identity_of(config: Mapping[str, Any], store: Store) -> dict[str, Any]:
+    """What must be equal for a run to go on: all of the configuration that can change a number, and the data."""
+    kept = {k: v for k, v in config.items() if k not in ("run", "store", "debug", "experiment")}
+    kept["trainer"] = {
+        k: v for k, v in config["trainer"].items() if k not in ("workers", "log_every", "checkpoint_every")
+    }
+    return kept | {"store": store.fingerprint()}
+
+
+def provenance_of(
+    config: dict[str, Any], store: Store, state: State, samples: int, fabric: Fabric, parents: tuple[str, ...] = ()
+) -> Provenance:
+    device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else "cpu"
+    return Provenance(
+        version=__version__,
+        commit=commit_of_code(),
+        data=store.fingerprint(),
+        config=config,
+        seed=int(config["seed"]),
+        steps=state.step,
+        samples=samples,
+        hours=round(state.seconds * fabric.world_size / 3600, 4),
+        device=f"{fabric.world_size} x {device}",
+        parents=parents,
+    )
+
+
+def commit_of_code() -> str:
+    """The git commit of the checkout that the code runs from; empty when it was installed."""
+    head = Path(__file__).resolve().parents[2] / ".git" / "HEAD"
+    if not head.is_file():
+        return ""
+    text = head.read_text().strip()
+    if not text.startswith("ref: "):
+        return text
+    reference = head.parent / text.removeprefix("ref: ")
+    return reference.read_text().strip() if reference.is_file() else ""
+
+
+def optim_values(optim: Mapping[str, Any]) -> dict[str, Any]:
+    return {"lr": float(optim["lr"]), "weight_decay": float(optim["weight_decay"]), "betas": tuple(optim["betas"])}
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)

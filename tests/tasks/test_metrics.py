@@ -1,0 +1,152 @@
+"""Scores against hand-made cases, naive loops and DeepMind's reference."""
+
+from __future__ import annotations
+
+import itertools
+import sys
+
+import numpy as np
+import pytest
+
+from brainfm.specs import ConfigError
+from brainfm.tasks.metrics import bootstrap_interval, dice, surface_dice, volume_ml
+
+
+def blob(shape, spacing, shift=(0.0, 0.0, 0.0), radius=5.5):
+    """A ragged ball; the same seed makes the same noise, so that a shift moves the surface and not the noise."""
+    rng = np.random.default_rng(1)
+    axes = [(np.arange(n) - (n - 1) / 2) * s for n, s in zip(shape, spacing)]
+    x, y, z = np.meshgrid(*axes, indexing="ij")
+    cx, cy, cz = rng.uniform(-2, 2, 3)
+    noise = rng.normal(0, 0.6, shape)
+    distance = ((x - cx - shift[0]) ** 2 + (y - cy - shift[1]) ** 2 + (z - cz - shift[2]) ** 2) ** 0.5
+    return distance + noise < radius
+
+
+# google-deepmind/surface-distance 0.1, compute_surface_dice_at_tolerance: (shape, spacing, shift) -> at 1 mm, at 2 mm.
+DEEPMIND = [
+    ((20, 22, 18), (1.0, 1.0, 1.0), (1.0, 0.0, 0.5), 0.9738388877278792, 0.9996107829916597),
+    ((24, 20, 8), (0.8, 0.9, 4.0), (1.2, 0.0, 0.0), 0.9374515455590862, 0.9908663820671134),
+    ((10, 30, 24), (3.0, 0.5, 1.0), (0.0, 1.6, 0.0), 0.952429259424888, 0.9959538674080276),
+    ((14, 14, 14), (1.0, 1.0, 1.0), (3.0, 0.0, 0.0), 0.7114460923038392, 0.941995293534109),
+]
+
+
+@pytest.mark.parametrize(("shape", "spacing", "shift", "at_1", "at_2"), DEEPMIND)
+def test_surface_dice_is_deepminds(shape, spacing, shift, at_1, at_2):
+    pytest.importorskip("monai")
+    true, predicted = blob(shape, spacing), blob(shape, spacing, shift)
+    assert surface_dice(predicted, true, spacing) == pytest.approx(at_1, abs=1e-5)
+    assert surface_dice(predicted, true, spacing, tolerance_mm=2.0) == pytest.approx(at_2, abs=1e-5)
+
+
+def test_surface_dice_of_boxes_at_the_border():
+    """Reference values of the same package; the masks touch the border of the volume."""
+    pytest.importorskip("monai")
+    a, b = np.zeros((6, 6, 6), bool), np.zeros((6, 6, 6), bool)
+    a[:3, :3, :3] = b[:4, :3, :3] = True
+    assert surface_dice(a, b, (1.0, 1.0, 4.0)) == pytest.approx(1.0)
+    assert surface_dice(a, b, (2.0, 1.0, 1.0)) == pytest.approx(0.9130184649410933, abs=1e-5)
+
+
+def test_surface_dice_against_loops():
+    """Every 2x2x2 neighbourhood is looked at and every pair of surface elements measured, one after the other."""
+    pytest.importorskip("monai")
+    from monai.metrics.utils import get_code_to_measure_table
+
+    shape, spacing = (9, 8, 6), (1.0, 0.7, 2.5)
+    predicted, true = blob(shape, spacing, (1.0, 0.4, 0.0), 3.0), blob(shape, spacing, radius=3.4)
+    areas, kernel = get_code_to_measure_table(spacing)
+    weights = kernel.numpy()[0, 0]
+
+    def elements(mask):
+        padded = np.pad(mask, 1).astype(int)
+        for corner in itertools.product(*(range(n - 1) for n in padded.shape)):
+            code = int((padded[tuple(slice(c, c + 2) for c in corner)] * weights).sum())
+            if 0 < code < 255:
+                yield np.array(corner) * spacing, float(areas[code])
+
+    surfaces = [list(elements(predicted)), list(elements(true))]
+    near = total = 0.0
+    for one, other in (surfaces, surfaces[::-1]):
+        for place, area in one:
+            total += area
+            if min(np.linalg.norm(place - q) for q, _ in other) <= 1.0:
+                near += area
+    assert 0.3 < near / total < 0.99
+    assert surface_dice(predicted, true, spacing) == pytest.approx(near / total, abs=1e-5)
+
+
+def test_surface_dice_counts_millimetres():
+    pytest.importorskip("monai")
+    a, b = np.zeros((12, 12, 12), bool), np.zeros((12, 12, 12), bool)
+    a[3:8, 3:8, 3:8] = True
+    b[3:8, 3:8, 5:10] = True  # two voxels higher
+    assert surface_dice(a, b, (1.0, 1.0, 0.5)) > 0.99
+    assert surface_dice(a, b, (1.0, 1.0, 5.0)) < surface_dice(a, b, (1.0, 1.0, 1.0)) < 0.9
+
+
+def test_dice():
+    rng = np.random.default_rng(0)
+    p, t = rng.random((5, 6, 7)) < 0.3, rng.random((5, 6, 7)) < 0.4
+    both = sum(1 for i in np.ndindex(p.shape) if p[i] and t[i])
+    assert dice(p, t) == pytest.approx(2 * both / (p.sum() + t.sum()))
+    assert dice(p.astype(np.uint8) * 3, t) == dice(p, t)
+    assert dice(p, p) == 1
+    with pytest.raises(ValueError, match="one shape"):
+        dice(p, t[:4])
+
+
+def test_empty_masks_score_as_in_fomo():
+    empty, full = np.zeros((4, 4, 4), bool), np.ones((4, 4, 4), bool)
+    assert dice(empty, empty) == 1
+    assert dice(empty, full) == dice(full, empty) == 0
+    assert surface_dice(empty, empty, (1, 1, 1)) == 0
+    assert surface_dice(empty, full, (1, 1, 1)) == surface_dice(full, empty, (1, 1, 1)) == 0
+
+
+def test_surface_dice_refuses_senseless_spacing():
+    ones = np.ones((4, 4, 4), bool)
+    for spacing in ((1, 1, 0), (1, float("nan"), 1), (1, 1)):
+        with pytest.raises(ValueError, match="spacings > 0"):
+            surface_dice(ones, ones, spacing)
+
+
+def test_surface_dice_without_monai_says_what_to_install(monkeypatch):
+    monkeypatch.setitem(sys.modules, "monai.metrics", None)
+    ones = np.ones((4, 4, 4), bool)
+    with pytest.raises(ConfigError, match=r"pip install 'brainfm\[metrics\]'"):
+        surface_dice(ones, ones, (1, 1, 1))
+
+
+def test_volume():
+    mask = np.zeros((10, 10, 10), np.uint8)
+    mask[:5, :4, :2] = 7
+    assert volume_ml(mask, (0.5, 0.5, 4.0)) == pytest.approx(0.04)
+
+
+def test_bootstrap():
+    rng = np.random.default_rng(5)
+    values = rng.normal(0.7, 0.1, 200)
+    interval = bootstrap_interval(values, seed=3)
+    half = 1.96 * values.std() / np.sqrt(200)
+    assert interval.n == 200 and interval.mean == pytest.approx(values.mean())
+    assert interval.low == pytest.approx(values.mean() - half, abs=0.15 * half)
+    assert interval.high == pytest.approx(values.mean() + half, abs=0.15 * half)
+    assert bootstrap_interval(values, seed=3) == interval != bootstrap_interval(values, seed=4)
+
+
+def test_bootstrap_in_blocks_is_the_same_kind_of_answer(monkeypatch):
+    values = [0.1, 0.5, 0.6, 0.9, 0.3]
+    whole = bootstrap_interval(values, seed=1)
+    monkeypatch.setattr("brainfm.tasks.metrics._RESAMPLED_AT_ONCE", 37)
+    parts = bootstrap_interval(values, seed=1)
+    assert parts == whole  # the stream is read in the same order, whatever the block
+
+
+def test_bootstrap_of_one_and_of_nothing():
+    assert bootstrap_interval([0.4], seed=0).low == pytest.approx(0.4)
+    with pytest.raises(ValueError, match="at least one case"):
+        bootstrap_interval([], seed=0)
+    with pytest.raises(ValueError, match="1 of 2 values"):
+        bootstrap_interval([0.4, float("nan")], seed=0)

@@ -1,0 +1,179 @@
+"""Contrasts that come and go, and the loss against a reference."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import replace
+
+import pytest
+import torch
+
+from brainfm.batch import Batch
+from brainfm.nets.backbone import build_backbone
+from brainfm.specs import ConfigError, TaskSpec
+from brainfm.tasks.segmentation import SegmentationTask, soft_dice_loss
+from brainfm.tasks.task import build_task
+
+SPEC = TaskSpec("segmentation", "lesion", ("t1", "flair", "dwi"), (0, 4, 2), (16, 8, 8))
+
+
+def make_task(fusion="attention", seed=0):
+    torch.manual_seed(seed)
+    task = SegmentationTask(replace(SPEC, fusion=fusion), build_backbone("unet_tiny"))
+    with torch.no_grad():  # attention starts as the mean; here it must tell contrasts apart
+        for score in task.fusion.scores:
+            torch.nn.init.normal_(score.weight)
+    return task.eval()
+
+
+@pytest.mark.parametrize("fusion", ["mean", "attention"])
+def test_a_case_alone_and_in_a_mixed_batch_get_the_same_answer(fusion):
+    task = make_task(fusion)
+    image = torch.randn(4, 3, 16, 8, 8)
+    present = torch.tensor([[1, 1, 1], [0, 1, 0], [1, 0, 0], [1, 1, 0]], dtype=torch.bool)
+    together = task(image, present)
+    assert together.shape == (4, 3, 16, 8, 8)
+    for b in range(4):
+        assert torch.allclose(task(image[b : b + 1], present[b : b + 1]), together[b : b + 1], atol=1e-5)
+
+
+def test_absent_contrasts_are_never_looked_at():
+    task = make_task()
+    image = torch.randn(2, 3, 16, 8, 8)
+    present = torch.tensor([[True, False, True], [True, False, False]])
+    spoilt = image.masked_fill(~present[:, :, None, None, None], math.nan)
+    assert torch.equal(task(image, present), task(spoilt, present))
+    task(spoilt, present).square().mean().backward()
+    assert all(torch.isfinite(p.grad).all() for p in task.parameters())
+
+
+def test_absent_contrasts_cost_nothing(monkeypatch):
+    task = make_task()
+    encoded = []
+    real = task.backbone.features
+    monkeypatch.setattr(task.backbone, "features", lambda scans: encoded.append(len(scans)) or real(scans))
+    task(torch.randn(3, 3, 16, 8, 8), torch.tensor([[1, 0, 1], [1, 0, 0], [1, 0, 0]], dtype=torch.bool))
+    assert sum(encoded) == 4
+
+
+def test_the_order_of_contrasts_does_not_matter():
+    task = make_task()
+    image, present = torch.randn(1, 3, 16, 8, 8), torch.tensor([[True, True, False]])
+    swapped = task(image[:, [1, 0, 2]], present[:, [1, 0, 2]])
+    assert torch.allclose(task(image, present), swapped, atol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient():
+    task = make_task().train()
+    batch = Batch(
+        torch.randn(2, 3, 16, 8, 8),
+        torch.arange(2),
+        present=torch.tensor([[True, True, False], [False, True, True]]),
+        label=torch.randint(3, (2, 16, 8, 8)),
+    )
+    task.loss(task(batch.image, batch.present), batch).total.backward()
+    for name, parameter in task.named_parameters():
+        assert parameter.grad is not None, name
+        # A bias in front of instance norm is subtracted again: its gradient is 0 up to rounding.
+        assert name.endswith(".0.bias") or parameter.grad.abs().max() > 0, name
+
+
+def test_the_loss_is_monais():
+    losses = pytest.importorskip("monai.losses")
+    reference = losses.DiceCELoss(
+        include_background=False, to_onehot_y=True, softmax=True, batch=True, smooth_nr=1e-5, smooth_dr=1e-5
+    )
+    logits, label = torch.randn(3, 3, 6, 5, 4), torch.randint(3, (3, 6, 5, 4))
+    terms = make_task().loss(logits, Batch(torch.empty(3, 3, 1, 1, 1), torch.arange(3), label=label))
+    # monai weighs the cross-entropy over all classes, the Dice over the foreground: as we do
+    assert terms.total.item() == pytest.approx(reference(logits, label[:, None]).item(), abs=1e-5)
+    assert terms.total.item() == pytest.approx(sum(p.item() for p in terms.parts.values()))
+    assert not any(p.requires_grad for p in terms.parts.values())
+
+
+def test_soft_dice_against_loops():
+    probabilities = torch.softmax(torch.randn(2, 3, 4, 3, 2), dim=1)
+    label = torch.randint(3, (2, 4, 3, 2))
+    scores = []
+    for k in (1, 2):
+        both = predicted = true = 0.0
+        for b in range(2):
+            for x in range(4):
+                for y in range(3):
+                    for z in range(2):
+                        p, t = probabilities[b, k, x, y, z].item(), float(label[b, x, y, z] == k)
+                        both, predicted, true = both + p * t, predicted + p, true + t
+        scores.append((2 * both + 1e-5) / (predicted + true + 1e-5))
+    assert soft_dice_loss(probabilities, label).item() == pytest.approx(1 - sum(scores) / 2, abs=1e-6)
+
+
+def test_a_batch_without_foreground_stays_finite():
+    logits = torch.full((2, 3, 4, 4, 4), -50.0)
+    logits[:, 0] = 50.0
+    logits.requires_grad_()
+    terms = make_task().loss(logits, Batch(logits, torch.arange(2), label=torch.zeros(2, 4, 4, 4, dtype=torch.long)))
+    terms.total.backward()
+    assert terms.total.item() == pytest.approx(0.0, abs=1e-4) and torch.isfinite(logits.grad).all()
+
+
+def test_the_loss_is_float32_under_autocast():
+    task = make_task()
+    label = torch.randint(3, (1, 16, 8, 8))
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        logits = task(torch.randn(1, 3, 16, 8, 8), torch.ones(1, 3, dtype=torch.bool))
+        terms = task.loss(logits, Batch(logits, torch.arange(1), label=label))
+    assert logits.dtype == torch.bfloat16 and terms.total.dtype == torch.float32
+
+
+def test_it_learns_a_bright_cube():
+    torch.manual_seed(0)
+    task = make_task().train()
+    image = torch.randn(1, 3, 16, 8, 8) * 0.1
+    label = torch.zeros(1, 16, 8, 8, dtype=torch.long)
+    label[:, 4:9, 2:6, 2:6] = 1
+    image[:, 1][label > 0] += 3
+    batch = Batch(image, torch.arange(1), present=torch.tensor([[True, True, False]]), label=label)
+    optimizer = torch.optim.Adam(task.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        task.loss(task(batch.image, batch.present), batch).total.backward()
+        optimizer.step()
+    decoded = task.decode(task(batch.image, batch.present))
+    assert decoded.dtype == torch.uint8 and decoded.shape == (1, 16, 8, 8)
+    assert ((decoded == 4) == (label == 1)).float().mean() > 0.98
+
+
+def test_decode_gives_label_values():
+    logits = torch.zeros(1, 3, 1, 1, 3)
+    for z, k in enumerate((2, 0, 1)):
+        logits[0, k, 0, 0, z] = 1
+    assert make_task().decode(logits).flatten().tolist() == [2, 0, 4]
+
+
+@pytest.mark.parametrize(
+    ("change", "text"),
+    [
+        ({"kind": "regression"}, "task.kind='regression'"),
+        ({"contrasts": ()}, "one or more contrasts"),
+        ({"contrasts": ("t1", "t1")}, "each once"),
+        ({"values": (0,)}, "at least one other value"),
+        ({"values": (1, 0)}, "0 for the background"),
+        ({"values": (0, 2035)}, "uint8"),
+        ({"values": (0, 1, 1)}, "distinct"),
+        ({"patch_vox": (10, 8, 8)}, "patch_vox"),
+        ({"fusion": "sum"}, "fusion"),
+    ],
+)
+def test_refused_specs(change, text):
+    with pytest.raises(ConfigError, match=text):
+        build_task(replace(SPEC, **change), build_backbone("unet_tiny"))
+
+
+def test_refused_images():
+    task = make_task()
+    with pytest.raises(ValueError, match="at least one contrast"):
+        task(torch.zeros(2, 3, 16, 8, 8), torch.tensor([[True, True, True], [False, False, False]]))
+    with pytest.raises(ValueError, match="expected"):
+        task(torch.zeros(2, 2, 16, 8, 8), torch.ones(2, 2, dtype=torch.bool))
+    with pytest.raises(ValueError, match=r"batch\.label"):
+        task.loss(torch.zeros(1, 3, 2, 2, 2), Batch(torch.zeros(1, 3, 2, 2, 2), torch.arange(1)))

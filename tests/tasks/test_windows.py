@@ -1,0 +1,102 @@
+"""The sliding window against monai's and against its promises."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from brainfm.tasks.windows import gaussian_weight, predict_windows, window_slices
+
+PATCH = (12, 10, 8)
+
+
+class Tiny(torch.nn.Module):
+    """A network whose answer depends on where the window lies: padding of the convolutions is seen at its borders."""
+
+    def __init__(self, contrasts: int = 2, classes: int = 3) -> None:
+        super().__init__()
+        self.first = torch.nn.Conv3d(contrasts, 6, 5, padding=2)
+        self.last = torch.nn.Conv3d(6, classes, 3, padding=1)
+
+    def forward(self, image, present):
+        return self.last(torch.relu(self.first(image * present[:, :, None, None, None])))
+
+
+@pytest.fixture
+def network():
+    torch.manual_seed(0)
+    return Tiny().eval()
+
+
+@pytest.mark.parametrize("shape", [(25, 21, 17), (12, 10, 8), (30, 10, 9)])
+@pytest.mark.parametrize(("overlap", "batch"), [(0.5, 2), (0.25, 3), (0.0, 1)])
+def test_equals_monai(network, shape, overlap, batch):
+    inferers = pytest.importorskip("monai.inferers")
+    image = torch.randn(2, *shape)
+    present = torch.tensor([True, True])
+    ours = predict_windows(network, image, present, PATCH, overlap=overlap, batch=batch)
+    with torch.no_grad():
+        theirs = inferers.sliding_window_inference(
+            image[None],
+            PATCH,
+            2,
+            lambda x: torch.softmax(network(x, present.expand(len(x), -1)), dim=1),
+            overlap=overlap,
+            mode="gaussian",
+        )[0]
+    assert ours.shape == (3, *shape) and ours.dtype == torch.float32
+    assert torch.allclose(ours, theirs, atol=1e-4)
+    assert torch.allclose(ours.sum(0), torch.ones(shape), atol=1e-5)
+
+
+def test_a_thin_volume_is_padded_with_each_contrasts_minimum(network):
+    image = torch.randn(2, 7, 20, 3)
+    seen = []
+
+    def spy(patches, present):
+        seen.append(patches)
+        return network(patches, present)
+
+    out = predict_windows(spy, image, torch.tensor([True, True]), PATCH)
+    assert out.shape == (3, 7, 20, 3) and torch.isfinite(out).all()
+    for patches in seen:
+        assert patches.shape[2:] == PATCH
+        for contrast in range(2):
+            assert (patches[:, contrast, :2] == image[contrast].min()).all()  # 12 - 7 = 5: two before, three after
+            assert (patches[:, contrast, 9:] == image[contrast].min()).all()
+
+
+def test_windows_cover_and_stay_inside():
+    covered = torch.zeros(25, 21, 17, dtype=torch.bool)
+    for window in window_slices((25, 21, 17), PATCH, 0.5):
+        assert tuple(s.stop - s.start for s in window) == PATCH and all(s.start >= 0 for s in window)
+        covered[window] = True
+    assert covered.all()
+    assert len(list(window_slices(PATCH, PATCH, 0.5))) == 1
+
+
+def test_weights_are_symmetric_and_positive():
+    weight = gaussian_weight((9, 8, 7))
+    assert torch.allclose(weight, weight.flip(0, 1, 2)) and weight.min() >= 1e-3 and weight.argmax() > 0
+    assert float(gaussian_weight((9, 9, 9))[4, 4, 4]) == 1.0
+
+
+def test_bfloat16_is_near(network):
+    image, present = torch.randn(2, 15, 12, 9), torch.tensor([True, False])
+    full = predict_windows(network, image, present, PATCH)
+    half = predict_windows(network, image, present, PATCH, autocast=torch.bfloat16)
+    assert half.dtype == torch.float32 and 0 < (full - half).abs().max() < 0.03
+
+
+@pytest.mark.parametrize(
+    ("shape", "present", "overlap", "text"),
+    [
+        ((2, 9, 9), [True, True], 0.5, r"expected \[M, X, Y, Z\]"),
+        ((2, 9, 9, 9), [False, False], 0.5, "contrast present"),
+        ((2, 9, 9, 9), [True], 0.5, r"expected \[M, X, Y, Z\]"),
+        ((2, 9, 9, 9), [True, True], 1.0, "overlap"),
+    ],
+)
+def test_refusals(network, shape, present, overlap, text):
+    with pytest.raises(ValueError, match=text):
+        predict_windows(network, torch.zeros(shape), torch.tensor(present), PATCH, overlap=overlap)
