@@ -1,4 +1,4 @@
-"""The verbs of the command line. The only file that knows hydra; what is heavy is imported by the verb that needs it."""
+"""The verbs of the command line. The only file that knows hydra; heavy imports wait for the verb that needs them."""
 
 from __future__ import annotations
 
@@ -124,6 +124,8 @@ def resolve(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
         if key in seen:
             raise ConfigError(f"{key} is given twice ({seen[key]} and {value}), expected once")
         seen[key] = value
+        if (configs() / key).is_dir() and value not in [*options(key), "null"]:
+            raise ConfigError(f"{key}={value}: expected one of {', '.join(options(key))}")
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
@@ -137,7 +139,7 @@ def resolve(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
                 raise ConfigError(f"brainfm {verb}: {', '.join(missing)} must be given, e.g. {missing[0]}=...")
             return OmegaConf.to_container(composed, resolve=True)  # type: ignore[return-value]
     except (HydraException, OmegaConfBaseException) as error:
-        raise ConfigError(_hydra_sentence(verb, seen, error)) from error
+        raise ConfigError(_hydra_sentence(verb, error)) from error
 
 
 def _for_hydra(key: str, value: str) -> str:
@@ -147,11 +149,8 @@ def _for_hydra(key: str, value: str) -> str:
     return f"{key}={value}"
 
 
-def _hydra_sentence(verb: str, seen: dict[str, str], error: Exception) -> str:
+def _hydra_sentence(verb: str, error: Exception) -> str:
     text = str(error)
-    for group, value in seen.items():
-        if (configs() / group).is_dir() and value not in [*options(group), "null"]:
-            return f"{group}={value}: expected one of {', '.join(options(group)) or 'none yet'}"
     unknown = re.search(r"Could not override '([^']+)'|Key '([^']+)' is not in struct|No match in the defaults", text)
     if unknown:
         key = unknown.group(1) or unknown.group(2) or "a key"
@@ -258,40 +257,47 @@ def _predict(config: dict[str, Any]) -> int:
     from brainfm.inference.predict import predict, predict_manifest
     from brainfm.training.monitor import Progress
 
+    how = {"device": config["device"], "precision": config["precision"]}
     if bool(config["input"]) == bool(config["manifest"]):
         raise ConfigError("brainfm predict: expected either input.CONTRAST=FILE or manifest=FILE")
     if not config["manifest"]:
-        predict(config["bundle"], config["input"], out=config["out"], on=config["on"], device=config["device"])
+        predict(config["bundle"], config["input"], out=config["out"], on=config["grid"], **how)
         print(config["out"])
         return 0
-    from brainfm.data.manifest import read_manifest
-
-    manifest = read_manifest(Path(config["manifest"]))
-    with Progress("predict", len(manifest.sessions())) as bar:
+    with Progress("predict", 0) as bar:
         report = predict_manifest(
-            config["bundle"],
-            manifest,
-            Path(config["out"]),
-            device=config["device"],
-            progress=lambda done, total: _move(bar, done, total),
-        )
-    print(f"{config['out']}: {report}")
+            config["bundle"], config["manifest"], config["out"],
+            progress=lambda done, total: _move(bar, done, total), **how,
+        )  # fmt: skip
+    for key, reason in report.failures.items():
+        print(f"left out: {'/'.join(key)}: {reason}")
+    print(f"{config['out']}: {report.done} masks made, {report.kept} were there, {len(report.failures)} failed")
     return 0
 
 
 def _evaluate(config: dict[str, Any]) -> int:
-    from brainfm.inference.evaluate import evaluate
+    from brainfm.inference.evaluate import describe, evaluate
+    from brainfm.training.monitor import Progress
 
-    if bool(config["bundle"]) == bool(config["predictions"]):
-        raise ConfigError("brainfm evaluate: expected either bundle=DIR or predictions=DIR")
-    print(evaluate(config))
+    with Progress("evaluate", 0) as bar:
+        found = evaluate(
+            config["manifest"], config["out"], bundle=config["bundle"], predictions=config["predictions"],
+            seed=int(config["seed"]), device=config["device"], precision=config["precision"],
+            progress=lambda done, total: _move(bar, done, total),
+        )  # fmt: skip
+    print("\n".join(describe(found.summary)))
     return 0
 
 
 def _demo(config: dict[str, Any]) -> int:
     from brainfm.demo import demo
 
-    print(demo(Path(config["out"]), int(config["seed"]), _workers(config)))
+    summary = demo(config, main)
+    print(
+        f"{Path(config['out']) / 'report.html'}: {summary['n_cases']} test subjects, "
+        f"Dice {summary['dice_pretrained']:.3f} pre-trained, {summary['dice_scratch']:.3f} from scratch, "
+        f"{summary['seconds']['in all'] / 60:.1f} min"
+    )
     return 0
 
 

@@ -37,7 +37,7 @@ class Volume:
 
     @property
     def shape(self) -> tuple[int, int, int]:
-        return self.voxels.shape  # type: ignore[return-value]
+        return self.voxels.shape
 
     @property
     def spacing_mm(self) -> tuple[float, float, float]:

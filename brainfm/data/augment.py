@@ -66,8 +66,10 @@ def draw(batch: Batch, spec: AugmentSpec, seed: int) -> Draw:
         noise_seeds.append(int(rng.integers(2**62)))
     theta = np.stack(thetas).astype(np.float32)
     still = np.allclose(theta, np.eye(3, 4))
-    floats = [torch.from_numpy(np.stack(v).astype(np.float32)) for v in (gains, offsets, gammas, noises)]
-    return Draw(None if still else torch.from_numpy(theta), *floats, tuple(noise_seeds))
+    gain, offset, gamma, noise = (
+        torch.from_numpy(np.stack(v).astype(np.float32)) for v in (gains, offsets, gammas, noises)
+    )
+    return Draw(None if still else torch.from_numpy(theta), gain, offset, gamma, noise, tuple(noise_seeds))
 
 
 def _draw_theta(rng: np.random.Generator, spec: AugmentSpec, shape_vox: tuple[int, ...]) -> np.ndarray:

@@ -13,7 +13,8 @@ import os
 import re
 from collections import Counter
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import lru_cache
 from pathlib import Path
 
 from brainfm.specs import ManifestError
@@ -109,6 +110,7 @@ def contrast_of(text: str) -> str:
     return plain
 
 
+@lru_cache(maxsize=65536)
 def _contrast_of_words(name: str) -> str:
     words = re.sub(r"[^a-z0-9]+", "_", name).strip("_")
     for contrast, pattern in _RULES:
@@ -220,7 +222,10 @@ def write_manifest(path: str | os.PathLike[str], scans: Iterable[Scan]) -> None:
     """
     path = Path(path).absolute()
     delimiter = _delimiter(path)
-    ordered = sorted(scans, key=lambda s: (s.dataset, s.subject, s.session, s.contrast, s.path))
+    prefix = f"{path.parent}{os.sep}"
+    ordered = sorted(
+        (_written(scan, prefix) for scan in scans), key=lambda s: (s.dataset, s.subject, s.session, s.contrast, s.path)
+    )
     if not ordered:
         raise ManifestError(f"no scan to write to {path}, expected at least one")
     _check(ordered, path, None)
@@ -231,16 +236,18 @@ def write_manifest(path: str | os.PathLike[str], scans: Iterable[Scan]) -> None:
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerow([*REQUIRED, *further])
-    paths = {name for name in further if name.endswith(LABEL_ENDINGS)}
-    prefix = f"{path.parent}{os.sep}"
     for scan in ordered:
-        cells = (scan.columns.get(name, "") for name in further)
-        shown = [cell.removeprefix(prefix) if name in paths else cell for name, cell in zip(further, cells)]
-        writer.writerow([*scan.key, scan.contrast, scan.path.removeprefix(prefix), *shown])
+        writer.writerow([*scan.key, scan.contrast, scan.path, *(scan.columns.get(name, "") for name in further)])
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text.getvalue(), encoding="utf-8", newline="")
     os.replace(part, path)
+
+
+def _written(scan: Scan, prefix: str) -> Scan:
+    """The scan with its paths relative to the manifest's folder where they lie below it."""
+    labels = {name: cell.removeprefix(prefix) for name, cell in label_paths(scan).items()}
+    return replace(scan, path=scan.path.removeprefix(prefix), columns={**scan.columns, **labels})
 
 
 def check_files(manifest: Manifest) -> None:

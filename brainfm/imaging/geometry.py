@@ -66,8 +66,6 @@ def resample(
     """
     transform = np.linalg.inv(affine_mm) @ target_affine_mm
     dtype = array.dtype if order == "nearest" else np.dtype(np.float32)
-    if order != "nearest" and array.dtype != np.float32:
-        array = array.astype(np.float32, order="K")
     permutation = _parallel_axes(transform, target_shape)
     if permutation is None:
         return _resample_oblique(array, transform, target_shape, order, fill, dtype)
@@ -112,7 +110,9 @@ def resample_labels(
     return result
 
 
-def session_grid(volumes: Mapping[str, Grid], reference: str, spacing_mm: tuple[float, float, float]) -> tuple[Shape, np.ndarray]:
+def session_grid(
+    volumes: Mapping[str, Grid], reference: str, spacing_mm: tuple[float, float, float]
+) -> tuple[Shape, np.ndarray]:
     """One grid for all scans of a session: the reference's directions, the union of all fields of view.
 
     The grid starts at an edge of the reference's field of view, so a reference that already has `spacing_mm` keeps its
@@ -155,6 +155,33 @@ def box_between(
     return moved.min(axis=1), moved.max(axis=1)
 
 
+def extent_between(
+    mask: np.ndarray, affine_mm: np.ndarray, other_affine_mm: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The extent, on another grid, of the voxels of a mask; exact for oblique grids too.
+
+    Args:
+        mask: bool [X, Y, Z] with at least one voxel set.
+
+    Returns:
+        As box_between.
+    """
+    plane = np.logical_or.reduce(mask, axis=2)
+    spans = [np.flatnonzero(hit) for hit in (plane.any(axis=1), plane.any(axis=0), mask.any(axis=(0, 1)))]
+    start, stop = np.array([span[0] for span in spans]), np.array([span[-1] + 1 for span in spans])
+    transform = np.linalg.inv(other_affine_mm) @ affine_mm
+    if _parallel_axes(transform, tuple(stop - start)) is not None:
+        return box_between(start, stop, affine_mm, other_affine_mm)
+    # The extremes lie at the ends of the rows of voxels along any axis.
+    rows = mask[tuple(slice(*ends) for ends in zip(start, stop, strict=True))]
+    x, y = np.nonzero(plane[start[0] : stop[0], start[1] : stop[1]])
+    first, last = rows.argmax(axis=2)[x, y], rows.shape[2] - 1 - rows[:, :, ::-1].argmax(axis=2)[x, y]
+    points = np.concatenate([np.stack([x, y, z]) for z in (first, last)], axis=1) + start[:, None]
+    moved = transform[:3, :3] @ points + transform[:3, 3:]
+    half = np.abs(transform[:3, :3]).sum(axis=1) / 2  # of a voxel
+    return moved.min(axis=1) - half, moved.max(axis=1) + half
+
+
 def cropped_affine(affine_mm: np.ndarray, start_vox: tuple[int, int, int]) -> np.ndarray:
     """The affine of array[start:...], [4, 4]."""
     affine = np.array(affine_mm, dtype=np.float64)
@@ -192,7 +219,8 @@ def _place(step: float, offset: float, source_size: int, target_size: int, order
     start, stop = int(inside[0]), int(inside[-1]) + 1
     position = position[start:stop]
     nearest = np.clip(np.floor(position + 0.5), 0, source_size - 1).astype(np.intp)
-    if order == "nearest" or np.abs(position - nearest).max() <= SAME_VOX:
+    same_size = abs(step) <= 1 + SAME_VOX  # larger target voxels hold several centres and are averages of them
+    if order == "nearest" or (same_size and np.abs(position - nearest).max() <= SAME_VOX):
         return _Axis(start, stop, nearest, None)
     weights = _weights(position, source_size, max(1.0, abs(step)), order)
     used = np.flatnonzero(weights.any(axis=0))
@@ -245,10 +273,10 @@ def _parallel_axes(transform: np.ndarray, target_shape: Shape) -> tuple[int, int
 
 
 def _is_same_lattice(transform: np.ndarray, target_shape: Shape) -> bool:
-    """Whether every target centre is a source centre (where there is one)."""
-    if _parallel_axes(transform, target_shape) is None:
-        return False
+    """Whether the voxels of both grids are the same boxes, but for whole steps, flips and the order of axes."""
     whole = np.rint(transform[:3])
+    if (np.abs(whole[:, :3]).sum(axis=0) != 1).any():
+        return False
     off = np.abs(transform[:3] - whole)
     return bool((off @ np.array([*target_shape, 1])).max() <= SAME_VOX)
 
@@ -265,14 +293,18 @@ def _resample_parallel(
     limits = (array.min(), array.max()) if weighted and order == "cubic" else None
     for i, axis in enumerate(axes):  # slices first: they make the products smaller
         array = _slice_along(array, axis, i)
+    if weighted and array.dtype != np.float32:
+        array = array.astype(np.float32, order="K")
     for i in sorted(weighted, key=lambda i: axes[i].weights.shape[0] / axes[i].weights.shape[1]):  # type: ignore[union-attr]
         array = _multiply_along(array, axes[i].weights, i)  # type: ignore[arg-type]
     if limits is not None:
         np.clip(array, *limits, out=array)
-    if whole:
-        return np.ascontiguousarray(array) if weighted else np.array(array, order="C")
-    result = np.full(target_shape, fill, dtype=dtype)
-    result[inside] = array
+    if whole and weighted and array.flags.c_contiguous:
+        return array
+    result = np.empty(target_shape, dtype=dtype) if whole else np.full(target_shape, fill, dtype=dtype)
+    destination = result[inside]
+    for j in range(array.shape[1]):  # plane by plane: from Fortran to C order this stays within the processor's cache
+        destination[:, j] = array[:, j]
     return result
 
 
@@ -320,7 +352,7 @@ def _resample_oblique(
     outside = _outside(linear, offset, size, shape)
     limits = array.min(), array.max()
     if order != "nearest":
-        array, scale, shift = _averaged(array, linear)
+        array, scale, shift = _averaged(array.astype(np.float32, order="K"), linear)
         linear, offset = linear * scale[:, None], offset * scale + shift
     part = scipy.ndimage.affine_transform(
         array,
@@ -409,7 +441,7 @@ def _class_share(
     Returns:
         float32 array, and the box of the target that it belongs to.
     """
-    # Beside its box the class is absent, but the edge of the array must stay an edge: widen the box by what the kernel sees.
+    # Beside its box the class is absent, but an edge of the array must stay one: widen the box by what the kernel sees.
     reach = np.ceil(np.maximum(1, np.sqrt((transform[:3, :3] ** 2).sum(axis=1)))).astype(int) * 2 + 1
     start = np.maximum([side.start for side in source_box] - reach, 0)
     stop = np.minimum([side.stop for side in source_box] + reach, labels.shape)
@@ -422,5 +454,5 @@ def _class_share(
     shape = tuple(max(0, side.stop - side.start) for side in box)
     if 0 in shape:
         return np.zeros(shape, dtype=np.float32), box
-    share = resample(indicator, np.eye(4), shape, local, order="linear", fill=0)  # type: ignore[arg-type]
+    share = resample(indicator, np.eye(4), shape, local, order="linear", fill=0)
     return share, box

@@ -52,21 +52,18 @@ def foreground(volume: Volume) -> np.ndarray:
         ScanError: all voxels have one value.
     """
     voxels = volume.voxels
-    low, high = float(voxels.min()), float(voxels.max())
-    if low == high:
-        raise ScanError(f"all voxels have the value {low:g}, expected an image")
     background = _background_value(voxels)
     sample = _sample(voxels)
     if background is not None:
-        sample = sample[sample != background]
         differs = voxels != background
         share = np.count_nonzero(differs) / voxels.size
-        if 0 < share < _MOST_FOREGROUND and not _is_noisy(sample, background):
+        if share == 0:
+            raise ScanError(f"all voxels have the value {background:g}, expected an image")
+        sample = sample[sample != background]
+        if sample.size == 0 or (share < _MOST_FOREGROUND and not _is_noisy(sample, background)):
             return differs
-    if sample.size == 0:
-        return voxels != background
     mask = _above_threshold(voxels, _threshold(sample), volume.spacing_mm)
-    return mask if mask.any() else voxels > low
+    return mask if mask.any() else voxels > voxels.min()
 
 
 def statistics(voxels: np.ndarray, mask: np.ndarray, clip_percentiles: tuple[float, float]) -> Stats:
@@ -75,16 +72,43 @@ def statistics(voxels: np.ndarray, mask: np.ndarray, clip_percentiles: tuple[flo
     Raises:
         ScanError: the foreground is empty or has one value.
     """
-    values = voxels[mask].astype(np.float32, copy=False)
+    order = np.argsort(np.abs(voxels.strides))[::-1]  # selecting in memory order is several times faster
+    values = voxels.transpose(order)[mask.transpose(order)]
     if values.size == 0:
         raise ScanError("no foreground was found, expected an image of a head")
+    counted = values.dtype.kind in "iu" and values.dtype.itemsize <= 2
+    stats = _by_counting(values, clip_percentiles) if counted else _by_sorting(values, clip_percentiles)
+    if not (stats.high > stats.low and stats.std > 0):
+        raise ScanError(f"nearly all of the foreground has the value {stats.low:g}, expected an image")
+    return stats
+
+
+def _by_sorting(values: np.ndarray, clip_percentiles: tuple[float, float]) -> Stats:
+    values = values.astype(np.float32)
     low, high = (float(p) for p in np.percentile(values, clip_percentiles, overwrite_input=True))
     np.clip(values, low, high, out=values)
     mean = float(values.mean(dtype=np.float64))
     values -= np.float32(mean)
     std = float(np.sqrt(np.square(values, out=values).mean(dtype=np.float64)))
-    if not (high > low and std > 0):
-        raise ScanError(f"nearly all of the foreground has the value {low:g}, expected an image")
+    return Stats(low, high, mean, std)
+
+
+def _by_counting(values: np.ndarray, clip_percentiles: tuple[float, float]) -> Stats:
+    """The same from a histogram, ten times faster; for whole numbers of at most 16 bits."""
+    lowest = int(values.min())
+    counts = np.bincount(values.astype(np.int32) - lowest)
+    levels = lowest + np.arange(len(counts), dtype=np.float64)
+    cumulated = np.cumsum(counts)
+
+    def percentile(percent: float) -> float:
+        rank = percent / 100 * (values.size - 1)
+        below, above = levels[np.searchsorted(cumulated, [np.floor(rank), np.ceil(rank)], side="right")]
+        return float(below + (above - below) * (rank - np.floor(rank)))
+
+    low, high = (percentile(p) for p in clip_percentiles)
+    clipped = np.clip(levels, low, high)
+    mean = float((clipped * counts).sum() / values.size)
+    std = float(np.sqrt((np.square(clipped - mean) * counts).sum() / values.size))
     return Stats(low, high, mean, std)
 
 
@@ -118,8 +142,8 @@ def standardise(
 
 def _background_value(voxels: np.ndarray) -> float | None:
     """The value that most of the border has, if there is one."""
-    faces = [np.take(voxels, i, axis=axis).ravel() for axis in range(3) for i in (0, -1)]
-    values, counts = np.unique(np.concatenate(faces), return_counts=True)
+    faces = [voxels[i] for i in (0, -1)] + [voxels[:, i] for i in (0, -1)] + [voxels[:, :, i] for i in (0, -1)]
+    values, counts = np.unique(np.concatenate([face.ravel() for face in faces]), return_counts=True)
     most = int(counts.argmax())
     return float(values[most]) if counts[most] >= _BORDER_SHARE * counts.sum() else None
 
@@ -127,7 +151,7 @@ def _background_value(voxels: np.ndarray) -> float | None:
 def _sample(voxels: np.ndarray) -> np.ndarray:
     """At most about a million voxels on a regular lattice, enough for robust percentiles."""
     step = max(1, round((voxels.size / 500_000) ** (1 / 3)))
-    return voxels[::step, ::step, ::step].ravel()
+    return voxels[::step, ::step, ::step].ravel().astype(np.float32)
 
 
 def _threshold(sample: np.ndarray) -> float:
@@ -146,6 +170,7 @@ def _is_noisy(sample: np.ndarray, background: float) -> bool:
 
 def _above_threshold(voxels: np.ndarray, threshold: float, spacing_mm: tuple[float, float, float]) -> np.ndarray:
     """Voxels above the threshold, in and beside blocks whose mean is above it too, without specks."""
+    voxels = voxels.astype(np.float32, order="K", copy=False)
     if not voxels.flags.c_contiguous and voxels.flags.f_contiguous:
         return _above_threshold(voxels.T, threshold, (spacing_mm[2], spacing_mm[1], spacing_mm[0])).T
     factors = [max(1, round(_COARSE_MM / spacing)) for spacing in spacing_mm]

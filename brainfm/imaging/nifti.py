@@ -44,7 +44,7 @@ class FileGrid:
         """A view of [..., file axes] as [..., X, Y, Z]: axes permuted and flipped, nothing else."""
         self._check(array, self.shape_vox)
         lead = array.ndim - 3
-        turned = array[(..., *(slice(None, None, flip) for _, flip in self.orientation))]
+        turned = array[self._flips()]
         order = [0, 0, 0]
         for file_axis, (ras_axis, _) in enumerate(self.orientation):
             order[ras_axis] = lead + file_axis
@@ -55,7 +55,7 @@ class FileGrid:
         self._check(array, self.ras_shape())
         lead = array.ndim - 3
         turned = array.transpose(*range(lead), *(lead + ras_axis for ras_axis, _ in self.orientation))
-        return turned[(..., *(slice(None, None, flip) for _, flip in self.orientation))]
+        return turned[self._flips()]
 
     def ras_shape(self) -> tuple[int, int, int]:
         """The shape of the reoriented array."""
@@ -91,6 +91,9 @@ class FileGrid:
             orientation=tuple((int(axis), int(flip)) for axis, flip in values["orientation"]),
         )
 
+    def _flips(self) -> tuple[Any, ...]:
+        return (..., *(slice(None, None, flip) for _, flip in self.orientation))
+
     @staticmethod
     def _check(array: np.ndarray, shape: tuple[int, int, int]) -> None:
         if array.shape[-3:] != shape:
@@ -123,7 +126,7 @@ def read_header(path: Path) -> Header:
     return _interpret(_parse(_first_bytes(path), path), path)
 
 
-def read(path: Path, *, labels: bool = False) -> tuple[Volume, FileGrid]:
+def read(path: Path, *, labels: bool = False, compact: bool = False) -> tuple[Volume, FileGrid]:
     """The voxels on RAS+ axes, and the grid they came from.
 
     Non-finite voxels, where they are at most 1 % of all, become 0. The array keeps the file's memory order.
@@ -131,6 +134,7 @@ def read(path: Path, *, labels: bool = False) -> tuple[Volume, FileGrid]:
     Args:
         path: a ``.nii`` or ``.nii.gz`` file.
         labels: return int32, and insist on whole numbers; else float32 with the header's scaling applied.
+        compact: whole numbers of 8 or 16 bits that need no scaling stay as they are, read-only and without a copy.
 
     Raises:
         ScanError: as read_header, and where the file is cut short or damaged, has more than 1 % of non-finite voxels,
@@ -141,7 +145,12 @@ def read(path: Path, *, labels: bool = False) -> tuple[Volume, FileGrid]:
     grid = _interpret(header, path).grid
     stored = grid.to_ras(_stored_voxels(raw, header, grid.shape_vox, path))
     slope, intercept = _scaling(header)
-    voxels = _as_labels(stored, slope, intercept, path) if labels else _as_image(stored, slope, intercept, path)
+    if labels:
+        voxels = _as_labels(stored, slope, intercept, path)
+    elif compact and stored.dtype.kind in "iu" and stored.dtype.itemsize <= 2 and (slope, intercept) == (1, 0):
+        voxels = stored if stored.dtype.isnative else stored.astype(stored.dtype.newbyteorder("="), order="K")
+    else:
+        voxels = _as_image(stored, slope, intercept, path)
     try:
         return Volume(voxels, grid.ras_affine()), grid
     except ValueError as error:
@@ -151,7 +160,7 @@ def read(path: Path, *, labels: bool = False) -> tuple[Volume, FileGrid]:
 def write_labels(path: Path, labels_ras: np.ndarray, like: Path) -> None:
     """Write a label map on the grid of another file: same shape, same sform and qform with their codes, uint8.
 
-    Free text and extensions of `like` are not copied, for they may name the patient. A crash leaves no half-written file.
+    Free text and extensions of `like` are not copied, for they may name the patient. A crash leaves no half a file.
 
     Args:
         path: ``.nii`` or ``.nii.gz``; an existing file is replaced.
@@ -221,7 +230,8 @@ def voxel_faults(path: Path) -> list[str]:
         good = np.isfinite(stored)
         bad = stored.size - int(np.count_nonzero(good))
         if bad:
-            limit = f", more than the {MAX_NON_FINITE:.0%} that can be used" if bad > MAX_NON_FINITE * stored.size else ""
+            worse = bad > MAX_NON_FINITE * stored.size
+            limit = f", more than the {MAX_NON_FINITE:.0%} that can be used" if worse else ""
             faults.append(f"{bad} of {stored.size} voxels are NaN or infinite{limit}")
             finite = stored[good]
     if finite.size and finite.min() == finite.max():
@@ -269,10 +279,9 @@ def _stored_voxels(raw: bytes, header: Any, shape: tuple[int, int, int], path: P
     dtype = header.get_data_dtype()
     offset = max(int(header["vox_offset"]), int(header.sizeof_hdr))
     count = shape[0] * shape[1] * shape[2]
-    if len(raw) < offset + count * dtype.itemsize:
-        raise ScanError(
-            f"{path}: the file is cut short, found {len(raw)} bytes where the header promises {offset + count * dtype.itemsize}"
-        )
+    needed = offset + count * dtype.itemsize
+    if len(raw) < needed:
+        raise ScanError(f"{path}: the file is cut short, found {len(raw)} bytes where the header promises {needed}")
     return np.frombuffer(raw, dtype=dtype, count=count, offset=offset).reshape(shape, order="F")
 
 
@@ -335,7 +344,8 @@ def _settle_affine(header: Any, shape: tuple[int, int, int], path: Path) -> tupl
     faults: list[str] = []
     pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
-        faults.append(f"a voxel size of {' x '.join(f'{p:g}' for p in pixdim)} mm in the header, expected lengths above 0")
+        text = " x ".join(f"{p:g}" for p in pixdim)
+        faults.append(f"a voxel size of {text} mm in the header, expected lengths above 0")
     found: dict[str, np.ndarray] = {}
     for name, affine in (("sform", _sform(header)), ("qform", _qform(header))):
         if affine is not None and _usable(affine):

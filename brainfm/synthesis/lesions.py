@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .deform import random_field
+from brainfm.synthesis.deform import random_field
 
 
 @dataclass(frozen=True)
@@ -64,7 +64,7 @@ def draw(
         thin = rng.uniform(0.5, 0.9, 2) if beside else rng.uniform(0.7, 1.0, 2)
         radii = np.maximum(longest * np.array([1.0, *thin]), 1.1 * spacing_mm)
         axes = _axes(rng, wall if beside else np.zeros(3))
-        strength = float(np.clip(rng.normal(1, 0.22), 0.5, 1.5))
+        strength = float(np.clip(rng.normal(1, 0.25), 0.45, 1.6))
         lesions.append(Lesion(centre.astype(float), axes, radii, strength, float(rng.uniform(0.8, 2.2))))
     return lesions
 
@@ -76,7 +76,7 @@ def paint(
 
     A voxel belongs to the lesion where its membership is above one half; its contrast is membership times strength.
     """
-    bent = random_field(rng, shape, spacing_mm, 5.0) + 0.6 * random_field(rng, shape, spacing_mm, 9.0)
+    bent = random_field(rng, shape, spacing_mm, 4.5) + random_field(rng, shape, spacing_mm, 9.0)
     membership = np.zeros(shape, dtype=np.float32)
     contrast = np.zeros(shape, dtype=np.float32)
     for lesion in lesions:
@@ -84,9 +84,9 @@ def paint(
         low = np.maximum(np.round(lesion.centre_vox).astype(int) - reach, 0)
         high = np.minimum(np.round(lesion.centre_vox).astype(int) + reach + 1, shape)
         box = tuple(slice(a, b) for a, b in zip(low, high))
-        offset_mm = spacing_mm * (np.stack(np.mgrid[box], -1) - lesion.centre_vox)
+        offset_mm = spacing_mm * (np.moveaxis(np.mgrid[box], 0, -1) - lesion.centre_vox)
         radius = np.linalg.norm((offset_mm @ lesion.axes) / lesion.radii_mm, axis=-1)
-        inside_mm = (1 - radius + 0.55 * bent[box]) * lesion.radii_mm.mean()
+        inside_mm = (1 - radius + 0.6 * bent[box]) * lesion.radii_mm.mean()
         new = 1 / (1 + np.exp(np.clip(-4 * inside_mm / lesion.rim_mm, -30, 30)))
         membership[box] = np.maximum(membership[box], new)
         contrast[box] = np.maximum(contrast[box], new * lesion.strength)

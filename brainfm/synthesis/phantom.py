@@ -32,10 +32,10 @@ CONTRASTS = {"t1": "T1w", "t2": "T2w", "flair": "FLAIR"}  # and how their files 
 _SIGNALS = {
     "t1": (0.26, 0.66, 1.00, 0.74),
     "t2": (1.00, 0.62, 0.44, 0.70),
-    "flair": (0.16, 0.70, 0.56, 0.90),
+    "flair": (0.16, 0.72, 0.55, 0.92),
 }
 _NOISE = {"t1": 0.025, "t2": 0.030, "flair": 0.035}  # standard deviation of each channel, in the same units
-_BIAS = {"t1": 0.22, "t2": 0.18, "flair": 0.30}  # largest logarithm of the multiplicative field
+_BIAS = {"t1": 0.22, "t2": 0.18, "flair": 0.33}  # largest logarithm of the multiplicative field
 _FIELD_OF_VIEW_MM = (172.0, 204.0, 176.0)
 _THICK_EVERY, _THICK_MM = 6, 4.0  # every 6th FLAIR has thick slices and thereby a grid of its own
 _HEALTHY_EVERY = 7  # every 7th subject has no lesion
@@ -96,7 +96,7 @@ def _grid(seed: int, index: int, spacing_mm: float) -> tuple[tuple[int, int, int
     """Shape and affine of a subject's scans: fields of view differ by some voxels, some heads lie tilted."""
     rng = seeds.stream(seed, "phantom.grid", index)
     x, y, z = (round(side / spacing_mm) + int(rng.integers(-1, 3)) for side in _FIELD_OF_VIEW_MM)
-    if index % _THICK_EVERY == _THICK_EVERY - 1:
+    if _is_thick(index):
         z -= z % _thickness(spacing_mm)
     tilted = index % len(_ORIENTATIONS) == _OBLIQUE_TURN
     turn = deform.random_affine(rng, 1.0) if tilted else np.eye(3)
@@ -129,61 +129,204 @@ def map_to_template(seed: int, index: int, shape: tuple[int, int, int], spacing_
     return np.einsum("ij,jxyz->ixyz", inverse, points) + centre.astype(np.float32)[:, None, None, None]
 
 
-def _anatomy(person: _Person, points_mm: np.ndarray, spacing_mm: float) -> Anatomy:
-    """The bent template, with sulci that have opened at the cost of the cortex."""
-    young = template.bent(points_mm, spacing_mm, person.widening_mm)
+@dataclass(frozen=True)
+class _Truth:
+    """What all scans of a subject show.
+
+    Attributes:
+        person: age and its marks.
+        anatomy: tissues on the subject's grid.
+        membership: [X, Y, Z] float32, how much of a voxel is lesion.
+        strength: [X, Y, Z] float32, contrast of that lesion, 1 on average.
+        texture: [X, Y, Z] float32 in -1..1, how the composition of tissue differs from place to place.
+        spacing_mm: of the grid.
+    """
+
+    person: _Person
+    anatomy: Anatomy
+    membership: np.ndarray
+    strength: np.ndarray
+    texture: np.ndarray
+    spacing_mm: float
+
+    def field(self, rng: np.random.Generator, knots_mm: float) -> np.ndarray:
+        """[X, Y, Z] float32 in -1..1."""
+        return deform.random_field(rng, self.texture.shape, self.spacing_mm, knots_mm)
+
+
+def _truth(seed: int, index: int, shape: tuple[int, int, int], spacing_mm: float) -> _Truth:
+    person = _draw_person(seed, index)
+    young = template.bent(map_to_template(seed, index, shape, spacing_mm), spacing_mm, person.widening_mm)
     fluid = ndimage.gaussian_filter(young.csf, 2.0 / spacing_mm)
-    lost = young.grey * np.clip(2.2 * person.atrophy * fluid, 0, 0.8)
-    return Anatomy(young.csf + lost, young.grey - lost, young.white, young.ventricle_mm)
-
-
-def _lesions(
-    seed: int, index: int, person: _Person, anatomy: Anatomy, spacing_mm: float
-) -> tuple[np.ndarray, np.ndarray]:
-    """([X, Y, Z] membership 0..1, [X, Y, Z] strength), kept out of the ventricles and the cortex."""
+    lost = young.grey * np.clip(2.2 * person.atrophy * fluid, 0, 0.8)  # sulci open at the cost of the cortex
+    anatomy = Anatomy(young.csf + lost, young.grey - lost, young.white, young.ventricle_mm)
     rng = seeds.stream(seed, "phantom.lesions", index)
     drawn = lesions.draw(rng, person.lesion_count, anatomy.white, anatomy.ventricle_mm, spacing_mm)
-    membership, strength = lesions.paint(drawn, rng, anatomy.white.shape, spacing_mm)
+    membership, strength = lesions.paint(drawn, rng, shape, spacing_mm)
     lining = anatomy.grey * (anatomy.ventricle_mm < 5)  # the template shows the ventricles' wall as grey matter
-    return membership * np.clip(1.6 * (anatomy.white + lining), 0, 1), strength
+    membership *= np.clip(1.6 * (anatomy.white + lining), 0, 1)  # keeps out of ventricles and cortex
+    texture = deform.random_field(seeds.stream(seed, "phantom.texture", index), shape, spacing_mm, 9)
+    return _Truth(person, anatomy, membership, strength, texture, spacing_mm)
 
 
-def _flair_distractors(rng: np.random.Generator, person: _Person, anatomy: Anatomy, spacing_mm: float) -> np.ndarray:
+def _flair_distractors(rng: np.random.Generator, truth: _Truth) -> np.ndarray:
     """[X, Y, Z] float32 added to a FLAIR: bright like lesions, but no lesions.
 
     A band along the ventricles' wall, patches of bright cortex, fluid that pulsates, and hazy white matter with age.
     """
-    shape = anatomy.white.shape
-    wall = np.exp(-((np.maximum(anatomy.ventricle_mm, 0) / 2.0) ** 2)) * (1 - anatomy.csf)
-    band = rng.uniform(0.1, 0.35) * wall * (1 + 0.6 * deform.random_field(rng, shape, spacing_mm, 15))
-    cortex = rng.uniform(0.3, 0.8) * anatomy.grey * np.maximum(deform.random_field(rng, shape, spacing_mm, 22) - 0.15, 0)
-    flow = 1.6 * anatomy.csf * np.maximum(deform.random_field(rng, shape, spacing_mm, 28) - 0.35, 0)
-    haze = (0.03 + 0.12 * person.aged) * anatomy.white * np.exp(-np.maximum(anatomy.ventricle_mm, 0) / 9)
-    return band + cortex + flow + haze
+    anatomy = truth.anatomy
+    from_wall_mm = np.maximum(anatomy.ventricle_mm, 0)
+    band = np.exp(-((from_wall_mm / 2) ** 2)) * (1 - anatomy.csf) * (1 + 0.6 * truth.field(rng, 15))
+    cortex = anatomy.grey * np.maximum(truth.field(rng, 22) - 0.15, 0)
+    flow = anatomy.csf * np.maximum(truth.field(rng, 28) - 0.3, 0)
+    haze = (0.03 + 0.12 * truth.person.aged) * anatomy.white * np.exp(-from_wall_mm / 9)
+    return rng.uniform(0.1, 0.35) * band + rng.uniform(0.4, 1.0) * cortex + 2 * flow + haze
 
 
-def _scan(
-    seed: int, index: int, contrast: str, person: _Person, anatomy: Anatomy, lesion: tuple[np.ndarray, np.ndarray],
-    spacing_mm: float,
-) -> tuple[np.ndarray, np.ndarray]:  # fmt: skip
-    """([X, Y, Z] float32 signal times gain, not yet noisy; [X, Y, Z] head): tissues, lesions, texture, blur and bias."""
-    rng = seeds.stream(seed, f"phantom.scan.{contrast}", index)
-    shape = anatomy.white.shape
+def _signal(rng: np.random.Generator, contrast: str, truth: _Truth) -> np.ndarray:
+    """[X, Y, Z] float32, white matter of a T1 is about 1: tissues, their texture, lesions, blur and bias field."""
     csf, grey, white, damaged = np.array(_SIGNALS[contrast]) * np.clip(rng.normal(1, 0.035, 4), 0.9, 1.1)
-    white += 0.15 * person.aged * (grey - white)  # contrast fades with age
-    membership, strength = lesion
+    white += 0.15 * truth.person.aged * (grey - white)  # contrast fades with age
+    anatomy = truth.anatomy
     signal = csf * anatomy.csf + grey * anatomy.grey + white * anatomy.white
-    signal *= 1 + 0.05 * deform.random_field(seeds.stream(seed, "phantom.texture", index), shape, spacing_mm, 9)
+    signal *= 1 + 0.05 * truth.texture
     if contrast == "flair":
-        signal += _flair_distractors(rng, person, anatomy, spacing_mm)
-    signal += membership * (white + strength * (damaged - white) - signal)
-    signal = ndimage.gaussian_filter(signal, rng.uniform(0.6, 1.0) / max(spacing_mm, 1.0) ** 0.5 * 0.55)
-    bias = _BIAS[contrast] * deform.random_field(rng, shape, spacing_mm, 95)
-    gain = 600 * float(rng.lognormal(0, 0.35))
-    return (gain * signal * np.exp(bias)).astype(np.float32), np.array(gain * _NOISE[contrast])
+        signal += _flair_distractors(rng, truth)
+    signal += truth.membership * (white + truth.strength * (damaged - white) - signal)
+    blurred = ndimage.gaussian_filter(signal, rng.uniform(0.3, 0.5) / truth.spacing_mm**0.5)
+    return (blurred * np.exp(_BIAS[contrast] * truth.field(rng, 95))).astype(np.float32)
 
 
-def _noisy(rng: np.random.Generator, signal: np.ndarray, sigma: float, head: np.ndarray) -> np.ndarray:
+def _thickened(array: np.ndarray, affine: np.ndarray, slices: int) -> tuple[np.ndarray, np.ndarray]:
+    """The mean of every few slices along Z, float32, and the affine of the thick ones."""
+    x, y, z = array.shape
+    thick_affine = affine.copy()
+    thick_affine[:3, 2] *= slices
+    thick_affine[:3, 3] += affine[:3, 2] * (slices - 1) / 2
+    return array.reshape(x, y, z // slices, slices).mean(-1, dtype=np.float32), thick_affine
+
+
+def _magnitude(rng: np.random.Generator, signal: np.ndarray, noise: float, head: np.ndarray) -> np.ndarray:
     """A magnitude image (Rician noise), 0 outside the head."""
-    real, imaginary = sigma * rng.standard_normal((2, *signal.shape), dtype=np.float32)
-    return np.hypot(signal + real, imaginary) * head
+    real, imaginary = np.float32(noise) * rng.standard_normal((2, int(head.sum())), dtype=np.float32)
+    image = np.zeros(signal.shape, dtype=np.float32)
+    image[head] = np.hypot(signal[head] + real, imaginary)
+    return image
+
+
+def subject(seed: int, index: int, spacing_mm: float) -> SyntheticSubject:
+    """One subject; it depends on these three values alone, not on how many others are made.
+
+    Args:
+        seed: of the cohort.
+        index: of the subject, from 0.
+        spacing_mm: edge length of the voxels, 0.5 to 6 mm; about 2 gives scans of 86 x 102 x 88 voxels.
+
+    Raises:
+        ConfigError: where nilearn is not installed, or the spacing is out of range.
+    """
+    shape, affine = _grid(seed, index, spacing_mm)
+    truth = _truth(seed, index, shape, spacing_mm)
+    head = truth.anatomy.head
+    scans = {}
+    for contrast in CONTRASTS:
+        rng = seeds.stream(seed, f"phantom.scan.{contrast}", index)
+        signal, inside, grid = _signal(rng, contrast, truth), head, affine
+        if contrast == "flair" and _is_thick(index):
+            slices = _thickness(spacing_mm)
+            inside = _thickened(head, affine, slices)[0] > 0.5
+            signal, grid = _thickened(signal, affine, slices)
+        gain = np.float32(600 * np.clip(rng.lognormal(0, 0.35), 0.4, 2.5))
+        scans[contrast] = Volume(gain * _magnitude(rng, signal, _NOISE[contrast], inside), grid)
+    lesion = ((truth.membership > 0.5) & head).astype(np.uint8)
+    return SyntheticSubject(
+        scans, Volume(lesion, affine), Volume(truth.anatomy.labels, affine), truth.person.age_years, truth.person.sex
+    )
+
+
+def _is_thick(index: int) -> bool:
+    return index % _THICK_EVERY == _THICK_EVERY - 1
+
+
+def _file_grid(volume: Volume, axes: str) -> FileGrid:
+    """The grid a volume has in a file whose axes run towards these directions, e.g. ``LPS``."""
+    orientation = tuple(("RAS".index(a), 1) if a in "RAS" else ("LPI".index(a), -1) for a in axes)
+    affine = np.eye(4)
+    affine[:, 3] = volume.affine_mm[:, 3]
+    for column, (axis, direction) in enumerate(orientation):
+        affine[:3, column] = direction * volume.affine_mm[:3, axis]
+        if direction < 0:
+            affine[:3, 3] += volume.affine_mm[:3, axis] * (volume.shape[axis] - 1)
+    rows = [tuple(map(float, row)) for row in affine]
+    a, b, c = (volume.shape[axis] for axis, _ in orientation)
+    return FileGrid((a, b, c), (rows[0], rows[1], rows[2], rows[3]), orientation)
+
+
+def _nifti_bytes(volume: Volume, axes: str) -> bytes:
+    """A NIfTI-1 file: uint8 as it is, all else rounded to int16 as scanners store it; it lies where the sform says."""
+    grid = _file_grid(volume, axes)
+    is_label = volume.voxels.dtype == np.uint8
+    stored = volume.voxels if is_label else np.clip(np.rint(volume.voxels), -32768, 32767).astype("<i2")
+    header = bytearray(352)  # 348 and four zero bytes: no extension follows
+    struct.pack_into("<i", header, 0, 348)
+    struct.pack_into("<8h", header, 40, 3, *grid.shape_vox, 1, 1, 1, 1)
+    struct.pack_into("<2h", header, 70, *((2, 8) if is_label else (4, 16)))  # datatype, bits
+    struct.pack_into("<4f", header, 76, 1, *np.linalg.norm(np.array(grid.affine_mm)[:3, :3], axis=0))
+    struct.pack_into("<3f", header, 108, 352, 1, 0)  # where voxels begin, scl_slope, scl_inter
+    header[123] = 2  # lengths in mm
+    struct.pack_into("<2h", header, 252, 0, 1)  # no qform; sform: scanner coordinates
+    struct.pack_into("<12f", header, 280, *np.array(grid.affine_mm)[:3].ravel())
+    header[344:348] = b"n+1\0"
+    return bytes(header) + grid.from_ras(stored).tobytes(order="F")
+
+
+def _write_subject(root: Path, name: str, person: SyntheticSubject, axes: str) -> None:
+    folder = root / name / "anat"
+    folder.mkdir(parents=True, exist_ok=True)
+    volumes = {CONTRASTS[contrast]: volume for contrast, volume in person.scans.items()}
+    for ending, volume in {**volumes, "lesion_mask": person.lesion}.items():
+        content = gzip.compress(_nifti_bytes(volume, axes), compresslevel=1, mtime=0)
+        (folder / f"{name}_{ending}.nii.gz").write_bytes(content)
+
+
+def write_cohort(
+    root: Path, subjects: int, seed: int, spacing_mm: float, progress: Callable[[int, int], None] | None = None
+) -> None:
+    """Write a cohort as a folder in the manner of BIDS.
+
+    ``sub-001/anat/sub-001_{T1w,T2w,FLAIR}.nii.gz``, beside them ``sub-001_lesion_mask.nii.gz`` on the grid of the T1,
+    and at the root ``participants.tsv`` (participant_id, age, sex, healthy) and ``dataset_description.json``. Files
+    differ in orientation; every 6th FLAIR has thick slices; every 7th subject has no lesion.
+
+    Args:
+        root: made if it does not exist; files of the same names are replaced.
+        subjects: how many, at least 1.
+        seed: the same seed gives the same files.
+        spacing_mm: edge length of the voxels.
+        progress: called with (subjects written, subjects).
+
+    Raises:
+        ConfigError: as `subject`.
+    """
+    root = Path(root)
+    root.mkdir(parents=True, exist_ok=True)
+    rows = []
+    for index in range(subjects):
+        name = f"sub-{index + 1:03d}"
+        person = subject(seed, index, spacing_mm)
+        _write_subject(root, name, person, _ORIENTATIONS[index % len(_ORIENTATIONS)])
+        rows.append((name, f"{person.age_years:.1f}", person.sex, int(not person.lesion.voxels.any())))
+        if progress is not None:
+            progress(index + 1, subjects)
+    with open(root / "participants.tsv", "w", newline="", encoding="utf-8") as file:
+        table = csv.writer(file, delimiter="\t", lineterminator="\n")
+        table.writerows([("participant_id", "age", "sex", "healthy"), *rows])
+    description = {
+        "Name": "brainfm synthetic cohort",
+        "BIDSVersion": "1.9.0",
+        "DatasetType": "raw",
+        "License": "CC0",
+        "HowToAcknowledge": "Made by brainfm from the ICBM152 2009a template; not a person's data.",
+        "GeneratedBy": [{"Name": "brainfm", "Description": f"{subjects} subjects, seed {seed}, {spacing_mm} mm"}],
+    }
+    (root / "dataset_description.json").write_text(json.dumps(description, indent=2) + "\n", encoding="utf-8")

@@ -161,11 +161,11 @@ def widening(amount_mm: float) -> tuple[np.ndarray, np.ndarray]:
     return moved, affine
 
 
-def _sample(field: np.ndarray, affine: np.ndarray, points_mm: np.ndarray) -> np.ndarray:
-    """[...] values of a [X, Y, Z] field at [3, ...] points in mm, linear; the border's value outside."""
+def _sample(field: np.ndarray, affine: np.ndarray, points_mm: np.ndarray, beyond: str = "nearest") -> np.ndarray:
+    """[...] values of a [X, Y, Z] field at [3, ...] points in mm, linear; beyond it the border's value, or 0."""
     spacing = np.diag(affine)[:3]
     flat = (points_mm.reshape(3, -1) - affine[:3, 3:]) / spacing[:, None]
-    return ndimage.map_coordinates(field, flat, order=1, mode="nearest").reshape(points_mm.shape[1:])
+    return ndimage.map_coordinates(field, flat, order=1, mode=beyond).reshape(points_mm.shape[1:])
 
 
 def bent(points_mm: np.ndarray, spacing_mm: float, widening_mm: float, sharpness: float = 1.6) -> Anatomy:
@@ -178,10 +178,7 @@ def bent(points_mm: np.ndarray, spacing_mm: float, widening_mm: float, sharpness
         sharpness: exponent of the probabilities: the average of 152 heads is blurred, one head is not.
     """
     maps, affine = tissue_maps(spacing_mm)
-    outside = maps.sum(0) < 0.5
-    outside[0], outside[-1], outside[:, 0], outside[:, -1], outside[:, :, 0] = True, True, True, True, True
-    outside[:, :, -1] = True
-    head = _sample(1 - outside.astype(np.float32), affine, points_mm) > 0.5
+    head = _sample(maps.sum(0), affine, points_mm, beyond="constant") > 0.5
     points = points_mm[:, head]
     moved, moved_affine = widening(widening_mm)
     points = points + np.stack([_sample(m, moved_affine, points) for m in moved])
@@ -190,4 +187,5 @@ def bent(points_mm: np.ndarray, spacing_mm: float, widening_mm: float, sharpness
     tissues[:, head] = sharp / np.maximum(sharp.sum(0), 1e-6)
     ventricle_mm = np.full(head.shape, 99, dtype=np.float32)
     ventricle_mm[head] = _sample(*_ventricle_distance(), points)
-    return Anatomy(*tissues, ventricle_mm)
+    csf, grey, white = tissues
+    return Anatomy(csf, grey, white, ventricle_mm)

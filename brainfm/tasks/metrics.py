@@ -7,6 +7,7 @@ Source: fomo26/fomo-metrics, segmentation.
 
 from __future__ import annotations
 
+import importlib
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
@@ -61,13 +62,10 @@ def surface_dice(
         raise ValueError(f"surface Dice needs 3D masks and three spacings > 0, found {p.shape} and {spacing_mm}")
     if not p.any() or not t.any():
         return 0.0
-    try:
-        import torch
-        from monai.metrics import compute_surface_dice
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"surface Dice needs the package {error.name}, which is not installed: pip install 'brainfm[metrics]'"
-        ) from None
+    require_monai()
+    import torch
+    from monai.metrics import compute_surface_dice
+
     box = _union_box(p, t)
     # One empty voxel all around closes the surfaces of masks that touch the border, as DeepMind's code does.
     pair = [torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (p, t)]
@@ -79,6 +77,16 @@ def surface_dice(
             )
         )
     return value if np.isfinite(value) else 0.0
+
+
+def require_monai() -> None:
+    """Raises: ConfigError where surface Dice cannot be computed, for callers who want to know before long work."""
+    try:
+        importlib.import_module("monai.metrics")
+    except ModuleNotFoundError as error:
+        raise ConfigError(
+            f"surface Dice needs the package {error.name}, which is not installed: pip install 'brainfm[metrics]'"
+        ) from None
 
 
 def volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import Tensor
@@ -41,7 +42,8 @@ def predict_windows(
         overlap: share of a window that the next one along an axis repeats, in [0, 1).
         batch: windows a forward pass.
         sigma: standard deviation of the weights as a share of the window.
-        autocast: bfloat16 or float16 computes the network in that precision; sums are float32 always.
+        autocast: bfloat16 or float16 computes the network in that precision, None leaves a surrounding autocast as it
+            is; sums are float32 always.
 
     Returns:
         [K, X, Y, Z] float32 in main memory; sums to 1 over K.
@@ -64,7 +66,7 @@ def predict_windows(
     mass = torch.zeros(padded.shape[1:])
     for windows in _batched(window_slices(tuple(padded.shape[1:]), patch_vox, overlap), batch):
         patches = torch.stack([padded[(slice(None), *w)] for w in windows]).to(target)
-        with torch.autocast(target.type, dtype=autocast, enabled=autocast is not None):
+        with _precision(target, autocast):
             logits = network(patches, given.expand(len(windows), -1))
         weighted = (torch.softmax(logits.float(), dim=1) * on_device).cpu()
         if total is None:
@@ -75,6 +77,10 @@ def predict_windows(
     assert total is not None  # there is always one window
     total /= mass
     return total[(slice(None), *inner)].contiguous()
+
+
+def _precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:
+    return nullcontext() if dtype is None else torch.autocast(device.type, dtype=dtype)
 
 
 def gaussian_weight(patch_vox: tuple[int, int, int], sigma: float = 0.125) -> Tensor:

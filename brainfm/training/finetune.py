@@ -18,7 +18,7 @@ from brainfm.batch import Batch, Terms
 from brainfm.data.augment import AugmentSpec, apply, draw
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import Case, TaskPatches, find_cases, whole_case
-from brainfm.data.splits import folds, holdout
+from brainfm.data.splits import folds
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.weights import load_backbone
@@ -155,7 +155,7 @@ def split_cases(cases: Sequence[Case], k: int, seed: int) -> list[tuple[list[Cas
     if k > 1:
         held_sets = [set(fold) for fold in folds(subjects, k, seed)]
     else:
-        held_sets = [set(holdout(subjects, 0.2, seed)[1]) or set(folds(subjects, 2, seed)[0])]
+        held_sets = [set(folds(subjects, min(5, len(subjects)), seed)[0])]
     return [
         ([c for c in cases if c.session.subject_key not in held], [c for c in cases if c.session.subject_key in held])
         for held in held_sets
@@ -298,7 +298,7 @@ def _conclude(
         "n_subjects": len({(row["dataset"], row["subject"]) for row in rows}),
         "folds": len(states),
         "best_steps": [state.extra["best_step"] for state in states],
-        "note": "each case is scored by the fold that did not train on it, but a fold's checkpoint is chosen by the same "
+        "note": "each case is scored by the fold that did not train on it, but its checkpoint is chosen on the same "
         "cases: expect less on new ones",
     }
     (run / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")

@@ -202,7 +202,7 @@ def _clip(module: nn.Module, clip_norm: float) -> Tensor:
 
 def _finite(values: dict[str, Tensor], run: Run, state: State) -> dict[str, float]:
     """The values as numbers. Raises TrainingError at the first that is not finite."""
-    numbers = {name: float(value) for name, value in values.items()}
+    numbers = {name: float(value.detach()) for name, value in values.items()}
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
     if bad:
         raise TrainingError(
@@ -216,7 +216,8 @@ def _any_rank(fabric: Fabric, flag: bool) -> bool:
     """Whether any process was asked to stop: all must leave at the same step."""
     if fabric.world_size == 1:
         return flag
-    return bool(fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum") > 0)
+    asked = fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum")
+    return isinstance(asked, Tensor) and bool(asked > 0)
 
 
 def _save(run: Run, optimizer: torch.optim.Optimizer, state: State) -> None:

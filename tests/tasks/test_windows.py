@@ -86,6 +86,8 @@ def test_bfloat16_is_near(network):
     full = predict_windows(network, image, present, PATCH)
     half = predict_windows(network, image, present, PATCH, autocast=torch.bfloat16)
     assert half.dtype == torch.float32 and 0 < (full - half).abs().max() < 0.03
+    with torch.autocast("cpu", dtype=torch.bfloat16):  # as validation during training does
+        assert torch.equal(predict_windows(network, image, present, PATCH), half)
 
 
 @pytest.mark.parametrize(

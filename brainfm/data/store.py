@@ -1,0 +1,688 @@
+"""The store: prepared scans on disk, ready for random reads of small blocks.
+
+::
+
+    store/spec.json                          what was done to every scan; one store, one spec
+    store/index.csv                          one row a scan or label; all that `Store.open` reads
+    store/failures.csv                       what could not be prepared, and why
+    store/sessions/<readable>-<8 hex>/       a session: session.json, NAME.b2nd, foreground.npy, LABEL.points.npy
+
+A session's folder is written under a temporary name and renamed when it is complete and on the disk, so whatever is
+found under its final name is whole. Nothing in a store depends on the clock, the process or the order of the work:
+two runs over the same files leave the same bytes.
+
+The layout of a scan was measured by ``scripts/benchmark_store.py sweep=true`` on real scans (tightly cropped brains, a
+head with air around it, 1 mm), 96^3 patches, one core, LZ4; size in % of the cropped float32 volume:
+
+====================================  =====  =========  =====================
+variant (chunk/block, float16)        size   patches/s  largest size of a scan
+====================================  =====  =========  =====================
+shuffle, 96/32, level 1               19.3   540        24.1
+shuffle, 64/16, level 1               19.1   690        23.4
+bitshuffle, 64/16, level 1            19.9   470        25.0
+shuffle, 64/16, steps of 2^-7         18.9   700        23.3
+bitshuffle, 96/32, steps of 2^-6      15.7   300        20.9
+bitshuffle, 64/16, steps of 2^-7, l1  15.8   430        20.6
+**the same, level 5**                 15.5   510        20.2
+====================================  =====  =========  =====================
+
+Rounding to steps of 2^-7 moves no voxel by more than 0.004 standard deviations, far below the noise of any scan.
+"""
+
+from __future__ import annotations
+
+import csv
+import errno
+import hashlib
+import io
+import itertools
+import json
+import os
+import re
+import shutil
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import blosc2
+import numpy as np
+
+from brainfm import seeds
+from brainfm.data.manifest import LABEL_ENDINGS, Scan, scan_names, session_labels
+from brainfm.specs import ConfigError, PreprocessSpec, StoreError
+
+if TYPE_CHECKING:
+    from brainfm.imaging.preprocess import Prepared, Recipe
+
+FORMAT = 1
+STEP = 2.0**-7  # images are rounded to multiples of this many standard deviations
+_CHUNK, _BLOCK = 64, 16
+_HANDLES = 256  # open files a process keeps; a mapped file costs address space, not memory
+_POINTS = 4096
+_INDEX = ("dataset", "subject", "session", "name", "kind", "contrast", "file", "x", "y", "z", "sha256")
+_FAILURES = ("dataset", "subject", "session", "contrast", "path", "reason")
+
+Key = tuple[str, str, str]
+Triple = tuple[int, int, int]
+
+
+@dataclass(frozen=True, slots=True)
+class ScanEntry:
+    """A scan or label volume of the store; ``file`` lies in the session's folder, a label's contrast is empty."""
+
+    name: str
+    contrast: str
+    file: str
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class SessionEntry:
+    """A session of the store: all its volumes share one grid of ``shape`` voxels.
+
+    Attributes:
+        columns: the manifest's further columns; of several rows the first that is filled in, empty ones left out.
+    """
+
+    dataset: str
+    subject: str
+    session: str
+    folder: str
+    shape: Triple
+    scans: tuple[ScanEntry, ...]
+    labels: tuple[ScanEntry, ...]
+    columns: dict[str, str]
+
+    @property
+    def key(self) -> Key:
+        return self.dataset, self.subject, self.session
+
+    @property
+    def subject_key(self) -> str:
+        return f"{self.dataset}/{self.subject}"
+
+
+@dataclass(frozen=True, slots=True)
+class Failure:
+    """A scan or label that is not in the store, and why. A label's contrast is empty."""
+
+    dataset: str
+    subject: str
+    session: str
+    contrast: str
+    path: str
+    reason: str
+
+
+class Store:
+    """Reads and writes one store. Make it with `open` (to read) or `create` (to write).
+
+    Reads are meant for one thread; processes, forked or spawned, may share the object.
+
+    Attributes:
+        path: the folder.
+        spec: what was done to every scan.
+        sessions: sorted by key; empty after `create` until `finish`.
+    """
+
+    def __init__(self, path: Path, spec: PreprocessSpec) -> None:
+        self.path = path
+        self.spec = spec
+        self.sessions: tuple[SessionEntry, ...] = ()
+        self._fingerprint = ""
+        self._cache: OrderedDict[Path, Any] = OrderedDict()
+        self._cache_pid = os.getpid()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_cache": OrderedDict()}
+
+    # ---------------------------------------------------------------------------------------------------- opening
+
+    @classmethod
+    def open(cls, path: str | Path) -> Store:
+        """A store to read from.
+
+        Raises: StoreError where the folder is no store, was never finished, or its index is damaged.
+        """
+        path = Path(path)
+        store = cls(path, _read_spec(path))
+        store._load_index()
+        return store
+
+    @classmethod
+    def create(cls, path: str | Path, spec: PreprocessSpec) -> Store:
+        """A store to write to, new or begun earlier with the same spec.
+
+        Raises: StoreError where the folder is something else, cannot be written, or was made with another spec.
+        """
+        path = Path(path)
+        if (path / "spec.json").exists():
+            _refuse_other_spec(path, _read_spec(path), spec)
+            return cls(path, spec)
+        if path.exists() and (not path.is_dir() or any(not _is_scratch(p.name) for p in path.iterdir())):
+            raise StoreError(f"{path}: found something that is no store, expected a store, an empty or a new folder")
+        document = {"format": FORMAT, "fingerprint": spec.fingerprint(), "preprocess": spec.to_dict()}
+        with _writing(path):
+            path.mkdir(parents=True, exist_ok=True)
+            _write_atomic(path, "spec.json", _json_bytes(document))
+        return cls(path, spec)
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Holds the store for one writing run, and clears away what killed runs left behind.
+
+        Raises: StoreError where another run holds it.
+        """
+        import fcntl  # not on every system where a store can be read
+
+        with _writing(self.path):
+            handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            try:
+                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
+            except BlockingIOError:
+                message = f"{self.path}: another prepare is writing to this store; wait until it has ended"
+                raise StoreError(message) from None
+            self.sweep()
+            yield
+        finally:
+            os.close(handle)
+
+    def sweep(self) -> None:
+        """Removes temporary folders and files; only for whoever holds the store."""
+        with _writing(self.path):
+            for left in self.path.glob("tmp-*"):
+                shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    # ---------------------------------------------------------------------------------------------------- writing
+
+    def is_current(self, key: Key, scans: Sequence[Scan], sizes: Mapping[str, int]) -> bool:
+        """Whether the session lies here, whole, made from the same rows and from files of the same sizes.
+
+        A source that was changed without changing its size is not noticed: delete the session's folder.
+        """
+        folder = self._folder(key)
+        try:
+            document = json.loads((folder / "session.json").read_bytes())
+        except (FileNotFoundError, json.JSONDecodeError):
+            return False
+        if document["sources"] != _sources(scans, sizes):
+            return False
+        files = document["files"]
+        return all((folder / f).is_file() and (folder / f).stat().st_size == files[f]["bytes"] for f in files)
+
+    def write_session(
+        self, key: Key, scans: Sequence[Scan], prepared: Prepared, sizes: Mapping[str, int] | None = None
+    ) -> None:
+        """Adds a session, or replaces the one of the same key; complete or not at all.
+
+        Args:
+            key: dataset, subject, session.
+            scans: its rows of the manifest.
+            prepared: its volumes; scans are named as ``scan_names`` names the rows.
+            sizes: bytes of the source files by their path as written, so that a later run can tell what has changed.
+
+        Raises: StoreError where the disk is full or cannot be written.
+        """
+        names = _scan_rows(scans)
+        files: dict[str, bytes] = {"foreground.npy": _npy(np.asarray(prepared.foreground, np.int16).reshape(-1, 3))}
+        volumes = []
+        for name, voxels in sorted(prepared.scans.items()):
+            contrast = names[name].contrast
+            volumes.append({"name": name, "kind": "scan", "contrast": contrast, "file": f"{_slug(name)}.b2nd"})
+            files[f"{_slug(name)}.b2nd"] = _pack_image(voxels)
+        for name, voxels in sorted(prepared.labels.items()):
+            volumes.append({"name": name, "kind": "label", "contrast": "", "file": f"{_slug(name)}.b2nd"})
+            files[f"{_slug(name)}.b2nd"] = _pack(voxels, 0.0)
+            files[f"{_slug(name)}.points.npy"] = _npy(_label_points(voxels, "/".join((*key, name))))
+        arrays = [*prepared.scans.values(), *prepared.labels.values()]
+        shapes = {array.shape for array in arrays}
+        if len(shapes) != 1 or not prepared.scans:
+            raise ValueError(f"a session has one or more scans, all of one shape, found {sorted(shapes)}")
+        document = {
+            "shape": list(shapes.pop()),
+            "affine_mm": np.asarray(prepared.affine_mm, np.float64).tolist(),
+            "volumes": volumes,
+            "recipes": {name: recipe.to_dict() for name, recipe in prepared.recipes.items()},
+        }
+        self._write_folder(key, scans, sizes or {}, prepared.failures, document, files)
+
+    def write_failure(
+        self, key: Key, scans: Sequence[Scan], failures: Mapping[str, str], sizes: Mapping[str, int] | None = None
+    ) -> None:
+        """Records that nothing of a session could be prepared: it is not tried again until its rows or files change.
+
+        Args:
+            failures: reason by scan or label name.
+        """
+        self._write_folder(key, scans, sizes or {}, failures, {"shape": [], "volumes": [], "recipes": {}}, {})
+
+    def _write_folder(
+        self,
+        key: Key,
+        scans: Sequence[Scan],
+        sizes: Mapping[str, int],
+        failures: Mapping[str, str],
+        document: dict[str, Any],
+        files: Mapping[str, bytes],
+    ) -> None:
+        rows = _scan_rows(scans)
+        labels = session_labels(scans)
+        failed = [
+            {
+                "name": name,
+                "contrast": rows[name].contrast if name in rows else "",
+                "path": rows[name].path if name in rows else labels.get(name, ""),
+                "reason": reason,
+            }
+            for name, reason in sorted(failures.items())
+        ]
+        document = document | {
+            "key": list(key),
+            "preprocess": self.spec.fingerprint(),
+            "sources": _sources(scans, sizes),
+            "columns": _columns(rows.values()),
+            "failures": failed,
+            "files": {f: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for f, b in files.items()},
+        }
+        final = self._folder(key)
+        scratch = self.path / f"tmp-{os.getpid()}-{final.name[-8:]}"
+        with _writing(self.path):
+            try:
+                scratch.mkdir()
+                for name, content in {**files, "session.json": _json_bytes(document)}.items():
+                    _write_file(scratch / name, content)
+                _sync_folder(scratch)
+                final.parent.mkdir(exist_ok=True)
+                self._move_in(scratch, final)
+            finally:
+                shutil.rmtree(scratch, ignore_errors=True)  # gone after the rename; else the error is on its way out
+
+    def _move_in(self, scratch: Path, final: Path) -> None:
+        if final.exists():
+            # The index would promise voxels that are no longer there if we were killed before `finish`.
+            (self.path / "index.csv").unlink(missing_ok=True)
+            old = scratch.with_name(f"{scratch.name}-old")
+            os.rename(final, old)
+            os.rename(scratch, final)
+            shutil.rmtree(old)
+        else:
+            os.rename(scratch, final)
+        _sync_folder(final.parent)
+
+    def finish(self) -> list[Failure]:
+        """Writes index.csv and failures.csv from the sessions that are there, and reads them; returns the failures.
+
+        Raises: StoreError where a session's folder is damaged, or the disk is full.
+        """
+        sessions, failures = [], []
+        root = self.path / "sessions"
+        for folder in sorted(root.iterdir()) if root.is_dir() else []:
+            document = _read_session(folder)
+            dataset, subject, session = document["key"]
+            key = (dataset, subject, session)
+            failures += [Failure(*key, f["contrast"], f["path"], f["reason"]) for f in document["failures"]]
+            if document["volumes"]:
+                sessions.append((key, folder.name, document))
+        sessions.sort(key=lambda s: s[0])
+        failures.sort(key=lambda f: (f.dataset, f.subject, f.session, f.contrast, f.path))
+        columns = sorted({c for _, _, document in sessions for c in document["columns"]})
+        rows: list[Sequence[Any]] = [(*_INDEX, *columns)]
+        for key, folder_name, document in sessions:
+            further = [document["columns"].get(c, "") for c in columns]
+            for v in document["volumes"]:
+                sha256 = document["files"][v["file"]]["sha256"]
+                place = f"{folder_name}/{v['file']}"
+                rows.append([*key, v["name"], v["kind"], v["contrast"], place, *document["shape"], sha256, *further])
+        failed = [(f.dataset, f.subject, f.session, f.contrast, f.path, f.reason) for f in failures]
+        with _writing(self.path):
+            _write_atomic(self.path, "failures.csv", _csv_bytes([_FAILURES, *failed]))
+            _write_atomic(self.path, "index.csv", _csv_bytes(rows))
+        self._cache.clear()
+        self._load_index()
+        return failures
+
+    # ---------------------------------------------------------------------------------------------------- reading
+
+    def block(self, entry: SessionEntry, name: str, corner: Sequence[int], size: Sequence[int]) -> np.ndarray:
+        """A box of a scan or label, decompressing only the 16^3 blocks that it touches.
+
+        Args:
+            corner: first voxel along X, Y, Z; may be negative or beyond the end.
+            size: edge lengths in voxels; may exceed the volume.
+
+        Returns:
+            [size] float16, or the label's integer dtype. What lies outside the volume holds the scan's background (its
+            smallest voxel), or 0 in a label.
+
+        Raises: StoreError where the file is missing or damaged.
+        """
+        file = self._file(entry, name)
+        array, background = self._cached(file, _open_array)
+        inside = tuple(slice(max(c, 0), max(min(c + s, n), 0)) for c, s, n in zip(corner, size, array.shape))
+        extent = tuple(max(part.stop - part.start, 0) for part in inside)
+        if extent == tuple(size):
+            return _read(file, array, inside)
+        out = np.full(tuple(size), background, array.dtype)
+        if all(extent):
+            target = tuple(slice(part.start - c, part.stop - c) for part, c in zip(inside, corner))
+            out[target] = _read(file, array, inside)
+        return out
+
+    def volume(self, entry: SessionEntry, name: str) -> np.ndarray:
+        """A whole scan (float16) or label, [X, Y, Z]."""
+        return self.block(entry, name, (0, 0, 0), entry.shape)
+
+    def foreground(self, entry: SessionEntry) -> np.ndarray:
+        """[N, 3] int16: random voxels of the head, where patches may be centred."""
+        return self._cached(self._path(entry.folder) / "foreground.npy", _open_npy)
+
+    def label_points(self, entry: SessionEntry, name: str) -> np.ndarray:
+        """[M, 3] int16: random voxels where the label is not 0, as equally many of each value as there are."""
+        return self._cached(self._file(entry, name).with_suffix(".points.npy"), _open_npy)
+
+    def recipe(self, entry: SessionEntry, name: str) -> Recipe:
+        """What was done to the grid and the intensities of a scan or label."""
+        from brainfm.imaging.preprocess import Recipe
+
+        recipes = _read_session(self._path(entry.folder))["recipes"]
+        if name not in recipes:
+            raise self._unknown(entry, name)
+        return Recipe.from_dict(recipes[name])
+
+    def verify(self, entry: SessionEntry) -> None:
+        """Compares every file of a session with its checksum.
+
+        Raises: StoreError naming the first file that differs.
+        """
+        folder = self._path(entry.folder)
+        wanted = {f: v["sha256"] for f, v in _read_session(folder)["files"].items()}
+        wanted |= {v.file: v.sha256 for v in (*entry.scans, *entry.labels)}
+        for file, sha256 in wanted.items():
+            try:
+                with open(folder / file, "rb") as handle:
+                    found = hashlib.file_digest(handle, "sha256").hexdigest()
+            except OSError as error:
+                raise _damaged(folder / file, error.strerror or "unreadable") from error
+            if found != sha256:
+                raise _damaged(folder / file, "its checksum differs")
+
+    def fingerprint(self) -> str:
+        """16 hexadecimal digits that change when any voxel, label or column of the index changes."""
+        if not self._fingerprint:
+            raise StoreError(f"{self.path}: the store is not finished, expected index.csv; run prepare again")
+        return self._fingerprint
+
+    def _path(self, folder: str) -> Path:
+        return self.path / "sessions" / folder
+
+    def _folder(self, key: Key) -> Path:
+        readable = "-".join(re.sub(r"[^A-Za-z0-9_.-]+", "_", part) for part in key)[:80]
+        return self._path(f"{readable}-{hashlib.sha256(chr(0).join(key).encode()).hexdigest()[:8]}")
+
+    def _file(self, entry: SessionEntry, name: str) -> Path:
+        for volume in (*entry.scans, *entry.labels):
+            if volume.name == name:
+                return self._path(entry.folder) / volume.file
+        raise self._unknown(entry, name)
+
+    def _unknown(self, entry: SessionEntry, name: str) -> StoreError:
+        there = ", ".join(volume.name for volume in (*entry.scans, *entry.labels))
+        return StoreError(f"{self.path}: session {'/'.join(entry.key)} has no volume {name!r}, expected one of {there}")
+
+    def _cached(self, file: Path, load: Callable[[Path], Any]) -> Any:
+        """What ``load`` made of a file; the last few hundred are kept, for this process only."""
+        if self._cache_pid != os.getpid():  # after a fork the parent's handles must not be used
+            self._cache, self._cache_pid = OrderedDict(), os.getpid()
+        if file in self._cache:
+            self._cache.move_to_end(file)
+            return self._cache[file]
+        value = self._cache[file] = load(file)
+        if len(self._cache) > _HANDLES:
+            self._cache.popitem(last=False)
+        return value
+
+    def _load_index(self) -> None:
+        file = self.path / "index.csv"
+        try:
+            content = file.read_bytes()
+        except FileNotFoundError:
+            message = f"{self.path}: the store has no index.csv because prepare was interrupted; run prepare again"
+            raise StoreError(message) from None
+        try:
+            self.sessions = _parse_index(content)
+        except (ValueError, IndexError, csv.Error) as error:
+            raise StoreError(f"{file}: the index is damaged ({error}); run prepare again") from error
+        self._fingerprint = hashlib.sha256(content).hexdigest()[:16]
+
+
+# -------------------------------------------------------------------------------------------------------------- files
+
+
+def _read_spec(path: Path) -> PreprocessSpec:
+    try:
+        document = json.loads((path / "spec.json").read_bytes())
+        found, spec = document["format"], document["preprocess"]
+    except (FileNotFoundError, NotADirectoryError):
+        raise StoreError(f"{path}: no store was found here, expected a folder made by `brainfm prepare`") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise StoreError(f"{path / 'spec.json'}: the file is damaged ({error}), expected a store's spec") from error
+    if found != FORMAT:
+        raise StoreError(f"{path}: the store has format {found}, expected {FORMAT}; prepare it anew in another folder")
+    try:
+        return PreprocessSpec.from_dict(spec)
+    except ConfigError as error:
+        raise StoreError(f"{path / 'spec.json'}: {error}") from error
+
+
+def _refuse_other_spec(path: Path, found: PreprocessSpec, wanted: PreprocessSpec) -> None:
+    theirs, ours = found.to_dict(), wanted.to_dict()
+    for name in ours:
+        if theirs[name] != ours[name]:
+            raise StoreError(
+                f"{path}: the store was made with preprocess.{name}={theirs[name]}, now preprocess.{name}={ours[name]} "
+                "is asked for; expected the same value, or another store"
+            )
+
+
+def _read_session(folder: Path) -> dict[str, Any]:
+    try:
+        return json.loads((folder / "session.json").read_bytes())
+    except (OSError, ValueError) as error:
+        raise _damaged(folder / "session.json", str(error)) from error
+
+
+def _parse_index(content: bytes) -> tuple[SessionEntry, ...]:
+    reader = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
+    header = next(reader, [])
+    if tuple(header[: len(_INDEX)]) != _INDEX:
+        raise ValueError(f"columns {', '.join(header[:3])}... found, {', '.join(_INDEX[:3])}... expected")
+    columns = header[len(_INDEX) :]  # by place, since a manifest's column may have the name of one of ours
+    sessions = []
+    for folder, group in itertools.groupby(reader, key=lambda row: row[6].partition("/")[0]):
+        rows = list(group)
+        first = rows[0]
+        scans = tuple(_entry(row) for row in rows if row[4] == "scan")
+        labels = tuple(_entry(row) for row in rows if row[4] == "label")
+        further = {name: value for name, value in zip(columns, first[len(_INDEX) :]) if value}
+        shape = int(first[7]), int(first[8]), int(first[9])
+        sessions.append(SessionEntry(first[0], first[1], first[2], folder, shape, scans, labels, further))
+    return tuple(sessions)
+
+
+def _entry(row: Sequence[str]) -> ScanEntry:
+    return ScanEntry(sys.intern(row[3]), sys.intern(row[5]), sys.intern(row[6].partition("/")[2]), row[10])
+
+
+def _open_array(file: Path) -> tuple[blosc2.NDArray, float]:
+    try:
+        array = blosc2.open(str(file), mode="r", mmap_mode="r", dparams={"nthreads": 1})
+        if not isinstance(array, blosc2.NDArray):
+            raise ValueError("it holds no array")
+        return array, float(array.schunk.meta["background"])
+    except (RuntimeError, ValueError, OSError, KeyError) as error:
+        raise _damaged(file, "it cannot be opened") from error
+
+
+def _read(file: Path, array: blosc2.NDArray, box: tuple[slice, ...]) -> np.ndarray:
+    try:
+        return array[box]
+    except (RuntimeError, ValueError, OSError) as error:
+        raise _damaged(file, "a block cannot be decompressed") from error
+
+
+def _open_npy(file: Path) -> np.ndarray:
+    try:
+        array = np.load(file, allow_pickle=False)
+        array.setflags(write=False)  # it is shared by all who ask
+        return array
+    except (OSError, ValueError, EOFError) as error:
+        raise _damaged(file, "it cannot be read") from error
+
+
+def _damaged(file: Path, why: str) -> StoreError:
+    return StoreError(f"{file}: the file is damaged ({why}); delete its folder and run prepare again")
+
+
+def _pack_image(voxels: np.ndarray) -> bytes:
+    rounded = np.rint(voxels * np.float32(1 / STEP))
+    rounded *= np.float32(STEP)
+    half = rounded.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError("a prepared scan holds voxels that are not finite or beyond float16")
+    return _pack(half, float(half.min()))
+
+
+def _pack(voxels: np.ndarray, background: float) -> bytes:
+    chunks = tuple(min(_CHUNK, -(-n // _BLOCK) * _BLOCK) for n in voxels.shape)
+    cparams = {
+        "codec": blosc2.Codec.LZ4,
+        "clevel": 5,
+        "nthreads": 1,
+        "typesize": voxels.dtype.itemsize,
+        "filters": [blosc2.Filter.BITSHUFFLE],
+        "filters_meta": [0],
+    }
+    # Not blosc2.asarray: that notes in the file how many threads the environment asks for.
+    array = blosc2.empty(
+        voxels.shape,
+        dtype=voxels.dtype,
+        chunks=chunks,
+        blocks=(_BLOCK,) * 3,
+        contiguous=True,
+        cparams=cparams,
+        dparams={"nthreads": 1},
+        meta={"background": background},
+    )
+    array[...] = np.ascontiguousarray(voxels)
+    return array.to_cframe()
+
+
+def _npy(array: np.ndarray) -> bytes:
+    out = io.BytesIO()
+    np.save(out, array, allow_pickle=False)
+    return out.getvalue()
+
+
+def _label_points(labels: np.ndarray, word: str) -> np.ndarray:
+    """[M, 3] int16: up to 4096 voxels that are not 0; small structures get their share, large ones what is left."""
+    places = np.flatnonzero(labels)
+    values = labels.ravel()[places]
+    order = np.argsort(values, kind="stable")
+    starts = np.flatnonzero(np.diff(values[order], prepend=-1)) if len(order) else np.zeros(0, int)
+    groups = np.split(places[order], starts[1:])
+    rng = seeds.stream(0, f"label points {word}")
+    chosen, room = [np.zeros(0, np.int64)], _POINTS
+    for done, group in enumerate(sorted(groups, key=len)):
+        count = min(len(group), room // (len(groups) - done))
+        chosen.append(np.sort(rng.choice(group, count, replace=False)))
+        room -= count
+    return np.stack(np.unravel_index(np.concatenate(chosen), labels.shape), axis=1).astype(np.int16)
+
+
+def _scan_rows(scans: Sequence[Scan]) -> dict[str, Scan]:
+    """The rows of a session by scan name, in the order of the names."""
+    ordered = sorted(scans, key=lambda s: (s.contrast, s.path))
+    return dict(zip(scan_names(ordered), ordered))
+
+
+def _sources(scans: Sequence[Scan], sizes: Mapping[str, int]) -> dict[str, Any]:
+    rows = _scan_rows(scans)
+    return {
+        "rows": [
+            {"name": name, "contrast": s.contrast, "path": s.path, "columns": dict(sorted(s.columns.items()))}
+            for name, s in rows.items()
+        ],
+        "bytes": dict(sorted(sizes.items())),
+    }
+
+
+def _columns(rows: Iterable[Scan]) -> dict[str, str]:
+    merged: dict[str, str] = {}
+    for row in rows:
+        for name, value in row.columns.items():
+            if value and not name.endswith(LABEL_ENDINGS):
+                merged.setdefault(name, value)
+    return dict(sorted(merged.items()))
+
+
+def _slug(name: str) -> str:
+    """A file name for a volume's name: itself where that is harmless."""
+    safe = re.sub(r"[^A-Za-z0-9_.-]+", "_", name)[:80]
+    return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
+
+
+def _is_scratch(name: str) -> bool:
+    return name == ".lock" or name.startswith("tmp-")
+
+
+def _json_bytes(document: Any) -> bytes:
+    return (json.dumps(document, indent=1, sort_keys=True, allow_nan=False) + "\n").encode()
+
+
+def _csv_bytes(rows: Sequence[Sequence[Any]]) -> bytes:
+    out = io.StringIO(newline="")
+    csv.writer(out, lineterminator="\n").writerows(rows)
+    return out.getvalue().encode()
+
+
+def _write_file(file: Path, content: bytes) -> None:
+    with open(file, "wb") as handle:
+        handle.write(content)
+        handle.flush()
+        os.fsync(handle.fileno())
+
+
+def _write_atomic(folder: Path, name: str, content: bytes) -> None:
+    scratch = folder / f"tmp-{os.getpid()}-{name}"
+    try:
+        _write_file(scratch, content)
+        os.replace(scratch, folder / name)
+    finally:
+        scratch.unlink(missing_ok=True)
+    _sync_folder(folder)
+
+
+def _sync_folder(folder: Path) -> None:
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """Turns what the operating system says while the store is written into one sentence."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno in (errno.ENOSPC, errno.EDQUOT):
+            raise StoreError(
+                f"{path}: no space is left on the disk; what was prepared stays, make room and run prepare again"
+            ) from error
+        raise StoreError(f"{path}: the store cannot be written ({error.strerror}: {error.filename})") from error

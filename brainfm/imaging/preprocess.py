@@ -1,0 +1,381 @@
+"""From the files of one session to arrays on one grid, and back.
+
+The store and prediction prepare scans with this very function, so a network sees in use what it saw in training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+
+from brainfm import seeds
+from brainfm.imaging import geometry, intensity, nifti
+from brainfm.imaging.geometry import Shape
+from brainfm.imaging.intensity import Stats
+from brainfm.imaging.nifti import FileGrid
+from brainfm.specs import PreprocessSpec, ScanError
+from brainfm.volume import spacing_of
+
+FOREGROUND_POINTS = 4096
+_CANDIDATES = 1 << 14  # voxels that are looked at first to find them
+_KEPT_BYTES = 512 << 20  # scans of a session up to this size are held between the two passes, larger ones read twice
+_LARGEST_VOXELS = 512**3
+_SAME_GRID_MM = 1e-3
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """What was done to one file's grid and values, so that it can be undone.
+
+    Attributes:
+        spec: fingerprint of the PreprocessSpec.
+        file: the file's own grid.
+        session_shape, session_affine_mm: the common grid before the crop.
+        box_start, box_stop: the crop, in voxels of the session grid.
+        shape, affine_mm: of the prepared array.
+        stats: how intensities were standardised; None for a label map.
+    """
+
+    spec: str
+    file: FileGrid
+    session_shape: Shape
+    session_affine_mm: tuple[tuple[float, ...], ...]
+    box_start: Shape
+    box_stop: Shape
+    shape: Shape
+    affine_mm: tuple[tuple[float, ...], ...]
+    stats: Stats | None
+
+    def to_dict(self) -> dict[str, Any]:
+        return {
+            "spec": self.spec,
+            "file": self.file.to_dict(),
+            "session_shape": list(self.session_shape),
+            "session_affine_mm": [list(row) for row in self.session_affine_mm],
+            "box_start": list(self.box_start),
+            "box_stop": list(self.box_stop),
+            "shape": list(self.shape),
+            "affine_mm": [list(row) for row in self.affine_mm],
+            "stats": None if self.stats is None else self.stats.to_dict(),
+        }
+
+    @classmethod
+    def from_dict(cls, values: dict[str, Any]) -> Self:
+        return cls(
+            spec=str(values["spec"]),
+            file=FileGrid.from_dict(values["file"]),
+            session_shape=_triple(values["session_shape"]),
+            session_affine_mm=_rows(values["session_affine_mm"]),
+            box_start=_triple(values["box_start"]),
+            box_stop=_triple(values["box_stop"]),
+            shape=_triple(values["shape"]),
+            affine_mm=_rows(values["affine_mm"]),
+            stats=None if values["stats"] is None else Stats.from_dict(values["stats"]),
+        )
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """The scans and label maps of one session on one grid.
+
+    Attributes:
+        scans: float32 [X, Y, Z] by name, standardised; outside a scan's field of view its lowest value.
+        labels: uint8 or uint16 [X, Y, Z] by name.
+        recipes: for every scan and label map.
+        failures: what was left out, by name, and why.
+        affine_mm: [4, 4] of all arrays.
+        foreground: int16 [N, 3], up to 4096 voxels drawn evenly from the union of the scans' foregrounds.
+    """
+
+    scans: dict[str, np.ndarray]
+    labels: dict[str, np.ndarray]
+    recipes: dict[str, Recipe]
+    failures: dict[str, str]
+    affine_mm: np.ndarray
+    foreground: np.ndarray
+
+
+@dataclass(frozen=True)
+class _Source:
+    """One scan after the first pass. `voxels` is None where it must be read again."""
+
+    path: Path
+    grid: FileGrid
+    affine_mm: np.ndarray
+    voxels: np.ndarray | None
+    mask: np.ndarray
+    stats: Stats
+
+    @property
+    def shape(self) -> Shape:
+        return self.grid.ras_shape()
+
+
+@dataclass(frozen=True)
+class _Target:
+    """The common grid and the crop."""
+
+    spec: str
+    session_shape: Shape
+    session_affine_mm: np.ndarray
+    start: Shape
+    stop: Shape
+
+    @property
+    def shape(self) -> Shape:
+        return _triple(b - a for a, b in zip(self.start, self.stop, strict=True))
+
+    @property
+    def affine_mm(self) -> np.ndarray:
+        return geometry.cropped_affine(self.session_affine_mm, self.start)
+
+    def recipe(self, file: FileGrid, stats: Stats | None) -> Recipe:
+        return Recipe(
+            self.spec,
+            file,
+            self.session_shape,
+            _rows(self.session_affine_mm),
+            self.start,
+            self.stop,
+            self.shape,
+            _rows(self.affine_mm),
+            stats,
+        )
+
+
+# ---- there -----------------------------------------------------------------------------------------------------------
+
+
+def prepare_session(
+    scans: Mapping[str, Path], labels: Mapping[str, Path], spec: PreprocessSpec, *, reference: str | None = None
+) -> Prepared:
+    """Bring the scans and label maps of one visit onto one grid.
+
+    The grid has the directions of the reference and the spacing of the spec; it is cropped to the union of the
+    foregrounds. Intensities are measured on each scan's own voxels and standardised after resampling.
+
+    Args:
+        scans: file by scan name (``t1``, ``flair``, ``t1_2``); at least one.
+        labels: file by name; a name that ends in ``_mask`` becomes 0 and 1, any other keeps its values.
+        reference: name of the scan whose directions are kept; by default the one with the thinnest slices, then t1.
+
+    Returns:
+        What could be prepared, with the reasons for what could not.
+
+    Raises:
+        ScanError: no scan could be prepared, or the common grid would be absurdly large.
+    """
+    failures: dict[str, str] = {}
+    sources: dict[str, _Source] = {}
+    keep = _fits_in_memory(scans)
+    for name, path in scans.items():
+        try:
+            sources[name] = _measure(Path(path), spec, keep)
+        except ScanError as error:
+            failures[name] = str(error)
+    if not sources:
+        first = next(iter(failures.values()), "no scan was given")
+        raise ScanError(f"no scan of the session can be used: {first}")
+    chosen = reference if reference in sources else _default_reference(sources)
+    _leave_out_distant(sources, chosen, failures)
+    target = _settle_target(sources, chosen, spec)
+    recipes = {name: target.recipe(source.grid, source.stats) for name, source in sources.items()}
+    foreground = _foreground_points(sources, target)
+    arrays = {}
+    for name in list(sources):
+        arrays[name] = _prepare_scan(sources.pop(name), target)
+    maps = {}
+    for name, path in labels.items():
+        try:
+            maps[name], grid = _prepare_label(name, Path(path), target, spec, recipes)
+        except ScanError as error:
+            failures[name] = str(error)
+        else:
+            recipes[name] = target.recipe(grid, None)
+    return Prepared(arrays, maps, recipes, failures, target.affine_mm, foreground)
+
+
+def _fits_in_memory(scans: Mapping[str, Path]) -> bool:
+    total = 0
+    for path in scans.values():
+        try:
+            total += 4 * int(np.prod(nifti.read_header(Path(path)).grid.shape_vox))
+        except ScanError:
+            continue  # it is refused, with its reason, when it is read
+    return total <= _KEPT_BYTES
+
+
+def _measure(path: Path, spec: PreprocessSpec, keep: bool) -> _Source:
+    volume, grid = nifti.read(path, compact=True)
+    try:
+        mask = intensity.foreground(volume)
+        stats = intensity.statistics(volume.voxels, mask, spec.clip_percentiles)
+    except ScanError as error:
+        raise ScanError(f"{path}: {error}") from None
+    return _Source(path, grid, volume.affine_mm, volume.voxels if keep else None, mask, stats)
+
+
+def _default_reference(sources: Mapping[str, _Source]) -> str:
+    def rank(name: str) -> tuple[float, bool, str]:
+        return round(max(spacing_of(sources[name].affine_mm)), 2), name != "t1", name
+
+    return min(sources, key=rank)
+
+
+def _leave_out_distant(sources: dict[str, _Source], reference: str, failures: dict[str, str]) -> None:
+    """Drop scans that share no space with the reference: their headers cannot be trusted."""
+    anchor = sources[reference]
+    for name in [n for n in sources if n != reference]:
+        source = sources[name]
+        low, high = geometry.box_between(np.zeros(3), np.array(source.shape), source.affine_mm, anchor.affine_mm)
+        if (high < -0.5).any() or (low > np.array(anchor.shape) - 0.5).any():
+            failures[name] = f"{source.path}: lies wholly outside {anchor.path}, the reference scan of its session"
+            del sources[name]
+
+
+def _settle_target(sources: Mapping[str, _Source], reference: str, spec: PreprocessSpec) -> _Target:
+    shape, affine = geometry.session_grid(sources, reference, spec.spacing_mm)
+    boxes = [geometry.extent_between(source.mask, source.affine_mm, affine) for source in sources.values()]
+    margin = spec.margin_mm / np.array(spec.spacing_mm)
+    low = np.min([box[0] for box in boxes], axis=0) - margin
+    high = np.max([box[1] for box in boxes], axis=0) + margin
+    first = _triple(np.clip(np.floor(low + 0.5 + geometry.SAME_VOX), 0, np.array(shape) - 1))
+    last = _triple(np.clip(np.ceil(high + 0.5 - geometry.SAME_VOX), np.array(first) + 1, shape))
+    target = _Target(spec.fingerprint(), shape, affine, first, last)
+    if np.prod(target.shape, dtype=np.int64) > _LARGEST_VOXELS:
+        text = " x ".join(str(size) for size in target.shape)
+        raise ScanError(
+            f"{sources[reference].path}: its session needs a grid of {text} voxels, expected {_LARGEST_VOXELS} at most"
+        )
+    return target
+
+
+def _prepare_scan(source: _Source, target: _Target) -> np.ndarray:
+    voxels = source.voxels
+    if voxels is None:
+        voxels = nifti.read(source.path, compact=True)[0].voxels
+    array = geometry.resample(
+        voxels, source.affine_mm, target.shape, target.affine_mm, order="cubic", fill=source.stats.low
+    )
+    return intensity.apply(array, source.stats)
+
+
+def _prepare_label(
+    name: str, path: Path, target: _Target, spec: PreprocessSpec, scans: Mapping[str, Recipe]
+) -> tuple[np.ndarray, FileGrid]:
+    volume, grid = nifti.read(path, labels=True)
+    if not any(_same_grid(grid, recipe.file) for recipe in scans.values() if recipe.stats is not None):
+        raise ScanError(f"{path}: lies on another grid than every scan of its session")
+    values = volume.voxels
+    if name.endswith("_mask"):
+        values = (values != 0).astype(np.uint8, order="K")
+    elif values.min() < 0 or values.max() > 65535:
+        raise ScanError(f"{path}: labels from {values.min()} to {values.max()}, expected 0 to 65535")
+    else:
+        values = values.astype(np.uint8 if values.max() < 256 else np.uint16, order="K")
+    how: Any = spec.labels
+    return (
+        geometry.resample_labels(values, volume.affine_mm, target.shape, target.affine_mm, how=how),
+        grid,
+    )
+
+
+def _same_grid(a: FileGrid, b: FileGrid) -> bool:
+    """Whether both hold the same voxels, in whatever axis order they are stored."""
+    return a.ras_shape() == b.ras_shape() and bool(np.abs(a.ras_affine() - b.ras_affine()).max() <= _SAME_GRID_MM)
+
+
+def _foreground_points(sources: Mapping[str, _Source], target: _Target) -> np.ndarray:
+    """int16 [N, 3]; the draw depends on the spec, the names and the box alone."""
+    total = int(np.prod(target.shape))
+    rng = seeds.stream(0, f"foreground {target.spec} {' '.join(sorted(sources))}")
+    found = _in_any_mask(rng.choice(total, size=min(total, _CANDIDATES), replace=False), sources, target)
+    if len(found) < FOREGROUND_POINTS and total > _CANDIDATES:  # a small patient in a large box: look everywhere
+        found = _in_any_mask(rng.permutation(total), sources, target)
+    return found[:FOREGROUND_POINTS].astype(np.int16)
+
+
+def _in_any_mask(flat: np.ndarray, sources: Mapping[str, _Source], target: _Target) -> np.ndarray:
+    """Those of the flat indices that lie in some scan's foreground, as [N, 3]."""
+    points = np.stack(np.unravel_index(flat, target.shape), axis=1)
+    hit = np.zeros(len(points), dtype=bool)
+    for source in sources.values():
+        transform = np.linalg.inv(source.affine_mm) @ target.affine_mm
+        index = np.floor(points @ transform[:3, :3].T + transform[:3, 3] + 0.5).astype(np.int64)
+        inside = ((index >= 0) & (index < np.array(source.shape))).all(axis=1)
+        hit[inside] |= source.mask[tuple(index[inside].T)]
+    return points[hit]
+
+
+# ---- and back --------------------------------------------------------------------------------------------------------
+
+
+def restore_probabilities(probabilities: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Class probabilities on the prepared grid to a label map on the file's own grid.
+
+    Each class is interpolated apart and the largest wins, the lower one in a tie, so that outlines stay smooth where
+    the file is finer than the network's grid. Outside the crop the answer is class 0.
+
+    Args:
+        probabilities: [K, X, Y, Z] real, on the grid of `recipe`; logits serve as well.
+        recipe: of the scan on whose file's grid the answer is wanted.
+
+    Returns:
+        uint8 (uint16 from 257 classes on) class indices, in the file's own shape and axis order.
+    """
+    _check_shape(probabilities.shape[1:], recipe)
+    file_shape, file_affine = recipe.file.ras_shape(), recipe.file.ras_affine()
+    dtype = np.uint8 if len(probabilities) <= 256 else np.uint16
+    winner = np.zeros(file_shape, dtype=dtype)
+    best: np.ndarray | None = None
+    for index, share in enumerate(probabilities):
+        moved = geometry.resample(
+            np.asarray(share, dtype=np.float32),
+            np.array(recipe.affine_mm),
+            file_shape,
+            file_affine,
+            order="linear",
+            fill=np.inf if index == 0 else -np.inf,
+        )
+        if best is None:
+            best = moved
+            continue
+        better = moved > best
+        winner[better] = index
+        np.maximum(best, moved, out=best)
+    return np.ascontiguousarray(recipe.file.from_ras(winner))
+
+
+def restore_labels(labels: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """A label map on the prepared grid to the file's own grid, by the nearest voxel.
+
+    Args:
+        labels: [X, Y, Z] whole numbers, on the grid of `recipe`.
+        recipe: of the scan or label map on whose file's grid the answer is wanted.
+
+    Returns:
+        The same dtype, in the file's own shape and axis order; 0 outside the crop.
+    """
+    _check_shape(labels.shape, recipe)
+    moved = geometry.resample(
+        labels, np.array(recipe.affine_mm), recipe.file.ras_shape(), recipe.file.ras_affine(), order="nearest", fill=0
+    )
+    return np.ascontiguousarray(recipe.file.from_ras(moved))
+
+
+def _check_shape(shape: tuple[int, ...], recipe: Recipe) -> None:
+    if tuple(shape) != recipe.shape:
+        raise ValueError(f"found an array of {tuple(shape)} voxels, the recipe is for {recipe.shape}")
+
+
+def _triple(values: Any) -> Shape:
+    x, y, z = (int(value) for value in values)
+    return x, y, z
+
+
+def _rows(matrix: Any) -> tuple[tuple[float, ...], ...]:
+    return tuple(tuple(float(value) for value in row) for row in matrix)

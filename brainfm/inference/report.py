@@ -1,0 +1,554 @@
+"""One HTML file to show to a colleague: text, tables and pictures, with nothing to load from anywhere.
+
+Pictures of volumes follow the radiological convention: the patient's left is on the right side of axial and coronal
+pictures and marked L; sagittal pictures look from the left, so that the face is on the left side, marked A.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import io
+import os
+import re
+import secrets
+import struct
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainfm import __version__
+
+PLANES = ("axial", "coronal", "sagittal")
+TRUTH_COLOUR, PREDICTION_COLOUR = "#19d3c5", "#ff9a1f"  # told apart on grey, and by colour-blind eyes
+
+_AXES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # to the side, upwards, through the plane
+_MARKS = {"axial": ("R", "L"), "coronal": ("R", "L"), "sagittal": ("A", "P")}  # at the left and right edge
+_INK, _SOFT, _LINE, _HIDDEN = "#1c2430", "#667085", "#e4e7ec", (0.16, 0.36, 0.46)
+_COLOURS = ("#0f766e", "#d9480f", "#4c51bf", "#b7791f", "#a6266e", "#2b6cb0", "#4d7c0f", "#57534e")
+_WIDTH_INCH, _DOTS_PER_INCH = 10.4, 160  # the text column of the page is as wide; the pictures stay sharp when enlarged
+
+_STYLE = """
+:root { color-scheme: light; }
+* { box-sizing: border-box; }
+body { margin: 0; background: #fff; color: #1c2430; font: 16px/1.6 Inter, "Segoe UI", system-ui, -apple-system,
+  "Helvetica Neue", Arial, sans-serif; -webkit-font-smoothing: antialiased; }
+header { background: #f3f7f7; border-bottom: 1px solid #dbe7e6; }
+.column { max-width: 1104px; margin: 0 auto; padding: 0 32px; }
+header .column { padding-top: 44px; padding-bottom: 36px; }
+.mark { font-weight: 650; letter-spacing: .02em; color: #0f766e; margin: 0 0 10px; font-size: 15px; }
+h1 { font-size: 36px; line-height: 1.18; letter-spacing: -.018em; font-weight: 680; margin: 0 0 14px; }
+header p { font-size: 18px; color: #3d4757; max-width: 800px; margin: 0 0 10px; }
+.numbers { display: flex; flex-wrap: wrap; gap: 12px; margin: 26px 0 0; padding: 0; list-style: none; }
+.numbers li { background: #fff; border: 1px solid #dbe7e6; border-radius: 10px; padding: 12px 20px 13px;
+  min-width: 150px; }
+.numbers b { display: block; font-size: 25px; line-height: 1.25; font-weight: 640; letter-spacing: -.01em;
+  font-variant-numeric: tabular-nums; }
+.numbers span { color: #667085; font-size: 14px; }
+nav { border-bottom: 1px solid #e4e7ec; font-size: 14px; }
+nav ol { display: flex; flex-wrap: wrap; gap: 4px 26px; list-style: none; margin: 0; padding: 12px 0; }
+nav a { color: #475467; text-decoration: none; }
+nav a:hover { color: #0f766e; text-decoration: underline; }
+section { padding: 38px 0 6px; }
+section + section { border-top: 1px solid #e4e7ec; margin-top: 18px; }
+h2 { font-size: 24px; line-height: 1.25; letter-spacing: -.012em; font-weight: 650; margin: 0 0 10px; }
+h2 i { font-style: normal; color: #0f766e; margin-right: 12px; font-variant-numeric: tabular-nums; }
+section p { max-width: 780px; margin: 0 0 12px; }
+figure { margin: 22px 0 26px; }
+figure img { display: block; max-width: 100%; height: auto; }
+figcaption { color: #566173; font-size: 14px; line-height: 1.5; margin-top: 10px; max-width: 820px; }
+.wide { overflow-x: auto; margin: 22px 0 26px; }
+table { border-collapse: collapse; font-size: 15px; min-width: 480px; font-variant-numeric: tabular-nums; }
+th { text-align: left; font-size: 13px; font-weight: 600; color: #566173; border-bottom: 2px solid #1c2430;
+  padding: 6px 28px 6px 0; vertical-align: bottom; }
+td { border-bottom: 1px solid #e4e7ec; padding: 8px 28px 8px 0; }
+tr > :last-child { padding-right: 4px; }
+.number { text-align: right; white-space: nowrap; }
+tbody tr:hover { background: #f7faf9; }
+code { font: .9em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; background: #f2f4f7;
+  border-radius: 4px; padding: .1em .35em; }
+footer { border-top: 1px solid #e4e7ec; margin-top: 48px; background: #f9fafb; color: #566173; font-size: 14px; }
+footer .column { padding-top: 26px; padding-bottom: 40px; }
+pre { background: #1c2430; color: #f2f4f7; border-radius: 8px; padding: 14px 18px; overflow-x: auto;
+  margin: 8px 0 18px; }
+pre code { background: none; padding: 0; font-size: 14px; }
+@media (max-width: 640px) { .column { padding: 0 18px; } h1 { font-size: 28px; } }
+@media print { nav { display: none; } figure, table { break-inside: avoid; } }
+"""
+
+
+@dataclass(frozen=True)
+class Section:
+    """A part of the report.
+
+    Attributes:
+        title: its heading.
+        text: paragraphs, an empty line between them; `words in backticks` are set as code.
+        figures: (caption, PNG) pairs.
+        table: rows of cells, the first row being the heads of the columns.
+    """
+
+    title: str
+    text: str
+    figures: tuple[tuple[str, bytes], ...] = ()
+    table: tuple[tuple[str, ...], ...] | None = None
+
+
+def write_report(
+    path: Path,
+    title: str,
+    lead: str,
+    sections: Sequence[Section],
+    command: str,
+    numbers: Sequence[tuple[str, str]] = (),
+) -> None:
+    """Write the report; a crash leaves no half-written file.
+
+    Args:
+        path: of the ``.html`` file; an existing one is replaced.
+        title: of the page.
+        lead: what was done and what came of it, in a few sentences; paragraphs as in a section.
+        sections: in order.
+        command: what to type to get this report again.
+        numbers: a few (value, what it is) pairs shown large at the top.
+    """
+    path = Path(path)
+    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
+    try:
+        temporary.write_text(_page(title, lead, sections, command, numbers), encoding="utf-8")
+        os.replace(temporary, path)
+    finally:
+        temporary.unlink(missing_ok=True)
+
+
+def _page(
+    title: str, lead: str, sections: Sequence[Section], command: str, numbers: Sequence[tuple[str, str]]
+) -> str:  # fmt: skip
+    cards = "".join(f"<li><b>{html.escape(value)}</b><span>{html.escape(name)}</span></li>" for value, name in numbers)
+    links = "".join(f'<li><a href="#s{n}">{html.escape(s.title)}</a></li>' for n, s in enumerate(sections, 1))
+    parts = [
+        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
+        '<meta name="viewport" content="width=device-width, initial-scale=1">',
+        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
+        f'<header><div class="column"><p class="mark">brainfm</p><h1>{html.escape(title)}</h1>{_paragraphs(lead)}',
+        f'<ul class="numbers">{cards}</ul>' if cards else "",
+        "</div></header>",
+        f'<nav><div class="column"><ol>{links}</ol></div></nav>' if len(sections) > 1 else "",
+        '<main class="column">',
+        *(_section(number, section) for number, section in enumerate(sections, 1)),
+        f'</main>\n<footer><div class="column">Made by<pre><code>{html.escape(command)}</code></pre>',
+        f"brainfm {html.escape(__version__)}. This file holds everything it shows and loads nothing from elsewhere.",
+        "</div></footer>\n</body>\n</html>\n",
+    ]
+    return "\n".join(part for part in parts if part)
+
+
+def _section(number: int, section: Section) -> str:
+    figures = "\n".join(_figure(caption, png) for caption, png in section.figures)
+    table = _table(section.table) if section.table else ""
+    return (
+        f'<section id="s{number}"><h2><i>{number}</i>{html.escape(section.title)}</h2>\n'
+        f"{_paragraphs(section.text)}\n{table}\n{figures}</section>"
+    )
+
+
+def _inline(text: str) -> str:
+    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
+
+
+def _paragraphs(text: str) -> str:
+    return "\n".join(f"<p>{_inline(part.strip())}</p>" for part in re.split(r"\n\s*\n", text) if part.strip())
+
+
+def _figure(caption: str, png: bytes) -> str:
+    width, height = (round(dots * 100 / _DOTS_PER_INCH) for dots in struct.unpack(">2I", png[16:24]))
+    data = base64.b64encode(png).decode("ascii")
+    return (
+        f'<figure><img src="data:image/png;base64,{data}" width="{width}" height="{height}" '
+        f'alt="{html.escape(caption)}"><figcaption>{_inline(caption)}</figcaption></figure>'
+    )
+
+
+def _table(rows: Sequence[Sequence[str]]) -> str:
+    head, *body = rows
+    numeric = [
+        bool(body) and all(re.match(r"^[-+−±\[(]?\d|^[–—-]?$", r[c].strip()) for r in body if c < len(r))
+        for c in range(len(head))
+    ]
+
+    right_aligned = ' class="number"'
+
+    def cells(row: Sequence[str], tag: str) -> str:
+        return "".join(
+            f"<{tag}{right_aligned if is_number else ''}>{_inline(cell)}</{tag}>"
+            for cell, is_number in zip(row, numeric)
+        )
+
+    lines = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in body)
+    return f'<div class="wide"><table><thead><tr>{cells(head, "th")}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
+
+
+@dataclass(frozen=True)
+class _Tile:
+    """A picture in a grid of pictures.
+
+    Attributes:
+        pixels: [across, up]; NaN is shown in a colour of its own.
+        pixel_mm: edge lengths.
+        window: the values shown black and white.
+        outlines: (mask [across, up], colour) pairs.
+        marks: letters at the left and right edge.
+    """
+
+    pixels: np.ndarray
+    pixel_mm: tuple[float, float]
+    window: tuple[float, float]
+    outlines: tuple[tuple[np.ndarray, str], ...] = ()
+    marks: tuple[str, str] = ("", "")
+
+    @property
+    def size_mm(self) -> tuple[float, float]:
+        return self.pixels.shape[0] * self.pixel_mm[0], self.pixels.shape[1] * self.pixel_mm[1]
+
+
+def _window(array: np.ndarray) -> tuple[float, float]:
+    """From the lowest value, which is the background, to the 99.9th percentile of what is above it."""
+    values = array[np.isfinite(array)]
+    low = float(values.min()) if values.size else 0.0
+    above = values[values > low]
+    high = float(np.percentile(above, 99.9)) if above.size else low + 1
+    return low, high if high > low else low + 1
+
+
+def _section_of(volume: np.ndarray, plane: str, index: int) -> np.ndarray:
+    """[across, up] as it is shown: the patient's left, or the back of the head, on the right side."""
+    picture = np.take(volume, index, axis=_AXES[plane][2])
+    return picture[::-1]
+
+
+def _box(volume: np.ndarray, margin: int = 3) -> tuple[slice, slice, slice]:
+    """Around everything above the lowest value."""
+    inside = np.isfinite(volume) & (volume > np.nanmin(volume))
+    sides = []
+    for axis in range(3):
+        used = np.flatnonzero(inside.any(axis=tuple(a for a in range(3) if a != axis)))
+        first, last = (used[0], used[-1]) if used.size else (0, volume.shape[axis] - 1)
+        sides.append(slice(max(int(first) - margin, 0), int(last) + margin + 1))
+    return sides[0], sides[1], sides[2]
+
+
+def _largest(mask: np.ndarray, plane: str) -> int:
+    """The slice where a mask is largest; the middle one where it is empty."""
+    through = _AXES[plane][2]
+    areas = np.asarray(mask, dtype=bool).sum(axis=tuple(a for a in range(3) if a != through))
+    return int(areas.argmax()) if areas.any() else mask.shape[through] // 2
+
+
+def _tile(
+    volume: np.ndarray,
+    plane: str,
+    index: int,
+    spacing_mm: tuple[float, float, float],
+    outlines: Sequence[tuple[np.ndarray, str]] = (),
+) -> _Tile:
+    across, up, _ = _AXES[plane]
+    lines = tuple((_section_of(np.asarray(mask, dtype=bool), plane, index), colour) for mask, colour in outlines)
+    pixel_mm = (spacing_mm[across], spacing_mm[up])
+    return _Tile(_section_of(volume, plane, index), pixel_mm, _window(volume), lines, _MARKS[plane])
+
+
+def _draw_tile(axes: Any, tile: _Tile) -> None:
+    """Fill an axes with a tile: the picture, its hidden part, outlines, marks."""
+    width, height = tile.size_mm
+    extent = (0, width, 0, height)
+    low, high = tile.window
+    shown = np.nan_to_num(tile.pixels.astype(np.float32), nan=low).T
+    axes.imshow(shown, origin="lower", cmap="gray", vmin=low, vmax=high, extent=extent, interpolation="bicubic")
+    hidden = np.isnan(tile.pixels).T
+    if hidden.any():
+        cover = np.zeros((*hidden.shape, 4))
+        cover[hidden] = (*_HIDDEN, 1)
+        axes.imshow(cover, origin="lower", extent=extent, interpolation="nearest")
+    for mask, colour in tile.outlines:
+        if mask.any():
+            axes.contour(
+                (np.arange(mask.shape[0]) + 0.5) * tile.pixel_mm[0],
+                (np.arange(mask.shape[1]) + 0.5) * tile.pixel_mm[1],
+                mask.T.astype(np.float32), levels=[0.5], colors=[colour], linewidths=1.25,
+            )  # fmt: skip
+    for mark, place, side in ((tile.marks[0], 0.025, "left"), (tile.marks[1], 0.975, "right")):
+        axes.text(place, 0.975, mark, transform=axes.transAxes, ha=side, va="top", color="#e7ecef", fontsize=8.5)
+    axes.set_aspect("equal")
+
+
+def _grid(
+    tiles: Sequence[Sequence[_Tile]],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    legend: Sequence[tuple[str, str]] = (),
+    largest_inch: float = 3.9,
+) -> bytes:
+    """A PNG of tiles at one scale in mm, labels at the left and above, (name, colour) pairs below."""
+    from matplotlib.figure import Figure
+
+    columns = max(len(row) for row in tiles)
+    widths = [max(row[c].size_mm[0] for row in tiles if c < len(row)) for c in range(columns)]
+    heights = [max(tile.size_mm[1] for tile in row) for row in tiles]
+    left = 0.22 + 0.085 * max((len(line) for label in row_labels for line in label.split("\n")), default=0)
+    left = left if any(row_labels) else 0.0
+    gap, top, below = 0.07, 0.32 if column_labels else 0.0, 0.42 if legend else 0.0
+    room = _WIDTH_INCH - left - gap * (columns - 1)
+    scale = min(room / sum(widths), largest_inch / max(heights))  # inches a mm
+    full_width = left + scale * sum(widths) + gap * (columns - 1)
+    full_height = top + scale * sum(heights) + gap * (len(tiles) - 1) + below
+    figure = Figure(figsize=(full_width, full_height), facecolor="white")
+    y = full_height - top
+    for r, row in enumerate(tiles):
+        x = left
+        y -= scale * heights[r]
+        for c, tile in enumerate(row):
+            box = (x / full_width, y / full_height, scale * widths[c] / full_width, scale * heights[r] / full_height)
+            axes = figure.add_axes(box, facecolor="black", xticks=[], yticks=[])
+            for spine in axes.spines.values():
+                spine.set_visible(False)
+            _draw_tile(axes, tile)
+            spare = (widths[c] - tile.size_mm[0]) / 2, (heights[r] - tile.size_mm[1]) / 2
+            axes.set_xlim(-spare[0], widths[c] - spare[0])
+            axes.set_ylim(-spare[1], heights[r] - spare[1])
+            if r == 0 and c < len(column_labels):
+                middle = (x + scale * widths[c] / 2) / full_width
+                figure.text(middle, 1 - 0.21 / full_height, column_labels[c], ha="center", color=_INK, fontsize=10.5)
+            x += scale * widths[c] + gap
+        if r < len(row_labels):
+            middle = (y + scale * heights[r] / 2) / full_height
+            figure.text(
+                (left - 0.14) / full_width, middle, row_labels[r], ha="right", va="center", color=_INK, fontsize=10.5
+            )
+        y -= gap
+    _draw_legend(figure, legend, left / full_width)
+    return _png(figure)
+
+
+def _draw_legend(figure: Any, entries: Sequence[tuple[str, str]], left: float) -> None:
+    from matplotlib.lines import Line2D
+
+    if entries:
+        lines = [Line2D([], [], color=colour, linewidth=2.2) for _, colour in entries]
+        names = [name for name, _ in entries]
+        figure.legend(lines, names, loc="lower left", bbox_to_anchor=(left, 0), ncols=len(entries), frameon=False,
+                      fontsize=10.5, labelcolor=_INK, borderaxespad=0, handlelength=1.6, columnspacing=2.2)  # fmt: skip
+
+
+def _png(figure: Any) -> bytes:
+    buffer = io.BytesIO()
+    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, facecolor="white")
+    return buffer.getvalue()
+
+
+def slices_figure(
+    rows: Sequence[tuple[str, np.ndarray]],
+    planes: Sequence[str] = PLANES,
+    contours: Sequence[np.ndarray | None] = (),
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    at_vox: tuple[int, int, int] | None = None,
+) -> bytes:
+    """Volumes of one grid, a row each, cut in up to three planes.
+
+    Args:
+        rows: (label, [X, Y, Z] volume) pairs on RAS+ axes.
+        planes: of ``axial``, ``coronal``, ``sagittal``.
+        contours: for every row a mask [X, Y, Z] to outline, or None.
+        spacing_mm: of the voxels.
+        at_vox: where to cut; else where the first mask is largest, or through the middle of the first volume's head.
+
+    Returns:
+        A PNG.
+    """
+    box = _box(rows[0][1])
+    masks = [*contours, *[None] * (len(rows) - len(contours))]
+    first = next((mask[box] for mask in masks if mask is not None and mask.any()), None)
+    tiles = []
+    for (_, volume), mask in zip(rows, masks):
+        row = []
+        for plane in planes:
+            axis = _AXES[plane][2]
+            middle = volume[box].shape[axis] // 2
+            index = (
+                at_vox[axis] - box[axis].start if at_vox else _largest(first, plane) if first is not None else middle
+            )
+            index = min(max(index, 0), volume[box].shape[axis] - 1)
+            lines = [(mask[box], TRUTH_COLOUR)] if mask is not None else []
+            row.append(_tile(volume[box], plane, index, spacing_mm, lines))
+        tiles.append(row)
+    return _grid(tiles, [label for label, _ in rows], [plane.capitalize() for plane in planes], largest_inch=2.7)
+
+
+def cohort_figure(
+    subjects: Sequence[tuple[str, Mapping[str, np.ndarray], np.ndarray | None]],
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> bytes:
+    """One axial slice of several subjects, a column each, a row for every contrast.
+
+    Args:
+        subjects: (label, contrast -> [X, Y, Z] volume, mask or None); a subject's volumes share a grid. The slice is
+            where the mask is largest, and the mask is outlined on the last contrast.
+        spacing_mm: of the voxels.
+
+    Returns:
+        A PNG. A subject without one of the contrasts has an empty tile there.
+    """
+    contrasts = list(dict.fromkeys(name for _, volumes, _ in subjects for name in volumes))
+    tiles: list[list[_Tile]] = [[] for _ in contrasts]
+    for _, volumes, mask in subjects:
+        box = _box(next(iter(volumes.values())))
+        seen = mask[box] if mask is not None else np.zeros([side.stop - side.start for side in box], dtype=bool)
+        index = _largest(seen, "axial") if seen.any() else int(0.55 * next(iter(volumes.values()))[box].shape[2])
+        for place, name in enumerate(contrasts):
+            volume = volumes.get(name, np.zeros_like(next(iter(volumes.values()))))
+            lines = [(seen, TRUTH_COLOUR)] if name == contrasts[-1] and name in volumes and seen.any() else []
+            tiles[place].append(_tile(volume[box], "axial", index, spacing_mm, lines))
+    return _grid(tiles, contrasts, [label for label, _, _ in subjects], largest_inch=2.4)
+
+
+def overlay_figure(
+    image: np.ndarray,
+    truth: np.ndarray,
+    prediction: np.ndarray,
+    titles: Sequence[str] = ("True lesion", "Predicted"),
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+) -> bytes:
+    """What is true and what was predicted, outlined in three planes, where the true lesion is largest.
+
+    Args:
+        image: [X, Y, Z] on RAS+ axes.
+        truth, prediction: [X, Y, Z] masks. Where truth is empty, the predicted mask chooses the planes.
+        titles: their names in the legend.
+        spacing_mm: of the voxels.
+
+    Returns:
+        A PNG.
+    """
+    box = _box(image)
+    true, predicted = np.asarray(truth[box], dtype=bool), np.asarray(prediction[box], dtype=bool)
+    guide = true if true.any() else predicted
+    outlines = [(true, TRUTH_COLOUR), (predicted, PREDICTION_COLOUR)]
+    row = [_tile(image[box], plane, _largest(guide, plane), spacing_mm, outlines) for plane in PLANES]
+    legend = [(titles[0], TRUTH_COLOUR), (titles[1], PREDICTION_COLOUR)]
+    return _grid([row], column_labels=[plane.capitalize() for plane in PLANES], legend=legend)
+
+
+def reconstruction_figure(
+    columns: Mapping[str, Sequence[np.ndarray]],
+    row_labels: Sequence[str] = (),
+    pixel_mm: tuple[float, float] = (1.0, 1.0),
+) -> bytes:
+    """What went in, what was hidden, what came out: a column each, a row a patch.
+
+    Args:
+        columns: name -> axial slices [X, Y]; NaN marks hidden voxels. A row has the window of its first slice.
+        row_labels: one a row.
+        pixel_mm: of the slices.
+
+    Returns:
+        A PNG.
+    """
+    rows = list(zip(*columns.values(), strict=True))
+    tiles = [
+        [_Tile(picture[::-1], pixel_mm, _window(row[0]), marks=_MARKS["axial"]) for picture in row] for row in rows
+    ]
+    return _grid(tiles, row_labels, list(columns), largest_inch=2.4)
+
+
+def _chart(height_inch: float) -> tuple[Any, Any]:
+    """A figure with one quiet pair of axes."""
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(_WIDTH_INCH, height_inch), facecolor="white", layout="constrained")
+    axes = figure.add_subplot()
+    for side in ("top", "right", "left"):
+        axes.spines[side].set_visible(False)
+    axes.spines["bottom"].set_color("#98a2b3")
+    axes.tick_params(colors=_SOFT, labelsize=10, length=0, pad=6)
+    axes.set_axisbelow(True)
+    return figure, axes
+
+
+def _smooth(values: np.ndarray) -> np.ndarray:
+    """A centred moving mean over a twentieth of the curve; shorter at its ends, so that nothing is invented."""
+    half = len(values) // 40
+    total = np.concatenate([[0.0], np.cumsum(values)])
+    low = np.maximum(np.arange(len(values)) - half, 0)
+    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
+    return (total[high] - total[low]) / (high - low)
+
+
+def curves_figure(
+    curves: Mapping[str, Sequence[tuple[float, float]]],
+    y_label: str = "loss",
+    x_label: str = "step",
+    logarithmic: bool = False,
+) -> bytes:
+    """Curves over steps; those with more than 60 points are drawn faintly with their moving mean on top.
+
+    Args:
+        curves: name -> (step, value) pairs; values that are not finite are left out.
+        y_label, x_label: of the axes.
+        logarithmic: of the values.
+
+    Returns:
+        A PNG.
+    """
+    figure, axes = _chart(3.7)
+    for number, (name, points) in enumerate(curves.items()):
+        colour = _COLOURS[number % len(_COLOURS)]
+        values = np.array([p for p in points if np.isfinite(p[1])], dtype=np.float64).reshape(-1, 2)
+        if len(values) > 60:
+            axes.plot(values[:, 0], values[:, 1], color=colour, alpha=0.2, linewidth=0.9)
+            values[:, 1] = _smooth(values[:, 1])
+        axes.plot(values[:, 0], values[:, 1], color=colour, linewidth=2, label=name, solid_capstyle="round",
+                  marker="o" if len(values) < 15 else None, markersize=4)  # fmt: skip
+    if logarithmic:
+        axes.set_yscale("log")
+    axes.grid(axis="y", color=_LINE, linewidth=0.9)
+    axes.margins(x=0.01)
+    axes.set_xlabel(x_label, color=_SOFT, fontsize=10.5)
+    axes.set_ylabel(y_label, color=_SOFT, fontsize=10.5)
+    if curves:
+        figure.legend(loc="outside right upper", frameon=False, fontsize=10.5, labelcolor=_INK, handlelength=1.4)
+    return _png(figure)
+
+
+def interval_figure(
+    rows: Sequence[tuple[str, float, float, float, int]],
+    x_label: str = "Dice, mean and 95 % interval",
+    limits: tuple[float, float] | None = (0.0, 1.0),
+    emphasised: str | None = None,
+) -> bytes:
+    """Means with their intervals, one below the other, the numbers beside them.
+
+    Args:
+        rows: (name, mean, low, high, n).
+        x_label: what the numbers are.
+        limits: of the axis; None fits it to the intervals.
+        emphasised: the name drawn in colour; None colours all.
+
+    Returns:
+        A PNG.
+    """
+    figure, axes = _chart(0.95 + 0.5 * len(rows))
+    for place, (name, mean, low, high, n) in enumerate(rows):
+        colour = _COLOURS[0] if emphasised in (None, name) else _SOFT
+        axes.plot([low, high], [place, place], color=colour, linewidth=3.2, solid_capstyle="round", alpha=0.45)
+        axes.plot([mean], [place], marker="o", markersize=9, color=colour, markeredgecolor="white")
+        numbers = f"{mean:.3f}   [{low:.3f}, {high:.3f}]   n = {n}"
+        axes.text(1.02, place, numbers, transform=axes.get_yaxis_transform(), va="center", color=_INK, fontsize=10.5)
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=_INK, fontsize=10.5)
+    axes.set_ylim(len(rows) - 0.4, -0.6)
+    if limits is not None:
+        axes.set_xlim(*limits)
+    axes.grid(axis="x", color=_LINE, linewidth=0.9)
+    axes.set_xlabel(x_label, color=_SOFT, fontsize=10.5)
+    return _png(figure)

@@ -1,0 +1,267 @@
+"""A finished model as a folder: written whole or not at all, read only if every byte is as it was written.
+
+    task.json preprocess.json provenance.json backbone.json   what it answers, and how to rebuild it
+    member0.safetensors ...                                   weights, one file a member of the ensemble
+    README.md                                                 the model card
+    checksums.json                                            SHA-256 of every other file
+
+No pickle is ever opened. The checksums detect damage and edits, not a forger who also rewrites checksums.json.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from safetensors import SafetensorError
+from safetensors.torch import load as load_tensors
+from safetensors.torch import save as save_tensors
+from torch import Tensor
+
+from brainfm.nets.backbone import build_backbone
+from brainfm.nets.weights import transfer
+from brainfm.specs import BundleError, ConfigError, PreprocessSpec, Provenance, TaskSpec, WeightsError
+from brainfm.tasks.task import Task, build_task
+
+FORMAT = 1
+CHECKSUMS = "checksums.json"
+_DESCRIPTIONS = ("task.json", "preprocess.json", "provenance.json", "backbone.json")
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """A bundle that was read and verified.
+
+    Attributes:
+        path: its folder.
+        task: the question it answers.
+        preprocess: how a scan must be prepared for it.
+        provenance: where it comes from.
+        networks: its members in eval mode on the CPU; their probabilities are averaged.
+        fingerprint: 16 hexadecimal digits that change with any byte of any file.
+    """
+
+    path: Path
+    task: TaskSpec
+    preprocess: PreprocessSpec
+    provenance: Provenance
+    networks: tuple[Task, ...]
+    fingerprint: str
+
+
+def write_bundle(
+    directory: str | os.PathLike[str],
+    *,
+    task: TaskSpec,
+    backbone_config: Mapping[str, Any],
+    members: Sequence[Mapping[str, Tensor]],
+    preprocess: PreprocessSpec,
+    provenance: Provenance,
+    scores: Mapping[str, Any] | None = None,
+    licence: str = "as its training data allow; state it here before passing the bundle on",
+) -> str:
+    """Writes a bundle beside its place and moves it there when it is complete. Returns its fingerprint.
+
+    Args:
+        directory: the bundle's folder; an existing bundle is replaced, any other folder with content is refused.
+        backbone_config: ``Backbone.config``.
+        members: ``Task.state_dict()`` of each member of the ensemble.
+        scores: for the model card; JSON-able.
+        licence: one line for the model card.
+
+    Raises:
+        BundleError: where the folder holds something else than a bundle, or a member does not fit the task.
+    """
+    directory = Path(directory).absolute()
+    foreign = directory.is_dir() and any(directory.iterdir()) and not (directory / CHECKSUMS).exists()
+    if foreign or directory.is_file():
+        raise BundleError(f"{directory} exists and is not a bundle; expected a free place for the bundle")
+    if not members:
+        raise BundleError(f"a bundle needs the weights of at least one member, found none for {directory}")
+    contents: dict[str, bytes] = {
+        "task.json": _json({"format": FORMAT, **task.to_dict()}),
+        "preprocess.json": _json(preprocess.to_dict()),
+        "provenance.json": _json(provenance.to_dict()),
+        "backbone.json": _json(dict(backbone_config)),
+        "README.md": model_card(task, preprocess, provenance, len(members), scores or {}, licence).encode(),
+    }
+    for number, state in enumerate(members):
+        _member(task, backbone_config, state, f"member {number}")
+        # clone: safetensors refuses tensors that share storage
+        tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
+        contents[f"member{number}.safetensors"] = save_tensors(tensors)
+    checksums = _json({name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())})
+    contents[CHECKSUMS] = checksums
+    _place(directory, contents)
+    return hashlib.sha256(checksums).hexdigest()[:16]
+
+
+def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
+    """Reads a bundle after comparing every file with its checksum.
+
+    Raises:
+        BundleError: naming the file that is missing, extra, changed, or does not fit the others.
+    """
+    directory = Path(directory)
+    contents, fingerprint = _verified(directory)
+    described = {name: _parsed(directory / name, contents[name]) for name in _DESCRIPTIONS}
+    found = described["task.json"].pop("format", None)
+    if found != FORMAT:
+        raise BundleError(f"{directory / 'task.json'}: format {found}, this brainfm reads {FORMAT}")
+    try:
+        task = TaskSpec.from_dict(described["task.json"])
+        preprocess = PreprocessSpec.from_dict(described["preprocess.json"])
+        provenance = Provenance.from_dict(described["provenance.json"])
+    except (ConfigError, TypeError, ValueError) as error:
+        raise BundleError(f"{directory}: its description cannot be used: {error}") from None
+    networks = []
+    for name in sorted((n for n in contents if n.endswith(".safetensors")), key=lambda n: (len(n), n)):
+        try:
+            state = load_tensors(contents.pop(name))
+        except SafetensorError as error:
+            raise BundleError(f"{directory / name}: cannot be read as safetensors ({error})") from None
+        networks.append(_member(task, described["backbone.json"], state, str(directory / name)).eval())
+    if not networks:
+        raise BundleError(f"{directory}: holds no member*.safetensors, expected at least one")
+    return Bundle(directory, task, preprocess, provenance, tuple(networks), fingerprint)
+
+
+def _member(task: TaskSpec, backbone_config: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> Task:
+    """The network with these weights. Raises: BundleError where they do not fit."""
+    try:
+        network = build_task(task, build_backbone(**backbone_config))
+        transfer(network, state, origin=origin)
+    except (ConfigError, WeightsError, TypeError, ValueError) as error:
+        raise BundleError(f"the bundle's task, backbone and weights do not fit together: {error}") from None
+    return network
+
+
+# ---- files -----------------------------------------------------------------------------------------------------------
+
+
+def _verified(directory: Path) -> tuple[dict[str, bytes], str]:
+    """The bytes of every file but the checksums, and the bundle's fingerprint."""
+    if not directory.is_dir():
+        raise BundleError(f"no bundle at {directory}, expected a folder that brainfm finetune wrote")
+    try:
+        listed_bytes = (directory / CHECKSUMS).read_bytes()
+    except FileNotFoundError:
+        raise BundleError(f"{directory} has no {CHECKSUMS}; expected a bundle that brainfm finetune wrote") from None
+    listed = _parsed(directory / CHECKSUMS, listed_bytes)
+    missing = sorted((set(listed) | set(_DESCRIPTIONS)) - {p.name for p in directory.iterdir()})
+    if missing:
+        raise BundleError(f"{directory / missing[0]} is missing; the bundle is incomplete")
+    extra = sorted({p.name for p in directory.iterdir()} - set(listed) - {CHECKSUMS})
+    if extra:
+        raise BundleError(f"{directory / extra[0]} does not belong to the bundle; {CHECKSUMS} does not list it")
+    contents = {}
+    for name, expected in listed.items():
+        path = directory / name
+        if not path.is_file():
+            raise BundleError(f"{path} is not a file; expected one as {CHECKSUMS} lists it")
+        contents[name] = path.read_bytes()  # read once: what was checked is what is used
+        if hashlib.sha256(contents[name]).hexdigest() != expected:
+            raise BundleError(f"{path} was changed or damaged; it does not match {CHECKSUMS}")
+    return contents, hashlib.sha256(listed_bytes).hexdigest()[:16]
+
+
+def _parsed(path: Path, content: bytes) -> dict[str, Any]:
+    try:
+        values = json.loads(content)
+    except (ValueError, RecursionError) as error:
+        raise BundleError(f"{path} is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise BundleError(f"{path} holds a {type(values).__name__}, expected a JSON object")
+    return values
+
+
+def _json(values: dict[str, Any]) -> bytes:
+    return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
+
+
+def _place(directory: Path, contents: Mapping[str, bytes]) -> None:
+    """Writes the files beside the place and swaps the folders: a crash leaves the old bundle or the new one in place,
+    or, between the two renames, both whole under their temporary names."""
+    directory.parent.mkdir(parents=True, exist_ok=True)
+    mark = secrets.token_hex(4)
+    fresh = directory.with_name(f".{directory.name}.{mark}.tmp")
+    old = directory.with_name(f".{directory.name}.{mark}.old")
+    fresh.mkdir()
+    try:
+        for name, content in contents.items():
+            with open(fresh / name, "wb") as file:
+                file.write(content)
+                file.flush()
+                os.fsync(file.fileno())
+        if directory.exists():
+            os.replace(directory, old)
+        try:
+            os.replace(fresh, directory)
+        except OSError:
+            if old.exists():
+                os.replace(old, directory)
+            raise
+    finally:
+        shutil.rmtree(fresh, ignore_errors=True)
+    if old.exists():
+        shutil.rmtree(old)
+
+
+# ---- card ------------------------------------------------------------------------------------------------------------
+
+
+def model_card(
+    task: TaskSpec,
+    preprocess: PreprocessSpec,
+    provenance: Provenance,
+    members: int,
+    scores: Mapping[str, Any],
+    licence: str,
+) -> str:
+    """README.md of a bundle: what it is, what it saw, how it scored, how to run it, what it is not for."""
+    spacing = " x ".join(f"{s:g}" for s in preprocess.spacing_mm)
+    patch = " x ".join(str(p) for p in task.patch_vox)
+    values = ", ".join(str(v) for v in task.values)
+    rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in scores.items() if name != "note")
+    note = f"\n{scores['note']}\n" if scores.get("note") else ""
+    table = f"| | |\n|---|---|\n{rows}\n{note}" if rows else "None were recorded; evaluate it on your own data first.\n"
+    inputs = " ".join(f"input.{contrast}={contrast}.nii.gz" for contrast in task.contrasts)
+    return f"""# {task.target}: {task.kind}
+
+A brainfm bundle: {members} network{"s" if members != 1 else ""} whose probabilities are averaged.
+
+- Answers: `{task.target}`, label values {values} (0 is the background).
+- Reads: {", ".join(task.contrasts)}. Any of them may be missing; what is given must lie in one scanner space.
+- Works at {spacing} mm in windows of {patch} voxels; the answer comes back on the grid of the scan that went in.
+- Made by brainfm {provenance.version}, commit {provenance.commit or "unknown"}, data {provenance.data or "unknown"}, \
+{provenance.steps} steps, seed {provenance.seed}, {provenance.hours:.2f} h on {provenance.device}.
+- Licence: {licence}
+
+## Scores
+
+{table}
+## Use
+
+    brainfm predict bundle=THIS_FOLDER {inputs} out={task.target}.nii.gz
+    brainfm evaluate bundle=THIS_FOLDER manifest=manifest.csv out=scores
+
+Files are checked against `checksums.json`; an edited or incomplete bundle is refused.
+
+## Limits
+
+For research. Not a medical device: no diagnosis or treatment may rest on its output. Expect lower scores on scanners,
+sequences, ages and diseases that its training data did not hold, and evaluate it on your own cases first.
+"""
+
+
+def _shown(value: Any) -> str:
+    if isinstance(value, float):
+        return f"{value:.4g}"
+    return ", ".join(_shown(v) for v in value) if isinstance(value, (list, tuple)) else str(value)

@@ -1,0 +1,247 @@
+"""A session onto one grid and back onto the files' own: places, values, failures."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import nibabel as nib
+import numpy as np
+import pytest
+
+from brainfm.imaging import nifti, preprocess
+from brainfm.imaging.preprocess import Prepared, Recipe, prepare_session, restore_labels, restore_probabilities
+from brainfm.specs import PreprocessSpec, ScanError
+from tests import phantoms
+
+SPEC = PreprocessSpec(spacing_mm=(2, 2, 2))
+GRIDS = ("lps", "oblique", "anisotropic", "thick_slices", "psr")
+
+
+def write_scan(folder: Path, kind: str, seed: int = 0) -> Path:
+    path = folder / f"{kind}.nii.gz"
+    phantoms.READABLE[kind](path, np.random.default_rng(seed))
+    return path
+
+
+def write_marker(scan: Path, name: str = "lesion", value: int = 1) -> Path:
+    """The marker as a label map on the grid of a scan."""
+    path = scan.with_name(f"{scan.name.split('.')[0]}_{name}.nii.gz")
+    grid = nifti.read_header(scan).grid
+    truth = phantoms.marker(grid.ras_shape(), grid.ras_affine())
+    nifti.write_labels(path, (truth * value).astype(np.uint8), scan)
+    return path
+
+
+def centre_mm(mask: np.ndarray, affine: np.ndarray) -> np.ndarray:
+    return np.argwhere(mask).mean(axis=0) @ affine[:3, :3].T + affine[:3, 3]
+
+
+def dice(a: np.ndarray, b: np.ndarray) -> float:
+    return 2 * (a & b).sum() / (a.sum() + b.sum())
+
+
+@pytest.fixture(scope="module")
+def session(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Path], Prepared]:
+    """Five scans, each on a grid of its own, with a marker on each grid."""
+    folder = tmp_path_factory.mktemp("session")
+    scans = {kind: write_scan(folder, kind) for kind in GRIDS}
+    labels = {f"{kind}_mask": write_marker(path) for kind, path in scans.items()}
+    return scans, labels, prepare_session(scans, labels, SPEC, reference="lps")
+
+
+def test_scans_and_labels_of_a_session_lie_on_one_another(session: tuple) -> None:
+    _, _, prepared = session
+    assert not prepared.failures
+    shape = prepared.scans["lps"].shape
+    truth = phantoms.marker(shape, prepared.affine_mm)
+    for kind in GRIDS:
+        scan, labels = prepared.scans[kind], prepared.labels[f"{kind}_mask"]
+        assert scan.shape == labels.shape == shape
+        assert scan.dtype == np.float32 and scan.flags.c_contiguous and labels.dtype == np.uint8
+        bright = scan > (scan.max() + np.median(scan[scan > scan.min()])) / 2
+        np.testing.assert_allclose(centre_mm(bright, prepared.affine_mm), phantoms.MARKER_MM, atol=1)
+        np.testing.assert_allclose(centre_mm(labels > 0, prepared.affine_mm), phantoms.MARKER_MM, atol=0.8)
+        assert dice(labels > 0, truth) > 0.85
+        assert np.argwhere(labels)[:, 0].mean() < shape[0] / 2 - 4, "left stays left"
+
+
+def test_labels_come_back_onto_every_file(session: tuple) -> None:
+    scans, labels, prepared = session
+    truth = phantoms.marker(prepared.scans["lps"].shape, prepared.affine_mm)
+    probabilities = np.stack([1 - truth, truth]).astype(np.float32)
+    for kind, path in scans.items():
+        recipe = Recipe.from_dict(json.loads(json.dumps(prepared.recipes[kind].to_dict())))
+        assert recipe == prepared.recipes[kind]
+        expected = np.asarray(nib.load(labels[f"{kind}_mask"]).dataobj) > 0
+        for restored in (restore_probabilities(probabilities, recipe), restore_labels(truth.astype(np.uint8), recipe)):
+            assert restored.shape == nib.load(path).shape and restored.dtype == np.uint8
+            assert dice(restored > 0, expected) > (0.75 if kind == "thick_slices" else 0.85)
+
+
+def test_a_scan_on_the_reference_grid_keeps_its_values(session: tuple) -> None:
+    scans, _, prepared = session
+    recipe = prepared.recipes["lps"]
+    volume, grid = nifti.read(scans["lps"])
+    assert recipe.session_shape[0] >= volume.shape[0]
+    stats = recipe.stats
+    assert stats is not None
+    offset = np.rint(np.linalg.inv(volume.affine_mm) @ prepared.affine_mm)[:3, 3].astype(int)
+    inside = tuple(slice(max(0, -o), n - o) for o, n in zip(offset, volume.shape, strict=True))
+    source = tuple(slice(max(0, o), max(0, o) + s) for o, s in zip(offset, prepared.scans["lps"][inside].shape))
+    expected = np.clip(volume.voxels[source], np.float32(stats.low), np.float32(stats.high))
+    expected = (expected - np.float32(stats.mean)) / np.float32(stats.std)
+    np.testing.assert_array_equal(prepared.scans["lps"][inside], expected)
+    # and labels return without loss
+    labels = np.random.default_rng(0).integers(0, 3, prepared.scans["lps"].shape).astype(np.uint8)
+    back = grid.to_ras(restore_labels(labels, recipe))
+    np.testing.assert_array_equal(back[source], labels[inside])
+    back[source] = 0
+    assert not back.any(), "outside the crop there is nothing"
+
+
+def test_probabilities_choose_the_largest_and_class_0_outside(session: tuple) -> None:
+    _, _, prepared = session
+    recipe = prepared.recipes["lps"]
+    rng = np.random.default_rng(0)
+    logits = rng.normal(-50, 1, (4, *recipe.shape)).astype(np.float16)
+    back = recipe.file.to_ras(restore_probabilities(logits, recipe))
+    expected = recipe.file.to_ras(restore_labels(logits.argmax(axis=0).astype(np.uint8), recipe))
+    assert (back == expected).mean() > 0.999  # float16 has ties
+    with pytest.raises(ValueError, match="the recipe is for"):
+        restore_probabilities(logits[:, 1:], recipe)
+
+
+def test_foreground_points_lie_in_the_head(session: tuple) -> None:
+    scans, labels, prepared = session
+    points = prepared.foreground
+    assert points.dtype == np.int16 and points.shape == (preprocess.FOREGROUND_POINTS, 3)
+    where = points @ prepared.affine_mm[:3, :3].T + prepared.affine_mm[:3, 3]
+    assert (np.square(where / (34, 40, 32)).sum(axis=-1) < 1.25).all()
+    assert len(np.unique(points, axis=0)) == len(points)
+    again = prepare_session(scans, labels, SPEC, reference="lps")
+    np.testing.assert_array_equal(again.foreground, points)
+    for name, scan in prepared.scans.items():
+        np.testing.assert_array_equal(again.scans[name], scan)
+
+
+def test_the_crop_is_the_union_of_the_heads_with_a_margin(session: tuple) -> None:
+    _, _, prepared = session
+    extent = np.array(prepared.scans["lps"].shape) * 2
+    assert (extent >= 2 * np.array([34, 40, 32])).all() and (extent <= 2 * np.array([34, 40, 32]) + 16).all()
+
+
+def test_scans_too_large_to_hold_are_read_twice(session: tuple, monkeypatch: pytest.MonkeyPatch) -> None:
+    scans, labels, prepared = session
+    monkeypatch.setattr(preprocess, "_KEPT_BYTES", 0)
+    again = prepare_session(scans, labels, SPEC, reference="lps")
+    for name, scan in prepared.scans.items():
+        np.testing.assert_array_equal(again.scans[name], scan)
+
+
+def test_the_thinnest_slices_are_the_reference(tmp_path: Path) -> None:
+    scans = {
+        "flair": write_scan(tmp_path, "lps"),
+        "t1": write_scan(tmp_path, "ras"),
+        "t2": write_scan(tmp_path, "oblique"),
+    }
+    prepared = prepare_session(scans, {}, SPEC)
+    np.testing.assert_allclose(prepared.affine_mm[:3, :3], np.diag([2, 2, 2]))
+    scans = {"t1": write_scan(tmp_path, "thick_slices"), "t2": write_scan(tmp_path, "oblique")}
+    prepared = prepare_session(scans, {}, SPEC)
+    np.testing.assert_allclose(prepared.affine_mm[:3, :3], nifti.read(scans["t2"])[0].affine_mm[:3, :3], atol=1e-6)
+
+
+def test_bad_scans_are_left_out_by_name(tmp_path: Path) -> None:
+    good = write_scan(tmp_path, "ras")
+    scans = {"t1": good, "flair": write_scan(tmp_path, "constant")}
+    for name, writer in phantoms.REFUSED.items():
+        scans[name] = tmp_path / f"{name}.nii.gz"
+        writer(scans[name], np.random.default_rng(0))
+    prepared = prepare_session(scans, {}, SPEC, reference="flair")
+    assert set(prepared.scans) == set(prepared.recipes) == {"t1"}
+    assert set(prepared.failures) == set(scans) - {"t1"}
+    for name, reason in prepared.failures.items():
+        assert str(scans[name]) in reason
+    with pytest.raises(ScanError, match=r"no scan of the session can be used.*constant\.nii\.gz"):
+        prepare_session({"t1": tmp_path / "constant.nii.gz"}, {}, SPEC)
+    with pytest.raises(ScanError, match="no scan was given"):
+        prepare_session({}, {}, SPEC)
+
+
+def test_a_scan_from_elsewhere_is_left_out(tmp_path: Path) -> None:
+    near, far = write_scan(tmp_path, "ras"), tmp_path / "far.nii.gz"
+    image = nib.load(near)
+    affine = image.affine.copy()
+    affine[0, 3] += 2000
+    phantoms.write(far, image.get_fdata(), affine)
+    prepared = prepare_session({"t1": near, "t2": far}, {}, SPEC)
+    assert set(prepared.scans) == {"t1"} and "wholly outside" in prepared.failures["t2"]
+
+
+def test_labels_must_lie_on_a_scan_of_the_session(tmp_path: Path) -> None:
+    scans = {"t1": write_scan(tmp_path, "ras")}
+    elsewhere = write_scan(tmp_path, "thick_slices")
+    labels = {
+        "far_mask": write_marker(elsewhere),
+        "near_mask": write_marker(scans["t1"], "near", 3),
+        "part_labels": write_marker(scans["t1"], "part", 3),
+        "image_labels": scans["t1"],
+    }
+    prepared = prepare_session(scans, labels, SPEC)
+    assert "lies on another grid than every scan of its session" in prepared.failures["far_mask"]
+    assert "whole numbers" in prepared.failures["image_labels"]
+    assert set(np.unique(prepared.labels["near_mask"])) == {0, 1}
+    assert set(np.unique(prepared.labels["part_labels"])) == {0, 3}
+    assert prepared.recipes["near_mask"].stats is None
+    np.testing.assert_array_equal(prepared.labels["near_mask"] * 3, prepared.labels["part_labels"])
+
+
+def test_labels_turned_another_way_lie_on_the_same_grid(tmp_path: Path) -> None:
+    scan = write_scan(tmp_path, "lps")
+    grid = nifti.read_header(scan).grid
+    truth = phantoms.marker(grid.ras_shape(), grid.ras_affine())
+    turned = tmp_path / "labels.nii.gz"
+    phantoms.write(turned, truth, grid.ras_affine(), dtype=np.uint16)
+    prepared = prepare_session({"t1": scan}, {"lesion_mask": turned, "direct_mask": write_marker(scan)}, SPEC)
+    np.testing.assert_array_equal(prepared.labels["lesion_mask"], prepared.labels["direct_mask"])
+    back = restore_labels(prepared.labels["lesion_mask"], prepared.recipes["lesion_mask"])
+    np.testing.assert_array_equal(back, truth)
+
+
+def test_many_labels_need_16_bits(tmp_path: Path) -> None:
+    scan = write_scan(tmp_path, "ras")
+    image = nib.load(scan)
+    phantoms.write(tmp_path / "a.nii.gz", (image.get_fdata() > 200) * 1035, image.affine, dtype=np.int32)
+    prepared = prepare_session({"t1": scan}, {"aseg_labels": tmp_path / "a.nii.gz"}, SPEC)
+    assert prepared.labels["aseg_labels"].dtype == np.uint16 and prepared.labels["aseg_labels"].max() == 1035
+
+
+# ---- real scans ------------------------------------------------------------------------------------------------------
+
+
+def test_a_real_stroke_session_with_a_flair_on_its_own_grid(data3d: Path) -> None:
+    stem = data3d / "isles22/sub-strokecase0009/sub-strokecase0009_"
+    scans = {name: Path(f"{stem}{name.upper()}.nii.gz") for name in ("dwi", "adc", "flair")}
+    mask = Path(f"{stem}infarct_mask.nii.gz")
+    prepared = prepare_session(scans, {"infarct_mask": mask}, SPEC)
+    assert not prepared.failures and set(prepared.scans) == set(scans)
+    lesion = prepared.labels["infarct_mask"] > 0
+    brain = prepared.scans["dwi"] > prepared.scans["dwi"].min()
+    assert prepared.scans["dwi"][lesion].mean() > 1, "the infarct is bright on diffusion"
+    assert dice(brain, prepared.scans["flair"] > prepared.scans["flair"].min()) > 0.85
+    truth = nib.load(mask)
+    back = restore_labels(prepared.labels["infarct_mask"], prepared.recipes["dwi"])
+    np.testing.assert_array_equal(back > 0, np.asarray(truth.dataobj) > 0)
+    on_flair = restore_probabilities(np.stack([~lesion, lesion]).astype(np.float32), prepared.recipes["flair"])
+    assert on_flair.shape == nib.load(scans["flair"]).shape and on_flair.any()
+
+
+def test_a_real_session_of_thick_slices(data3d: Path) -> None:
+    folder = data3d / "openms_long/patient01/study1"
+    scans = {n.lower()[:2]: folder / f"patient01_study1_{n}.nii.gz" for n in ("T1w", "T2w", "FLAIR")}
+    prepared = prepare_session(scans, {"brain_mask": folder.parent / "patient01_brainmask_common.nii.gz"}, SPEC)
+    assert set(prepared.scans) == {"t1", "t2", "fl"}
+    assert "another grid" in prepared.failures["brain_mask"]
+    masks = [scan > scan.min() + 0.8 for scan in prepared.scans.values()]
+    assert dice(masks[0], masks[1]) > 0.7 and dice(masks[1], masks[2]) > 0.7

@@ -1,0 +1,146 @@
+"""Scores on disk: what is counted, what is refused, and the numbers themselves."""
+
+from __future__ import annotations
+
+import csv
+import json
+import sys
+
+import numpy as np
+import pytest
+import torch
+
+from brainfm.data.manifest import Scan, write_manifest
+from brainfm.inference.evaluate import describe, evaluate
+from brainfm.inference.predict import predict_manifest
+from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance, ScanError, TaskSpec
+from brainfm.tasks.bundle import Bundle
+from tests.inference.heads import GRIDS, write
+from tests.inference.test_predict_geometry import Threshold
+
+pytest.importorskip("monai")
+
+ROWS = [("a", "lps"), ("b", "thick_slice"), ("c", "ras"), ("e", "oblique")]
+
+
+def make_bundle(tmp_path, values=(0, 1), network=None):
+    task = TaskSpec("segmentation", "marker", ("t1",), values, (32, 32, 32))
+    spec = PreprocessSpec(spacing_mm=(3.0, 3.0, 3.0))
+    return Bundle(tmp_path, task, spec, Provenance("0", "", ""), (network or Threshold(),), "stub")
+
+
+@pytest.fixture
+def cohort(tmp_path):
+    """Three labelled sessions, the label of one with the value 5, and one session without a label."""
+    scans = []
+    for subject, grid in ROWS:
+        marker = write(tmp_path / f"{subject}.nii.gz", grid)
+        write(tmp_path / f"{subject}_marker.nii.gz", grid, (5 if subject == "b" else 1) * marker.astype(np.uint8))
+        label = "" if subject == "e" else f"{subject}_marker.nii.gz"
+        scans.append(Scan("d", subject, "1", "t1", f"{subject}.nii.gz", {"marker_mask": label}))
+    write_manifest(tmp_path / "manifest.csv", scans)
+    return tmp_path / "manifest.csv"
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_bundle_is_scored(cohort, tmp_path):
+    found = evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path), device="cpu")
+    rows = table(tmp_path / "out" / "cases.csv")
+    assert [row["subject"] for row in rows] == ["a", "b", "c"] and len(rows) == len(found.rows)
+    for row in rows:
+        assert float(row["dice"]) > 0.8 and float(row["surface_dice_1mm"]) > 0.6
+        assert float(row["volume_ml_true"]) == pytest.approx(9.2, rel=0.1)  # 4/3 pi 1.3^3 cm^3
+        assert row["note"] == ""
+    summary = json.loads((tmp_path / "out" / "summary.json").read_text())
+    assert summary == json.loads(json.dumps(found.summary))
+    assert (summary["cases"], summary["sessions_without_label"], summary["without_prediction"]) == (3, 1, 0)
+    metric = summary["metrics"]["dice"]
+    assert metric["n"] == 3 and metric["low"] <= metric["mean"] <= metric["high"]
+    assert metric["mean"] == pytest.approx(np.mean([float(row["dice"]) for row in rows]), abs=1e-5)
+    assert not (tmp_path / "out" / "predictions" / "d__e__1_marker.nii.gz").exists()  # nothing to compare it with
+    assert "3 cases of 3 subjects, 1 sessions" in describe(summary)[0]
+
+
+def test_masks_made_earlier_score_the_same(cohort, tmp_path):
+    bundle = make_bundle(tmp_path)
+    predict_manifest(bundle, cohort, tmp_path / "masks", device="cpu")
+    earlier = evaluate(cohort, tmp_path / "one", predictions=tmp_path / "masks")
+    assert earlier.summary == evaluate(cohort, tmp_path / "two", bundle=bundle, device="cpu").summary
+
+
+@pytest.mark.parametrize("kept", [0, 0.5])
+def test_a_failed_prediction_scores_zero_and_says_so(cohort, tmp_path, kept):
+    whole = (tmp_path / "b.nii.gz").read_bytes()
+    (tmp_path / "b.nii.gz").write_bytes(whole[: int(kept * len(whole))])
+    found = evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path), device="cpu")
+    row = table(tmp_path / "out" / "cases.csv")[1]
+    assert (row["dice"], row["surface_dice_1mm"], row["volume_ml_predicted"]) == ("0", "0", "")
+    assert row["note"] == "no prediction" and found.summary["without_prediction"] == 1
+    assert found.summary["metrics"]["dice"]["n"] == 3 and found.summary["metrics"]["volume_ml_predicted"]["n"] == 2
+
+
+def test_classes_apart(cohort, tmp_path):
+    class Two(torch.nn.Module):
+        def forward(self, image, present):
+            logits = Threshold()(image, present)
+            return torch.cat([logits, torch.full_like(logits[:, :1], -100.0)], dim=1)
+
+    text = cohort.read_text().replace("marker_mask", "marker_labels")
+    cohort.write_text(text)
+    found = evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path, (0, 1, 5), Two()), device="cpu")
+    by_subject = {row["subject"]: row for row in found.rows}
+    # class 5 is empty on both sides for a and c, and missed in b
+    assert by_subject["a"]["dice_5"] == 1 and by_subject["a"]["surface_dice_1mm_5"] == 0
+    assert by_subject["a"]["dice"] == pytest.approx((by_subject["a"]["dice_1"] + 1) / 2)
+    assert by_subject["b"]["dice_5"] == 0 and by_subject["b"]["dice_1"] == 0
+    assert by_subject["b"]["volume_ml_true"] == by_subject["b"]["volume_ml_true_5"] > 0
+    assert found.summary["metrics"]["dice_5"]["mean"] == pytest.approx(2 / 3)
+
+
+def test_empty_on_both_sides_is_counted(cohort, tmp_path):
+    class Nothing(torch.nn.Module):
+        def forward(self, image, present):
+            return torch.cat([torch.ones_like(image[:, :1]), torch.zeros_like(image[:, :1])], dim=1)
+
+    write(tmp_path / "a_marker.nii.gz", "lps", np.zeros(GRIDS["lps"][1], np.uint8))
+    found = evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path, network=Nothing()), device="cpu")
+    assert found.summary["both_empty"] == 1
+    assert [(r["dice"], r["surface_dice_1mm"]) for r in found.rows] == [(1, 0), (0, 0), (0, 0)]
+
+
+def test_a_label_on_another_grid(cohort, tmp_path):
+    bundle = make_bundle(tmp_path)
+    predict_manifest(bundle, cohort, tmp_path / "masks", device="cpu")
+    write(tmp_path / "c_marker.nii.gz", "oblique", np.zeros(GRIDS["oblique"][1], np.uint8))
+    with pytest.raises(ScanError, match=r"c_marker\.nii\.gz: lies on another grid than its prediction"):
+        evaluate(cohort, tmp_path / "out", predictions=tmp_path / "masks")
+    with pytest.raises(ScanError, match=r"c_marker\.nii\.gz: lies on another grid than every scan"):
+        evaluate(cohort, tmp_path / "out", bundle=bundle, device="cpu")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_label_that_cannot_be_read(cohort, tmp_path):
+    (tmp_path / "b_marker.nii.gz").write_bytes(b"")
+    with pytest.raises(ScanError, match=r"b_marker\.nii\.gz"):
+        evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path), device="cpu")
+
+
+def test_no_label_at_all(cohort, tmp_path):
+    cohort.write_text(cohort.read_text().replace("marker_mask", "other_mask"))
+    with pytest.raises(ManifestError, match="no session with a path in marker_mask or marker_labels"):
+        evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path), device="cpu")
+
+
+def test_refusals(cohort, tmp_path, monkeypatch):
+    with pytest.raises(ConfigError, match="both or neither"):
+        evaluate(cohort, tmp_path / "out")
+    with pytest.raises(ConfigError, match=r"has no predictions\.json"):
+        evaluate(cohort, tmp_path / "out", predictions=tmp_path)
+    monkeypatch.setitem(sys.modules, "monai.metrics", None)
+    with pytest.raises(ConfigError, match=r"brainfm\[metrics\]"):
+        evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path))
+    assert not (tmp_path / "out").exists()

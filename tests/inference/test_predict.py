@@ -1,0 +1,270 @@
+"""A real bundle with random weights: the plumbing, the refusals, and a manifest that is taken up again."""
+
+from __future__ import annotations
+
+import csv
+import json
+import os
+import subprocess
+import sys
+
+import nibabel as nib
+import numpy as np
+import pytest
+import torch
+
+from brainfm.data.manifest import Scan, write_manifest
+from brainfm.inference import predict as predict_module
+from brainfm.inference.predict import (
+    check_output,
+    mask_name,
+    parse_inputs,
+    predict,
+    predict_manifest,
+    settle_device,
+    settle_precision,
+)
+from brainfm.nets.backbone import build_backbone
+from brainfm.specs import BundleError, ConfigError, ManifestError, PreprocessSpec, Provenance, ScanError, TaskSpec
+from brainfm.tasks.bundle import read_bundle, write_bundle
+from brainfm.tasks.segmentation import SegmentationTask
+from tests.inference.heads import GRIDS, write
+
+TASK = TaskSpec("segmentation", "lesion", ("t1", "flair"), (0, 7), (16, 16, 16))
+
+
+@pytest.fixture(scope="module")
+def bundle(tmp_path_factory):
+    members = []
+    for seed in range(2):
+        torch.manual_seed(seed)
+        members.append(SegmentationTask(TASK, build_backbone("unet_tiny")).state_dict())
+    path = tmp_path_factory.mktemp("bundle") / "bundle"
+    write_bundle(
+        path,
+        task=TASK,
+        backbone_config={"name": "unet_tiny"},
+        members=members,
+        preprocess=PreprocessSpec(spacing_mm=(6.0, 6.0, 6.0)),
+        provenance=Provenance("0", "", ""),
+    )
+    return path
+
+
+@pytest.fixture(scope="module")
+def scans(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("scans")
+    write(folder / "t1.nii.gz", "oblique")
+    write(folder / "flair.nii.gz", "thick_slice")
+    return {"t1": folder / "t1.nii.gz", "flair": folder / "flair.nii.gz"}
+
+
+def test_one_session(bundle, scans, tmp_path):
+    labels = predict(bundle, scans, tmp_path / "mask.nii.gz", on="flair")
+    assert labels.shape == GRIDS["thick_slice"][1] and labels.dtype == np.uint8 and set(np.unique(labels)) <= {0, 7}
+    assert np.array_equal(nib.load(tmp_path / "mask.nii.gz").affine, nib.load(scans["flair"]).affine)
+
+
+def test_any_contrast_may_be_missing_and_order_does_not_matter(bundle, scans):
+    both = predict(bundle, scans, on="t1")
+    assert np.array_equal(both, predict(bundle, dict(reversed(scans.items())), on="t1"))
+    assert not np.array_equal(both, predict(bundle, {"t1": scans["t1"]}))
+    assert predict(bundle, {"flair": scans["flair"]}).shape == GRIDS["thick_slice"][1]
+
+
+def test_the_answer_repeats(bundle, scans):
+    assert np.array_equal(predict(bundle, scans), predict(read_bundle(bundle), scans))
+
+
+@pytest.mark.parametrize(
+    ("inputs", "error", "text"),
+    [
+        ({}, ConfigError, "no input was given, expected one or more of t1, flair"),
+        ({"t1w": "t1"}, ConfigError, r"input\.t1w: unknown contrast, expected perhaps 't1'; one of t1, t1c"),
+        ({"pd": "t1"}, ConfigError, r"input\.pd: the bundle was never trained on pd, expected one of t1, flair"),
+        ({"t1": "nowhere"}, ScanError, r"nowhere.*: no such file, given as input\.t1"),
+        ({"t1": "t1", "flair": "t1"}, ConfigError, r"input\.t1 and input\.flair are one file"),
+        ({"t1": "truncated"}, ScanError, "truncated.*cut short"),
+        ({"flair": "flair", "t1": "truncated"}, ScanError, "truncated.*cut short"),
+    ],
+)
+def test_refused_inputs(bundle, scans, tmp_path, inputs, error, text):
+    whole = scans["t1"].read_bytes()
+    (tmp_path / "truncated.nii.gz").write_bytes(whole[: len(whole) // 2])
+    places = scans | {name: tmp_path / f"{name}.nii.gz" for name in ("truncated", "nowhere")}
+    with pytest.raises(error, match=text) as caught:
+        predict(bundle, {contrast: places[name] for contrast, name in inputs.items()}, tmp_path / "mask.nii.gz")
+    assert "\n" not in str(caught.value)
+    assert [p.name for p in tmp_path.iterdir()] == ["truncated.nii.gz"]
+
+
+def test_an_input_given_twice():
+    assert parse_inputs([("t1", "a"), ("flair", "b")]) == {"t1": "a", "flair": "b"}
+    with pytest.raises(ConfigError, match=r"input\.t1 is given twice, a and b"):
+        parse_inputs([("t1", "a"), ("t1", "b")])
+
+
+def test_on_must_be_an_input(bundle, scans):
+    with pytest.raises(ConfigError, match=r"on=flair: expected one of the inputs, t1"):
+        predict(bundle, {"t1": scans["t1"]}, on="flair")
+
+
+def test_refused_outputs(bundle, scans, tmp_path):
+    (tmp_path / "folder.nii").mkdir()
+    (tmp_path / "file").write_text("")
+    os.symlink(scans["t1"], tmp_path / "link.nii.gz")
+    for name, text in (
+        ("mask.mgz", "ends in .nii or .nii.gz"),
+        (".nii", "ends in .nii or .nii.gz"),
+        ("folder.nii", "is a folder"),
+        ("link.nii.gz", "is one of the inputs"),
+        ("file/mask.nii", "nothing can be written there"),
+    ):
+        with pytest.raises(ConfigError, match=text):
+            check_output(tmp_path / name, scans.values())
+    before = scans["t1"].read_bytes()
+    with pytest.raises(ConfigError, match="is one of the inputs"):
+        predict(bundle, scans, scans["t1"])
+    assert scans["t1"].read_bytes() == before
+
+
+def test_a_failing_disk_leaves_nothing(bundle, scans, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError(28, "No space left on device")))
+    with pytest.raises(ConfigError, match=r"mask\.nii\.gz: cannot be written \(No space left"):
+        predict(bundle, scans, tmp_path / "mask.nii.gz")
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_tampered_bundle(bundle, scans, tmp_path):
+    import shutil
+
+    shutil.copytree(bundle, tmp_path / "copy")
+    (tmp_path / "copy" / "task.json").write_text("{}")
+    with pytest.raises(BundleError, match=r"task\.json was changed"):
+        predict(tmp_path / "copy", scans)
+
+
+def test_devices_and_precisions():
+    assert settle_device("cpu").type == "cpu" and settle_precision("auto", torch.device("cpu")) is None
+    assert settle_precision("bf16-mixed", torch.device("cpu")) is torch.bfloat16
+    for name in ("gpu", "mps", "meta", "cuda:99"):
+        with pytest.raises(ConfigError, match=f"device={name}"):
+            settle_device(name)
+    with pytest.raises(ConfigError, match="precision=half"):
+        settle_precision("half", torch.device("cpu"))
+
+
+def test_prediction_starts_without_the_training_stack():
+    code = "import sys, brainfm.inference.predict, brainfm.inference.evaluate; print(*sys.modules)"
+    loaded = {m.split(".")[0] for m in subprocess.check_output([sys.executable, "-c", code], text=True).split()}
+    assert not loaded & {"lightning", "hydra", "omegaconf", "torchio", "monai", "matplotlib", "pandas", "tensorboard"}
+
+
+# ---- a manifest ------------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def cohort(tmp_path):
+    """Four sessions: label on the flair grid, label on a grid that no input has, no label, nothing usable."""
+    root = tmp_path / "cohort"
+    root.mkdir()
+    for name, grid in (("t1", "oblique"), ("flair", "thick_slice"), ("pd", "anisotropic")):
+        write(root / f"{name}.nii.gz", grid)
+    for name, grid in (("flair_lesion", "thick_slice"), ("pd_lesion", "anisotropic")):
+        write(root / f"{name}.nii.gz", grid, np.zeros(GRIDS[grid][1], np.uint8))
+
+    def rows(subject, contrasts, label):
+        return [Scan("d", subject, "", c, f"{c}.nii.gz", {"lesion_mask": label}) for c in contrasts]
+
+    write_manifest(
+        root / "manifest.csv",
+        rows("a", ("t1", "flair"), "flair_lesion.nii.gz")
+        + rows("b", ("t1", "pd"), "pd_lesion.nii.gz")
+        + rows("c", ("t1",), "")
+        + rows("e", ("pd",), ""),
+    )
+    return root / "manifest.csv"
+
+
+def table(path):
+    with path.open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def test_a_manifest(bundle, cohort, tmp_path):
+    steps = []
+    report = predict_manifest(
+        bundle, cohort, tmp_path / "out", progress=lambda done, total: steps.append((done, total))
+    )
+    assert (report.done, report.kept) == (3, 0) and steps[0] == (0, 4) and steps[-1] == (4, 4)
+    shapes = {p.name: nib.load(p).shape for p in (tmp_path / "out").glob("*.nii.gz")}
+    assert shapes == {
+        "d__a_lesion.nii.gz": GRIDS["thick_slice"][1],
+        "d__b_lesion.nii.gz": GRIDS["anisotropic"][1],
+        "d__c_lesion.nii.gz": GRIDS["oblique"][1],
+    }
+    assert [row["file"] for row in table(tmp_path / "out" / "predictions.csv")] == sorted(shapes)
+    failures = table(tmp_path / "out" / "failures.csv")
+    assert failures == [{"dataset": "d", "subject": "e", "session": "", "reason": report.failures["d", "e", ""]}]
+    assert "none of the contrasts t1, flair" in failures[0]["reason"]
+    assert json.loads((tmp_path / "out" / "predictions.json").read_text())["task"]["target"] == "lesion"
+
+
+def test_a_manifest_is_taken_up_again(bundle, cohort, tmp_path, monkeypatch):
+    real, calls = predict_module.answer, []
+
+    def interrupted(*arguments):
+        if len(calls) == 1:
+            raise KeyboardInterrupt
+        calls.append(arguments)
+        return real(*arguments)
+
+    monkeypatch.setattr(predict_module, "answer", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        predict_manifest(bundle, cohort, tmp_path / "out")
+    monkeypatch.setattr(predict_module, "answer", real)
+    first = (tmp_path / "out" / "d__a_lesion.nii.gz").stat().st_mtime_ns
+    report = predict_manifest(bundle, cohort, tmp_path / "out")
+    assert (report.done, report.kept) == (2, 1)
+    assert (tmp_path / "out" / "d__a_lesion.nii.gz").stat().st_mtime_ns == first
+    assert len(table(tmp_path / "out" / "predictions.csv")) == 3
+
+
+def test_a_damaged_scan_stops_its_session_only(bundle, cohort, tmp_path):
+    whole = (cohort.parent / "flair.nii.gz").read_bytes()
+    (cohort.parent / "flair.nii.gz").write_bytes(whole[: len(whole) // 2])
+    report = predict_manifest(bundle, cohort, tmp_path / "out")
+    assert report.done == 2 and "cut short" in report.failures["d", "a", ""]
+    (cohort.parent / "flair.nii.gz").write_bytes(whole)  # mended: the next call does the rest
+    assert predict_manifest(bundle, cohort, tmp_path / "out").done == 1
+
+
+def test_a_label_on_a_strange_grid(bundle, cohort, tmp_path):
+    write(cohort.parent / "pd_lesion.nii.gz", "ras", np.zeros(GRIDS["ras"][1], np.uint8))
+    report = predict_manifest(bundle, cohort, tmp_path / "out")
+    assert "pd_lesion.nii.gz: lies on another grid than every scan" in report.failures["d", "b", ""]
+
+
+def test_masks_of_another_bundle_are_not_mixed_in(bundle, cohort, tmp_path):
+    predict_manifest(bundle, cohort, tmp_path / "out", sessions=[("d", "c", "")])
+    claim = tmp_path / "out" / "predictions.json"
+    claim.write_text(claim.read_text().replace(read_bundle(bundle).fingerprint, "0" * 16))
+    with pytest.raises(ConfigError, match="holds masks of bundle 0000000000000000"):
+        predict_manifest(bundle, cohort, tmp_path / "out")
+
+
+def test_a_manifest_that_is_missing(bundle, tmp_path):
+    with pytest.raises(ManifestError, match="no manifest"):
+        predict_manifest(bundle, tmp_path / "nowhere.csv", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_mask_names_are_plain_and_unique():
+    keys = [
+        ("d", "s", "1"), ("d", "s", ""), ("d__s", "1", ""), ("d", "s__1", ""), ("d", "s/1", ""), ("d", "s 1", ""),
+        ("d", "_s", "1"), ("d", "s_", "1"), ("d_", "s", "1"), ("../..", "s", ""), ("d", "ü", ""), (".d", "s", ""),
+    ]  # fmt: skip
+    names = [mask_name(key, "lesion") for key in keys]
+    assert names[:2] == ["d__s__1_lesion.nii.gz", "d__s_lesion.nii.gz"]
+    assert len(set(names)) == len(keys)
+    assert all("/" not in name and not name.startswith((".", "-")) and name.isascii() for name in names)

@@ -1,0 +1,138 @@
+"""The published encoder, part by part."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from brainfm.nets.backbone import build_backbone
+from brainfm.nets.decoders import LightDecoder, SkipDecoder
+from brainfm.nets.latents import Latents
+from brainfm.specs import ConfigError
+
+
+def _count(module: torch.nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+def test_unet_b_has_the_published_parameter_counts():
+    with torch.device("meta"):
+        backbone = build_backbone("unet_b")
+        latents = Latents(backbone.widths, {"anatomy": 0.5, "contrast": 0.5}, 512, variational=True)
+        decoder = LightDecoder(512, backbone.widths, backbone.strides)
+    assert (_count(backbone), _count(latents), _count(decoder)) == (14_134_944, 1_016_832, 3_744_673)
+    assert [len(m.state_dict()) for m in (backbone, latents, decoder)] == [40, 8, 26]
+
+
+def test_features_have_the_promised_widths_and_strides():
+    backbone = build_backbone("unet_tiny")
+    maps = backbone(torch.randn(2, 1, 8, 16, 12))
+    for features, width, stride in zip(maps, backbone.widths, backbone.strides, strict=True):
+        assert features.shape == (2, width, 8 // stride, 16 // stride, 12 // stride)
+
+
+def test_features_compare_to_a_flat_rewriting():
+    torch.manual_seed(0)
+    backbone = build_backbone("unet", widths=[3, 5])
+    image = torch.randn(2, 1, 8, 8, 8)
+    state = backbone.state_dict()
+    x, expected = image, []
+    for level in range(2):
+        for index in range(2):
+            prefix = f"levels.{level}.{index}"
+            x = F.conv3d(x, state[f"{prefix}.0.weight"], state[f"{prefix}.0.bias"], padding=1)
+            x = (x - x.mean((2, 3, 4), keepdim=True)) / (x.var((2, 3, 4), unbiased=False, keepdim=True) + 1e-5).sqrt()
+            x = x * state[f"{prefix}.1.weight"][:, None, None, None] + state[f"{prefix}.1.bias"][:, None, None, None]
+            x = torch.where(x > 0, x, 0.01 * x)
+        expected.append(x)
+        x = x.unfold(2, 2, 2).unfold(3, 2, 2).unfold(4, 2, 2).amax((5, 6, 7))
+    for got, want in zip(backbone(image), expected, strict=True):
+        torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+
+
+def test_features_masked_does_not_see_hidden_voxels():
+    backbone = build_backbone("unet_tiny")
+    image, hidden = torch.randn(1, 1, 8, 8, 8), torch.rand(1, 1, 8, 8, 8) < 0.5
+    other = torch.where(hidden, torch.full_like(image, 7.0), image)
+    for one, two in zip(backbone.features_masked(image, hidden), backbone.features_masked(other, hidden), strict=True):
+        assert torch.equal(one, two)
+    assert not torch.equal(backbone(image)[0], backbone.features_masked(image, hidden)[0])
+
+
+def test_blocks_hold_every_parameter_once_and_the_stem_first():
+    backbone = build_backbone("unet_tiny")
+    in_blocks = [id(p) for block in backbone.blocks() for p in block.parameters()]
+    assert sorted(in_blocks) == sorted(id(p) for p in backbone.parameters())
+    assert next(backbone.blocks()[0].parameters()).shape[1] == 1
+
+
+@pytest.mark.parametrize("patch", [(4, 4, 4), (16, 16, 10), (0, 16, 16), (16, 16)])
+def test_check_patch__impossible(patch):
+    with pytest.raises(ConfigError, match="multiples of 4 voxels"):
+        build_backbone("unet_tiny").check_patch(patch)
+
+
+def test_smallest_patch_trains():
+    backbone = build_backbone("unet_tiny").train()
+    backbone.check_patch((4, 4, 8))
+    backbone(torch.randn(1, 1, 4, 4, 8))
+    with pytest.raises(ConfigError):
+        backbone(torch.randn(1, 1, 4, 4, 4))
+
+
+def test_two_channels_are_refused():
+    with pytest.raises(ValueError, match="one by one"):
+        build_backbone("unet_tiny")(torch.randn(1, 2, 8, 8, 8))
+
+
+def test_build_backbone__refusals():
+    with pytest.raises(ConfigError, match="unknown backbone 'unet_x', expected one of unet, unet_b, unet_tiny"):
+        build_backbone("unet_x")
+    with pytest.raises(ConfigError, match="unknown key depth for backbone unet_tiny, expected none"):
+        build_backbone("unet_tiny", depth=3)
+    with pytest.raises(ConfigError, match="needs the key widths"):
+        build_backbone("unet")
+    with pytest.raises(ConfigError, match=r"backbone\.widths"):
+        build_backbone("unet", widths=[4, -1])
+
+
+def test_config_rebuilds_the_same_network():
+    for backbone in (build_backbone("unet_tiny"), build_backbone("unet", widths=[3, 5])):
+        again = build_backbone(**backbone.config)
+        assert {k: v.shape for k, v in again.state_dict().items()} == {
+            k: v.shape for k, v in backbone.state_dict().items()
+        }
+
+
+def test_skip_decoder__shape_and_gradient_to_every_parameter():
+    backbone = build_backbone("unet_tiny")
+    decoder = SkipDecoder(backbone.widths, backbone.strides, out_channels=3)
+    logits = decoder(backbone(torch.randn(2, 1, 8, 16, 12)))
+    assert logits.shape == (2, 3, 8, 16, 12)
+    (logits**2).mean().backward()
+    assert all(p.grad is not None for p in [*backbone.parameters(), *decoder.parameters()])
+
+
+def test_skip_decoder__uses_every_map():
+    backbone = build_backbone("unet_tiny")
+    decoder = SkipDecoder(backbone.widths, backbone.strides, out_channels=2)
+    maps = [m.detach().requires_grad_() for m in backbone(torch.randn(1, 1, 8, 8, 8))]
+    (decoder(maps) ** 2).mean().backward()
+    assert all(m.grad is not None and m.grad.abs().sum() > 0 for m in maps)
+
+
+def test_light_decoder__other_strides_and_refusal():
+    assert LightDecoder(6, (4, 8), (1, 4))(torch.randn(1, 6, 2, 2, 3)).shape == (1, 1, 8, 8, 12)
+    with pytest.raises(ValueError, match="stride 1"):
+        LightDecoder(6, (4, 8), (2, 4))
+
+
+def test_left_stays_left():
+    """A bright corner of the image is found in the same corner of every map and of the decoder's output grid."""
+    torch.manual_seed(0)
+    backbone = build_backbone("unet_tiny").eval()
+    quiet = torch.randn(1, 1, 32, 32, 32) * 0.01
+    bright = quiet.clone()
+    bright[..., 0:2, 28:32, 12:16] += 5
+    change = (backbone.levels[0][0][0](bright) - backbone.levels[0][0][0](quiet)).abs().sum(1)[0]
+    corner = change.nonzero().float().mean(0)
+    assert corner[0] < 3 and corner[1] > 26 and 11 < corner[2] < 16

@@ -1,0 +1,261 @@
+"""The backbone file: whole or refused, and never executed."""
+
+import json
+import pickle
+import random
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import brainfm.nets.weights as weights
+from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.objectives.objective import build_objective
+from brainfm.specs import BrainfmError, PreprocessSpec, Provenance, WeightsError
+
+SPEC = PreprocessSpec(spacing_mm=(1.0, 1.0, 2.0))
+PROVENANCE = Provenance(version="0", commit="abc", data="d", config={"a": [1, {"b": None}]}, parents=("x",))
+
+
+def _save(path: Path, backbone: Backbone | None = None) -> str:
+    return weights.save_backbone(
+        path,
+        backbone or build_backbone("unet", widths=[2, 3]),
+        objective={"name": "mae", "config": {"loss": "mse"}},
+        objective_state={"decoder.out.weight": torch.randn(1, 2)},
+        preprocess=SPEC,
+        patch_vox=(16, 16, 32),
+        provenance=PROVENANCE,
+    )
+
+
+def _parts(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
+    with safe_open(path, framework="pt") as file:
+        return {n: file.get_tensor(n) for n in file.keys()}, json.loads(file.metadata()["brainfm"])  # noqa: SIM118
+
+
+def _rewrite(path: Path, tensors: dict[str, torch.Tensor], about: object) -> None:
+    if isinstance(about, dict) and "fingerprint" in about:
+        about["fingerprint"] = weights.fingerprint(tensors)
+    save_file(tensors, path, metadata={"brainfm": json.dumps(about)})
+
+
+def test_round_trip_is_bit_equal(tmp_path):
+    objective = build_objective(
+        "cross_contrast", build_backbone("unet_tiny"), patch_vox=(16, 16, 16), seed=0, latent_channels=16
+    )
+    path = tmp_path / "new" / "backbone.safetensors"
+    mark = weights.save_backbone(
+        path,
+        objective.backbone,
+        objective={"name": objective.name, "config": objective.config},
+        objective_state=objective.state_for_file(),
+        preprocess=SPEC,
+        patch_vox=(16, 16, 16),
+        provenance=PROVENANCE,
+    )
+    loaded = weights.load_backbone(path)
+    for name, value in objective.backbone.state_dict().items():
+        assert torch.equal(value, loaded.backbone.state_dict()[name])
+    assert set(loaded.extra) | {f"backbone.{n}" for n in loaded.report.loaded} == set(objective.state_dict())
+    assert all(torch.equal(v, loaded.extra[n]) for n, v in objective.state_for_file().items())
+    assert (loaded.preprocess, loaded.patch_vox, loaded.fingerprint) == (SPEC, (16, 16, 16), mark)
+    assert loaded.provenance == PROVENANCE
+    again = build_objective(
+        loaded.objective["name"], loaded.backbone, patch_vox=loaded.patch_vox, seed=0, **loaded.objective["config"]
+    )
+    report = weights.transfer(again, loaded.extra, allow_missing=["backbone.*"])
+    assert len(report.loaded) == len(loaded.extra) and not report.unused
+    assert not loaded.backbone.training and not weights.load(path).training
+    assert [p.name for p in path.parent.iterdir()] == ["backbone.safetensors"]
+
+
+def test_saving_twice_gives_the_same_bytes(tmp_path):
+    torch.manual_seed(0)
+    _save(tmp_path / "a", build_backbone("unet", widths=[2, 3]))
+    torch.manual_seed(0)
+    _save(tmp_path / "b", build_backbone("unet", widths=[2, 3]))
+    assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
+
+
+def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
+    path = tmp_path / "b.safetensors"
+    _save(path)
+    before = path.read_bytes()
+
+    def interrupt(descriptor: int) -> None:
+        raise OSError("no space left")
+
+    monkeypatch.setattr(weights.os, "fsync", interrupt)
+    with pytest.raises(OSError, match="no space"):
+        _save(path)
+    assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
+
+
+class _Bomb:
+    def __init__(self, mark: Path) -> None:
+        self.mark = mark
+
+    def __reduce__(self):
+        return Path.touch, (self.mark,)
+
+
+@pytest.mark.parametrize("how", ["pickle", "torch"])
+def test_a_pickle_is_refused_and_not_executed(tmp_path, how):
+    mark, path = tmp_path / "executed", tmp_path / "backbone.safetensors"
+    if how == "pickle":
+        path.write_bytes(pickle.dumps({"state_dict": _Bomb(mark)}))
+    else:
+        torch.save({"state_dict": _Bomb(mark)}, path)
+    with pytest.raises(WeightsError, match="pickle is never opened"):
+        weights.load_backbone(path)
+    assert not mark.exists()
+
+
+def test_missing_truncated_foreign(tmp_path):
+    path = tmp_path / "b.safetensors"
+    with pytest.raises(WeightsError, match="no such file"):
+        weights.load_backbone(path)
+    path.write_bytes(b"")
+    with pytest.raises(WeightsError, match="cannot be read as safetensors"):
+        weights.load_backbone(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(WeightsError, match="no description"):
+        weights.load_backbone(path)
+    _save(path)
+    path.write_bytes(path.read_bytes()[:-5])
+    with pytest.raises(WeightsError, match="cannot be read as safetensors"):
+        weights.load_backbone(path)
+
+
+def test_any_damage_is_one_sentence(tmp_path):
+    path = tmp_path / "b.safetensors"
+    _save(path)
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        place = draw.randrange(len(damaged))
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(bytes(damaged) if draw.random() < 0.7 else whole[:place])
+        try:
+            weights.load_backbone(path)
+        except WeightsError as error:
+            assert str(path) in str(error)
+        # a flipped bit inside the words of the provenance is still a legal file
+
+
+def test_flipped_weights_are_noticed(tmp_path):
+    path = tmp_path / "b.safetensors"
+    _save(path)
+    damaged = bytearray(path.read_bytes())
+    damaged[-3] ^= 1
+    path.write_bytes(bytes(damaged))
+    with pytest.raises(WeightsError, match="checksum"):
+        weights.load_backbone(path)
+
+
+def test_misfits_are_named_together(tmp_path):
+    path = tmp_path / "b.safetensors"
+    _save(path)
+    tensors, about = _parts(path)
+    del tensors["backbone.levels.0.0.0.bias"]
+    tensors["backbone.levels.1.0.0.bias"] = torch.zeros(9)
+    tensors["backbone.stranger"] = torch.zeros(1)
+    _rewrite(path, tensors, about)
+    with pytest.raises(WeightsError) as caught:
+        weights.load_backbone(path)
+    text = str(caught.value)
+    assert "levels.0.0.0.bias is missing" in text and "levels.1.0.0.bias is 9, expected 3" in text
+    assert "stranger has no place" in text and str(path) in text and "\n" not in text
+
+
+def test_ten_misfits_are_named_and_the_rest_counted(tmp_path):
+    path = tmp_path / "b.safetensors"
+    _save(path)
+    tensors, about = _parts(path)
+    _rewrite(path, {n: v for n, v in tensors.items() if n.startswith("objective")}, about)
+    with pytest.raises(WeightsError, match="and 6 more") as caught:
+        weights.load_backbone(path)
+    assert str(caught.value).count("is missing") == 10
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"format": 2}, "update brainfm"),
+        ({"backbone": {"name": "resnet"}}, "unknown backbone 'resnet'"),
+        ({"backbone": {"name": "unet", "widths": "ab"}}, "widths"),
+        ({"backbone": {"name": "unet", "widths": [4096] * 8}}, "does not fit unet"),
+        ({"backbone": {"name": "unet", "widths": 5}}, "cannot be used"),
+        ({"backbone": {}}, "does not name a backbone"),
+        ({"preprocess": {"spacing_mm": [0, 1, 1]}}, "spacing_mm"),
+        ({"preprocess": {"spacing": 1}}, "unknown PreprocessSpec key"),
+        ({"preprocess": None}, "lacks a usable preprocess"),
+        ({"patch_vox": [16, 16]}, "cannot be used"),
+        ({"provenance": {}}, "incomplete Provenance"),
+    ],
+)
+def test_descriptions_that_cannot_be_used(tmp_path, change, words):
+    path = tmp_path / "b.safetensors"
+    _save(path)
+    tensors, about = _parts(path)
+    _rewrite(path, tensors, about | change)
+    with pytest.raises(WeightsError, match=words):
+        weights.load_backbone(path)
+
+
+@pytest.mark.parametrize("about", [[], 3, "x", {}])
+def test_descriptions_of_another_kind(tmp_path, about):
+    path = tmp_path / "b.safetensors"
+    _rewrite(path, {"backbone.a": torch.zeros(1)}, about)
+    with pytest.raises(WeightsError, match="lacks a usable"):
+        weights.load_backbone(path)
+
+
+def test_a_tensor_of_neither_group_is_refused(tmp_path):
+    path = tmp_path / "b.safetensors"
+    _save(path)
+    tensors, about = _parts(path)
+    _rewrite(path, tensors | {"optimizer.m": torch.zeros(1)}, about)
+    with pytest.raises(WeightsError, match=r"optimizer\.m is neither"):
+        weights.load_backbone(path)
+
+
+def test_transfer__changes_nothing_when_it_refuses():
+    module = build_backbone("unet", widths=[2, 3])
+    before = {n: v.clone() for n, v in module.state_dict().items()}
+    state = {n: torch.ones_like(v) for n, v in before.items()} | {"levels.1.1.1.bias": torch.ones(7)}
+    with pytest.raises(WeightsError, match=r"levels\.1\.1\.1\.bias is 7, expected 3"):
+        weights.transfer(module, state, allow_missing=["*"], allow_unused=["*"])
+    assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
+
+
+def test_transfer__lists_are_honoured_and_reported():
+    module = build_backbone("unet", widths=[2, 3])
+    state = {n: torch.ones_like(v) for n, v in module.state_dict().items() if not n.startswith("levels.1")}
+    state["head.weight"] = torch.zeros(1)
+    for listed in ({}, {"allow_missing": ["levels.1.*"]}, {"allow_unused": ["head.*"]}):
+        with pytest.raises(BrainfmError):
+            weights.transfer(module, state, **listed)
+    report = weights.transfer(module, state, allow_missing=["levels.1.*"], allow_unused=["head.weight"])
+    assert len(report.loaded) == 8 and len(report.left_at_init) == 8 and report.unused == ("head.weight",)
+    assert str(report).startswith("8 tensors loaded, 8 left at their initial values (levels.1.0.0.weight, ")
+    assert str(report).endswith("1 of the file unused (head.weight)")
+    assert all((p == 1).all() for p in module.levels[0].parameters())
+
+
+def test_transfer__whole_numbers_do_not_become_weights():
+    module = torch.nn.Linear(2, 2)
+    state = {"weight": torch.zeros(2, 2, dtype=torch.int64), "bias": torch.zeros(2, dtype=torch.float16)}
+    with pytest.raises(WeightsError, match=r"weight is torch\.int64"):
+        weights.transfer(module, state)
+
+
+def test_fingerprint__sees_values_names_shapes_types_but_not_order():
+    a, b = torch.arange(4.0), torch.ones(2, dtype=torch.bfloat16)
+    mark = weights.fingerprint({"a": a, "b": b})
+    assert mark == weights.fingerprint({"b": b, "a": a}) and len(mark) == 64
+    others = [{"a": a + 1, "b": b}, {"c": a, "b": b}, {"a": a.reshape(2, 2), "b": b}, {"a": a, "b": b.half()}]
+    assert len({mark, *(weights.fingerprint(o) for o in others)}) == 5

@@ -1,0 +1,185 @@
+"""A bundle is whole, untouched, or refused by name."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import pickle
+
+import pytest
+import torch
+
+from brainfm.nets.backbone import build_backbone
+from brainfm.specs import BundleError, PreprocessSpec, Provenance, TaskSpec
+from brainfm.tasks.bundle import CHECKSUMS, read_bundle, write_bundle
+from brainfm.tasks.segmentation import SegmentationTask
+
+TASK = TaskSpec("segmentation", "lesion", ("t1", "flair"), (0, 1), (16, 16, 16))
+PREPROCESS = PreprocessSpec(spacing_mm=(1.5, 1.5, 2.0))
+PROVENANCE = Provenance("0.1.0", "abc", "data", {"optim": {"lr": 1e-3, "betas": [0.9, 0.99]}}, 3, 50, 100, 0.2)
+
+
+def member(seed, task=TASK):
+    torch.manual_seed(seed)
+    return SegmentationTask(task, build_backbone("unet_tiny")).eval()
+
+
+def write(path, members=1, **changes):
+    values = {
+        "task": TASK,
+        "backbone_config": {"name": "unet_tiny"},
+        "members": [member(seed).state_dict() for seed in range(members)],
+        "preprocess": PREPROCESS,
+        "provenance": PROVENANCE,
+        "scores": {"dice": 0.71234, "n_cases": 3, "best_steps": [4, 5], "note": "cross-validated"},
+    }
+    return write_bundle(path, **(values | changes))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    write(tmp_path / "bundle")
+    return tmp_path / "bundle"
+
+
+def test_round_trip(tmp_path):
+    fingerprint = write(tmp_path / "deep" / "bundle", members=12)
+    bundle = read_bundle(tmp_path / "deep" / "bundle")
+    assert (bundle.task, bundle.preprocess, bundle.provenance) == (TASK, PREPROCESS, PROVENANCE)
+    assert bundle.fingerprint == fingerprint and len(bundle.networks) == 12
+    image, present = torch.randn(1, 2, 16, 16, 16), torch.tensor([[True, False]])
+    for seed, network in enumerate(bundle.networks):
+        assert not network.training
+        assert torch.equal(network(image, present), member(seed)(image, present))
+    assert [p.name for p in (tmp_path / "deep").iterdir()] == ["bundle"]
+
+
+def test_the_card_says_what_matters(folder):
+    card = (folder / "README.md").read_text()
+    for text in ("lesion", "t1, flair", "1.5 x 1.5 x 2 mm", "0.7123", "4, 5", "cross-validated", "Licence:",
+                 "Not a medical device", "brainfm predict bundle="):  # fmt: skip
+        assert text in card
+
+
+def test_the_same_content_gives_the_same_fingerprint(tmp_path):
+    assert write(tmp_path / "a") == write(tmp_path / "b")
+    assert write(tmp_path / "a") != write(tmp_path / "c", preprocess=PreprocessSpec())
+
+
+@pytest.mark.parametrize("name", ["task.json", "preprocess.json", "member0.safetensors", "README.md", "backbone.json"])
+def test_a_changed_file_is_named(folder, name):
+    content = bytearray((folder / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (folder / name).write_bytes(content)
+    with pytest.raises(BundleError, match=rf"{name} was changed or damaged"):
+        read_bundle(folder)
+
+
+@pytest.mark.parametrize("name", ["task.json", "member0.safetensors", "README.md"])
+def test_a_truncated_file_is_named(folder, name):
+    os.truncate(folder / name, (folder / name).stat().st_size // 2)
+    with pytest.raises(BundleError, match=rf"{name} was changed or damaged"):
+        read_bundle(folder)
+
+
+def test_a_missing_file_is_named(folder):
+    (folder / "member0.safetensors").unlink()
+    with pytest.raises(BundleError, match=r"member0.safetensors is missing"):
+        read_bundle(folder)
+
+
+def test_an_extra_file_is_named(folder):
+    (folder / "weights.pth").write_bytes(b"x")
+    with pytest.raises(BundleError, match=r"weights.pth does not belong"):
+        read_bundle(folder)
+
+
+def test_no_bundle_at_all(tmp_path):
+    with pytest.raises(BundleError, match="no bundle at"):
+        read_bundle(tmp_path / "nowhere")
+    with pytest.raises(BundleError, match=r"has no checksums\.json"):
+        read_bundle(tmp_path)
+
+
+def forge(folder, **files):
+    """Replaces files and their checksums, as a careful forger would."""
+    listed = json.loads((folder / CHECKSUMS).read_text())
+    for name, content in files.items():
+        name = name.replace("__", ".")
+        (folder / name).write_bytes(content)
+        listed[name] = hashlib.sha256(content).hexdigest()
+    (folder / CHECKSUMS).write_text(json.dumps(listed))
+
+
+class Bomb:
+    def __reduce__(self):
+        return (os.mkdir, (Bomb.place,))
+
+
+def test_no_pickle_is_executed(folder, tmp_path):
+    Bomb.place = str(tmp_path / "executed")
+    forge(folder, member0__safetensors=pickle.dumps(Bomb()))
+    with pytest.raises(BundleError, match="cannot be read as safetensors"):
+        read_bundle(folder)
+    torch.save({"x": Bomb()}, folder / "member0.safetensors")
+    forge(folder, member0__safetensors=(folder / "member0.safetensors").read_bytes())
+    with pytest.raises(BundleError, match="cannot be read as safetensors"):
+        read_bundle(folder)
+    assert not (tmp_path / "executed").exists()
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "text"),
+    [
+        ("backbone__json", b'{"name": "unet_b"}', "do not fit together"),
+        ("backbone__json", b'{"name": "os.system"}', "do not fit together"),
+        ("task__json", b"[1]", "expected a JSON object"),
+        ("task__json", b"{", "is not JSON"),
+        ("task__json", b'{"format": 9}', "format 9"),
+        ("task__json", b'{"format": 1, "kind": "segmentation"}', "incomplete TaskSpec"),
+        ("preprocess__json", b'{"spacing": 1}', "unknown PreprocessSpec key"),
+    ],
+)
+def test_files_that_do_not_fit(folder, name, content, text):
+    forge(folder, **{name: content})
+    with pytest.raises(BundleError, match=text):
+        read_bundle(folder)
+
+
+def test_checksums_reach_no_file_outside(folder, tmp_path):
+    (tmp_path / "secret").write_bytes(b"x")
+    listed = json.loads((folder / CHECKSUMS).read_text())
+    listed["../secret"] = hashlib.sha256(b"x").hexdigest()
+    (folder / CHECKSUMS).write_text(json.dumps(listed))
+    with pytest.raises(BundleError, match="missing"):
+        read_bundle(folder)
+
+
+def test_an_existing_bundle_is_replaced_and_nothing_else(folder, tmp_path):
+    before = read_bundle(folder).fingerprint
+    write(folder, members=2)
+    assert read_bundle(folder).fingerprint != before and len(read_bundle(folder).networks) == 2
+    (tmp_path / "thesis").mkdir()
+    (tmp_path / "thesis" / "chapter1").write_text("irreplaceable")
+    with pytest.raises(BundleError, match="not a bundle"):
+        write(tmp_path / "thesis")
+    assert (tmp_path / "thesis" / "chapter1").read_text() == "irreplaceable"
+
+
+def test_a_failed_write_leaves_the_old_bundle(folder, tmp_path, monkeypatch):
+    before = read_bundle(folder).fingerprint
+    monkeypatch.setattr(os, "fsync", lambda handle: (_ for _ in ()).throw(OSError("disk full")))
+    with pytest.raises(OSError, match="disk full"):
+        write(folder, members=2)
+    monkeypatch.undo()
+    assert read_bundle(folder).fingerprint == before
+    assert [p.name for p in tmp_path.iterdir()] == ["bundle"]
+
+
+def test_members_must_fit(tmp_path):
+    with pytest.raises(BundleError, match="do not fit together"):
+        write(tmp_path / "bundle", backbone_config={"name": "unet_b"})
+    with pytest.raises(BundleError, match="at least one member"):
+        write(tmp_path / "bundle", members=0)
+    assert not (tmp_path / "bundle").exists()

@@ -1,0 +1,171 @@
+"""The command line: what a wrong word costs, and that it costs no more."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from brainfm import cli
+from brainfm.cli import VERBS, configs, main, options, resolve
+from brainfm.specs import ConfigError
+
+NEEDED = {
+    "demo": ["out=x"],
+    "manifest": ["root=x", "out=y"],
+    "doctor": ["manifest=x"],
+    "prepare": ["manifest=x", "store=y"],
+    "pretrain": ["store=x", "run=y"],
+    "finetune": ["store=x", "run=y", "backbone_from=none", "task.target=lesion"],
+    "predict": ["bundle=x", "input.t1=y", "out=z"],
+    "evaluate": ["predictions=x", "manifest=y", "out=z"],
+}
+
+
+def fails(capsys: pytest.CaptureFixture[str], *words: str) -> str:
+    """The one sentence of a run that must end with 2."""
+    assert main(list(words)) == 2
+    said = capsys.readouterr().err.strip()
+    assert "Traceback" not in said and said.startswith("brainfm: ")
+    assert len(said.splitlines()) == 1
+    return said
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_every_verb_resolves_and_has_help(verb: str, capsys: pytest.CaptureFixture[str]) -> None:
+    values = resolve(verb, NEEDED[verb])
+    assert values and "debug" in values
+    assert main([verb, "--help"]) == 0
+    text = capsys.readouterr().out
+    for key in values:
+        assert key == "debug" or key in text
+
+
+def test_every_group_option_composes() -> None:
+    for group, verb in (("backbone", "pretrain"), ("objective", "pretrain"), ("optim", "pretrain"),
+                        ("trainer", "pretrain"), ("experiment", "pretrain"), ("preprocess", "prepare"),
+                        ("task", "finetune")):  # fmt: skip
+        assert options(group)
+        for option in options(group):
+            resolve(verb, [*NEEDED[verb], f"{group}={option}"])
+
+
+def test_every_objective_and_backbone_of_the_configurations_builds() -> None:
+    import torch
+
+    from brainfm.nets.backbone import build_backbone
+    from brainfm.objectives.objective import build_objective, settings
+
+    for objective in options("objective"):
+        values = resolve("pretrain", [*NEEDED["pretrain"], f"objective={objective}", "backbone=unet_tiny"])["objective"]
+        assert set(values) - {"name"} == set(settings(objective)), "the YAML lists every key, with no stale one"
+        build_objective(**values, backbone=build_backbone("unet_tiny"), patch_vox=(16, 16, 16), seed=0)
+    for backbone in options("backbone"):
+        with torch.device("meta"):
+            build_backbone(**resolve("pretrain", [*NEEDED["pretrain"], f"backbone={backbone}"])["backbone"])
+
+
+def test_fomo25_is_the_published_recipe() -> None:
+    """The figures of the winners' script, as facts; configuration drift would silently change the experiment."""
+    values = resolve("pretrain", [*NEEDED["pretrain"], "experiment=fomo25"])
+    objective = values["objective"]
+    assert values["backbone"] == {"name": "unet_b"} and values["data"]["patch_vox"] == [64, 64, 64]
+    assert (objective["mask_unit_vox"], objective["mask_ratio"], objective["beta"]) == (4, 0.2, 0.1)
+    weights = {k: v for k, v in objective.items() if k.endswith("_weight")}
+    assert weights == {"self_weight": 3.0, "cross_weight": 1.0, "agreement_weight": 0.5, "separation_weight": 0.5,
+                       "kl_weight": 0.001}  # fmt: skip
+    assert objective["kl_ramp"] == 0.1 and objective["swap"] == "standard"
+    assert values["optim"] == {"lr": 1e-4, "weight_decay": 0.01, "betas": [0.9, 0.999], "warmup_fraction": 0.05}
+    assert (values["trainer"]["batch_size"], values["trainer"]["clip_norm"]) == (4, 1.0)
+    assert values["data"]["augment"] is None and values["data"]["validation"] == 0.1
+
+
+def test_wrong_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    assert "predikt" in fails(capsys, "predikt")
+    assert "key=value" in fails(capsys, "prepare", "manifest")
+    assert "store must be given" in fails(capsys, "prepare", "manifest=x")
+    assert "no key 'trainer.max_step'" in fails(capsys, "pretrain", *NEEDED["pretrain"], "trainer.max_step=3")
+    assert "unet_b, unet_tiny" in fails(capsys, "pretrain", *NEEDED["pretrain"], "backbone=vit_z")
+    assert "fomo25" in fails(capsys, "pretrain", *NEEDED["pretrain"], "experiment=fomo99")
+    assert "either input" in fails(capsys, "predict", f"bundle={tmp_path}", "out=x")
+
+
+def test_input_given_twice(capsys: pytest.CaptureFixture[str]) -> None:
+    said = fails(capsys, "predict", "bundle=b", "input.t1=a.nii.gz", "input.t1=b.nii.gz", "out=o.nii.gz")
+    assert "input.t1 is given twice (a.nii.gz and b.nii.gz)" in said
+
+
+def test_missing_files(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    nowhere = tmp_path / "nowhere"
+    assert str(nowhere) in fails(capsys, "manifest", f"root={nowhere}", f"out={tmp_path / 'm.csv'}")
+    assert str(nowhere) in fails(capsys, "doctor", f"manifest={nowhere}")
+    assert str(nowhere) in fails(capsys, "prepare", f"manifest={nowhere}", f"store={tmp_path / 's'}")
+    assert str(nowhere) in fails(capsys, "pretrain", f"store={nowhere}", f"run={tmp_path / 'r'}")
+    assert str(nowhere) in fails(capsys, "predict", f"bundle={nowhere}", "input.t1=x.nii", f"out={tmp_path / 'o.nii'}")
+    assert not list(tmp_path.iterdir()), "nothing half-written remains"
+
+
+def test_manifest_with_a_wrong_column_or_file(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    manifest = tmp_path / "m.csv"
+    store = tmp_path / "store"
+    manifest.write_text("dataset,subject,session,modality,path\na,1,1,t1,x.nii.gz\n")
+    assert "contrast" in fails(capsys, "prepare", f"manifest={manifest}", f"store={store}")
+    manifest.write_text("dataset,subject,session,contrast,path\na,1,1,t1,x.nii.gz\n")
+    assert "x.nii.gz" in fails(capsys, "prepare", f"manifest={manifest}", f"store={store}")
+    manifest.write_text("dataset,subject,session,contrast,path\na,1,1,nonsense,x.nii.gz\n")
+    assert "nonsense" in fails(capsys, "prepare", f"manifest={manifest}", f"store={store}")
+    assert not store.exists()
+
+
+def test_other_spec_in_the_same_store(
+    capsys: pytest.CaptureFixture[str], toy_manifest: Path, tmp_path: Path
+) -> None:
+    store = tmp_path / "store"
+    assert main(["prepare", f"manifest={toy_manifest}", f"store={store}", "preprocess=iso2mm", "workers=1"]) == 0
+    capsys.readouterr()
+    said = fails(capsys, "prepare", f"manifest={toy_manifest}", f"store={store}", "preprocess.spacing_mm=3", "workers=1")
+    assert "spacing_mm" in said
+
+
+def test_text_keys_need_no_quoting(tmp_path: Path) -> None:
+    odd = "a b/(1)=x,[2]{3}'s $HOME"
+    assert resolve("prepare", [f"manifest={odd}", "store=y"])["manifest"] == odd
+    assert resolve("manifest", ["root=x", "out=y", "masks.lesion=*_{a,b}*|c d*"])["masks"] == {"lesion": "*_{a,b}*|c d*"}
+    assert resolve("predict", ["bundle=b", f"input.t1={odd}", "out=o"])["input"] == {"t1": odd}
+
+
+def test_debug_shows_the_traceback() -> None:
+    with pytest.raises(ConfigError):
+        main(["predict", "bundle=b", "out=o", "debug=true"])
+
+
+def test_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(config: dict) -> int:
+        raise OSError(28, "No space left on device", "run/last.tmp")
+
+    monkeypatch.setitem(cli._RUN, "pretrain", full)
+    assert "no space left on the disk for run/last.tmp" in fails(capsys, "pretrain", *NEEDED["pretrain"])
+
+
+def test_configs_are_found() -> None:
+    assert (configs() / "pretrain.yaml").is_file()
+
+
+def test_help_and_import_load_nothing_heavy() -> None:
+    """The reason `brainfm --help` answers at once; the seconds are measured by scripts/benchmark_start.py."""
+    code = "import sys, brainfm.cli as c; c.main(['--help']); c.main(['pretrain', '--help']); print(sorted(sys.modules))"
+    began = time.perf_counter()
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    assert time.perf_counter() - began < 60
+    for heavy in ("torch", "numpy", "hydra", "lightning", "nibabel", "scipy"):
+        assert f"'{heavy}'" not in listed
+
+
+def test_inference_starts_without_the_training_stack() -> None:
+    code = "import sys, brainfm; brainfm.predict; brainfm.load; print(sorted(sys.modules))"
+    listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
+    for heavy in ("lightning", "hydra", "torchio", "monai", "SimpleITK", "matplotlib", "tensorboard"):
+        assert f"'{heavy}'" not in listed

@@ -1,0 +1,102 @@
+"""The table of DESIGN §3, held by reading every import of the package."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+PACKAGE = Path(__file__).parents[1] / "brainfm"
+ROOT = {"volume", "specs", "batch", "seeds"}
+TOP = {"cli", "demo"}  # may import everything; nobody imports them
+
+MAY_IMPORT: dict[str, set[str]] = {
+    "root": set(),
+    "imaging": {"root"},
+    "nets": {"root"},
+    "synthesis": {"root", "imaging"},
+    "data": {"root", "imaging", "synthesis"},
+    "objectives": {"root", "nets"},
+    "tasks": {"root", "nets"},
+    "training": {"root", "data", "nets", "objectives", "tasks"},
+    "inference": {"root", "imaging", "data.manifest", "data.store", "nets", "tasks"},
+}
+# third party -> the modules that may import it
+FENCES: dict[str, set[str]] = {
+    "nibabel": {"imaging.nifti"},
+    "SimpleITK": {"imaging.register", "imaging.geometry", "imaging.anatomy"},
+    "lightning": {"training"},
+    "hydra": {"cli"},
+    "omegaconf": {"cli"},
+}
+NEVER = {"torchvision", "timm", "pickle", "wandb", "requests", "urllib.request"}
+NO_TORCH = {"imaging", "data.manifest", "data.layouts", "data.splits", "data.doctor", "data.prepare", "data.store"}
+
+MODULES = sorted(p for p in PACKAGE.rglob("*.py") if "configs" not in p.parts)
+
+
+def name_of(path: Path) -> str:
+    parts = path.relative_to(PACKAGE).with_suffix("").parts
+    return ".".join(part for part in parts if part != "__init__")
+
+
+def layer_of(module: str) -> str:
+    first = module.split(".")[0]
+    return "root" if first in ROOT or module == "" else "top" if first in TOP else first
+
+
+def imports_of(path: Path, at_top_only: bool = False) -> set[str]:
+    tree = ast.parse(path.read_text())
+    nodes = ast.iter_child_nodes(tree) if at_top_only else ast.walk(tree)
+    found = set()
+    for node in nodes:
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{path}: relative import"
+            found.add(node.module or "")
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return found
+
+
+def ours(path: Path) -> set[str]:
+    """Modules of brainfm that a file imports, anywhere in it, without the leading package name."""
+    modules = {name_of(p) for p in MODULES}
+    return {name.removeprefix("brainfm.") for name in imports_of(path)} & (modules - {""})
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_layers_point_one_way(path: Path) -> None:
+    module = name_of(path)
+    layer = layer_of(module)
+    if layer == "top" or module == "":  # the root __init__ names modules as text, imported when first used
+        return
+    for imported in ours(path):
+        target = layer_of(imported)
+        legal = target == layer or target in MAY_IMPORT[layer] or imported in MAY_IMPORT[layer]
+        assert legal, f"{module} (layer {layer}) imports {imported} (layer {target})"
+
+
+@pytest.mark.parametrize("path", MODULES, ids=name_of)
+def test_third_parties_stay_behind_their_fences(path: Path) -> None:
+    module = name_of(path)
+    roots = {name.split(".")[0] for name in imports_of(path)} | imports_of(path)
+    for package, places in FENCES.items():
+        if package in roots:
+            assert any(module == place or module.startswith(f"{place}.") for place in places), f"{module}: {package}"
+    assert not roots & NEVER, f"{module} imports {roots & NEVER}"
+    if any(module == place or module.startswith(f"{place}.") for place in NO_TORCH):
+        assert "torch" not in roots, f"{module} imports torch: workers of prepare would start slowly"
+
+
+def test_heavy_optional_packages_are_imported_when_used() -> None:
+    for path in MODULES:
+        heavy = {"SimpleITK", "monai", "nilearn", "matplotlib"} & {n.split(".")[0] for n in imports_of(path, True)}
+        assert not heavy, f"{name_of(path)} imports {heavy} at its top"
+
+
+def test_the_table_knows_every_package() -> None:
+    folders = {p.name for p in PACKAGE.iterdir() if p.is_dir() and any(p.glob("*.py"))}
+    assert folders <= set(MAY_IMPORT), folders - set(MAY_IMPORT)
+    assert not {p.stem for p in MODULES} & {"utils", "helpers", "common", "misc", "base", "core"}

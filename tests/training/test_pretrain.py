@@ -1,0 +1,161 @@
+"""Pre-training from the command line's configuration: resumption to the last bit, interruption, refusals."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from brainfm.cli import main, resolve
+from brainfm.data.store import Store
+from brainfm.nets.weights import load_backbone
+from brainfm.specs import TrainingError
+from brainfm.training.loop import CHECKPOINT, read_checkpoint
+from brainfm.training.monitor import read_curves
+from brainfm.training.pretrain import pretrain
+
+STEPS = 24
+
+
+def words(store: Store, run: Path, *more: str) -> list[str]:
+    default = [
+        f"store={store.path}", f"run={run}", "backbone=unet_tiny", "trainer=cpu", f"trainer.max_steps={STEPS}",
+        "trainer.batch_size=2", "trainer.workers=0", "trainer.log_every=1", "trainer.checkpoint_every=4",
+        "trainer.evaluate_every=12", "trainer.threads=1", "data.patch_vox=[16,16,16]", "data.validation=0.3",
+        "data.validation_batches=1", "objective.latent_channels=16",
+    ]  # fmt: skip
+    given = dict(word.split("=", 1) for word in (*default, *more))
+    return [f"{key}={value}" for key, value in given.items()]
+
+
+def config(store: Store, run: Path, *more: str) -> dict:
+    return resolve("pretrain", words(store, run, *more))
+
+
+@pytest.fixture(scope="module")
+def whole(toy_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    run = tmp_path_factory.mktemp("runs") / "whole"
+    assert pretrain(config(toy_store, run)).step == STEPS
+    return run
+
+
+def same_weights(one: Path, other: Path) -> bool:
+    a, b = (read_checkpoint(run / CHECKPOINT)["module"] for run in (one, other))
+    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+
+
+def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
+    loaded = load_backbone(whole / "backbone.safetensors")
+    assert loaded.preprocess == toy_store.spec and loaded.patch_vox == (16, 16, 16)
+    assert loaded.provenance.steps == STEPS and loaded.provenance.samples == 2 * STEPS
+    assert loaded.provenance.data == toy_store.fingerprint()
+    assert loaded.provenance.config["objective"]["name"] == "cross_contrast"
+    assert sorted(p.name for p in (whole / "pictures").iterdir()) == ["step_0000012.png", "step_0000024.png"]
+    assert any((whole / "tensorboard").iterdir())
+    names = {name for _, name, _ in read_curves(whole / "curves.csv")}
+    assert {"total", "self", "cross", "agreement", "separation", "kl", "lr", "grad_norm", "val_total"} <= names
+
+
+def test_killed_and_resumed_equals_uninterrupted(whole: Path, toy_store: Store, tmp_path: Path) -> None:
+    """SIGKILL right after some checkpoint; the resumed run's curves and weights are equal to the last bit."""
+    run = tmp_path / "killed"
+    command = [sys.executable, "-m", "brainfm.cli", "pretrain", *words(toy_store, run)]
+    process = subprocess.Popen(command, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.time() + 120
+    while not (run / CHECKPOINT).exists() and process.poll() is None and time.time() < deadline:
+        time.sleep(0.005)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    assert json.loads(read_checkpoint(run / CHECKPOINT)["state"])["step"] in range(4, STEPS, 4)
+    assert pretrain(config(toy_store, run)).step == STEPS
+    assert (run / "curves.csv").read_bytes() == (whole / "curves.csv").read_bytes()
+    assert same_weights(run, whole)
+
+
+def test_sigterm_saves_and_exits_cleanly(whole: Path, toy_store: Store, tmp_path: Path) -> None:
+    run = tmp_path / "stopped"
+    command = [sys.executable, "-m", "brainfm.cli", "pretrain", *words(toy_store, run, "trainer.checkpoint_every=0")]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 120
+    while len(read_curves(run / "curves.csv")) < 9 and process.poll() is None and time.time() < deadline:
+        time.sleep(0.002)
+    process.send_signal(signal.SIGTERM)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 0
+    step = json.loads(read_checkpoint(run / CHECKPOINT)["state"])["step"]
+    if step < STEPS:
+        assert f"stopped after step {step} of {STEPS}" in said
+        assert not (run / "backbone.safetensors").exists()
+    assert pretrain(config(toy_store, run, "trainer.checkpoint_every=0")).step == STEPS
+    assert (run / "curves.csv").read_bytes() == (whole / "curves.csv").read_bytes()
+
+
+def test_number_of_workers_changes_nothing(whole: Path, toy_store: Store, tmp_path: Path) -> None:
+    pretrain(config(toy_store, tmp_path / "run", "trainer.workers=2"))
+    assert same_weights(tmp_path / "run", whole)
+
+
+def test_other_values_in_the_same_run_are_refused(
+    whole: Path, toy_store: Store, capsys: pytest.CaptureFixture[str]
+) -> None:
+    before = (whole / CHECKPOINT).stat().st_mtime_ns
+    assert main(["pretrain", *words(toy_store, whole, "objective.mask_ratio=0.4")]) == 2
+    said = capsys.readouterr().err
+    assert "objective.mask_ratio=0.2" in said and "objective.mask_ratio=0.4" in said and "Traceback" not in said
+    assert (whole / CHECKPOINT).stat().st_mtime_ns == before
+
+
+def test_finished_run_is_left_alone(whole: Path, toy_store: Store) -> None:
+    before = (whole / "curves.csv").read_bytes()
+    assert pretrain(config(toy_store, whole)).step == STEPS
+    assert (whole / "curves.csv").read_bytes() == before
+
+
+def test_loss_that_is_not_finite_stops_the_run(toy_store: Store, tmp_path: Path) -> None:
+    with pytest.raises(TrainingError, match="not finite after step"):
+        pretrain(config(toy_store, tmp_path / "run", "optim.lr=1e30", "optim.warmup_fraction=0", "trainer.clip_norm=0"))
+
+
+def test_clipping_is_applied(toy_store: Store, tmp_path: Path) -> None:
+    """With a clip of 1e-9 Adam's epsilon outweighs the gradient: almost nothing may move."""
+    run = tmp_path / "run"
+    one_step = ("trainer.max_steps=1", "optim.warmup_fraction=0", "optim.weight_decay=0", "data.validation=0")
+    moved = {}
+    for clip in ("1e-9", "0"):
+        pretrain(config(toy_store, run / clip, *one_step, f"trainer.clip_norm={clip}", "trainer.precision=32-true"))
+        moved[clip] = read_checkpoint(run / clip / CHECKPOINT)["module"]["question.backbone.levels.0.0.0.weight"]
+    torch.manual_seed(0)
+    from brainfm.nets.backbone import build_backbone
+
+    start = build_backbone("unet_tiny").state_dict()["levels.0.0.0.weight"]
+    assert (moved["0"] - start).abs().max() > 20 * (moved["1e-9"] - start).abs().max()
+
+
+def test_checkpoint_with_code_in_it_is_refused(
+    toy_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+
+    class Evil:
+        def __reduce__(self):
+            return os.mkdir, (str(tmp_path / "executed"),)
+
+    torch.save({"format": 1, "x": Evil()}, run / CHECKPOINT)
+    assert main(["pretrain", *words(toy_store, run)]) == 2
+    assert "no readable checkpoint" in capsys.readouterr().err
+    assert not (tmp_path / "executed").exists()
+
+
+def test_loss_falls(toy_store: Store, tmp_path: Path) -> None:
+    pretrain(config(toy_store, tmp_path / "run", "trainer.max_steps=60", "optim.lr=3e-3", "objective=mae",
+                    "trainer.evaluate_every=0", "data.validation=0"))  # fmt: skip
+    curve = [value for _, name, value in read_curves(tmp_path / "run" / "curves.csv") if name == "total"]
+    assert sum(curve[-10:]) < 0.7 * sum(curve[:10])
