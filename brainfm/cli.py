@@ -257,7 +257,7 @@ def _predict(config: dict[str, Any]) -> int:
     from brainfm.inference.predict import predict, predict_manifest
     from brainfm.training.monitor import Progress
 
-    how = {"device": config["device"], "precision": config["precision"]}
+    how = {"device": config["device"], "precision": config["precision"], "overlap": float(config["overlap"])}
     if bool(config["input"]) == bool(config["manifest"]):
         raise ConfigError("brainfm predict: expected either input.CONTRAST=FILE or manifest=FILE")
     if not config["manifest"]:
@@ -283,6 +283,7 @@ def _evaluate(config: dict[str, Any]) -> int:
         found = evaluate(
             config["manifest"], config["out"], bundle=config["bundle"], predictions=config["predictions"],
             seed=int(config["seed"]), device=config["device"], precision=config["precision"],
+            overlap=float(config["overlap"]),
             progress=lambda done, total: _move(bar, done, total),
         )  # fmt: skip
     print("\n".join(describe(found.summary)))

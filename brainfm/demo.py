@@ -74,16 +74,16 @@ def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dic
     patch = f"[{','.join(map(str, config['patch_vox']))}]"
     run("pretrain", "pretrain", f"store={out / 'store'}", f"run={out / 'pretrain'}", "backbone=unet_b",
         "objective=cross_contrast", f"trainer.max_steps={config['pretrain_steps']}", f"data.patch_vox={patch}",
-        "optim.lr=3e-4", "trainer.evaluate_every=50", "trainer.checkpoint_every=50",
+        "optim.lr=3e-4", "trainer.evaluate_every=50", "trainer.batch_size=2", "trainer.checkpoint_every=50",
         f"seed={config['seed']}")  # fmt: skip
     for arm in ARMS:
         source = out / "pretrain" / "backbone.safetensors" if arm == "pretrained" else "none"
         run(f"finetune {arm}", "finetune", "task=segmentation", "task.target=lesion", f"store={out / 'store'}",
             f"run={out / arm}", f"backbone_from={source}", "backbone=unet_b", f"task.patch_vox={patch}", "folds=1",
-            f"trainer.max_steps={config['finetune_steps']}", "trainer.evaluate_every=25",
-            "trainer.checkpoint_every=25", f"seed={config['seed']}")  # fmt: skip
+            f"trainer.max_steps={config['finetune_steps']}", "trainer.evaluate_every=30",
+            "trainer.checkpoint_every=30", f"seed={config['seed']}")  # fmt: skip
         run(f"predict {arm}", "predict", f"bundle={out / arm / 'bundle'}", f"manifest={out / 'test.csv'}",
-            f"out={out / arm / 'predictions'}")  # fmt: skip
+            f"out={out / arm / 'predictions'}", "overlap=0.25")  # fmt: skip
         run(f"evaluate {arm}", "evaluate", f"predictions={out / arm / 'predictions'}",
             f"manifest={out / 'test.csv'}", f"out={out / arm / 'scores'}")  # fmt: skip
     seconds["in all"] = time.perf_counter() - began
@@ -102,19 +102,11 @@ def _split(manifest: Manifest, out: Path, labelled: int, seed: int) -> None:
     sides: dict[str, list[Scan]] = {"train": [], "test": []}
     for scan in manifest.scans:
         key = f"{scan.dataset}/{scan.subject}"
-        moved = replace(scan, path=str(manifest.resolve(scan.path)), columns=_absolute(scan.columns, manifest))
         if key not in test and key not in outlined:
-            moved = replace(moved, columns={**moved.columns, "lesion_mask": ""})
-        sides["test" if key in test else "train"].append(moved)
+            scan = replace(scan, columns={**scan.columns, "lesion_mask": ""})
+        sides["test" if key in test else "train"].append(scan)
     for name, scans in sides.items():
         write_manifest(out / f"{name}.csv", scans)
-
-
-def _absolute(columns: Mapping[str, str], manifest: Manifest) -> dict[str, str]:
-    return {
-        name: str(manifest.resolve(value)) if name.endswith(("_mask", "_labels")) and value else value
-        for name, value in columns.items()
-    }
 
 
 def _cases(out: Path, arm: str) -> list[dict[str, str]]:
@@ -152,8 +144,8 @@ def _report(out: Path, config: Mapping[str, Any], summary: Mapping[str, Any], co
     report.write_report(
         out / "report.html",
         title="brainfm demo",
-        lead=f"{config['subjects']} synthetic people with T1, T2 and FLAIR scans, most of them with lesions, taken from "
-        "NIfTI files to a pre-trained network, a fine-tuned lesion segmenter, and masks on the original scans.",
+        lead=f"{config['subjects']} synthetic people with T1, T2 and FLAIR scans, most of them with lesions, taken "
+        "from NIfTI files to a pre-trained network, a fine-tuned lesion segmenter, and masks on the original scans.",
         sections=[
             _cohort_section(out, config),
             _curves_section(out),
@@ -164,7 +156,7 @@ def _report(out: Path, config: Mapping[str, Any], summary: Mapping[str, Any], co
                 "How it was made",
                 "Each line is a command that any user can type.\n\n"
                 + "\n\n".join(f"`{command}`" for command in commands),
-            ),  # fmt: skip
+            ),
         ],
         command=f"brainfm demo out={config['out']}",
         numbers=[
@@ -192,9 +184,9 @@ def _cohort_section(out: Path, config: Mapping[str, Any]) -> report.Section:
         shown.append((f"subject {subject}", prepared.scans, prepared.labels["lesion_mask"]))
     return report.Section(
         "The cohort",
-        f"{config['subjects']} subjects: smooth random deformations of the ICBM152 tissue maps, tissue contrasts, lesions, "
-        "noise, bias field and slice thickness drawn per subject; files in several orientations. Below are prepared scans "
-        "of test subjects, all contrasts of a subject on one grid, with the true lesions outlined.",
+        f"{config['subjects']} subjects: smooth random deformations of the ICBM152 tissue maps, tissue contrasts, "
+        "lesions, noise, bias field and slice thickness drawn per subject; files in several orientations. Below are "
+        "prepared scans of test subjects, all contrasts of a subject on one grid, with the true lesions outlined.",
         figures=((f"Test subjects at {config['spacing_mm']} mm", report.cohort_figure(shown, store.spec.spacing_mm)),),
     )
 
@@ -246,9 +238,10 @@ def _reconstruction_section(out: Path) -> report.Section:
     figure = report.reconstruction_figure(columns, ("T1 | FLAIR", "FLAIR | T1", "T2 | T1"), (spacing[0], spacing[1]))
     return report.Section(
         "What the network understood",
-        "Test subjects, never seen in pre-training. The reconstruction is made from the scan's own codes; the last column "
-        "joins the anatomy code of the other scan with the contrast code of the scan. There are no skip connections: all "
-        "passes one voxel of code for 16 x 16 x 16 voxels of scan, so after a run this short the pictures are blurred.",
+        "Test subjects, never seen in pre-training. The reconstruction is made from the scan's own codes; the last "
+        "column joins the anatomy code of the other scan with the contrast code of the scan. There are no skip "
+        "connections: all passes one voxel of code for 16 x 16 x 16 voxels of scan, so after a run this short the "
+        "pictures are blurred.",
         figures=(("Axial slices through whole heads", figure),),
     )
 
@@ -281,7 +274,8 @@ def _comparison_section(summary: Mapping[str, Any], verdict: str) -> report.Sect
     for arm, label in ARMS.items():
         dice, surface = (summary["scores"][arm][name] for name in ("dice", "surface_dice_1mm"))
         table.append((label, f"{dice['mean']:.3f}", f"{dice['low']:.3f} to {dice['high']:.3f}",
-                      f"{surface['mean']:.3f}", f"{surface['low']:.3f} to {surface['high']:.3f}", str(dice["n"])))  # fmt: skip
+                      f"{surface['mean']:.3f}", f"{surface['low']:.3f} to {surface['high']:.3f}",
+                      str(dice["n"])))  # fmt: skip
         bars.append((label, dice["mean"], dice["low"], dice["high"], dice["n"]))
     d = summary["difference"]
     table.append(
@@ -289,9 +283,9 @@ def _comparison_section(summary: Mapping[str, Any], verdict: str) -> report.Sect
     )
     return report.Section(
         "Pre-trained against scratch",
-        f"Both arms: {summary['labelled_subjects']} labelled subjects, the same patches, steps and schedule; the network "
-        f"pre-trained for {summary['pretrain_steps']} steps or fresh. {verdict} Synthetic lesions say nothing about any "
-        "clinical task.",
+        f"Both arms: {summary['labelled_subjects']} labelled subjects, the same patches, steps and schedule; the "
+        f"network pre-trained for {summary['pretrain_steps']} steps or fresh. {verdict} Synthetic "
+        "lesions say nothing about any clinical task.",
         figures=(("Test subjects, mean and bootstrap interval", report.interval_figure(bars)),),
         table=tuple(table),
     )

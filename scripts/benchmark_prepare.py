@@ -1,12 +1,13 @@
-"""How many scans a second `prepare` brings into a store, beside yucca's preprocessing of the same files on the same cores.
+"""How many scans a second `prepare` brings into a store, beside yucca's preprocessing of the same files.
 
     python scripts/benchmark_prepare.py --data FOLDER_WITH_NIFTI --workers 2 --repeats 3
 
-Both read the files, turn them to RAS, crop, standardise, resample with cubic splines to 1 mm and write what they made:
-brainfm a store (float16, compressed, with checksums and recipes), yucca one .npy a scan as its users do. Runs alternate, each
-in a process of its own with so many workers of one thread each. Time is wall time; brainfm's includes the start of its
-workers, yucca's begins when its workers have loaded everything and prepared a scan. Peers that are not installed are left out.
-Without --data, phantoms of the size of a head are made.
+Both read the files, turn them to RAS, crop, standardise, resample with cubic kernels to 1 mm and write what they made:
+brainfm a store (float16, compressed, synced, with checksums and recipes), yucca one .npy a scan as its users do. Runs
+alternate, each in a process of its own with so many workers of one thread each. brainfm's times, by the clock and of
+the processor, include the start of its workers; yucca's begin when its workers have loaded everything and prepared a
+scan. Where other work disturbs the clock, compare the seconds of the processor. A peer that is not installed is left
+out. Without --data, phantoms of the size of a head are made.
 """
 
 from __future__ import annotations
@@ -61,17 +62,23 @@ def find_scans(folder: Path, limit: int) -> list[Scan]:
     ]
 
 
-def run_brainfm(manifest: Path, out: Path, workers: int) -> tuple[float, int]:
-    start = time.perf_counter()
+def processor_seconds() -> float:
+    """Of this process and of all its children that have ended."""
+    return sum(sum(resource.getrusage(who)[:2]) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+
+
+def run_brainfm(manifest: Path, out: Path, workers: int) -> tuple[float, float, int]:
+    start, processor = time.perf_counter(), processor_seconds()
     report = prepare(read_manifest(manifest), out / "store", PreprocessSpec(), workers=workers)
-    return time.perf_counter() - start, len(report.failed)
+    return time.perf_counter() - start, processor_seconds() - processor, len(report.failed)
 
 
-def _yucca_one(job: tuple[str, str]) -> bool:
-    """The call of yucca's and FOMO25's own scripts for one scan without a label; False where it fails."""
+def _yucca_one(job: tuple[str, str]) -> tuple[bool, float]:
+    """The call of yucca's and FOMO25's own scripts for a scan without a label: whether it failed, processor seconds."""
     from yucca.functional.preprocessing import preprocess_case_for_training_without_label
 
     source, target = job
+    start = time.process_time()
     try:
         images, _ = preprocess_case_for_training_without_label(
             images=[nib.load(source)],
@@ -84,13 +91,14 @@ def _yucca_one(job: tuple[str, str]) -> bool:
         )
     except (AssertionError, ValueError) as error:
         print(f"yucca refuses {source}: {error}", file=sys.stderr)
-        return False
+        return True, time.process_time() - start
     np.save(target, np.asarray(images[0], dtype=np.float32))
-    return True
+    return False, time.process_time() - start
 
 
-def run_yucca(manifest: Path, out: Path, workers: int) -> tuple[float, int]:
-    jobs = [(scan.path, str(out / f"{i}.npy")) for i, scan in enumerate(read_manifest(manifest).scans)]
+def run_yucca(manifest: Path, out: Path, workers: int) -> tuple[float, float, int]:
+    table = read_manifest(manifest)
+    jobs = [(str(table.resolve(scan.path)), str(out / f"{i}.npy")) for i, scan in enumerate(table.scans)]
     with multiprocessing.get_context("spawn").Pool(workers) as pool:
         pool.map(_yucca_one, jobs[:1] * workers, chunksize=1)
         start = time.perf_counter()
@@ -98,19 +106,20 @@ def run_yucca(manifest: Path, out: Path, workers: int) -> tuple[float, int]:
         seconds = time.perf_counter() - start
         pool.close()
         pool.join()
-    return seconds, done.count(False)
+    return seconds, sum(processor for _, processor in done), sum(failed for failed, _ in done)
 
 
 def measure_here(method: str, manifest: Path, workers: int) -> None:
     """One run in this process; a line of JSON with its figures."""
     with tempfile.TemporaryDirectory() as out:
         run = {"brainfm": run_brainfm, "yucca": run_yucca}[method]
-        seconds, failed = run(manifest, Path(out), workers)
+        seconds, processor, failed = run(manifest, Path(out), workers)
         size = sum(f.stat().st_size for f in Path(out).rglob("*") if f.is_file())
     peak = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss
     if workers < 2:
         peak = max(peak, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)
-    print(json.dumps({"seconds": seconds, "failed": failed, "worker_gb": peak / 2**20, "written_mb": size / 1e6}))
+    figures = {"seconds": seconds, "processor_s": processor, "failed": failed}
+    print(json.dumps(figures | {"worker_gb": peak / 2**20, "written_mb": size / 1e6}))
 
 
 def measure(method: str, manifest: Path, workers: int) -> dict[str, float]:
@@ -148,13 +157,16 @@ def main() -> None:
             for method in methods:
                 runs[method].append(measure(method, manifest, args.workers))
     print(f"{len(scans)} scans, {args.workers} workers, median of {args.repeats}")
-    print(f"{'':10}{'scans/s':>10}{'failed':>8}{'GB a worker':>13}{'MB written':>12}")
+    print(f"{'':10}{'scans/s':>10}{'processor s/scan':>18}{'failed':>8}{'GB a worker':>13}{'MB written':>12}")
     result = {}
     for method, found in runs.items():
         rate = statistics.median(len(scans) / run["seconds"] for run in found)
         peak = max(run["worker_gb"] for run in found)
-        result[method] = {"scans_per_s": rate, "worker_gb": peak, "runs": found}
-        print(f"{method:10}{rate:10.2f}{found[0]['failed']:8.0f}{peak:13.2f}{found[0]['written_mb']:12.0f}")
+        processor = statistics.median(run["processor_s"] / len(scans) for run in found)
+        result[method] = {"scans_per_s": rate, "processor_s_a_scan": processor, "worker_gb": peak, "runs": found}
+        print(
+            f"{method:10}{rate:10.2f}{processor:18.2f}{found[0]['failed']:8.0f}{peak:13.2f}{found[0]['written_mb']:12.0f}"
+        )
     if len(methods) == 2:
         pairs = [b["seconds"] / a["seconds"] for a, b in zip(*runs.values())]
         result["times_faster"] = statistics.median(pairs)

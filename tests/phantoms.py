@@ -5,6 +5,7 @@ Every writer takes a path and a numpy Generator. `READABLE` can be read, `REFUSE
 
 from __future__ import annotations
 
+import gzip
 from collections.abc import Callable
 from pathlib import Path
 
@@ -111,6 +112,13 @@ def zero_pixdim(path: Path, rng: np.random.Generator) -> None:
     _save_raw(path, image)
 
 
+def negative_pixdim(path: Path, rng: np.random.Generator) -> None:
+    """A voxel size below zero beside a sound sform."""
+    image = write(path, head(_SHAPE, _RAS_MM, rng), _RAS_MM, codes=(1, 0))
+    image.header["pixdim"][2] = -1.5
+    _save_raw(path, image)
+
+
 def no_geometry(path: Path, rng: np.random.Generator) -> None:
     """Neither sform nor qform, and voxel sizes of zero."""
     image = write(path, head(_SHAPE, _RAS_MM, rng), _RAS_MM, codes=(0, 0))
@@ -178,8 +186,6 @@ def _save_raw(path: Path, image: nib.Nifti1Image) -> None:
     header["magic"], header["vox_offset"] = b"n+1", 352
     content = header.binaryblock + b"\0" * 4 + np.asarray(image.dataobj).tobytes(order="F")
     if path.name.endswith(".gz"):
-        import gzip
-
         content = gzip.compress(content)
     path.write_bytes(content)
 
@@ -197,6 +203,7 @@ READABLE: dict[str, Writer] = {
     "disagreeing": disagreeing,
     "singular_sform": singular_sform,
     "zero_pixdim": zero_pixdim,
+    "negative_pixdim": negative_pixdim,
     "trailing_axis": trailing_axis,
     "scaled": scaled,
     "big_endian": big_endian,

@@ -20,7 +20,6 @@ from brainfm.data.manifest import Manifest, Scan, label_paths
 from brainfm.imaging.nifti import FileGrid, header_faults, read, read_header, voxel_faults
 from brainfm.specs import ScanError
 
-_GRID_TOLERANCE_MM = 1e-3
 _LARGEST_LABEL = 65535  # label volumes are stored as uint16 at most
 
 
@@ -118,18 +117,11 @@ def _label_faults(manifest: Manifest, scans: Sequence[Scan], findings: dict[_Job
             seen.add((column, path))
             found = findings[_label_job(manifest, column, path)]
             texts = list(found.faults)
-            if found.grid is not None and readable and not any(same_grid(found.grid, grid) for grid in readable):
+            if found.grid is not None and readable and not any(found.grid.same_place(grid) for grid in readable):
                 texts.append("lies on another grid than every scan of its session")
             if len({p for s in scans for c, p in label_paths(s).items() if c == column}) > 1:
                 texts.append(f"one of several files in column {column} of one session")
             yield from (Fault(*scan.key, column, path, text) for text in texts)
-
-
-def same_grid(one: FileGrid, other: FileGrid) -> bool:
-    """Whether both hold the same voxels, in whatever axis order they are stored."""
-    return one.ras_shape() == other.ras_shape() and bool(
-        np.abs(one.ras_affine() - other.ras_affine()).max() <= _GRID_TOLERANCE_MM
-    )
 
 
 # ------------------------------------------------------------------------------------------------- one file

@@ -11,22 +11,24 @@ A session's folder is written under a temporary name and renamed when it is comp
 found under its final name is whole. Nothing in a store depends on the clock, the process or the order of the work:
 two runs over the same files leave the same bytes.
 
-The layout of a scan was measured by ``scripts/benchmark_store.py sweep=true`` on real scans (tightly cropped brains, a
-head with air around it, 1 mm), 96^3 patches, one core, LZ4; size in % of the cropped float32 volume:
+The layout of a scan was measured by ``scripts/benchmark_store.py --sweep`` on seven real scans at 1 mm, whole heads and
+tightly cropped brains: float16, LZ4, random 96^3 patches, one core; sizes are of the cropped float32 volume.
 
-====================================  =====  =========  =====================
-variant (chunk/block, float16)        size   patches/s  largest size of a scan
-====================================  =====  =========  =====================
-shuffle, 96/32, level 1               19.3   540        24.1
-shuffle, 64/16, level 1               19.1   690        23.4
-bitshuffle, 64/16, level 1            19.9   470        25.0
-shuffle, 64/16, steps of 2^-7         18.9   700        23.3
-bitshuffle, 96/32, steps of 2^-6      15.7   300        20.9
-bitshuffle, 64/16, steps of 2^-7, l1  15.8   430        20.6
-**the same, level 5**                 15.5   510        20.2
-====================================  =====  =========  =====================
+======================  ==========  =====  ======  =========  ====================
+filter, chunk/block     rounded to  level  size %  at most %  patches/processor s
+======================  ==========  =====  ======  =========  ====================
+shuffle, 96/32          -           1      21.8    24.0       460
+shuffle, 64/16          -           1      21.6    23.3       735
+shuffle, 64/16          2^-7        5      21.2    23.1       650
+bitshuffle, 96/32       2^-7        5      19.0    21.9       250
+bitshuffle, 64/16       -           5      22.1    24.6       400
+bitshuffle, 64/16       2^-7        1      17.8    20.4       460
+**bitshuffle, 64/16**   **2^-7**    **5**  17.5    20.0       410 (510 when quiet)
+bitshuffle, 48/12       2^-7        5      17.3    19.5       510 (slow to write)
+======================  ==========  =====  ======  =========  ====================
 
-Rounding to steps of 2^-7 moves no voxel by more than 0.004 standard deviations, far below the noise of any scan.
+Rates swung by a quarter between runs. Rounding to steps of 2^-7 moves no voxel by more than 0.004 standard deviations,
+far below the noise of any scan; it pays with bitshuffle, which lines up the bits that have become 0.
 """
 
 from __future__ import annotations
@@ -303,15 +305,17 @@ class Store:
                 shutil.rmtree(scratch, ignore_errors=True)  # gone after the rename; else the error is on its way out
 
     def _move_in(self, scratch: Path, final: Path) -> None:
-        if final.exists():
+        try:
+            os.rename(scratch, final)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise
             # The index would promise voxels that are no longer there if we were killed before `finish`.
             (self.path / "index.csv").unlink(missing_ok=True)
             old = scratch.with_name(f"{scratch.name}-old")
             os.rename(final, old)
             os.rename(scratch, final)
             shutil.rmtree(old)
-        else:
-            os.rename(scratch, final)
         _sync_folder(final.parent)
 
     def finish(self) -> list[Failure]:

@@ -21,6 +21,7 @@ from brainfm.specs import ScanError
 from brainfm.volume import Volume, spacing_of
 
 MAX_NON_FINITE = 0.01  # of the voxels; a scan with more has lost data, not a few divisions by zero
+_SAME_PLACE_MM = 1e-3  # entries of two affines may differ by so much, as header fields are float32
 _FEW_SLICES = 8
 _DISAGREEMENT_MM = 0.1
 _PLAUSIBLE_SPACING_MM = (0.1, 20.0)
@@ -74,6 +75,11 @@ class FileGrid:
             if flip < 0:
                 affine[:3, 3] += source[:3, file_axis] * (self.shape_vox[file_axis] - 1)
         return affine
+
+    def same_place(self, other: FileGrid) -> bool:
+        """Whether both hold the same voxels, in whatever axis order they are stored."""
+        apart = np.abs(self.ras_affine() - other.ras_affine()).max()
+        return self.ras_shape() == other.ras_shape() and bool(apart <= _SAME_PLACE_MM)
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -188,6 +194,39 @@ def write_labels(path: Path, labels_ras: np.ndarray, like: Path) -> None:
     header["intent_code"], header["intent_name"] = 0, b""
     header["magic"] = header.single_magic
     header["vox_offset"] = header.single_vox_offset
+    _place(path, header, data)
+
+
+def write(path: Path, volume: Volume, axes: str = "RAS") -> None:
+    """Write a volume, its file axes running towards these directions; a crash leaves no half a file.
+
+    Args:
+        path: ``.nii`` or ``.nii.gz``; an existing file is replaced.
+        volume: stored in its own dtype; sform and qform hold its affine, code 1 (scanner).
+        axes: e.g. ``LPS``.
+    """
+    orientation = tuple(("RAS".index(a), 1) if a in "RAS" else ("LPI".index(a), -1) for a in axes)
+    affine = np.eye(4)
+    affine[:3, 3] = volume.affine_mm[:3, 3]
+    for column, (axis, direction) in enumerate(orientation):
+        affine[:3, column] = direction * volume.affine_mm[:3, axis]
+        if direction < 0:
+            affine[:3, 3] += volume.affine_mm[:3, axis] * (volume.shape[axis] - 1)
+    a, b, c = (volume.shape[axis] for axis, _ in orientation)
+    grid = FileGrid((a, b, c), tuple(tuple(float(v) for v in row) for row in affine), orientation)
+    header = nib.Nifti1Header()
+    header.set_data_dtype(volume.voxels.dtype)
+    header.set_data_shape(grid.shape_vox)
+    header.set_sform(affine, code=1)
+    header.set_qform(affine, code=1)
+    header.set_xyzt_units("mm")
+    header["magic"], header["vox_offset"] = header.single_magic, header.single_vox_offset
+    header["scl_slope"], header["scl_inter"] = 1, 0
+    _place(Path(path), header, grid.from_ras(volume.voxels))
+
+
+def _place(path: Path, header: Any, data: np.ndarray) -> None:
+    """A header and voxels in file order as one file, whole or not at all."""
     # The four zero bytes say that no extension follows.
     content = header.binaryblock.ljust(int(header.single_vox_offset), b"\0") + data.tobytes(order="F")
     if path.name.endswith(".gz"):
@@ -342,10 +381,11 @@ def _shape(header: Any, path: Path) -> tuple[int, int, int]:
 def _settle_affine(header: Any, shape: tuple[int, int, int], path: Path) -> tuple[np.ndarray, list[str]]:
     """sform where its code is set, else qform, else the voxel sizes alone; a broken one yields to the next."""
     faults: list[str] = []
-    pixdim = np.abs(np.asarray(header["pixdim"][1:4], dtype=np.float64))
+    pixdim = np.asarray(header["pixdim"][1:4], dtype=np.float64)
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
         text = " x ".join(f"{p:g}" for p in pixdim)
         faults.append(f"a voxel size of {text} mm in the header, expected lengths above 0")
+    pixdim = np.abs(pixdim)
     found: dict[str, np.ndarray] = {}
     for name, affine in (("sform", _sform(header)), ("qform", _qform(header))):
         if affine is not None and _usable(affine):

@@ -24,7 +24,6 @@ FOREGROUND_POINTS = 4096
 _CANDIDATES = 1 << 14  # voxels that are looked at first to find them
 _KEPT_BYTES = 512 << 20  # scans of a session up to this size are held between the two passes, larger ones read twice
 _LARGEST_VOXELS = 512**3
-_SAME_GRID_MM = 1e-3
 
 
 @dataclass(frozen=True)
@@ -268,7 +267,7 @@ def _prepare_label(
     name: str, path: Path, target: _Target, spec: PreprocessSpec, scans: Mapping[str, Recipe]
 ) -> tuple[np.ndarray, FileGrid]:
     volume, grid = nifti.read(path, labels=True)
-    if not any(_same_grid(grid, recipe.file) for recipe in scans.values() if recipe.stats is not None):
+    if not any(grid.same_place(recipe.file) for recipe in scans.values() if recipe.stats is not None):
         raise ScanError(f"{path}: lies on another grid than every scan of its session")
     values = volume.voxels
     if name.endswith("_mask"):
@@ -282,11 +281,6 @@ def _prepare_label(
         geometry.resample_labels(values, volume.affine_mm, target.shape, target.affine_mm, how=how),
         grid,
     )
-
-
-def _same_grid(a: FileGrid, b: FileGrid) -> bool:
-    """Whether both hold the same voxels, in whatever axis order they are stored."""
-    return a.ras_shape() == b.ras_shape() and bool(np.abs(a.ras_affine() - b.ras_affine()).max() <= _SAME_GRID_MM)
 
 
 def _foreground_points(sources: Mapping[str, _Source], target: _Target) -> np.ndarray:

@@ -24,7 +24,6 @@ from brainfm.inference.predict import (
     label_of,
     predict_manifest,
     read_claim,
-    same_grid,
     strange_grid,
     write_table,
     write_text,
@@ -60,6 +59,7 @@ def evaluate(
     seed: int = 0,
     device: str = "auto",
     precision: str = "auto",
+    overlap: float = 0.5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Scores a bundle, or masks it made earlier, on the labelled sessions of a manifest.
@@ -86,7 +86,7 @@ def evaluate(
     check_folder(folder)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     if bundle is not None:
-        engine = Engine.load(bundle, device, precision)
+        engine = Engine.load(bundle, device, precision, overlap)
         mark, task = engine.fingerprint, engine.task
         labels = _labels(manifest, task.target, check_grids=True)
         masks = folder / "predictions"
@@ -154,7 +154,7 @@ def _row(key: Key, label: Path, is_mask: bool, mask: Path | None, task: TaskSpec
     predicted = np.zeros_like(true)
     if mask is not None:
         mask_volume, mask_grid = nifti.read(mask, labels=True)
-        if not same_grid(mask_grid, true_grid):
+        if not mask_grid.same_place(true_grid):
             raise ScanError(f"{label}: lies on another grid than its prediction {mask}, expected the same grid")
         predicted = mask_volume.voxels
     scores = {value: _scores(predicted == value, true == value, spacing) for value in task.values[1:]}

@@ -30,7 +30,6 @@ PathLike = str | os.PathLike[str]
 CLAIM = "predictions.json"
 LISTING = "predictions.csv"
 FAILURES = "failures.csv"
-_SAME_GRID_MM = 1e-3
 _ENDINGS = (".nii", ".nii.gz")
 _PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")
@@ -45,6 +44,7 @@ class Engine:
         task, preprocess: of the bundle.
         device: where the networks are.
         autocast: the precision they compute in, None for float32.
+        overlap: share of a window that its neighbour repeats, in [0, 1).
         fingerprint: of the bundle.
     """
 
@@ -54,15 +54,20 @@ class Engine:
     device: torch.device
     autocast: torch.dtype | None
     fingerprint: str
+    overlap: float = 0.5
 
     @classmethod
-    def load(cls, bundle: PathLike | Bundle, device: str = "auto", precision: str = "auto") -> Engine:
-        """Raises: BundleError for a bundle that is not whole; ConfigError for an impossible device or precision."""
+    def load(
+        cls, bundle: PathLike | Bundle, device: str = "auto", precision: str = "auto", overlap: float = 0.5
+    ) -> Engine:
+        """Raises: BundleError where the bundle is not whole; ConfigError for impossible values."""
+        if not 0 <= overlap < 1:
+            raise ConfigError(f"overlap={overlap}: expected 0 or more and less than 1")
         place = settle_device(device)
         dtype = settle_precision(precision, place)
         read = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
         networks = tuple(network.to(place) for network in read.networks)
-        return cls(networks, read.task, read.preprocess, place, dtype, read.fingerprint)
+        return cls(networks, read.task, read.preprocess, place, dtype, read.fingerprint, overlap)
 
 
 def predict(
@@ -73,6 +78,7 @@ def predict(
     *,
     device: str = "auto",
     precision: str = "auto",
+    overlap: float = 0.5,
 ) -> np.ndarray:
     """The mask of one session, on the grid of one of its files.
 
@@ -83,6 +89,7 @@ def predict(
             answers for. It appears whole or not at all.
         on: the contrast whose file's grid is answered on; by default the first of the inputs.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
+        overlap: share of a window that its neighbour repeats; less is quicker and coarser.
         precision: ``auto`` (bfloat16 on a GPU that has it), ``32-true``, ``bf16-mixed`` or ``16-mixed``.
 
     Returns:
@@ -93,11 +100,11 @@ def predict(
         ConfigError: an unknown contrast, one that the bundle never saw, no input at all, or an impossible output.
         ScanError: an input file is missing or cannot be used.
     """
-    engine = Engine.load(bundle, device, precision)
+    engine = Engine.load(bundle, device, precision, overlap)
     files = check_inputs(inputs, engine.task)
     on = next(iter(files)) if on is None else on
     if on not in files:
-        raise ConfigError(f"on={on}: expected one of the inputs, {', '.join(files)}")
+        raise ConfigError(f"no input {on} to answer on, expected one of the inputs {', '.join(files)}")
     target = None if out is None else check_output(out, files.values())
     labels = answer(engine, files, reference=on)
     if target is not None:
@@ -143,6 +150,7 @@ def _mean_probabilities(engine: Engine, image: torch.Tensor, present: torch.Tens
             image,
             present,
             engine.task.patch_vox,
+            overlap=engine.overlap,
             batch=1 if engine.device.type == "cpu" else 2,  # more gains no time on a CPU and costs memory
             device=engine.device,
             autocast=engine.autocast,
@@ -154,16 +162,6 @@ def _mean_probabilities(engine: Engine, image: torch.Tensor, present: torch.Tens
 
 
 # ---- what the user gave ----------------------------------------------------------------------------------------------
-
-
-def parse_inputs(pairs: Iterable[tuple[str, str]]) -> dict[str, str]:
-    """(contrast, file) pairs as a mapping. Raises: ConfigError where a contrast is given twice."""
-    found: dict[str, str] = {}
-    for contrast, path in pairs:
-        if contrast in found:
-            raise ConfigError(f"input.{contrast} is given twice, {found[contrast]} and {path}; expected one file")
-        found[contrast] = path
-    return found
 
 
 def check_inputs(inputs: Mapping[str, PathLike], task: TaskSpec) -> dict[str, Path]:
@@ -270,6 +268,7 @@ def predict_manifest(
     sessions: Collection[Key] | None = None,
     device: str = "auto",
     precision: str = "auto",
+    overlap: float = 0.5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
     """One mask a session, ``<dataset>__<subject>__<session>_<target>.nii.gz``; called again, it continues.
@@ -287,7 +286,7 @@ def predict_manifest(
         BundleError, ManifestError: the bundle or the manifest cannot be used.
         ConfigError: the folder holds masks of another bundle, or cannot be written.
     """
-    engine = bundle if isinstance(bundle, Engine) else Engine.load(bundle, device, precision)
+    engine = bundle if isinstance(bundle, Engine) else Engine.load(bundle, device, precision, overlap)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     folder = Path(out)
     _claim(folder, engine)
@@ -346,11 +345,6 @@ def label_of(scans: Sequence[Scan], target: str) -> Label | None:
     return None
 
 
-def same_grid(a: FileGrid, b: FileGrid) -> bool:
-    """Whether both hold the same voxels, in whatever order their axes are stored."""
-    return a.ras_shape() == b.ras_shape() and bool(np.abs(a.ras_affine() - b.ras_affine()).max() <= _SAME_GRID_MM)
-
-
 def _plan(manifest: Manifest, key: Key, scans: Sequence[Scan], task: TaskSpec) -> tuple[dict[str, Path], str, Path]:
     """The input files, the reference contrast, and the file whose grid is answered on.
 
@@ -380,7 +374,7 @@ def grid_owner(label: Path, scans: Sequence[Path]) -> Path | None:
     Raises: ScanError where the label or a scan is missing or has no usable header.
     """
     grid = nifti.read_header(label).grid
-    return next((path for path in scans if same_grid(nifti.read_header(path).grid, grid)), None)
+    return next((path for path in scans if nifti.read_header(path).grid.same_place(grid)), None)
 
 
 def strange_grid(label: Path) -> ScanError:

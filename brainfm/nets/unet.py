@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -23,6 +24,14 @@ class ConvNormAct(nn.Sequential):
             nn.InstanceNorm3d(channels_out, eps=1e-5, affine=True),
             nn.LeakyReLU(0.01, inplace=True),
         )
+
+    def forward(self, features: Tensor) -> Tensor:
+        if features.device.type != "cpu" or features.shape[2] != 2 or not torch.is_autocast_enabled("cpu"):
+            return super().forward(features)
+        # oneDNN's bfloat16 weight gradient of a 3x3x3 convolution over maps 2 voxels deep is uninitialised memory (seen
+        # with torch 2.13 on AVX512-BF16; every other depth is right): such small maps cost nothing in float32.
+        with torch.autocast("cpu", enabled=False):
+            return super().forward(features.float())
 
 
 class UNetEncoder(Backbone):

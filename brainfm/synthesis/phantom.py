@@ -8,9 +8,7 @@ machine and to be hard enough that a threshold does not solve it; scores on it s
 from __future__ import annotations
 
 import csv
-import gzip
 import json
-import struct
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -19,7 +17,7 @@ import numpy as np
 from scipy import ndimage
 
 from brainfm import seeds
-from brainfm.imaging.nifti import FileGrid
+from brainfm.imaging import nifti
 from brainfm.synthesis import deform, lesions, template
 from brainfm.synthesis.template import Anatomy, tissue_maps
 from brainfm.volume import Volume
@@ -248,45 +246,14 @@ def _is_thick(index: int) -> bool:
     return index % _THICK_EVERY == _THICK_EVERY - 1
 
 
-def _file_grid(volume: Volume, axes: str) -> FileGrid:
-    """The grid a volume has in a file whose axes run towards these directions, e.g. ``LPS``."""
-    orientation = tuple(("RAS".index(a), 1) if a in "RAS" else ("LPI".index(a), -1) for a in axes)
-    affine = np.eye(4)
-    affine[:, 3] = volume.affine_mm[:, 3]
-    for column, (axis, direction) in enumerate(orientation):
-        affine[:3, column] = direction * volume.affine_mm[:3, axis]
-        if direction < 0:
-            affine[:3, 3] += volume.affine_mm[:3, axis] * (volume.shape[axis] - 1)
-    rows = [tuple(map(float, row)) for row in affine]
-    a, b, c = (volume.shape[axis] for axis, _ in orientation)
-    return FileGrid((a, b, c), (rows[0], rows[1], rows[2], rows[3]), orientation)
-
-
-def _nifti_bytes(volume: Volume, axes: str) -> bytes:
-    """A NIfTI-1 file: uint8 as it is, all else rounded to int16 as scanners store it; it lies where the sform says."""
-    grid = _file_grid(volume, axes)
-    is_label = volume.voxels.dtype == np.uint8
-    stored = volume.voxels if is_label else np.clip(np.rint(volume.voxels), -32768, 32767).astype("<i2")
-    header = bytearray(352)  # 348 and four zero bytes: no extension follows
-    struct.pack_into("<i", header, 0, 348)
-    struct.pack_into("<8h", header, 40, 3, *grid.shape_vox, 1, 1, 1, 1)
-    struct.pack_into("<2h", header, 70, *((2, 8) if is_label else (4, 16)))  # datatype, bits
-    struct.pack_into("<4f", header, 76, 1, *np.linalg.norm(np.array(grid.affine_mm)[:3, :3], axis=0))
-    struct.pack_into("<3f", header, 108, 352, 1, 0)  # where voxels begin, scl_slope, scl_inter
-    header[123] = 2  # lengths in mm
-    struct.pack_into("<2h", header, 252, 0, 1)  # no qform; sform: scanner coordinates
-    struct.pack_into("<12f", header, 280, *np.array(grid.affine_mm)[:3].ravel())
-    header[344:348] = b"n+1\0"
-    return bytes(header) + grid.from_ras(stored).tobytes(order="F")
-
-
 def _write_subject(root: Path, name: str, person: SyntheticSubject, axes: str) -> None:
     folder = root / name / "anat"
     folder.mkdir(parents=True, exist_ok=True)
     volumes = {CONTRASTS[contrast]: volume for contrast, volume in person.scans.items()}
     for ending, volume in {**volumes, "lesion_mask": person.lesion}.items():
-        content = gzip.compress(_nifti_bytes(volume, axes), compresslevel=1, mtime=0)
-        (folder / f"{name}_{ending}.nii.gz").write_bytes(content)
+        if ending != "lesion_mask":  # as scanners store it
+            volume = Volume(np.clip(np.rint(volume.voxels), -32768, 32767).astype(np.int16), volume.affine_mm)
+        nifti.write(folder / f"{name}_{ending}.nii.gz", volume, axes)
 
 
 def write_cohort(

@@ -179,6 +179,7 @@ def test_a_wrong_ending_does_not_matter(tmp_path: Path, rng: np.random.Generator
         ("disagreeing", "sform and qform disagree by 10 mm"),
         ("singular_sform", "the sform is singular"),
         ("zero_pixdim", "voxel size of 0 x 0 x 0 mm"),
+        ("negative_pixdim", "x -1.5 x"),
         ("few_nan", "3 of 69120 voxels are NaN"),
         ("constant", "all voxels have the value 7"),
         ("ras", None),

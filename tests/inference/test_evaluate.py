@@ -6,6 +6,7 @@ import csv
 import json
 import sys
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
@@ -15,17 +16,20 @@ from brainfm.inference.evaluate import describe, evaluate
 from brainfm.inference.predict import predict_manifest
 from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle
-from tests.inference.heads import GRIDS, write
-from tests.inference.test_predict_geometry import Threshold
+from tests.inference.test_predict_geometry import Threshold, marker_of, write
 
 pytest.importorskip("monai")
 
-ROWS = [("a", "lps"), ("b", "thick_slice"), ("c", "ras"), ("e", "oblique")]
+ROWS = [("a", "lps"), ("b", "thick_slices"), ("c", "ras"), ("e", "oblique")]
+
+
+def write_label(path, like, value):
+    nib.save(nib.Nifti1Image(marker_of(like)[0].astype(np.uint8) * np.uint8(value), nib.load(like).affine), path)
 
 
 def make_bundle(tmp_path, values=(0, 1), network=None):
     task = TaskSpec("segmentation", "marker", ("t1",), values, (32, 32, 32))
-    spec = PreprocessSpec(spacing_mm=(3.0, 3.0, 3.0))
+    spec = PreprocessSpec(spacing_mm=(2.0, 2.0, 2.0))
     return Bundle(tmp_path, task, spec, Provenance("0", "", ""), (network or Threshold(),), "stub")
 
 
@@ -34,8 +38,8 @@ def cohort(tmp_path):
     """Three labelled sessions, the label of one with the value 5, and one session without a label."""
     scans = []
     for subject, grid in ROWS:
-        marker = write(tmp_path / f"{subject}.nii.gz", grid)
-        write(tmp_path / f"{subject}_marker.nii.gz", grid, (5 if subject == "b" else 1) * marker.astype(np.uint8))
+        scan = write(tmp_path / f"{subject}.nii.gz", grid)
+        write_label(tmp_path / f"{subject}_marker.nii.gz", scan, 5 if subject == "b" else 1)
         label = "" if subject == "e" else f"{subject}_marker.nii.gz"
         scans.append(Scan("d", subject, "1", "t1", f"{subject}.nii.gz", {"marker_mask": label}))
     write_manifest(tmp_path / "manifest.csv", scans)
@@ -53,7 +57,7 @@ def test_a_bundle_is_scored(cohort, tmp_path):
     assert [row["subject"] for row in rows] == ["a", "b", "c"] and len(rows) == len(found.rows)
     for row in rows:
         assert float(row["dice"]) > 0.8 and float(row["surface_dice_1mm"]) > 0.6
-        assert float(row["volume_ml_true"]) == pytest.approx(9.2, rel=0.1)  # 4/3 pi 1.3^3 cm^3
+        assert float(row["volume_ml_true"]) == pytest.approx(2.14, rel=0.1)  # 4/3 pi 0.8^3 cm^3
         assert row["note"] == ""
     summary = json.loads((tmp_path / "out" / "summary.json").read_text())
     assert summary == json.loads(json.dumps(found.summary))
@@ -106,7 +110,7 @@ def test_empty_on_both_sides_is_counted(cohort, tmp_path):
         def forward(self, image, present):
             return torch.cat([torch.ones_like(image[:, :1]), torch.zeros_like(image[:, :1])], dim=1)
 
-    write(tmp_path / "a_marker.nii.gz", "lps", np.zeros(GRIDS["lps"][1], np.uint8))
+    write_label(tmp_path / "a_marker.nii.gz", tmp_path / "a.nii.gz", 0)
     found = evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path, network=Nothing()), device="cpu")
     assert found.summary["both_empty"] == 1
     assert [(r["dice"], r["surface_dice_1mm"]) for r in found.rows] == [(1, 0), (0, 0), (0, 0)]
@@ -115,7 +119,7 @@ def test_empty_on_both_sides_is_counted(cohort, tmp_path):
 def test_a_label_on_another_grid(cohort, tmp_path):
     bundle = make_bundle(tmp_path)
     predict_manifest(bundle, cohort, tmp_path / "masks", device="cpu")
-    write(tmp_path / "c_marker.nii.gz", "oblique", np.zeros(GRIDS["oblique"][1], np.uint8))
+    write_label(tmp_path / "c_marker.nii.gz", write(tmp_path / "other.nii.gz", "anisotropic"), 1)
     with pytest.raises(ScanError, match=r"c_marker\.nii\.gz: lies on another grid than its prediction"):
         evaluate(cohort, tmp_path / "out", predictions=tmp_path / "masks")
     with pytest.raises(ScanError, match=r"c_marker\.nii\.gz: lies on another grid than every scan"):

@@ -5,31 +5,35 @@ The network is a threshold, so that the true answer is known on every grid; all 
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import nibabel as nib
 import numpy as np
 import pytest
 import torch
 
+from brainfm.imaging import nifti
 from brainfm.inference.predict import Engine, answer, predict, write_mask
-from brainfm.specs import PreprocessSpec, Provenance, TaskSpec
+from brainfm.specs import PreprocessSpec, Provenance, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from brainfm.tasks.metrics import dice
-from tests.inference.heads import GRIDS, affine_of, places_mm, write
+from tests import phantoms
 
 TASK = TaskSpec("segmentation", "marker", ("t1", "flair"), (0, 1), (32, 32, 32))
 PREPROCESS = PreprocessSpec(spacing_mm=(2.0, 2.0, 2.0))
+GRIDS = sorted(set(phantoms.READABLE) - {"constant"})
+GEOMETRY = (
+    "sform_code", "qform_code", "srow_x", "srow_y", "srow_z", "quatern_b", "quatern_c", "quatern_d",
+    "qoffset_x", "qoffset_y", "qoffset_z", "xyzt_units",
+)  # fmt: skip
 
 
 class Threshold(torch.nn.Module):
     """Class 1 where the mean of the contrasts that are present is bright."""
 
-    def __init__(self, classes: int = 2) -> None:
-        super().__init__()
-        self.classes = classes
-
     def forward(self, image, present):
         there = present[:, :, None, None, None]
-        bright = (image * there).sum(1, keepdim=True) / there.sum(1, keepdim=True) - 5.0
+        bright = (image * there).sum(1, keepdim=True) / there.sum(1, keepdim=True) - 4.0
         return torch.cat([-4 * bright, 4 * bright], dim=1)
 
 
@@ -37,69 +41,78 @@ def engine(*networks):
     return Engine(networks or (Threshold(),), TASK, PREPROCESS, torch.device("cpu"), None, "stub")
 
 
-def check(mask_path, source_path, marker, name):
+def write(path: Path, name: str) -> Path:
+    phantoms.READABLE[name](path, np.random.default_rng(0))
+    return path
+
+
+def marker_of(path: Path) -> tuple[np.ndarray, np.ndarray]:
+    """(the marker, the R coordinate in mm of every voxel) on a file's grid."""
+    grid = nifti.read_header(path).grid
+    affine = np.array(grid.affine_mm)
+    return phantoms.marker(grid.shape_vox, affine), phantoms.world_mm(grid.shape_vox, affine)[..., 0]
+
+
+def check(mask_path: Path, source_path: Path) -> np.ndarray:
     mask, source = nib.load(mask_path), nib.load(source_path)
     labels = np.asarray(mask.dataobj)
-    assert mask.get_data_dtype() == np.uint8 and mask.shape == source.shape
+    assert mask.get_data_dtype() == np.uint8 and mask.shape == source.shape[:3]
     assert np.array_equal(mask.affine, source.affine)
-    for form in ("sform_code", "qform_code"):
-        assert mask.header[form] == source.header[form]
-    assert np.array_equal(mask.header.get_qform(), source.header.get_qform())
+    for name in GEOMETRY:
+        assert np.array_equal(mask.header[name], source.header[name]), name
+    assert np.array_equal(mask.header["pixdim"][:4], source.header["pixdim"][:4])
+    marker, right_mm = marker_of(source_path)
     assert set(np.unique(labels)) == {0, 1}
     assert dice(labels, marker) > 0.8
-    assert places_mm(affine_of(name), mask.shape)[labels > 0][:, 0].max() < -10  # wholly on the left
+    assert right_mm[labels > 0].max() < -5  # the marker reaches from -28 to -12 mm: wholly on the left
+    return labels
 
 
 @pytest.mark.parametrize("name", GRIDS)
-def test_the_mask_lies_where_the_marker_lies(tmp_path, name):
-    marker = write(tmp_path / "t1.nii.gz", name)
-    labels = answer(engine(), {"t1": tmp_path / "t1.nii.gz"}, "t1")
-    write_mask(tmp_path / "mask.nii.gz", labels, tmp_path / "t1.nii.gz")
-    check(tmp_path / "mask.nii.gz", tmp_path / "t1.nii.gz", marker, name)
-    assert np.array_equal(np.asarray(nib.load(tmp_path / "mask.nii.gz").dataobj), labels)
+@pytest.mark.parametrize("ending", [".nii.gz", ".nii"])
+def test_the_mask_lies_where_the_marker_lies(tmp_path, name, ending):
+    source = write(tmp_path / f"t1{ending}", name)
+    labels = answer(engine(), {"t1": source}, "t1")
+    write_mask(tmp_path / f"mask{ending}", labels, source)
+    assert np.array_equal(check(tmp_path / f"mask{ending}", source), labels)
 
 
-@pytest.mark.parametrize(("sform", "qform"), [(0, 1), (4, 0), (1, 4)])
-def test_codes_survive(tmp_path, sform, qform):
-    marker = write(tmp_path / "t1.nii", "lps", sform=sform, qform=qform)
-    labels = answer(engine(), {"t1": tmp_path / "t1.nii"}, "t1")
-    write_mask(tmp_path / "mask.nii", labels, tmp_path / "t1.nii")
-    check(tmp_path / "mask.nii", tmp_path / "t1.nii", marker, "lps")
+@pytest.mark.parametrize("name", sorted({"constant", *phantoms.REFUSED}))
+def test_unusable_scans_are_refused_by_name(tmp_path, name):
+    source = tmp_path / "scan.nii.gz"
+    (phantoms.REFUSED | phantoms.READABLE)[name](source, np.random.default_rng(0))
+    with pytest.raises(ScanError, match=r"scan\.nii\.gz"):
+        answer(engine(), {"t1": source}, "t1")
 
 
 @pytest.mark.parametrize("on", ["t1", "flair"])
 def test_contrasts_on_other_grids_meet(tmp_path, on):
-    names = {"t1": "oblique", "flair": "thick_slice"}
-    files = {contrast: tmp_path / f"{contrast}.nii.gz" for contrast in names}
-    markers = {contrast: write(files[contrast], name) for contrast, name in names.items()}
-    labels = answer(engine(), files, on)
-    write_mask(tmp_path / "mask.nii.gz", labels, files[on])
-    check(tmp_path / "mask.nii.gz", files[on], markers[on], names[on])
+    files = {"t1": write(tmp_path / "t1.nii.gz", "oblique"), "flair": write(tmp_path / "flair.nii.gz", "thick_slices")}
+    write_mask(tmp_path / "mask.nii.gz", answer(engine(), files, on), files[on])
+    check(tmp_path / "mask.nii.gz", files[on])
 
 
 def test_members_are_averaged_as_probabilities(tmp_path):
-    """One member is sure of nothing; two of three say marker: their mean must say marker, too."""
+    """Two of three members say marker: their mean must, too, however loud the third one is."""
 
-    class Silent(Threshold):
+    class Silent(torch.nn.Module):
         def forward(self, image, present):
-            logits = super().forward(image, present)
-            return torch.cat([torch.full_like(logits[:, :1], 100.0), torch.zeros_like(logits[:, :1])], dim=1)
+            loud = torch.full_like(image[:, :1], 100.0)
+            return torch.cat([loud, -loud], dim=1)
 
-    marker = write(tmp_path / "t1.nii.gz", "ras")
-    files = {"t1": tmp_path / "t1.nii.gz"}
+    files = {"t1": write(tmp_path / "t1.nii.gz", "ras")}
     # As logits, the silent member's 100 would outvote the others.
-    assert dice(answer(engine(Threshold(), Silent(), Threshold()), files, "t1"), marker) > 0.8
+    found = answer(engine(Threshold(), Silent(), Threshold()), files, "t1")
+    assert dice(found, marker_of(files["t1"])[0]) > 0.8
     assert answer(engine(Threshold(), Silent(), Silent()), files, "t1").max() == 0
 
 
 def test_predict_writes_what_it_returns(tmp_path):
     bundle = Bundle(tmp_path, TASK, PREPROCESS, Provenance("0", "", ""), (Threshold(),), "stub")
-    marker = write(tmp_path / "flair.nii.gz", "anisotropic")
-    write(tmp_path / "t1.nii.gz", "oblique_lps")
-    inputs = {"t1": tmp_path / "t1.nii.gz", "flair": str(tmp_path / "flair.nii.gz")}
+    inputs = {"t1": write(tmp_path / "t1.nii.gz", "psr"), "flair": str(write(tmp_path / "flair.nii.gz", "anisotropic"))}
     labels = predict(bundle, inputs, tmp_path / "new" / "mask.nii", on="flair", device="cpu")
-    check(tmp_path / "new" / "mask.nii", tmp_path / "flair.nii.gz", marker, "anisotropic")
-    written = np.asarray(nib.load(tmp_path / "new" / "mask.nii").dataobj)
-    assert labels.dtype == np.uint8 and np.array_equal(labels, written)
-    assert predict(bundle, inputs, device="cpu").shape == GRIDS["oblique_lps"][1]  # the first input's, nothing written
+    assert labels.dtype == np.uint8
+    assert np.array_equal(labels, check(tmp_path / "new" / "mask.nii", tmp_path / "flair.nii.gz"))
+    # without `on` the first input is answered for; without `out` nothing is written
+    assert predict(bundle, inputs, device="cpu").shape == nib.load(inputs["t1"]).shape
     assert sorted(p.name for p in tmp_path.iterdir()) == ["flair.nii.gz", "new", "t1.nii.gz"]
