@@ -80,8 +80,9 @@ def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dic
         source = out / "pretrain" / "backbone.safetensors" if arm == "pretrained" else "none"
         run(f"finetune {arm}", "finetune", "task=segmentation", "task.target=lesion", f"store={out / 'store'}",
             f"run={out / arm}", f"backbone_from={source}", "backbone=unet_b", f"task.patch_vox={patch}", "folds=1",
-            f"trainer.max_steps={config['finetune_steps']}", "trainer.evaluate_every=30",
-            "trainer.checkpoint_every=30", f"seed={config['seed']}")  # fmt: skip
+            f"trainer.max_steps={config['finetune_steps']}", "trainer.batch_size=1", "optim.lr=1e-3",
+            "data.foreground_share=0.9", "trainer.evaluate_every=30", "trainer.checkpoint_every=30",
+            f"seed={config['seed']}")  # fmt: skip
         run(f"predict {arm}", "predict", f"bundle={out / arm / 'bundle'}", f"manifest={out / 'test.csv'}",
             f"out={out / arm / 'predictions'}", "overlap=0.25")  # fmt: skip
         run(f"evaluate {arm}", "evaluate", f"predictions={out / arm / 'predictions'}",

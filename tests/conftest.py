@@ -47,7 +47,9 @@ def write_subjects(root: Path, count: int, contrasts: tuple[str, ...] = ("t1", "
         mask = folder / "lesion_mask.nii.gz"
         nib.save(nib.Nifti1Image(lesion.astype(np.uint8), affine), mask)
         for place, contrast in enumerate(contrasts if number else contrasts[:1]):
-            voxels = head * (100 + 20 * np.sin(4 * x + place) + rng.normal(0, 3, head.shape)) + lesion * 60 * (place + 1)
+            voxels = head * (100 + 20 * np.sin(4 * x + place) + rng.normal(0, 3, head.shape)) + lesion * 60 * (
+                place + 1
+            )
             path = folder / f"{contrast}.nii.gz"
             nib.save(nib.Nifti1Image(voxels.astype(np.float32), affine), path)
             columns = {"lesion_mask": str(mask.relative_to(root))}

@@ -120,20 +120,22 @@ def test_manifest_with_a_wrong_column_or_file(capsys: pytest.CaptureFixture[str]
     assert not store.exists()
 
 
-def test_other_spec_in_the_same_store(
-    capsys: pytest.CaptureFixture[str], toy_manifest: Path, tmp_path: Path
-) -> None:
+def test_other_spec_in_the_same_store(capsys: pytest.CaptureFixture[str], toy_manifest: Path, tmp_path: Path) -> None:
     store = tmp_path / "store"
     assert main(["prepare", f"manifest={toy_manifest}", f"store={store}", "preprocess=iso2mm", "workers=1"]) == 0
     capsys.readouterr()
-    said = fails(capsys, "prepare", f"manifest={toy_manifest}", f"store={store}", "preprocess.spacing_mm=3", "workers=1")
+    said = fails(
+        capsys, "prepare", f"manifest={toy_manifest}", f"store={store}", "preprocess.spacing_mm=3", "workers=1"
+    )
     assert "spacing_mm" in said
 
 
 def test_text_keys_need_no_quoting(tmp_path: Path) -> None:
     odd = "a b/(1)=x,[2]{3}'s $HOME"
     assert resolve("prepare", [f"manifest={odd}", "store=y"])["manifest"] == odd
-    assert resolve("manifest", ["root=x", "out=y", "masks.lesion=*_{a,b}*|c d*"])["masks"] == {"lesion": "*_{a,b}*|c d*"}
+    assert resolve("manifest", ["root=x", "out=y", "masks.lesion=*_{a,b}*|c d*"])["masks"] == {
+        "lesion": "*_{a,b}*|c d*"
+    }
     assert resolve("predict", ["bundle=b", f"input.t1={odd}", "out=o"])["input"] == {"t1": odd}
 
 
@@ -156,7 +158,9 @@ def test_configs_are_found() -> None:
 
 def test_help_and_import_load_nothing_heavy() -> None:
     """The reason `brainfm --help` answers at once; the seconds are measured by scripts/benchmark_start.py."""
-    code = "import sys, brainfm.cli as c; c.main(['--help']); c.main(['pretrain', '--help']); print(sorted(sys.modules))"
+    code = (
+        "import sys, brainfm.cli as c; c.main(['--help']); c.main(['pretrain', '--help']); print(sorted(sys.modules))"
+    )
     began = time.perf_counter()
     listed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
     assert time.perf_counter() - began < 60

@@ -60,11 +60,11 @@ def draw(
         box = tuple(slice(max(c - 1, 0), c + 2) for c in centre)
         patch = ventricle_mm[box]
         wall = np.array([np.gradient(patch, axis=a).mean() if patch.shape[a] > 1 else 0.0 for a in range(3)])
-        longest = float(np.clip(rng.lognormal(np.log(5.0 if beside else 3.6), 0.38), 2.6, 12))
+        longest = float(np.clip(rng.lognormal(np.log(8.5 if beside else 6.0), 0.38), 4.0, 18))
         thin = rng.uniform(0.5, 0.9, 2) if beside else rng.uniform(0.7, 1.0, 2)
         radii = np.maximum(longest * np.array([1.0, *thin]), 1.1 * spacing_mm)
         axes = _axes(rng, wall if beside else np.zeros(3))
-        strength = float(np.clip(rng.normal(1, 0.25), 0.45, 1.6))
+        strength = float(np.clip(rng.normal(0.7, 0.2), 0.35, 1.2))
         lesions.append(Lesion(centre.astype(float), axes, radii, strength, float(rng.uniform(0.8, 2.2))))
     return lesions
 

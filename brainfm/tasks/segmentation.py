@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 from torch import Tensor
 from torch.nn import functional
@@ -14,6 +16,9 @@ from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.task import Task
 
 
+_PRIOR = 0.01  # share of foreground that a fresh network answers
+
+
 class SegmentationTask(Task):
     """Contrasts pass one by one through the encoder, meet at every level, and a decoder with skips answers.
 
@@ -21,6 +26,7 @@ class SegmentationTask(Task):
         spec: contrasts, classes and patch of the question.
         backbone: pre-trained or fresh.
 
+    Source: for the bias of the last layer: Lin et al. 2017 (arXiv:1708.02002), section 4.1.
     Raises:
         ConfigError: where the spec is not a segmentation, lists a contrast twice or none, its values are not
             0 followed by distinct values up to 255 (masks are uint8), or the patch does not pass the backbone.
@@ -34,6 +40,9 @@ class SegmentationTask(Task):
         self.backbone = backbone
         self.fusion = Fusion(backbone.widths, spec.fusion)
         self.decoder = SkipDecoder(backbone.widths, backbone.strides, spec.classes)
+        with torch.no_grad():  # else the first steps go into learning that most voxels are background
+            self.decoder.out.bias.zero_()
+            self.decoder.out.bias[0] = math.log((1 - _PRIOR) / _PRIOR * (spec.classes - 1))
         self.register_buffer("_values", torch.tensor(spec.values, dtype=torch.uint8), persistent=False)
 
     def forward(self, image: Tensor, present: Tensor) -> Tensor:

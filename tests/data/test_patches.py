@@ -136,9 +136,7 @@ def test_missing_and_dropped_contrasts_are_zero(toy_store: Store) -> None:
 
 
 def test_dropping_never_takes_the_last() -> None:
-    assert all(
-        any(drop_contrasts(["a", None, "b"], stream(0, "test", i), 0.99)) for i in range(100)
-    )
+    assert all(any(drop_contrasts(["a", None, "b"], stream(0, "test", i), 0.99)) for i in range(100))
 
 
 def test_whole_case(toy_store: Store) -> None:
@@ -149,7 +147,7 @@ def test_whole_case(toy_store: Store) -> None:
 
 
 def test_refusals(toy_store: Store) -> None:
-    with pytest.raises(ManifestError, match="tumour_mask.*lesion_mask"):
+    with pytest.raises(ManifestError, match=r"tumour_mask.*lesion_mask"):
         find_cases(toy_store, ["t1"], "tumour")
     with pytest.raises(ManifestError, match="label value 4 found, expected one of 0, 1, 2"):
         class_indices(np.array([0, 1, 4]), (0, 1, 2))

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import math
+from itertools import pairwise
 
 import pytest
 from torch import nn
@@ -12,8 +13,8 @@ from brainfm.training.optim import build_optimizer, lr_factor
 def test_learning_rate_of_each_step() -> None:
     factors = [lr_factor(s, 100, 10) for s in range(101)]
     assert factors[0] == pytest.approx(1e-3) and factors[10] == 1.0 and factors[100] == pytest.approx(0, abs=1e-12)
-    assert all(a < b for a, b in zip(factors[:10], factors[1:11]))
-    assert all(a > b for a, b in zip(factors[10:], factors[11:]))
+    assert all(a < b for a, b in pairwise(factors[:11]))
+    assert all(a > b for a, b in pairwise(factors[10:]))
     assert factors[55] == pytest.approx(0.5 * (1 + math.cos(math.pi / 2)))
     assert lr_factor(0, 10, 0) == 1.0
 
@@ -27,5 +28,5 @@ def test_vectors_are_not_decayed_and_frozen_weights_left_out() -> None:
 
 
 def test_impossible_values() -> None:
-    with pytest.raises(ConfigError, match="optim.lr"):
+    with pytest.raises(ConfigError, match=r"optim\.lr"):
         build_optimizer(nn.Linear(1, 1), lr=0, weight_decay=0)
