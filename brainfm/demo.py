@@ -74,7 +74,8 @@ def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dic
     patch = f"[{','.join(map(str, config['patch_vox']))}]"
     run("pretrain", "pretrain", f"store={out / 'store'}", f"run={out / 'pretrain'}", "backbone=unet_b",
         "objective=cross_contrast", f"trainer.max_steps={config['pretrain_steps']}", f"data.patch_vox={patch}",
-        "optim.lr=3e-4", "trainer.evaluate_every=50", "trainer.batch_size=2", "trainer.checkpoint_every=50",
+        "optim.lr=3e-4", "trainer.evaluate_every=50", "trainer.batch_size=2", "trainer.log_every=2",
+        "trainer.checkpoint_every=50",
         f"seed={config['seed']}")  # fmt: skip
     for arm in ARMS:
         source = out / "pretrain" / "backbone.safetensors" if arm == "pretrained" else "none"
@@ -82,6 +83,7 @@ def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dic
             f"run={out / arm}", f"backbone_from={source}", "backbone=unet_b", f"task.patch_vox={patch}", "folds=1",
             f"trainer.max_steps={config['finetune_steps']}", "trainer.batch_size=1", "optim.lr=1e-3",
             "data.foreground_share=0.9", "trainer.evaluate_every=30", "trainer.checkpoint_every=30",
+            "trainer.log_every=2",
             f"seed={config['seed']}")  # fmt: skip
         run(f"predict {arm}", "predict", f"bundle={out / arm / 'bundle'}", f"manifest={out / 'test.csv'}",
             f"out={out / arm / 'predictions'}", "overlap=0.25")  # fmt: skip
@@ -241,8 +243,8 @@ def _reconstruction_section(out: Path) -> report.Section:
         "What the network understood",
         "Test subjects, never seen in pre-training. The reconstruction is made from the scan's own codes; the last "
         "column joins the anatomy code of the other scan with the contrast code of the scan. There are no skip "
-        "connections: all passes one voxel of code for 16 x 16 x 16 voxels of scan, so after a run this short the "
-        "pictures are blurred.",
+        "connections: all passes one voxel of code for 16 x 16 x 16 voxels of scan, and after a run this "
+        "short the answer is little more than the mean of the head; runs that are worth their name take hours.",
         figures=(("Axial slices through whole heads", figure),),
     )
 
@@ -285,8 +287,8 @@ def _comparison_section(summary: Mapping[str, Any], verdict: str) -> report.Sect
     return report.Section(
         "Pre-trained against scratch",
         f"Both arms: {summary['labelled_subjects']} labelled subjects, the same patches, steps and schedule; the "
-        f"network pre-trained for {summary['pretrain_steps']} steps or fresh. {verdict} Synthetic "
-        "lesions say nothing about any clinical task.",
+        f"network pre-trained for {summary['pretrain_steps']} steps or fresh. {verdict} One run "
+        "with one seed; synthetic lesions say nothing about any clinical task.",
         figures=(("Test subjects, mean and bootstrap interval", report.interval_figure(bars)),),
         table=tuple(table),
     )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from torch.nn import functional
 
 from brainfm.batch import Batch, Terms
@@ -14,7 +14,6 @@ from brainfm.nets.decoders import SkipDecoder
 from brainfm.nets.heads import Fusion
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.task import Task
-
 
 _PRIOR = 0.01  # share of foreground that a fresh network answers
 
@@ -40,9 +39,9 @@ class SegmentationTask(Task):
         self.backbone = backbone
         self.fusion = Fusion(backbone.widths, spec.fusion)
         self.decoder = SkipDecoder(backbone.widths, backbone.strides, spec.classes)
-        with torch.no_grad():  # else the first steps go into learning that most voxels are background
-            self.decoder.out.bias.zero_()
-            self.decoder.out.bias[0] = math.log((1 - _PRIOR) / _PRIOR * (spec.classes - 1))
+        bias = torch.zeros(spec.classes)  # else the first steps go into learning that most voxels are background
+        bias[0] = math.log((1 - _PRIOR) / _PRIOR * (spec.classes - 1))
+        self.decoder.out.bias = nn.Parameter(bias)
         self.register_buffer("_values", torch.tensor(spec.values, dtype=torch.uint8), persistent=False)
 
     def forward(self, image: Tensor, present: Tensor) -> Tensor:

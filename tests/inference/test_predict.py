@@ -37,7 +37,9 @@ def bundle(tmp_path_factory):
     members = []
     for seed in range(2):
         torch.manual_seed(seed)
-        members.append(SegmentationTask(TASK, build_backbone("unet_tiny")).state_dict())
+        network = SegmentationTask(TASK, build_backbone("unet_tiny"))
+        torch.nn.init.zeros_(network.decoder.out.bias)  # else a fresh network says background everywhere
+        members.append(network.state_dict())
     path = tmp_path_factory.mktemp("bundle") / "bundle"
     write_bundle(
         path,

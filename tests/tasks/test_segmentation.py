@@ -177,3 +177,13 @@ def test_refused_images():
         task(torch.zeros(2, 2, 16, 8, 8), torch.ones(2, 2, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"batch\.label"):
         task.loss(torch.zeros(1, 3, 2, 2, 2), Batch(torch.zeros(1, 3, 2, 2, 2), torch.arange(1)))
+
+
+@pytest.mark.parametrize("values", [(0, 1), (0, 1, 2, 4)])
+def test_a_fresh_network_begins_near_one_percent_of_foreground(values):
+    torch.manual_seed(0)
+    spec = TaskSpec("segmentation", "lesion", ("t1",), values, (16, 16, 16))
+    task = SegmentationTask(spec, build_backbone("unet_tiny"))
+    torch.nn.init.zeros_(task.decoder.out.weight)
+    logits = task(torch.randn(1, 1, 16, 16, 16), torch.ones(1, 1, dtype=torch.bool))
+    assert float(torch.softmax(logits, 1)[:, 1:].sum(1).mean()) == pytest.approx(0.01, rel=1e-3)
