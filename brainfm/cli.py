@@ -223,7 +223,7 @@ def _prepare(config: dict[str, Any]) -> int:
             manifest, Path(config["store"]), spec, _workers(config), lambda done, total: _move(bar, done, total)
         )
     for failure in report.failed:
-        print(f"left out: {failure.path}: {failure.reason}")
+        print(f"left out: {failure.reason if failure.path in failure.reason else f'{failure.path}: {failure.reason}'}")
     print(
         f"{config['store']}: {report.done} sessions prepared, {report.skipped} were there, "
         f"{len(report.failed)} files left out"
