@@ -74,15 +74,15 @@ def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dic
     patch = f"[{','.join(map(str, config['patch_vox']))}]"
     run("pretrain", "pretrain", f"store={out / 'store'}", f"run={out / 'pretrain'}", "backbone=unet_b",
         "objective=cross_contrast", f"trainer.max_steps={config['pretrain_steps']}", f"data.patch_vox={patch}",
-        "optim.lr=3e-4", "trainer.evaluate_every=50", "trainer.batch_size=2", "trainer.log_every=2",
-        "trainer.checkpoint_every=50",
+        "optim.lr=3e-4", "trainer.evaluate_every=25", "trainer.batch_size=2", "trainer.log_every=2",
+        "trainer.checkpoint_every=25",
         f"seed={config['seed']}")  # fmt: skip
     for arm in ARMS:
         source = out / "pretrain" / "backbone.safetensors" if arm == "pretrained" else "none"
         run(f"finetune {arm}", "finetune", "task=segmentation", "task.target=lesion", f"store={out / 'store'}",
             f"run={out / arm}", f"backbone_from={source}", "backbone=unet_b", f"task.patch_vox={patch}", "folds=1",
             f"trainer.max_steps={config['finetune_steps']}", "trainer.batch_size=1", "optim.lr=1e-3",
-            "data.foreground_share=0.9", "trainer.evaluate_every=30", "trainer.checkpoint_every=30",
+            "data.foreground_share=0.9", "trainer.evaluate_every=40", "trainer.checkpoint_every=40",
             "trainer.log_every=2",
             f"seed={config['seed']}")  # fmt: skip
         run(f"predict {arm}", "predict", f"bundle={out / arm / 'bundle'}", f"manifest={out / 'test.csv'}",
