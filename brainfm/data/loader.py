@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -51,9 +52,13 @@ def make_loader(dataset: Dataset, steps: StepSampler, workers: int, pin_memory: 
         collate_fn=collate,
         pin_memory=pin_memory,
         prefetch_factor=4 if workers else None,
-        worker_init_fn=_one_thread if workers else None,
+        worker_init_fn=_start_worker if workers else None,
     )
 
 
-def _one_thread(worker: int) -> None:
+def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # workers share the cores with the network
+    # Ctrl-C and a batch system's SIGTERM reach every process of the group. The trainer finishes its step and saves; a
+    # worker that died first would break that off. Workers end with the loader, or when their parent is gone.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)

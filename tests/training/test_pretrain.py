@@ -79,21 +79,24 @@ def test_killed_and_resumed_equals_uninterrupted(whole: Path, toy_store: Store, 
     assert same_weights(run, whole)
 
 
-def test_sigterm_saves_and_exits_cleanly(whole: Path, toy_store: Store, tmp_path: Path) -> None:
-    run = tmp_path / "stopped"
-    command = [sys.executable, "-m", "brainfm.cli", "pretrain", *words(toy_store, run, "trainer.checkpoint_every=0")]
-    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True)
+@pytest.mark.parametrize(("number", "workers"), [(signal.SIGTERM, 0), (signal.SIGTERM, 2), (signal.SIGINT, 2)])
+def test_interrupted_saves_and_exits_cleanly(
+    number: int, workers: int, whole: Path, toy_store: Store, tmp_path: Path
+) -> None:
+    """The signal goes to the whole process group, as a terminal or a batch system sends it."""
+    run, more = tmp_path / "stopped", ("trainer.checkpoint_every=0", f"trainer.workers={workers}")
+    command = [sys.executable, "-m", "brainfm.cli", "pretrain", *words(toy_store, run, *more)]
+    process = subprocess.Popen(command, stderr=subprocess.PIPE, text=True, start_new_session=True)
     deadline = time.time() + 120
     while len(read_curves(run / "curves.csv")) < 9 and process.poll() is None and time.time() < deadline:
         time.sleep(0.002)
-    process.send_signal(signal.SIGTERM)
+    os.killpg(process.pid, number)
     _, said = process.communicate(timeout=60)
     assert process.returncode == 0
     step = json.loads(read_checkpoint(run / CHECKPOINT)["state"])["step"]
-    if step < STEPS:
-        assert f"stopped after step {step} of {STEPS}" in said
-        assert not (run / "backbone.safetensors").exists()
-    assert pretrain(config(toy_store, run, "trainer.checkpoint_every=0")).step == STEPS
+    assert step < STEPS and f"stopped after step {step} of {STEPS}" in said
+    assert not (run / "backbone.safetensors").exists()
+    assert pretrain(config(toy_store, run, *more)).step == STEPS
     assert (run / "curves.csv").read_bytes() == (whole / "curves.csv").read_bytes()
 
 
