@@ -234,7 +234,7 @@ def _reconstruction_section(out: Path) -> report.Section:
         axial = {name: volume[0, 0, :, :, int(z * 0.55)].float().numpy() for name, volume in pictures.items()}
         axial["masked"] = np.where(axial["masked"] == 0, np.nan, axial["masked"])
         titles = {"input": "Scan", "masked": "Hidden blocks", "self": "Reconstruction", "partner": "Other scan",
-                  "cross": "From the other's anatomy"}  # fmt: skip
+                  "cross": "Other's anatomy"}  # fmt: skip
         for name, title in titles.items():
             columns.setdefault(title, []).append(axial[name])
     spacing = store.spec.spacing_mm
