@@ -1,6 +1,7 @@
 """How many pairs of patches one core reads, what one H100 would need, and how long training waits for them.
 
     python scripts/benchmark_loader.py [--store STORE] [--steps 30] [--json FILE]
+    python scripts/benchmark_loader.py --trainer gpu --patch 64 --batch 4 --steps 500      # the fomo25 step on a GPU
 
 Without a store, synthetic 1 mm heads are prepared first (extra `demo`). Medians over repetitions; the two patch
 sizes are interleaved.
@@ -47,11 +48,12 @@ def pairs_per_s(store: Store, edge: int, seconds: float, first: int) -> float:
     return 2 * count / (time.perf_counter() - began)
 
 
-def waited_share(store: Store, steps: int) -> tuple[float, float]:
+def waited_share(store: Store, args: argparse.Namespace) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as run:
         config = resolve("pretrain", [
-            f"store={store.path}", f"run={run}", "experiment=fomo25", "trainer=cpu", "data.patch_vox=[32,32,32]",
-            "trainer.batch_size=2", f"trainer.max_steps={steps}", "trainer.evaluate_every=0", "data.validation=0",
+            f"store={store.path}", f"run={run}", "experiment=fomo25", f"trainer={args.trainer}",
+            f"data.patch_vox=[{args.patch},{args.patch},{args.patch}]", f"trainer.batch_size={args.batch}",
+            f"trainer.max_steps={args.steps}", "trainer.evaluate_every=0", "data.validation=0",
         ])  # fmt: skip
         state = pretrain(config)
     return state.waited / state.seconds, state.step / state.seconds
@@ -63,6 +65,9 @@ def main() -> None:
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--seconds", type=float, default=3.0)
     parser.add_argument("--steps", type=int, default=30)
+    parser.add_argument("--trainer", choices=("cpu", "gpu"), default="cpu")
+    parser.add_argument("--patch", type=int, default=32, help="edge of the training patch in voxels")
+    parser.add_argument("--batch", type=int, default=2, help="pairs a step")
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(1)
@@ -75,10 +80,12 @@ def main() -> None:
         found = {f"pairs_per_s_core_{edge}": statistics.median(values) for edge, values in rates.items()}
         found["cores_for_one_h100"] = WANTED_PAIRS_PER_S / found["pairs_per_s_core_64"]
         torch.set_num_threads(2)
-        found["waited_share"], found["steps_per_s"] = waited_share(store, args.steps)
+        found["waited_share"], found["steps_per_s"] = waited_share(store, args)
     print(f"pairs/s/core: 64^3 {found['pairs_per_s_core_64']:.0f}, 96^3 {found['pairs_per_s_core_96']:.0f}")
     print(f"{WANTED_PAIRS_PER_S:.0f} pairs of 64^3 a second (fomo25 in 2 h): {found['cores_for_one_h100']:.1f} cores")
-    print(f"training waited {100 * found['waited_share']:.2f} % of step time ({found['steps_per_s']:.2f} steps/s, CPU)")
+    print(
+        f"training waited {100 * found['waited_share']:.2f} % of step time ({found['steps_per_s']:.2f} steps/s, {args.trainer})"
+    )
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
 
