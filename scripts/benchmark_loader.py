@@ -84,7 +84,8 @@ def main() -> None:
     print(f"pairs/s/core: 64^3 {found['pairs_per_s_core_64']:.0f}, 96^3 {found['pairs_per_s_core_96']:.0f}")
     print(f"{WANTED_PAIRS_PER_S:.0f} pairs of 64^3 a second (fomo25 in 2 h): {found['cores_for_one_h100']:.1f} cores")
     print(
-        f"training waited {100 * found['waited_share']:.2f} % of step time ({found['steps_per_s']:.2f} steps/s, {args.trainer})"
+        f"training waited {100 * found['waited_share']:.2f} % of step time "
+        f"({found['steps_per_s']:.2f} steps/s, {args.trainer})"
     )
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
