@@ -99,7 +99,7 @@ def save_backbone(
         "provenance": provenance.to_dict(),
         "fingerprint": mark,
     }
-    _write_atomically(Path(path), save(tensors, metadata={_KEY: json.dumps(about, sort_keys=True)}))
+    write_atomically(Path(path), save(tensors, metadata={_KEY: json.dumps(about, sort_keys=True)}))
     return mark
 
 
@@ -270,7 +270,8 @@ def _check_description(path: Path, about: Any) -> None:
         raise WeightsError(f"{path}: its description does not name a backbone")
 
 
-def _write_atomically(path: Path, data: bytes) -> None:
+def write_atomically(path: Path, data: bytes) -> None:
+    """The whole file or none of it. Raises: OSError that names the file."""
     path.parent.mkdir(parents=True, exist_ok=True)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
     try:
@@ -282,6 +283,8 @@ def _write_atomically(path: Path, data: bytes) -> None:
         os.umask(mask)
         os.chmod(temporary, 0o666 & ~mask)
         os.replace(temporary, path)
-    except BaseException:
+    except BaseException as error:
         Path(temporary).unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise OSError(error.errno, error.strerror, str(path)) from None
         raise

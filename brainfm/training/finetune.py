@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import csv
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import numpy as np
 import torch
 from lightning.fabric import Fabric
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load_file, save
 
 from brainfm.batch import Batch, Terms
 from brainfm.data.augment import AugmentSpec, apply, draw
@@ -21,7 +20,7 @@ from brainfm.data.patches import Case, TaskPatches, find_cases, whole_case
 from brainfm.data.splits import folds
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.weights import load_backbone, write_atomically
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.metrics import bootstrap_interval, dice, volume_ml
@@ -241,9 +240,7 @@ class _Validation:
             state.extra |= {"best_dice": mean, "best_step": state.step, "cases": rows}
             if self.fabric.is_global_zero:
                 weights = {k: v.detach().cpu().contiguous() for k, v in self.task.state_dict().items()}
-                partial = self.folder / f"{BEST}.tmp"
-                save_file(weights, partial)
-                os.replace(partial, self.folder / BEST)
+                write_atomically(self.folder / BEST, save(weights))
         return {"val_dice": mean, "best_dice": state.extra["best_dice"]}
 
     def _score(self, case: Case) -> dict[str, Any]:

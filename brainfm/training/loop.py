@@ -131,7 +131,11 @@ def train(run: Run) -> State:
     curves = Curves(run.folder, state.step) if chief else None
     batches = iter(run.loader_from(state.step))
     run.module.train()
-    with _interruptible() as interrupted, Progress(run.title, spec.max_steps, state.step, chief) as progress_bar:
+    with (
+        _closing(batches),
+        _interruptible() as interrupted,
+        Progress(run.title, spec.max_steps, state.step, chief) as progress_bar,
+    ):
         while state.step < spec.max_steps:
             began = time.perf_counter()
             batch = next(batches)
@@ -238,6 +242,12 @@ def _save(run: Run, optimizer: torch.optim.Optimizer, state: State) -> None:
                 file.flush()
                 os.fsync(file.fileno())
             os.replace(partial, path)
+        except (OSError, RuntimeError) as error:
+            # A full disk reaches torch as an OSError, and leaves it as a RuntimeError about positions in a file.
+            cause = error if isinstance(error, OSError) else error.__context__
+            if not isinstance(cause, OSError):
+                raise
+            raise OSError(cause.errno, cause.strerror, str(path)) from None
         finally:
             partial.unlink(missing_ok=True)
     run.fabric.barrier()
@@ -282,6 +292,18 @@ def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any]
         return None
     normal_old, normal_new = json.dumps(old, sort_keys=True), json.dumps(new, sort_keys=True)
     return None if normal_old == normal_new else (key, old, new)
+
+
+@contextmanager
+def _closing(batches: Iterator[Batch]) -> Iterator[None]:
+    """Ends the loader's workers on every way out. They ignore SIGTERM (see data/loader.py), so an error that kept the
+    iterator alive in its traceback would let the interpreter wait for them for ever."""
+    try:
+        yield
+    finally:
+        end = getattr(batches, "_shutdown_workers", None)  # private, but what Lightning itself calls
+        if end is not None:
+            end()
 
 
 @contextmanager

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import io
 import os
 import sys
 import time
@@ -13,6 +14,8 @@ from typing import TYPE_CHECKING, Self
 
 import torch
 from torch import Tensor
+
+from brainfm.nets.weights import write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
@@ -106,7 +109,9 @@ def save_pictures(folder: Path, step: int, pictures: Mapping[str, Tensor], rows:
                 panel.set_title(name, fontsize=8)
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / f"step_{step:07d}.png"
-    figure.savefig(path, dpi=100)
+    drawn = io.BytesIO()
+    figure.savefig(drawn, dpi=100, format="png")
+    write_atomically(path, drawn.getvalue())
     return path
 
 

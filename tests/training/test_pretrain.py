@@ -162,3 +162,32 @@ def test_loss_falls(toy_store: Store, tmp_path: Path) -> None:
                     "trainer.evaluate_every=0", "data.validation=0"))  # fmt: skip
     curve = [value for _, name, value in read_curves(tmp_path / "run" / "curves.csv") if name == "total"]
     assert sum(curve[-10:]) < 0.7 * sum(curve[:10])
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a device that is always full")
+@pytest.mark.parametrize("workers", [0, 1])
+def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(
+    toy_store: Store, tmp_path: Path, workers: int
+) -> None:
+    run = tmp_path / "run"
+    run.mkdir()
+    (run / "last.tmp").symlink_to("/dev/full")  # where the checkpoint is written before it gets its name
+    arguments = [sys.executable, "-m", "brainfm.cli", "pretrain", *words(toy_store, run, f"trainer.workers={workers}")]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 2, ended.stderr
+    last = ended.stderr.strip().splitlines()[-1]
+    assert last == f"brainfm: no space left on the disk for {run / CHECKPOINT}: free some and run again"
+    assert not (run / CHECKPOINT).exists() and not list(run.glob("*.tmp"))
+
+
+def test_error_in_a_step_does_not_wait_for_the_loaders_workers(toy_store: Store, tmp_path: Path) -> None:
+    script = (
+        "import sys\nfrom brainfm.cli import resolve\nfrom brainfm.training import loop\n"
+        "from brainfm.training.pretrain import pretrain\n"
+        "def broken(*_): raise RuntimeError('broken on purpose')\n"
+        "loop._clip = broken\n"
+        "pretrain(resolve('pretrain', sys.argv[1:]))\n"
+    )
+    arguments = [sys.executable, "-c", script, *words(toy_store, tmp_path / "run", "trainer.workers=2")]
+    ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
+    assert ended.returncode == 1 and "broken on purpose" in ended.stderr
