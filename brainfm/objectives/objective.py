@@ -47,6 +47,13 @@ class Objective(nn.Module, ABC):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Images [B, 1, X, Y, Z] float32 for the monitor, without gradients and without noise."""
 
+    @abstractmethod
+    def encode(self, image: Tensor) -> dict[str, Tensor]:
+        """The latent of whole, unmasked scans without noise: [B, 1, X, Y, Z] -> part -> [B, E, x, y, z] float32.
+
+        What probes and the embedding read; parts are named as in the objective's configuration.
+        """
+
     def after_step(self, progress: float) -> None:
         """Called after each step of the optimiser: a teacher moves here; most objectives have none."""
 
