@@ -30,8 +30,14 @@ class Batch:
         partner: [B, 1, X, Y, Z] a second scan of the same session at the same corner.
         paired: [B] bool; False where the session has one scan only (partner then repeats image and must not count).
         same_contrast: [B] bool; True where both scans show the same known contrast. Unknown contrasts never match.
+        interval_years: [B] float32, time between the visits of image and partner; 0 in one visit, NaN where unknown.
+        subject: [B] int64, equal where samples are of one person.
         present: [B, M] bool; which contrasts a case has.
         label: [B, X, Y, Z] int64 class indices.
+        regions: [B, X, Y, Z] int64, the subject's anatomy at this place as group indices; -1 where unknown.
+        volumes: [B, R] float32, z-scored log fractions of the subject's intracranial volume; NaN where unknown.
+        pathology: [B] float32, 1 where the patch or its session shows disease, 0 where not, NaN where unknown.
+        lesion: [B, X, Y, Z] int8, 1 in lesions, 0 outside, -1 where unknown.
     """
 
     image: Tensor
@@ -39,8 +45,14 @@ class Batch:
     partner: Tensor | None = None
     paired: Tensor | None = None
     same_contrast: Tensor | None = None
+    interval_years: Tensor | None = None
+    subject: Tensor | None = None
     present: Tensor | None = None
     label: Tensor | None = None
+    regions: Tensor | None = None
+    volumes: Tensor | None = None
+    pathology: Tensor | None = None
+    lesion: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         """The batch on another device; float16 voxels become float32 there."""

@@ -107,15 +107,28 @@ class ViewSpec(_Frozen):
 
     Attributes:
         patch_vox: edge lengths of the patch along X, Y, Z.
-        pairs: whether a second scan of the same session is read at the same corner.
+        pairs: whether a second scan of the same subject is read at the same place.
+        visits: whether that scan may come from another visit, where the visits share a space.
+        shift: how far the second patch may lie from the first along each axis, as a share of the patch's edges; above
+            0, the only scan of a subject is paired with another patch of itself.
+        regions: whether the subject's anatomical label map is read at the same place.
+        volumes: whether the subject's region volumes are given.
+        lesions: whether pathology is given: known, masked, or synthesised.
     """
 
     patch_vox: tuple[int, int, int]
     pairs: bool = False
+    visits: bool = False
+    shift: float = 0.0
+    regions: bool = False
+    volumes: bool = False
+    lesions: bool = False
 
     def __post_init__(self) -> None:
         if len(self.patch_vox) != 3 or any(int(p) != p or p < 1 for p in self.patch_vox):
             raise ConfigError(f"patch_vox={self.patch_vox}: expected three whole numbers of voxels")
+        if not 0 <= self.shift < 1:
+            raise ConfigError(f"objective.shift={self.shift}: expected 0 <= shift < 1")
         object.__setattr__(self, "patch_vox", tuple(int(p) for p in self.patch_vox))
 
 

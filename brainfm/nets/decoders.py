@@ -12,18 +12,21 @@ from brainfm.nets.unet import ConvNormAct
 
 
 class LightDecoder(nn.Module):
-    """Latents to one image, without skip connections, so that everything has to pass the latents.
+    """Latents to voxels, without skip connections, so that everything has to pass the latents.
 
     Args:
         latent_channels: E of the latents.
         widths: channels of the backbone's maps, fine to coarse; the decoder climbs back through them.
         strides: of the same maps, starting at 1.
+        out_channels: C, 1 for an image.
 
     Source: github.com/jbanusco/fomo25 at de35782, src/models/networks/mmunetvae.py: transposed convolution, then one
     3x3x3 convolution a level; linear output.
     """
 
-    def __init__(self, latent_channels: int, widths: Sequence[int], strides: Sequence[int]) -> None:
+    def __init__(
+        self, latent_channels: int, widths: Sequence[int], strides: Sequence[int], out_channels: int = 1
+    ) -> None:
         super().__init__()
         self.levels = nn.ModuleList()
         before = latent_channels
@@ -31,10 +34,10 @@ class LightDecoder(nn.Module):
             up = nn.ConvTranspose3d(before, width, kernel_size=scale, stride=scale)
             self.levels.append(nn.Sequential(up, ConvNormAct(width, width)))
             before = width
-        self.out = nn.Conv3d(before, 1, kernel_size=1)
+        self.out = nn.Conv3d(before, out_channels, kernel_size=1)
 
     def forward(self, latents: Tensor) -> Tensor:
-        """[B, E, X/s, Y/s, Z/s] on the coarsest grid -> [B, 1, X, Y, Z]."""
+        """[B, E, X/s, Y/s, Z/s] on the coarsest grid -> [B, C, X, Y, Z]."""
         for level in self.levels:
             latents = level(latents)
         return self.out(latents)

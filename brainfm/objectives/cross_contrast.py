@@ -162,10 +162,6 @@ class CrossContrast(Objective):
         masked = scans.a.masked_fill(scans.hidden_a, 0)
         return {"input": scans.a, "masked": masked, "self": outputs.self_a.float(), "partner": partner, "cross": cross}
 
-    def encode(self, image: Tensor) -> dict[str, Tensor]:
-        """The means of ``anatomy``, ``contrast`` and any further part."""
-        return {name: code.mean for name, code in self.latents(self.backbone.features(image)).items()}
-
     def _scans(self, batch: Batch) -> _Scans:
         device = batch.image.device
         partner = batch.image if batch.partner is None else batch.partner

@@ -81,10 +81,6 @@ class MAE(Objective):
         output = self._reconstruct(image, hidden).float()
         return {"input": image, "masked": image.masked_fill(hidden, 0), "self": output}
 
-    def encode(self, image: Tensor) -> dict[str, Tensor]:
-        """One part, ``all``."""
-        return {name: code.mean for name, code in self.latents(self.backbone.features(image)).items()}
-
     def _hidden(self, batch: Batch) -> Tensor:
         shape = batch.image.shape[2:]
         return draw_mask(batch.sample, shape, self.mask_unit_vox, self.mask_ratio, self.seed, "mask")

@@ -11,11 +11,15 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.latents import Latents
 from brainfm.specs import ConfigError, ViewSpec
 
 OBJECTIVES: dict[str, tuple[str, str]] = {
     "mae": ("brainfm.objectives.mae", "MAE"),
     "cross_contrast": ("brainfm.objectives.cross_contrast", "CrossContrast"),
+    "anatomy_pathology": ("brainfm.objectives.anatomy_pathology", "AnatomyPathology"),
+    "contrastive": ("brainfm.objectives.contrastive", "Contrastive"),
+    "mae_contrastive": ("brainfm.objectives.contrastive", "MAEContrastive"),
 }
 
 
@@ -27,9 +31,11 @@ class Objective(nn.Module, ABC):
         views: what the loader must supply.
         config: its settings, complete, JSON-able; with the name they make the same objective again.
         seed: of the draws; each is a function of (seed, purpose, the sample's number).
+        latents: between backbone and whatever answers; set by the subclass.
     """
 
     name: ClassVar[str]
+    latents: Latents
 
     def __init__(self, backbone: Backbone, views: ViewSpec, seed: int, config: dict[str, Any]) -> None:
         super().__init__()
@@ -47,12 +53,12 @@ class Objective(nn.Module, ABC):
     def pictures(self, batch: Batch) -> dict[str, Tensor]:
         """Images [B, 1, X, Y, Z] float32 for the monitor, without gradients and without noise."""
 
-    @abstractmethod
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """The latent of whole, unmasked scans without noise: [B, 1, X, Y, Z] -> part -> [B, E, x, y, z] float32.
 
         What probes and the embedding read; parts are named as in the objective's configuration.
         """
+        return {name: code.mean for name, code in self.latents(self.backbone.features(image)).items()}
 
     def after_step(self, progress: float) -> None:
         """Called after each step of the optimiser: a teacher moves here; most objectives have none."""
