@@ -65,7 +65,9 @@ STEP = 2.0**-7  # images are rounded to multiples of this many standard deviatio
 _CHUNK, _BLOCK = 64, 16
 _HANDLES = 256  # open files a process keeps; a mapped file costs address space, not memory
 _POINTS = 4096
-_INDEX = ("dataset", "subject", "session", "name", "kind", "contrast", "file", "x", "y", "z", "sha256")
+# As it was before sessions had frames:
+_OLD_INDEX = ("dataset", "subject", "session", "name", "kind", "contrast", "file", "x", "y", "z", "sha256")
+_INDEX = (*_OLD_INDEX, "frame", "offset_x", "offset_y", "offset_z")
 _FAILURES = ("dataset", "subject", "session", "contrast", "path", "reason")
 
 Key = tuple[str, str, str]
@@ -88,6 +90,9 @@ class SessionEntry:
 
     Attributes:
         columns: the manifest's further columns; of several rows the first that is filled in, empty ones left out.
+        frame: equal for two sessions exactly when their voxels lie in one common space.
+        offset_vox: where the session's box begins on the lattice of its frame. Voxel v of session a, and voxel
+            v + a.offset_vox - b.offset_vox of a session b of the same frame, show the same place.
     """
 
     dataset: str
@@ -98,6 +103,8 @@ class SessionEntry:
     scans: tuple[ScanEntry, ...]
     labels: tuple[ScanEntry, ...]
     columns: dict[str, str]
+    frame: str
+    offset_vox: Triple
 
     @property
     def key(self) -> Key:
@@ -248,6 +255,8 @@ class Store:
         document = {
             "shape": list(shapes.pop()),
             "affine_mm": np.asarray(prepared.affine_mm, np.float64).tolist(),
+            "frame": prepared.frame or "/".join(key),
+            "offset_vox": list(prepared.offset_vox),
             "volumes": volumes,
             "recipes": {name: recipe.to_dict() for name, recipe in prepared.recipes.items()},
         }
@@ -338,10 +347,13 @@ class Store:
         rows: list[Sequence[Any]] = [(*_INDEX, *columns)]
         for key, folder_name, document in sessions:
             further = [document["columns"].get(c, "") for c in columns]
+            # Sessions written before there were frames name neither.
+            place = [document.get("frame", "/".join(key)), *document.get("offset_vox", (0, 0, 0))]
             for v in document["volumes"]:
                 sha256 = document["files"][v["file"]]["sha256"]
-                place = f"{folder_name}/{v['file']}"
-                rows.append([*key, v["name"], v["kind"], v["contrast"], place, *document["shape"], sha256, *further])
+                file = f"{folder_name}/{v['file']}"
+                volume = [*key, v["name"], v["kind"], v["contrast"], file, *document["shape"], sha256]
+                rows.append([*volume, *place, *further])
         failed = [(f.dataset, f.subject, f.session, f.contrast, f.path, f.reason) for f in failures]
         with _writing(self.path):
             _write_atomic(self.path, "failures.csv", _csv_bytes([_FAILURES, *failed]))
@@ -503,18 +515,24 @@ def _read_session(folder: Path) -> dict[str, Any]:
 def _parse_index(content: bytes) -> tuple[SessionEntry, ...]:
     reader = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
     header = next(reader, [])
-    if tuple(header[: len(_INDEX)]) != _INDEX:
+    ours = _INDEX if tuple(header[: len(_INDEX)]) == _INDEX else _OLD_INDEX
+    if tuple(header[: len(ours)]) != ours:
         raise ValueError(f"columns {', '.join(header[:3])}... found, {', '.join(_INDEX[:3])}... expected")
-    columns = header[len(_INDEX) :]  # by place, since a manifest's column may have the name of one of ours
+    columns = header[len(ours) :]  # by place, since a manifest's column may have the name of one of ours
     sessions = []
     for folder, group in itertools.groupby(reader, key=lambda row: row[6].partition("/")[0]):
         rows = list(group)
         first = rows[0]
         scans = tuple(_entry(row) for row in rows if row[4] == "scan")
         labels = tuple(_entry(row) for row in rows if row[4] == "label")
-        further = {name: value for name, value in zip(columns, first[len(_INDEX) :]) if value}
+        further = {name: value for name, value in zip(columns, first[len(ours) :]) if value}
         shape = int(first[7]), int(first[8]), int(first[9])
-        sessions.append(SessionEntry(first[0], first[1], first[2], folder, shape, scans, labels, further))
+        frame, offset = "/".join(first[:3]), (0, 0, 0)
+        if ours is _INDEX:
+            frame, offset = first[11], (int(first[12]), int(first[13]), int(first[14]))
+        sessions.append(
+            SessionEntry(first[0], first[1], first[2], folder, shape, scans, labels, further, frame, offset)
+        )
     return tuple(sessions)
 
 

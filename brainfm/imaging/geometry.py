@@ -110,34 +110,42 @@ def resample_labels(
     return result
 
 
-def session_grid(
-    volumes: Mapping[str, Grid], reference: str, spacing_mm: tuple[float, float, float]
-) -> tuple[Shape, np.ndarray]:
-    """One grid for all scans of a session: the reference's directions, the union of all fields of view.
+def lattice(affine_mm: np.ndarray, spacing_mm: tuple[float, float, float]) -> np.ndarray:
+    """The affine [4, 4] of an endless grid with the directions of a scan, oblique ones too.
 
-    The grid starts at an edge of the reference's field of view, so a reference that already has `spacing_mm` keeps its
-    voxels where they are.
+    Voxel 0 begins at the edge of the scan's field of view, so a scan that already has `spacing_mm` keeps its voxels
+    where they are.
+
+    Args:
+        affine_mm: [4, 4] of the scan.
+        spacing_mm: of the grid, along X, Y, Z.
+    """
+    anchor = np.array(affine_mm, dtype=np.float64)
+    affine = anchor.copy()
+    affine[:3, :3] = anchor[:3, :3] / np.array(spacing_of(anchor)) * np.array(spacing_mm, dtype=np.float64)
+    edge = anchor[:3, :3] @ np.full(3, -0.5) + anchor[:3, 3]
+    affine[:3, 3] = edge + affine[:3, :3] @ np.full(3, 0.5)
+    return affine
+
+
+def session_grid(volumes: Mapping[str, Grid], lattice_affine_mm: np.ndarray) -> tuple[Shape, np.ndarray, Shape]:
+    """One grid for all scans of a session: the voxels of a lattice that hold every field of view.
 
     Args:
         volumes: RAS+ grids by scan name.
-        reference: the name of the scan whose axes (oblique ones too) are kept.
-        spacing_mm: of the grid, along X, Y, Z.
+        lattice_affine_mm: [4, 4], as `lattice` makes it.
 
     Returns:
-        Shape and affine [4, 4].
+        Shape, affine [4, 4], and the lattice's voxel at which the grid begins.
     """
-    anchor = np.array(volumes[reference].affine_mm, dtype=np.float64)
-    spacing = np.array(spacing_mm, dtype=np.float64)
-    affine = anchor.copy()
-    affine[:3, :3] = anchor[:3, :3] / np.array(spacing_of(anchor)) * spacing
-    edge = anchor[:3, :3] @ np.full(3, -0.5) + anchor[:3, 3]
-    affine[:3, 3] = edge + affine[:3, :3] @ np.full(3, 0.5)
+    affine = np.array(lattice_affine_mm, dtype=np.float64)
     boxes = [box_between(np.zeros(3), np.array(v.shape), v.affine_mm, affine) for v in volumes.values()]
     low = np.floor(np.min([b[0] for b in boxes], axis=0) + 0.5 + SAME_VOX).astype(int)
     high = np.ceil(np.max([b[1] for b in boxes], axis=0) + 0.5 - SAME_VOX).astype(int)
     affine[:3, 3] += affine[:3, :3] @ low
     x, y, z = (int(n) for n in np.maximum(high - low, 1))
-    return (x, y, z), affine
+    a, b, c = (int(n) for n in low)
+    return (x, y, z), affine, (a, b, c)
 
 
 def box_between(

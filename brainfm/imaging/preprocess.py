@@ -37,6 +37,7 @@ class Recipe:
         box_start, box_stop: the crop, in voxels of the session grid.
         shape, affine_mm: of the prepared array.
         stats: how intensities were standardised; None for a label map.
+        moved_mm: [4, 4], where registration moved the file's points, in scanner coordinates; None: nowhere.
     """
 
     spec: str
@@ -48,6 +49,7 @@ class Recipe:
     shape: Shape
     affine_mm: tuple[tuple[float, ...], ...]
     stats: Stats | None
+    moved_mm: tuple[tuple[float, ...], ...] | None = None
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -60,6 +62,7 @@ class Recipe:
             "shape": list(self.shape),
             "affine_mm": [list(row) for row in self.affine_mm],
             "stats": None if self.stats is None else self.stats.to_dict(),
+            "moved_mm": None if self.moved_mm is None else [list(row) for row in self.moved_mm],
         }
 
     @classmethod
@@ -74,6 +77,7 @@ class Recipe:
             shape=_triple(values["shape"]),
             affine_mm=_rows(values["affine_mm"]),
             stats=None if values["stats"] is None else Stats.from_dict(values["stats"]),
+            moved_mm=None if values.get("moved_mm") is None else _rows(values["moved_mm"]),
         )
 
 
@@ -88,6 +92,9 @@ class Prepared:
         failures: what was left out, by name, and why.
         affine_mm: [4, 4] of all arrays.
         foreground: int16 [N, 3], up to 4096 voxels drawn evenly from the union of the scans' foregrounds.
+        offset_vox: where the arrays begin on the lattice of their frame, a common space of several sessions or the
+            session's own.
+        frame: the name of that space; empty for the session's own.
     """
 
     scans: dict[str, np.ndarray]
@@ -96,6 +103,8 @@ class Prepared:
     failures: dict[str, str]
     affine_mm: np.ndarray
     foreground: np.ndarray
+    offset_vox: Shape
+    frame: str = ""
 
 
 @dataclass(frozen=True)
@@ -121,8 +130,13 @@ class _Target:
     spec: str
     session_shape: Shape
     session_affine_mm: np.ndarray
+    session_offset: Shape  # of the session grid on the lattice of its frame
     start: Shape
     stop: Shape
+
+    @property
+    def offset(self) -> Shape:
+        return _triple(a + b for a, b in zip(self.session_offset, self.start, strict=True))
 
     @property
     def shape(self) -> Shape:
@@ -195,7 +209,7 @@ def prepare_session(
             failures[name] = str(error)
         else:
             recipes[name] = target.recipe(grid, None)
-    return Prepared(arrays, maps, recipes, failures, target.affine_mm, foreground)
+    return Prepared(arrays, maps, recipes, failures, target.affine_mm, foreground, target.offset)
 
 
 def _fits_in_memory(scans: Mapping[str, Path]) -> bool:
@@ -237,14 +251,15 @@ def _leave_out_distant(sources: dict[str, _Source], reference: str, failures: di
 
 
 def _settle_target(sources: Mapping[str, _Source], reference: str, spec: PreprocessSpec) -> _Target:
-    shape, affine = geometry.session_grid(sources, reference, spec.spacing_mm)
+    lattice = geometry.lattice(sources[reference].affine_mm, spec.spacing_mm)
+    shape, affine, offset = geometry.session_grid(sources, lattice)
     boxes = [geometry.extent_between(source.mask, source.affine_mm, affine) for source in sources.values()]
     margin = spec.margin_mm / np.array(spec.spacing_mm)
     low = np.min([box[0] for box in boxes], axis=0) - margin
     high = np.max([box[1] for box in boxes], axis=0) + margin
     first = _triple(np.clip(np.floor(low + 0.5 + geometry.SAME_VOX), 0, np.array(shape) - 1))
     last = _triple(np.clip(np.ceil(high + 0.5 - geometry.SAME_VOX), np.array(first) + 1, shape))
-    target = _Target(spec.fingerprint(), shape, affine, first, last)
+    target = _Target(spec.fingerprint(), shape, affine, offset, first, last)
     if np.prod(target.shape, dtype=np.int64) > _LARGEST_VOXELS:
         text = " x ".join(str(size) for size in target.shape)
         raise ScanError(

@@ -36,6 +36,8 @@ class FakePrepared:
     failures: dict = field(default_factory=dict)
     affine_mm: np.ndarray = field(default_factory=lambda: np.eye(4))
     foreground: np.ndarray = field(default_factory=lambda: np.array([[1, 2, 3]], np.int16))
+    frame: str = ""
+    offset_vox: tuple = (0, 0, 0)
 
 
 def rows(key=KEY, contrasts=("t1", "flair"), **columns) -> list[Scan]:
@@ -227,6 +229,28 @@ def test_failures(tmp_path):
     assert store.is_current(KEY, rows(), {})
 
 
+def test_frames(tmp_path):
+    store = Store.create(tmp_path / "s", SPEC)
+    keys = [("ds", "a", "1"), ("ds", "a", "2"), ("ds", "b", "1")]
+    for key, place in zip(keys, ({"frame": "ds/a/1", "offset_vox": (1, 2, 3)},) * 2 + ({"offset_vox": (-4, 0, 7)},)):
+        store.write_session(key, rows(key, age="3"), fake(shape=(9, 8, 7), **place))
+    store.finish()
+    sessions = Store.open(tmp_path / "s").sessions
+    assert [s.frame for s in sessions] == ["ds/a/1", "ds/a/1", "ds/b/1"]
+    assert [s.offset_vox for s in sessions] == [(1, 2, 3), (1, 2, 3), (-4, 0, 7)]
+    assert all(s.columns == {"age": "3"} for s in sessions)
+
+    with open(tmp_path / "s" / "index.csv", newline="") as handle:  # as it was before there were frames
+        table = [line[:11] + line[15:] for line in csv.reader(handle)]
+    with open(tmp_path / "s" / "index.csv", "w", newline="") as handle:
+        csv.writer(handle, lineterminator="\n").writerows(table)
+    old = Store.open(tmp_path / "s").sessions
+    assert [s.frame for s in old] == ["ds/a/1", "ds/a/2", "ds/b/1"] and {s.offset_vox for s in old} == {(0, 0, 0)}
+    assert [(s.key, s.shape, s.scans, s.columns) for s in old] == [
+        (s.key, s.shape, s.scans, s.columns) for s in sessions
+    ]
+
+
 def test_index__columns_with_the_names_of_ours_and_awkward_values(tmp_path):
     store = Store.create(tmp_path / "s", SPEC)
     columns = {"file": 'a "quoted", value', "x": "line\nbreak", "name": "ö", "empty": ""}
@@ -359,7 +383,7 @@ def test_open__100_000_rows_in_seconds(tmp_path):
     lines = [(tmp_path / "s" / "index.csv").read_text().splitlines()[0]]
     for i in range(50_000):
         start = f"ds,sub-{i:06},ses-1"
-        end = f"182,218,182,{'a' * 64},40"
+        end = f"182,218,182,{'a' * 64},ds/sub-{i:06}/ses-1,0,-3,5,40"
         lines += [f"{start},{c},scan,{c},sub-{i:06}/{c}.b2nd,{end}" for c in ("flair", "t1")]
     (tmp_path / "s" / "index.csv").write_text("\n".join(lines) + "\n")
     begin = time.perf_counter()

@@ -220,16 +220,18 @@ def test_a_session_grid_keeps_the_reference_and_holds_everybody() -> None:
         "t1": Volume(np.zeros((40, 44, 36), np.float32), reference),
         "t2": Volume(np.zeros((60, 64, 12), np.float32), slab),
     }
-    shape, affine = geometry.session_grid(volumes, "t1", (1, 1, 1))
+    lattice = geometry.lattice(reference, (1, 1, 1))
+    shape, affine, begin = geometry.session_grid(volumes, lattice)
+    np.testing.assert_allclose(geometry.cropped_affine(lattice, begin), affine)
     np.testing.assert_allclose(affine[:3, :3], reference[:3, :3])
     offset = np.linalg.solve(affine[:3, :3], reference[:3, 3] - affine[:3, 3])
     np.testing.assert_allclose(offset, np.rint(offset), atol=1e-9)
     for volume in volumes.values():
         low, high = geometry.box_between(np.zeros(3), np.array(volume.shape), volume.affine_mm, affine)
         assert (low >= -0.51).all() and (high <= np.array(shape) - 0.49).all()
-    alone, _ = geometry.session_grid({"t1": volumes["t1"]}, "t1", (1, 1, 1))
-    assert alone == (40, 44, 36)
-    coarse, _ = geometry.session_grid({"t1": volumes["t1"]}, "t1", (2, 4, 8))
+    alone, _, begin = geometry.session_grid({"t1": volumes["t1"]}, lattice)
+    assert alone == (40, 44, 36) and begin == (0, 0, 0)
+    coarse, _, _ = geometry.session_grid({"t1": volumes["t1"]}, geometry.lattice(reference, (2, 4, 8)))
     assert coarse == (20, 11, 5)
 
 

@@ -9,7 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfm.imaging import nifti, preprocess
+from brainfm.imaging import geometry, nifti, preprocess
 from brainfm.imaging.preprocess import Prepared, Recipe, prepare_session, restore_labels, restore_probabilities
 from brainfm.specs import PreprocessSpec, ScanError
 from tests import phantoms
@@ -150,6 +150,21 @@ def test_the_thinnest_slices_are_the_reference(tmp_path: Path) -> None:
     scans = {"t1": write_scan(tmp_path, "thick_slices"), "t2": write_scan(tmp_path, "oblique")}
     prepared = prepare_session(scans, {}, SPEC)
     np.testing.assert_allclose(prepared.affine_mm[:3, :3], nifti.read(scans["t2"])[0].affine_mm[:3, :3], atol=1e-6)
+
+
+def test_the_offset_is_counted_from_the_edge_of_the_reference(session: tuple) -> None:
+    scans, _, prepared = session
+    file = nifti.read_header(scans["lps"]).grid
+    lattice = geometry.lattice(file.ras_affine(), SPEC.spacing_mm)
+    np.testing.assert_allclose(geometry.cropped_affine(lattice, prepared.offset_vox), prepared.affine_mm)
+    assert prepared.frame == ""
+
+
+def test_a_recipe_of_before_registration_can_be_read(session: tuple) -> None:
+    recipe = session[2].recipes["lps"]
+    values = recipe.to_dict()
+    del values["moved_mm"]
+    assert Recipe.from_dict(values) == recipe
 
 
 def test_bad_scans_are_left_out_by_name(tmp_path: Path) -> None:
