@@ -1,12 +1,18 @@
-"""White-matter lesions: drawn as a list, then painted."""
+"""Lesions: a synthetic subject's white-matter lesions, and lesions inserted into patches of healthy scans.
+
+Both are drawn first and painted afterwards: all randomness is in the drawing.
+"""
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
+import scipy.ndimage
 
 from brainfm.synthesis.deform import random_field
+from brainfm.synthesis.shapes import FEWEST_VOXELS, Shapes, resized
 
 
 @dataclass(frozen=True)
@@ -91,3 +97,190 @@ def paint(
         membership[box] = np.maximum(membership[box], new)
         contrast[box] = np.maximum(contrast[box], new * lesion.strength)
     return membership, contrast / np.maximum(membership, 1e-6)
+
+
+# ---- on healthy tissue -----------------------------------------------------------------------------------------------
+
+# How far a lesion's intensity lies from its surroundings, in standard deviations of healthy tissue at strength 1.
+# What depends on the lesion (adc, md, dwi, t1c) is settled in `_shift`.
+_SHIFTS = {
+    "t1": -0.8, "t1c": -0.8, "t2": 1.0, "flair": 1.2, "pd": 0.7, "t2s": 0.9, "swi": -0.8, "minip": -0.8,
+    "dwi": 1.3, "adc": 0.9, "md": 0.9, "fa": -0.9, "t1map": 0.9, "t2map": 1.0,
+}  # fmt: skip
+_MOST_SHARE = 0.12  # of the patch's tissue that one lesion may take
+_LEAST_INSIDE = 0.5  # of a shape that must fall on tissue within the patch
+_TRIES = 6
+_TAIL = 2.5  # standard deviations at which a rim ends
+_LEAST_UNIT = 0.2  # of a standardised scan: lesions show even where the tissue is flat
+
+
+@dataclass(frozen=True)
+class Inserted:
+    """One lesion of an insertion, in a box of the patch.
+
+    Attributes:
+        start_vox: the box's corner.
+        inside: [x, y, z] bool: what counts as lesion.
+        weight: [x, y, z] float32 0..1: the lesion and its soft rim, 0 on the faces of the box that lie in the patch.
+        texture: [x, y, z] float32 of mean 0 about: how the shift varies inside.
+        core: [x, y, z] float32 0..1: 1 deep inside, 0 at the border; what is dark where the border enhances.
+        strength: factor of the shift, 1 on average.
+    """
+
+    start_vox: tuple[int, int, int]
+    inside: np.ndarray
+    weight: np.ndarray
+    texture: np.ndarray
+    core: np.ndarray
+    strength: float
+
+    @property
+    def box(self) -> tuple[slice, ...]:
+        return tuple(slice(s, s + n) for s, n in zip(self.start_vox, self.inside.shape))
+
+
+@dataclass(frozen=True)
+class Insertion:
+    """Lesions of one subject within a patch: the same for every scan of that place.
+
+    Attributes:
+        lesions: one to three.
+        acute: bright on dwi and dark on adc; else bright on adc and faintly so on dwi.
+        enhancing: on t1c: ``none``, ``solid`` or ``ring``.
+        unknown_sign: of the shift where the contrast does not tell it, 1 or -1.
+        levelling: 0..1, how much of the tissue's own structure the lesion wipes out.
+    """
+
+    lesions: tuple[Inserted, ...]
+    acute: bool
+    enhancing: str
+    unknown_sign: int
+    levelling: float
+
+    def mask(self, patch_vox: Sequence[int]) -> np.ndarray:
+        """What counts as lesion: bool [X, Y, Z] of this size, which is the tissue's when it was drawn."""
+        mask = np.zeros(tuple(patch_vox), dtype=bool)
+        for lesion in self.lesions:
+            mask[lesion.box] |= lesion.inside
+        return mask
+
+
+def draw_insertion(
+    rng: np.random.Generator,
+    shapes: Shapes,
+    tissue: np.ndarray,
+    patch_vox: Sequence[int],
+    spacing_mm: float | Sequence[float],
+    most: int = 3,
+) -> Insertion | None:
+    """Lesions for a patch of healthy tissue, or None where there is no room for one.
+
+    Args:
+        rng: where everything random comes from.
+        shapes: to choose from; they are turned by quarters, mirrored, scaled, and cut where the tissue ends.
+        tissue: bool [X, Y, Z], where lesions may be.
+        patch_vox: the shape of the patch, that of tissue.
+        spacing_mm: of the patch.
+        most: lesions; one to so many are tried.
+    """
+    size = tuple(int(n) for n in patch_vox)
+    if tissue.shape != size:
+        raise ValueError(f"tissue has shape {tissue.shape}, expected that of the patch, {size}")
+    spacing = np.broadcast_to(np.asarray(spacing_mm, dtype=float), 3)
+    places = np.flatnonzero(tissue)
+    if not len(places):
+        return None
+    wanted = 1 + int(rng.binomial(most - 1, 0.3))
+    lesions = []
+    for _ in range(_TRIES * wanted):
+        lesion = _draw_one(rng, shapes, tissue, places, spacing)
+        if lesion is not None:
+            lesions.append(lesion)
+        if len(lesions) == wanted:
+            break
+    acute = bool(rng.random() < 0.7)
+    enhancing = str(rng.choice(["none", "solid", "ring"], p=[0.4, 0.25, 0.35]))
+    sign = 1 if rng.random() < 0.5 else -1
+    levelling = float(rng.uniform(0.2, 0.8))
+    return Insertion(tuple(lesions), acute, enhancing, sign, levelling) if lesions else None
+
+
+def _draw_one(
+    rng: np.random.Generator, shapes: Shapes, tissue: np.ndarray, places: np.ndarray, spacing: np.ndarray
+) -> Inserted | None:
+    shape = shapes[int(rng.integers(len(shapes)))].transpose(rng.permutation(3))
+    shape = shape[tuple(slice(None, None, 1 if rng.random() < 0.5 else -1) for _ in range(3))]
+    count = int(np.count_nonzero(shape))
+    voxel = float(np.prod(spacing))
+    full = count * shapes.spacing_mm**3 / voxel  # voxels of the patch at scale 1
+    scale = float(np.clip(rng.lognormal(0, 0.25), 0.5, 1.6))
+    scale = min(scale, (_MOST_SHARE * len(places) / full) ** (1 / 3))
+    centre = np.array(np.unravel_index(places[int(rng.integers(len(places)))], tissue.shape))
+    rim_mm = float(rng.uniform(0.4, 1.6))
+    strength = float(np.clip(rng.lognormal(-0.05, 0.35), 0.45, 2.2))
+    uneven = float(rng.uniform(0.1, 0.5))
+    if full * scale**3 < FEWEST_VOXELS:
+        return None
+    radius_mm = (3 * full * scale**3 * voxel / (4 * np.pi)) ** (1 / 3)
+    sigma = min(rim_mm, 0.35 * radius_mm) / spacing  # voxels
+    body = resized(shape, spacing / (shapes.spacing_mm * scale))
+    margin = np.ceil(_TAIL * sigma).astype(int) + 1
+    wanted = centre - np.array(body.shape) // 2  # of the body's first voxel in the patch
+    start = np.maximum(wanted - margin, 0)
+    stop = np.minimum(wanted + body.shape + margin, tissue.shape)
+    inside = np.zeros(tuple(stop - start), dtype=bool)
+    low, high = np.maximum(wanted, 0), np.minimum(wanted + body.shape, tissue.shape)
+    here = tuple(slice(a - s, b - s) for a, b, s in zip(low, high, start))
+    inside[here] = body[tuple(slice(a - w, b - w) for a, b, w in zip(low, high, wanted))] > 0.5
+    room = tissue[tuple(slice(a, b) for a, b in zip(start, stop))]
+    inside &= room
+    if np.count_nonzero(inside) < max(FEWEST_VOXELS, _LEAST_INSIDE * full * scale**3):
+        return None
+    soft = scipy.ndimage.gaussian_filter(inside.astype(np.float32), sigma, mode="nearest", truncate=_TAIL)
+    weight = np.minimum(2 * soft, 1)  # 1 at the border, so that the whole mask is seen; the rim lies outside
+    weight[~scipy.ndimage.binary_dilation(room)] = 0
+    core = np.clip(2 * soft - 1, 0, 1)
+    texture = random_field(rng, inside.shape, float(spacing.min()), max(5.0, 2.5 * float(spacing.min())))
+    texture += 0.3 * rng.standard_normal(inside.shape, dtype=np.float32)
+    return Inserted((int(start[0]), int(start[1]), int(start[2])), inside, weight, uneven * texture, core, strength)
+
+
+def insert(image: np.ndarray, contrast: str, insertion: Insertion, tissue: np.ndarray) -> np.ndarray:
+    """The scan with the lesions in it; voxels that no rim reaches keep every bit.
+
+    Inside, the tissue is drawn towards its mean there and shifted by so many standard deviations of the healthy tissue
+    of the patch. The sign follows the contrast and, for one subject, agrees over all of them.
+
+    Args:
+        image: [X, Y, Z] float, standardised; not changed.
+        contrast: a contrast of the manifest; one whose sign is not known takes the sign drawn for the subject.
+        insertion: of this place.
+        tissue: bool [X, Y, Z], the mask it was drawn with.
+
+    Returns:
+        [X, Y, Z] float32.
+    """
+    result = np.array(image, dtype=np.float32)
+    coarse = (slice(None, None, 2),) * 3
+    healthy = result[coarse][tissue[coarse]]
+    unit = max(float(healthy.std()), _LEAST_UNIT) if healthy.size else _LEAST_UNIT
+    for lesion in insertion.lesions:
+        block = result[lesion.box]
+        level = float(block[lesion.inside].mean())
+        shift = unit * lesion.strength * _shift(contrast, insertion, lesion)
+        block += lesion.weight * (insertion.levelling * (level - block) + shift * (1 + lesion.texture))
+    return result
+
+
+def _shift(contrast: str, insertion: Insertion, lesion: Inserted) -> float | np.ndarray:
+    """In standard deviations of healthy tissue, at strength 1; an array where the core differs from the border."""
+    known = _SHIFTS.get(contrast, insertion.unknown_sign * 1.0)
+    if contrast in ("adc", "md"):
+        return -known if insertion.acute else known
+    if contrast == "dwi":
+        return known if insertion.acute else 0.4 * known
+    if contrast == "t1c" and insertion.enhancing == "solid":
+        return 1.3
+    if contrast == "t1c" and insertion.enhancing == "ring":
+        return 1.3 + (known - 1.3) * lesion.core
+    return known
