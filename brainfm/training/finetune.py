@@ -14,7 +14,7 @@ from lightning.fabric import Fabric
 from safetensors.torch import load_file, save
 
 from brainfm.batch import Batch, Terms
-from brainfm.data.augment import AugmentSpec, apply, draw
+from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import Case, TaskPatches, find_cases, whole_case
 from brainfm.data.splits import folds
@@ -192,7 +192,7 @@ def _fold(
         float(data["foreground_share"]),
         float(data["contrast_dropout"]),
     )
-    augment = AugmentSpec(**data["augment"]) if data["augment"] else None
+    augment = augment_spec(data["augment"])
     loop = loop_spec(trainer, config["optim"])
 
     def loader_from(step: int) -> Any:

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from brainfm import __version__
 from brainfm.batch import Batch, Terms
-from brainfm.data.augment import AugmentSpec, apply, draw
+from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.splits import holdout
@@ -98,7 +98,7 @@ def pretrain(config: dict[str, Any]) -> State:
             f"({sum(p.numel() for p in backbone.parameters()):,} in the encoder); "
             f"{len(train_set)} subjects to train on, {len({s.subject_key for s in sides[1]})} held out"
         )
-    augment = AugmentSpec(**data["augment"]) if data["augment"] else None
+    augment = augment_spec(data["augment"])
     batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
     spec = loop_spec(trainer, config["optim"])
 
