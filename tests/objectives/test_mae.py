@@ -9,7 +9,7 @@ from brainfm.batch import Batch
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.mae import MAE
 from brainfm.objectives.masking import draw_mask
-from brainfm.objectives.objective import Objective, build_objective, settings
+from brainfm.objectives.objective import OBJECTIVES, Objective, build_objective, settings
 from brainfm.specs import ConfigError
 
 PATCH = (16, 16, 16)
@@ -112,15 +112,16 @@ def test_refusals(config, words):
 
 
 def test_build_objective__refusals():
-    with pytest.raises(ConfigError, match="unknown objective 'simclr', expected one of cross_contrast, mae"):
+    with pytest.raises(ConfigError, match=r"unknown objective 'simclr', expected one of anatomy_pathology, .*, mae"):
         build_objective("simclr", build_backbone("unet_tiny"), patch_vox=PATCH, seed=0)
     with pytest.raises(ConfigError, match="multiples of 4 voxels"):
         build_objective("mae", build_backbone("unet_tiny"), patch_vox=(16, 16, 18), seed=0)
 
 
 def test_config_is_complete_and_makes_the_same_objective():
-    for name in ("mae", "cross_contrast"):
-        objective = build_objective(name, build_backbone("unet_tiny"), patch_vox=PATCH, seed=0, latent_channels=16)
+    for name in OBJECTIVES:
+        small = {"latent_channels": 16, "mask_unit_vox": 4}
+        objective = build_objective(name, build_backbone("unet_tiny"), patch_vox=PATCH, seed=0, **small)
         assert objective.name == name and set(objective.config) == set(settings(name))
         again = build_objective(name, build_backbone("unet_tiny"), patch_vox=PATCH, seed=0, **objective.config)
         assert again.config == objective.config and list(again.state_dict()) == list(objective.state_dict())

@@ -1,0 +1,303 @@
+"""Two views of one person are alike, other people are not; alone, or beside masked reconstruction."""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from brainfm.batch import Batch, Terms
+from brainfm.nets.backbone import Backbone
+from brainfm.nets.decoders import LightDecoder
+from brainfm.nets.latents import Latents
+from brainfm.objectives.losses import mean_of_valid, reconstruction
+from brainfm.objectives.masking import draw_mask, hidden_blocks
+from brainfm.objectives.objective import Objective
+from brainfm.specs import ConfigError, ViewSpec
+
+
+class Projector(nn.Module):
+    """Pooled codes to unit vectors.
+
+    Source: Chen et al. 2020, SimCLR (arXiv 2002.05709), section 4.2.
+    Differs: layer norm for batch norm, because a batch of volumes is small and its samples must not see each other.
+    """
+
+    def __init__(self, channels: int, hidden: int, out: int) -> None:
+        super().__init__()
+        self.layers = nn.Sequential(
+            nn.Linear(channels, hidden), nn.LayerNorm(hidden), nn.GELU(), nn.Linear(hidden, out, bias=False)
+        )
+
+    def forward(self, codes: Tensor) -> Tensor:
+        """[V, E, X, Y, Z] -> [V, F] float32 of length 1."""
+        return F.normalize(self.layers(codes.flatten(2).mean(dim=2)).float(), dim=1)
+
+
+def info_nce(
+    queries: Tensor, keys: Tensor, subjects: Tensor, all_subjects: Tensor, own: Tensor, temperature: float
+) -> Tensor:
+    """The loss of each query against its own key, other people's keys being the wrong answers: [V].
+
+    Args:
+        queries: [V, F] of length 1.
+        keys: [W, F] of length 1, W >= V.
+        subjects: [V] int64, whom each query shows.
+        all_subjects: [W] int64, whom each key shows; -1 for an empty place, which never counts.
+        own: [V] int64, the place of each query's own key.
+        temperature: > 0.
+
+    Source: van den Oord et al. 2018 (arXiv 1807.03748), equation 4.
+    Differs: further keys of the same person are neither right nor wrong; they are left out.
+    """
+    logits = queries @ keys.T / temperature
+    excluded = (subjects[:, None] == all_subjects[None, :]) | (all_subjects[None, :] < 0)
+    excluded = excluded.scatter(1, own[:, None], False)
+    return F.cross_entropy(logits.masked_fill(excluded, -torch.inf), own, reduction="none")
+
+
+class MAEContrastive(Objective):
+    """Masked reconstruction of two views, and their codes drawn together against those of other people.
+
+    The second view is another scan of the subject (of this visit, or with ``visits`` of another one) near the same
+    place, or another patch of the only scan. A pair of visits counts less the longer the time between them.
+
+    Args:
+        backbone: trained; owned from here on.
+        patch_vox: X, Y, Z.
+        seed: of the masks.
+        mask_unit_vox, mask_ratio: edge length and share of the hidden blocks, drawn apart for both views; 0 hides none.
+        loss, beta: of the reconstruction, as in MAE.
+        reconstruction_weight, contrastive_weight: of the terms; 0 leaves a term and its network out.
+        latent_channels: between backbone, decoder and projector.
+        parts: of the latent; the first one is drawn together, all are decoded.
+        temperature: of the contrast.
+        hidden_channels, projected_channels: of the projector.
+        shift: how far the second patch may lie from the first, as a share of its edge.
+        visits: whether the second view may come from another visit.
+        interval_tau_years: a pair that lies t years apart weighs exp(-t / tau); null weighs all alike.
+        queue: how many codes of earlier steps serve as further wrong answers.
+
+    Source: SimCLR (arXiv 2002.05709) with the memory of Wang et al. 2020, XBM (arXiv 1912.06798); the sum with masked
+    reconstruction as in the SSL3D challenge entries that led on classification (mean of both tasks).
+    Differs: negatives are other people only; no momentum encoder.
+    Raises: ConfigError for impossible values.
+    """
+
+    name = "mae_contrastive"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        patch_vox: tuple[int, int, int],
+        seed: int,
+        mask_unit_vox: int = 4,
+        mask_ratio: float = 0.6,
+        loss: str = "mse",
+        beta: float = 0.1,
+        reconstruction_weight: float = 1.0,
+        contrastive_weight: float = 0.1,
+        latent_channels: int = 512,
+        parts: dict[str, float] | None = None,
+        temperature: float = 0.1,
+        hidden_channels: int = 512,
+        projected_channels: int = 128,
+        shift: float = 0.25,
+        visits: bool = False,
+        interval_tau_years: float | None = None,
+        queue: int = 1024,
+    ) -> None:
+        parts = dict(parts) if parts else {"all": 1.0}
+        config: dict[str, Any] = {
+            "mask_unit_vox": mask_unit_vox,
+            "mask_ratio": mask_ratio,
+            "loss": loss,
+            "beta": beta,
+            "reconstruction_weight": reconstruction_weight,
+            "contrastive_weight": contrastive_weight,
+            "latent_channels": latent_channels,
+            "parts": parts,
+            "temperature": temperature,
+            "hidden_channels": hidden_channels,
+            "projected_channels": projected_channels,
+            "shift": shift,
+            "visits": visits,
+            "interval_tau_years": interval_tau_years,
+            "queue": queue,
+        }
+        super().__init__(backbone, ViewSpec(patch_vox, pairs=True, visits=visits, shift=shift), seed, config)
+        if mask_ratio:
+            hidden_blocks(self.views.patch_vox, mask_unit_vox, mask_ratio)
+        elif reconstruction_weight:
+            raise ConfigError("objective.mask_ratio=0: nothing is hidden, so there is nothing to reconstruct")
+        if temperature <= 0 or queue < 0 or (interval_tau_years is not None and interval_tau_years <= 0):
+            raise ConfigError(
+                f"objective.temperature={temperature}, queue={queue}, interval_tau_years={interval_tau_years}: "
+                "expected temperature > 0, queue >= 0 and null or more than 0 years"
+            )
+        if min(reconstruction_weight, contrastive_weight) < 0 or contrastive_weight == 0:
+            raise ConfigError("objective.contrastive_weight: expected more than 0, and reconstruction_weight 0 or more")
+        self.mask_unit_vox, self.mask_ratio = mask_unit_vox, mask_ratio
+        self.loss, self.beta = loss, beta
+        self.weights = {"hidden": reconstruction_weight, "contrast": contrastive_weight}
+        self.temperature, self.tau = temperature, interval_tau_years
+        self.latents = Latents(backbone.widths, parts, latent_channels)
+        self.part = next(iter(parts))
+        self.decoder = (
+            LightDecoder(latent_channels, backbone.widths, backbone.strides) if reconstruction_weight else None
+        )
+        self.projector = Projector(self.latents.sizes[self.part], hidden_channels, projected_channels)
+        self.register_buffer("queue_codes", torch.zeros(queue, projected_channels))
+        self.register_buffer("queue_subjects", torch.full((queue,), -1, dtype=torch.int64))
+        self.register_buffer("queue_next", torch.zeros((), dtype=torch.int64))
+
+    queue_codes: Tensor
+    queue_subjects: Tensor
+    queue_next: Tensor
+
+    def forward(self, batch: Batch, progress: float) -> Terms:
+        """Parts ``contrast``, ``hidden`` (with reconstruction) and ``rank1``: how often the own key is the nearest."""
+        views, hidden = self._views(batch)
+        codes = self._codes(views, hidden)
+        parts = {}
+        if self.decoder is not None:
+            assert hidden is not None
+            output = self.decoder(torch.cat(list(codes.values()), dim=1))
+            parts["hidden"] = mean_of_valid(reconstruction(output, views, self.loss, self.beta, where=hidden))
+        parts["contrast"], rank1 = self._contrast(codes[self.part], batch)
+        total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
+        return Terms(total, {name: part.detach() for name, part in parts.items()} | {"rank1": rank1})
+
+    @torch.no_grad()
+    def pictures(self, batch: Batch) -> dict[str, Tensor]:
+        """``input``, ``partner``, and with reconstruction ``masked`` and ``self``."""
+        views, hidden = self._views(batch)
+        first, second = views.chunk(2)
+        pictures = {"input": first, "partner": second}
+        if self.decoder is not None and hidden is not None:
+            output = self.decoder(torch.cat(list(self._codes(views, hidden).values()), dim=1)).float()
+            pictures |= {"masked": first.masked_fill(hidden[: len(first)], 0), "self": output[: len(first)]}
+        return pictures
+
+    def state_for_file(self) -> dict[str, Tensor]:
+        """Without the queue: it holds codes of people, and is of no use after the run."""
+        return {name: value for name, value in super().state_for_file().items() if not name.startswith("queue_")}
+
+    def _views(self, batch: Batch) -> tuple[Tensor, Tensor | None]:
+        """Both views of all samples [2B, 1, X, Y, Z], the first ones first, and what is hidden of them."""
+        partner = batch.image if batch.partner is None else batch.partner
+        views = torch.cat([batch.image, partner]).float()
+        if not self.mask_ratio:
+            return views, None
+        shape = views.shape[2:]
+        hidden = [
+            draw_mask(batch.sample, shape, self.mask_unit_vox, self.mask_ratio, self.seed, purpose)
+            for purpose in ("mask_a", "mask_b")
+        ]
+        return views, torch.cat(hidden)
+
+    def _codes(self, views: Tensor, hidden: Tensor | None) -> dict[str, Tensor]:
+        maps = self.backbone.features(views) if hidden is None else self.backbone.features_masked(views, hidden)
+        return {name: code.mean for name, code in self.latents(maps).items()}
+
+    def _contrast(self, codes: Tensor, batch: Batch) -> tuple[Tensor, Tensor]:
+        """The loss of both directions and the share of queries whose own key is the nearest of all."""
+        subjects = torch.arange(len(batch), device=codes.device) if batch.subject is None else batch.subject
+        mine = self.projector(codes)
+        keys, whose, first = _of_all_ranks(mine, torch.cat([subjects, subjects]))
+        count = len(batch)
+        place = torch.arange(2 * count, device=codes.device)
+        partner = (place + count) % (2 * count) + first
+        known = self.queue_codes.to(keys)
+        losses = info_nce(
+            mine,
+            torch.cat([keys, known]),
+            torch.cat([subjects, subjects]),
+            torch.cat([whose, self.queue_subjects]),
+            partner,
+            self.temperature,
+        )
+        weight = self._weight(batch)
+        loss = (losses * torch.cat([weight, weight])).sum() / (2 * weight.sum()).clamp(min=1e-6)
+        with torch.no_grad():
+            nearest = (mine @ keys.T).scatter(1, (place + first)[:, None], -torch.inf).argmax(dim=1)
+            rank1 = (nearest == partner).float().mean()
+            if self.training:
+                self._remember(keys, whose)
+        return loss, rank1
+
+    def _weight(self, batch: Batch) -> Tensor:
+        """[B], 1 within a visit and where the interval is not known."""
+        if self.tau is None or batch.interval_years is None:
+            return torch.ones(len(batch), device=batch.image.device)
+        return torch.exp(-batch.interval_years.abs().nan_to_num(0.0) / self.tau)
+
+    def _remember(self, keys: Tensor, whose: Tensor) -> None:
+        size = len(self.queue_codes)
+        if size == 0:
+            return
+        keys, whose = keys[-size:], whose[-size:]
+        places = (self.queue_next + torch.arange(len(keys), device=keys.device)) % size
+        self.queue_codes[places] = keys.to(self.queue_codes)
+        self.queue_subjects[places] = whose
+        self.queue_next.copy_((self.queue_next + len(keys)) % size)
+
+
+class Contrastive(MAEContrastive):
+    """The contrast alone; see MAEContrastive."""
+
+    name = "contrastive"
+
+    def __init__(
+        self,
+        backbone: Backbone,
+        *,
+        patch_vox: tuple[int, int, int],
+        seed: int,
+        mask_unit_vox: int = 4,
+        mask_ratio: float = 0.3,
+        latent_channels: int = 512,
+        parts: dict[str, float] | None = None,
+        temperature: float = 0.1,
+        hidden_channels: int = 512,
+        projected_channels: int = 128,
+        shift: float = 0.25,
+        visits: bool = False,
+        interval_tau_years: float | None = None,
+        queue: int = 1024,
+    ) -> None:
+        super().__init__(
+            backbone,
+            patch_vox=patch_vox,
+            seed=seed,
+            mask_unit_vox=mask_unit_vox,
+            mask_ratio=mask_ratio,
+            reconstruction_weight=0.0,
+            contrastive_weight=1.0,
+            latent_channels=latent_channels,
+            parts=parts,
+            temperature=temperature,
+            hidden_channels=hidden_channels,
+            projected_channels=projected_channels,
+            shift=shift,
+            visits=visits,
+            interval_tau_years=interval_tau_years,
+            queue=queue,
+        )
+        for key in ("loss", "beta", "reconstruction_weight", "contrastive_weight"):
+            del self.config[key]
+
+
+def _of_all_ranks(codes: Tensor, subjects: Tensor) -> tuple[Tensor, Tensor, int]:
+    """The codes of all processes with gradients to each, whom they show, and where this process's own begin."""
+    if not (dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1):
+        return codes, subjects, 0
+    from torch.distributed.nn.functional import all_gather
+
+    whose = [torch.empty_like(subjects) for _ in range(dist.get_world_size())]
+    dist.all_gather(whose, subjects)
+    return torch.cat(all_gather(codes)), torch.cat(whose), dist.get_rank() * len(codes)
