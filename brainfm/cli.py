@@ -240,16 +240,23 @@ def preprocess_spec(values: dict[str, Any]) -> Any:
 
 
 def _pretrain(config: dict[str, Any]) -> int:
-    from brainfm.training.pretrain import pretrain
-
-    pretrain(config)
-    return 0
+    return _train("pretrain", config)
 
 
 def _finetune(config: dict[str, Any]) -> int:
-    from brainfm.training.finetune import finetune
+    return _train("finetune", config)
 
-    finetune(config)
+
+def _train(verb: str, config: dict[str, Any]) -> int:
+    """Here and now, or into the queue of a cluster."""
+    from brainfm.training.launch import run, submit
+
+    how = config.pop("launch")
+    if how["cluster"] is None:
+        run(verb, config)
+    else:
+        job = submit(verb, config, how)
+        print(f"{config['run']}: submitted as job {job.job_id}, logs in {job.paths.folder}")
     return 0
 
 

@@ -58,7 +58,8 @@ def make_loader(dataset: Dataset, steps: StepSampler, workers: int, pin_memory: 
 
 def _start_worker(worker: int) -> None:
     torch.set_num_threads(1)  # workers share the cores with the network
-    # Ctrl-C and a batch system's SIGTERM reach every process of the group. The trainer finishes its step and saves; a
+    # Ctrl-C and a batch system's signals reach every process of the group. The trainer finishes its step and saves; a
     # worker that died first would break that off. Workers end with the loader, or when their parent is gone.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    for name in ("SIGINT", "SIGTERM", "SIGUSR1", "SIGUSR2"):
+        if hasattr(signal, name):
+            signal.signal(getattr(signal, name), signal.SIG_IGN)

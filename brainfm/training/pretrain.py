@@ -21,7 +21,8 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import save_backbone
 from brainfm.objectives.objective import Objective, build_objective
-from brainfm.specs import ConfigError, Provenance
+from brainfm.specs import Provenance
+from brainfm.training.launch import make_fabric
 from brainfm.training.loop import LoopSpec, Run, State, train
 from brainfm.training.monitor import save_pictures
 from brainfm.training.optim import build_optimizer
@@ -40,27 +41,6 @@ class Augmented(torch.nn.Module):
         if self.training and self.spec is not None:
             batch = apply(batch, draw(batch, self.spec, self.seed))
         return self.question(batch, progress)
-
-
-def make_fabric(trainer: Mapping[str, Any]) -> Fabric:
-    """Fabric as ``trainer`` says: accelerator, devices, num_nodes, strategy, precision; launches the processes."""
-    precision = str(trainer["precision"])
-    if precision not in ("bf16-mixed", "32-true"):
-        raise ConfigError(f"trainer.precision={precision}: expected bf16-mixed or 32-true")
-    if trainer["accelerator"] == "gpu" and not torch.cuda.is_available():
-        raise ConfigError("trainer.accelerator=gpu: no GPU was found; use trainer=cpu or trainer=auto")
-    if trainer.get("threads"):
-        torch.set_num_threads(int(trainer["threads"]))
-    torch.set_float32_matmul_precision("high")
-    fabric = Fabric(
-        accelerator=trainer["accelerator"],
-        devices=trainer["devices"],
-        num_nodes=int(trainer["num_nodes"]),
-        strategy=trainer["strategy"],
-        precision=precision,  # type: ignore[arg-type]
-    )
-    fabric.launch()
-    return fabric
 
 
 def loop_spec(trainer: Mapping[str, Any], optim: Mapping[str, Any]) -> LoopSpec:
@@ -194,7 +174,7 @@ class _Validation:
 
 def identity_of(config: Mapping[str, Any], store: Store) -> dict[str, Any]:
     """What must be equal for a run to go on: all of the configuration that can change a number, and the data."""
-    kept = {k: v for k, v in config.items() if k not in ("run", "store", "debug", "experiment")}
+    kept = {k: v for k, v in config.items() if k not in ("run", "store", "debug", "experiment", "launch")}
     kept["trainer"] = {
         k: v for k, v in config["trainer"].items() if k not in ("workers", "log_every", "checkpoint_every")
     }
