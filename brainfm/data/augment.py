@@ -431,22 +431,12 @@ def _bias(height: Tensor, coefficients: Tensor, _: Tensor) -> Tensor:
 
 
 def _blur(height: Tensor, sigma_vox: Tensor, _: Tensor) -> Tensor:
-    """Gaussian, each row with its own width, as one product with a [L, L] matrix an axis; borders are repeated."""
+    """Gaussian, each row with its own width, one matrix product an axis; at borders the weights inside count."""
     for axis in range(3):
-        height = _along(height, _gaussian_matrices(sigma_vox, height.shape[1 + axis]), axis)
+        place = torch.arange(height.shape[1 + axis], device=height.device, dtype=torch.float32)
+        apart = (place[:, None] - place) / sigma_vox.clamp_min(1e-3).view(-1, 1, 1)
+        height = _along(height, torch.softmax(-0.5 * apart**2, dim=-1), axis)
     return height
-
-
-def _gaussian_matrices(sigma_vox: Tensor, length: int) -> Tensor:
-    """[R, L, L]: row i weighs the voxels for output i; what falls outside counts for the border voxel.
-
-    The integral of the Gaussian over each voxel, so that small widths, where sampled values would not, sum to 1.
-    """
-    place = torch.arange(length, device=sigma_vox.device, dtype=torch.float32)
-    edges = torch.arange(length - 1, device=sigma_vox.device, dtype=torch.float32) + 0.5
-    scaled = (edges[None, None] - place[None, :, None]) / (math.sqrt(2) * sigma_vox.clamp_min(1e-3).view(-1, 1, 1))
-    below = 0.5 * (1 + torch.erf(scaled))
-    return torch.diff(F.pad(below, (0, 1), value=1.0), dim=-1, prepend=torch.zeros_like(below[..., :1]))
 
 
 def _low_res(height: Tensor, factors: Sequence[tuple[float, float, float]], _: Tensor) -> Tensor:
