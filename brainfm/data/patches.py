@@ -6,8 +6,10 @@ on any rank and after resuming.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import numpy as np
 import torch
@@ -15,8 +17,10 @@ from torch.utils.data import Dataset
 
 from brainfm import seeds
 from brainfm.batch import Batch
-from brainfm.data.store import SessionEntry, Store
+from brainfm.data.store import ScanEntry, SessionEntry, Store
+from brainfm.data.targets import Targets, interval_years
 from brainfm.specs import ConfigError, ManifestError, StoreError, ViewSpec
+from brainfm.synthesis import lesions
 
 Triple = tuple[int, int, int]
 
@@ -28,28 +32,27 @@ class Sample:
     number: int
     image: np.ndarray  # [C, X, Y, Z] float16; C is 1, or M contrasts for a task
     partner: np.ndarray | None = None
-    paired: bool = False
-    same_contrast: bool = False
+    paired: bool | None = None
+    same_contrast: bool | None = None
+    interval_years: float | None = None
+    subject: int | None = None
     present: np.ndarray | None = None
     label: np.ndarray | None = None
+    regions: np.ndarray | None = None
+    volumes: np.ndarray | None = None
+    pathology: float | None = None
+    lesion: np.ndarray | None = None
 
 
 def collate(samples: Sequence[Sample]) -> Batch:
     """Samples of one kind to a Batch. Voxels stay float16 until they are on the device: half the bytes to move."""
-    first = samples[0]
-
-    def stack(arrays: list[np.ndarray]) -> torch.Tensor:
-        return torch.from_numpy(np.stack(arrays))
-
-    batch = {"sample": torch.tensor([s.number for s in samples]), "image": stack([s.image for s in samples])}
-    if first.partner is not None:
-        batch["partner"] = stack([s.partner for s in samples if s.partner is not None])
-        batch["paired"] = torch.tensor([s.paired for s in samples])
-        batch["same_contrast"] = torch.tensor([s.same_contrast for s in samples])
-    if first.present is not None:
-        batch["present"] = stack([s.present for s in samples if s.present is not None])
-    if first.label is not None:
-        batch["label"] = stack([s.label for s in samples if s.label is not None])
+    batch = {"sample": torch.tensor([s.number for s in samples])}
+    for name in (f.name for f in dataclasses.fields(Sample) if f.name != "number"):
+        values = [getattr(s, name) for s in samples]
+        if isinstance(values[0], np.ndarray):
+            batch[name] = torch.from_numpy(np.stack(values))
+        elif values[0] is not None:
+            batch[name] = torch.tensor(values)
     return Batch(**batch)
 
 
@@ -103,6 +106,7 @@ class PretrainPatches(Dataset):
         views: patch and whether pairs are wanted.
         seed: of the run.
         foreground_share: share of patches with a foreground voxel in their middle.
+        targets: what is known of the subjects, for the views that ask for it.
     """
 
     store: Store
@@ -110,6 +114,7 @@ class PretrainPatches(Dataset):
     views: ViewSpec
     seed: int
     foreground_share: float = 0.9
+    targets: Targets = field(default_factory=Targets)
     subjects: list[list[SessionEntry]] = field(init=False)
 
     def __post_init__(self) -> None:
@@ -128,23 +133,128 @@ class PretrainPatches(Dataset):
 
     def __getitem__(self, i: int) -> Sample:
         rng = seeds.stream(self.seed, "patch", i)
-        sessions = self.subjects[self._shuffled[i]]
+        place = self._shuffled[i]
+        sessions, patch_vox = self.subjects[place], self.views.patch_vox
         session = sessions[rng.integers(len(sessions))]
         first = int(rng.integers(len(session.scans)))
         second = int(rng.integers(len(session.scans) - 1)) if len(session.scans) > 1 else first
         if len(session.scans) > 1:
             second += second >= first
-        corner = draw_corner(
-            rng, session.shape, self.views.patch_vox, self.store.foreground(session), self.foreground_share
+        corner = draw_corner(rng, session.shape, patch_vox, self.store.foreground(session), self.foreground_share)
+        a = _View(session, session.scans[first], corner)
+        image = self._read(a)
+        fields: dict[str, Any] = {}
+        partner = None
+        if self.views.pairs:
+            b = self._second(i, a, session.scans[second], sessions)
+            # The same scan at the same place is no second view: it is not read again.
+            partner = image if b == a else self._read(b)
+            paired = (b.session.key, b.scan.name) != (a.session.key, a.scan.name)
+            fields |= {
+                "paired": paired,
+                "same_contrast": paired and a.scan.contrast == b.scan.contrast and a.scan.contrast != "unknown",
+                "interval_years": interval_years(a.session, b.session),
+                "subject": place,
+            }
+        if self.views.regions or self.views.volumes:
+            fields |= self._anatomy(a)
+        if self.views.lesions:
+            contrasts = (a.scan.contrast,) if partner is None else (a.scan.contrast, b.scan.contrast)
+            scans: tuple[np.ndarray, ...] = (image,) if partner is None else (image, partner)
+            scans, pathology = self._pathology(i, a, scans, contrasts, fields.get("regions"))
+            image, partner = scans[0], scans[1] if len(scans) == 2 else None
+            fields |= pathology
+        return Sample(i, image[None], None if partner is None else partner[None], **fields)
+
+    def _read(self, view: _View) -> np.ndarray:
+        return self.store.block(view.session, view.scan.name, view.corner, self.views.patch_vox)
+
+    def _second(self, i: int, a: _View, same_visit: ScanEntry, sessions: Sequence[SessionEntry]) -> _View:
+        """Where the second view lies: ``same_visit`` at the same corner, or as ``visits`` and ``shift`` have it."""
+        other, corner = _View(a.session, same_visit, a.corner), a.corner
+        if self.views.visits:
+            others = [(s, scan) for s in sessions if s.frame == a.session.frame for scan in s.scans]
+            others = [o for o in others if (o[0].key, o[1].name) != (a.session.key, a.scan.name)]
+            if others:
+                session, scan = others[seeds.stream(self.seed, "visit", i).integers(len(others))]
+                offset = zip(corner, a.session.offset_vox, session.offset_vox, strict=True)
+                x, y, z = (int(c + mine - its) for c, mine, its in offset)
+                other = _View(session, scan, (x, y, z))
+        if self.views.shift:
+            rng, moved = seeds.stream(self.seed, "shift", i), []
+            for at, edge, length in zip(other.corner, self.views.patch_vox, other.session.shape, strict=True):
+                most = int(self.views.shift * edge)
+                step, room = int(rng.integers(-most, most + 1)), length - edge
+                moved.append(int(np.clip(at + step, 0, room)) if room > 0 else at)
+            other = dataclasses.replace(other, corner=(moved[0], moved[1], moved[2]))
+        return other
+
+    def _anatomy(self, a: _View) -> dict[str, Any]:
+        fields: dict[str, Any] = {}
+        if self.views.regions:
+            chosen = self.targets.maps.get(a.session.key)
+            fields["regions"] = np.full(self.views.patch_vox, -1, np.int64)
+            if chosen is not None:
+                offset = zip(a.corner, a.session.offset_vox, chosen.session.offset_vox, strict=True)
+                corner = tuple(int(c + mine - its) for c, mine, its in offset)
+                ids = self.store.block(chosen.session, chosen.name, corner, self.views.patch_vox)
+                table = self.targets.tables[chosen.scheme]
+                fields["regions"] = np.where(ids < len(table), table[np.minimum(ids, len(table) - 1)], -1).astype(
+                    np.int64
+                )
+        if self.views.volumes:
+            unknown = np.full(len(self.targets.regions), np.nan, np.float32)
+            fields["volumes"] = self.targets.volumes.get(a.session.subject_key, unknown)
+        return fields
+
+    def _pathology(
+        self, i: int, a: _View, scans: tuple[np.ndarray, ...], contrasts: tuple[str, ...], regions: np.ndarray | None
+    ) -> tuple[tuple[np.ndarray, ...], dict[str, Any]]:
+        """The scans, in some patches with a lesion put in, and what is to be found in them.
+
+        Masks decide where there are any, then the session's health. A lesion may be put in where neither tells of
+        disease; the others of these patches then stand for health.
+        """
+        masks, health = self.targets.lesions.get(a.session.key, ()), self.targets.health.get(a.session.key)
+        patch_vox = self.views.patch_vox
+        if masks:
+            lesion = np.zeros(patch_vox, np.int8)
+            for name in masks:
+                lesion |= (self.store.block(a.session, name, a.corner, patch_vox) != 0).astype(np.int8)
+            return scans, {"pathology": float(lesion.any()), "lesion": lesion}
+        shapes = self.targets.shapes
+        if health == 1 or shapes is None or not self.targets.synthesise:
+            healthy = health == 0
+            lesion = np.full(patch_vox, 0 if healthy else -1, np.int8)
+            return scans, {"pathology": np.nan if health is None else health, "lesion": lesion}
+        rng = seeds.stream(self.seed, "lesion", i)
+        insertion = None
+        if rng.random() < self.targets.synthesise:
+            tissue = _tissue(scans[0], regions)
+            insertion = lesions.draw_insertion(rng, shapes, tissue, patch_vox, self.store.spec.spacing_mm)
+        if insertion is None:
+            return scans, {"pathology": 0.0, "lesion": np.zeros(patch_vox, np.int8)}
+        changed = tuple(
+            lesions.insert(scan, contrast, insertion, tissue).astype(np.float16)
+            for scan, contrast in zip(scans, contrasts, strict=True)
         )
-        a, b = session.scans[first], session.scans[second]
-        image = self.store.block(session, a.name, corner, self.views.patch_vox)[None]
-        if not self.views.pairs:
-            return Sample(i, image)
-        paired = first != second
-        partner = self.store.block(session, b.name, corner, self.views.patch_vox)[None] if paired else image
-        same = paired and a.contrast == b.contrast and a.contrast != "unknown"
-        return Sample(i, image, partner, paired=paired, same_contrast=same)
+        return changed, {"pathology": 1.0, "lesion": insertion.mask(patch_vox).astype(np.int8)}
+
+
+@dataclass(frozen=True)
+class _View:
+    """A patch to read: a scan of a session from a corner on."""
+
+    session: SessionEntry
+    scan: ScanEntry
+    corner: Triple
+
+
+def _tissue(image: np.ndarray, regions: np.ndarray | None) -> np.ndarray:
+    """Where a lesion may lie: in the brain where the anatomy is known, else wherever the scan is not dark."""
+    if regions is not None and (regions >= 0).any():
+        return regions > 1  # neither background nor fluid, in either vocabulary
+    return image > max(-1.0, float(image.min()) + 0.25)
 
 
 @dataclass(frozen=True)

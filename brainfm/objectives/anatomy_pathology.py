@@ -252,6 +252,11 @@ class AnatomyPathology(Objective):
         cells, patch = self.pathology_head(code)
         lesion = _or_unknown(batch.lesion, batch.image)[views.rows]
         wanted = torch.full_like(patch, torch.nan) if batch.pathology is None else batch.pathology[views.rows]
+        if batch.interval_years is not None:  # another visit has lesions of its own, which nobody has told
+            elsewhere = torch.zeros(len(views.rows), dtype=torch.bool, device=code.device)
+            elsewhere[len(batch) :] = batch.interval_years[views.partners] != 0
+            lesion = lesion.masked_fill(elsewhere[:, None, None, None], -1)
+            wanted = wanted.masked_fill(elsewhere, torch.nan)
         lesion = lesion.masked_fill(views.hidden[:, 0], -1)  # what is hidden cannot be found
         seen = (lesion >= 0).flatten(1).any(dim=1)
         shown = (lesion == 1).flatten(1).any(dim=1)
