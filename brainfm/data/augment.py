@@ -435,7 +435,9 @@ def _blur(height: Tensor, sigma_vox: Tensor, _: Tensor) -> Tensor:
     for axis in range(3):
         place = torch.arange(height.shape[1 + axis], device=height.device, dtype=torch.float32)
         apart = (place[:, None] - place) / sigma_vox.clamp_min(1e-3).view(-1, 1, 1)
-        height = _along(height, torch.softmax(-0.5 * apart**2, dim=-1), axis)
+        weights = torch.softmax(-0.5 * apart**2, dim=-1)
+        weights = torch.where(weights < 1e-7, 0, weights)  # denormal tails would slow a CPU down several times
+        height = _along(height, weights, axis)
     return height
 
 
@@ -472,7 +474,8 @@ def _along(scans: Tensor, matrices: Tensor, axis: int) -> Tensor:
     if axis == 0:
         return torch.bmm(matrices, scans.reshape(r, x, y * z)).view(r, x, y, z)
     if axis == 1:
-        return torch.matmul(matrices[:, None], scans)
+        each = matrices[:, None].expand(r, x, y, y).reshape(r * x, y, y)
+        return torch.bmm(each, scans.reshape(r * x, y, z)).view(r, x, y, z)
     return torch.bmm(scans.reshape(r, x * y, z), matrices.mT).view(r, x, y, z)
 
 
