@@ -346,7 +346,7 @@ def _runs(words: Sequence[str]) -> list[str]:
         for stop in range(start + 1, len(words) + 1):
             run = words[start:stop]
             telling = len("".join(run)) >= 4 and any(not word.isdigit() for word in run)
-            if len(run) < len(words) and (start == 0 or telling or run[0] == "sub" and len(run) > 1):
+            if len(run) < len(words) and (start == 0 or telling or (run[0] == "sub" and len(run) > 1)):
                 runs.append(" ".join(run))
     return list(dict.fromkeys(runs))
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import scipy.ndimage
@@ -14,10 +15,12 @@ from brainfm.imaging import nifti
 from brainfm.specs import ManifestError
 from brainfm.synthesis.deform import random_field
 
+_Thing = TypeVar("_Thing")
 FEWEST_VOXELS = 20  # a smaller piece is noise at this spacing
 _MOST_SHAPES = 400
 _MOST_EDGE = 64  # voxels; what is longer is shrunk: it will hardly meet a patch that holds it
 _MEDIAN_ML, _LOG_SPREAD = 1.5, 1.3  # of procedural volumes: 95 % between 0.12 and 19 ml, as stroke lesions are
+_BLOB_VOXELS = 4000
 _VOLUMES_ML = (0.08, 60.0)
 
 
@@ -54,7 +57,7 @@ def load_shapes(folder: Path, spacing_mm: float | Sequence[float]) -> Shapes:
     """Every connected piece of every ``*_mask.nii`` or ``*_mask.nii.gz`` at or below a folder.
 
     Args:
-        folder: lesion masks, anything but 0 is lesion; at most 400 pieces are kept, evenly over the files' order.
+        folder: lesion masks, anything but 0 is lesion; of more than 400 files, or pieces, 400 spread evenly are taken.
         spacing_mm: of the store; the shapes get its finest edge along every axis.
 
     Raises:
@@ -66,9 +69,9 @@ def load_shapes(folder: Path, spacing_mm: float | Sequence[float]) -> Shapes:
     if not files:
         raise ManifestError(f"{folder}: found no file *_mask.nii or *_mask.nii.gz, expected a folder of lesion masks")
     shapes: list[np.ndarray] = []
-    for path in files:
+    for path in _spread(files):
         volume, _ = nifti.read(path, labels=True)
-        pieces, _ = scipy.ndimage.label(volume.voxels != 0)
+        pieces, _ = scipy.ndimage.label(_trimmed(volume.voxels != 0))
         for number, box in enumerate(scipy.ndimage.find_objects(pieces), start=1):
             piece = pieces[box] == number
             if piece.sum() * np.prod(volume.spacing_mm) < FEWEST_VOXELS * edge_mm**3:
@@ -82,8 +85,7 @@ def load_shapes(folder: Path, spacing_mm: float | Sequence[float]) -> Shapes:
             f"{folder}: none of {len(files)} masks holds a lesion of {FEWEST_VOXELS} voxels of {edge_mm:g} mm, "
             "expected at least one"
         )
-    kept = np.unique(np.linspace(0, len(shapes) - 1, _MOST_SHAPES).round().astype(int))
-    return _packed([shapes[n] for n in kept], edge_mm)
+    return _packed(_spread(shapes), edge_mm)
 
 
 def procedural_shapes(seed: int, count: int, spacing_mm: float | Sequence[float]) -> Shapes:
@@ -104,19 +106,21 @@ def procedural_shapes(seed: int, count: int, spacing_mm: float | Sequence[float]
 def _blob(rng: np.random.Generator, edge_mm: float) -> np.ndarray:
     low, high = max(_VOLUMES_ML[0], 1.5 * FEWEST_VOXELS * edge_mm**3 / 1000), _VOLUMES_ML[1]
     volume_ml = float(np.clip(rng.lognormal(np.log(_MEDIAN_ML), _LOG_SPREAD), low, max(low, high)))
-    wanted = max(FEWEST_VOXELS, round(volume_ml * 1000 / edge_mm**3))
+    step = max(1.0, (volume_ml * 1000 / edge_mm**3 / _BLOB_VOXELS) ** (1 / 3))  # large ones are grown on a coarser grid
+    wanted = max(FEWEST_VOXELS, round(volume_ml * 1000 / (step * edge_mm) ** 3))
     radii = np.exp(rng.normal(0, 0.3, 3))
     radii *= (3 * wanted / (4 * np.pi * np.prod(radii))) ** (1 / 3)  # in voxels
     axes, _ = np.linalg.qr(rng.standard_normal((3, 3)))
-    reach = int(np.ceil(1.7 * radii.max())) + 2
+    reach = int(np.ceil(1.8 * radii.max())) + 2
     grid = np.moveaxis(np.mgrid[-reach : reach + 1, -reach : reach + 1, -reach : reach + 1], 0, -1)
     distance = np.linalg.norm((grid @ axes) / radii, axis=-1)
-    knots = max(2.5, 0.8 * float(radii.mean()))
-    bent = distance + 0.5 * random_field(rng, distance.shape, 1.0, knots)
-    level = np.partition(bent.ravel(), wanted)[wanted]
+    mean = float(radii.mean())
+    bent = distance + 1.2 * random_field(rng, distance.shape, 1.0, max(2.5, 0.9 * mean))
+    bent += 0.7 * random_field(rng, distance.shape, 1.0, max(2.0, 0.4 * mean))
+    level = np.partition(bent, wanted, axis=None)[wanted]
     pieces, _ = scipy.ndimage.label(bent < level)
     largest = int(np.argmax(np.bincount(pieces.ravel())[1:])) + 1
-    return _trimmed(_bounded(_trimmed(pieces == largest)))
+    return _trimmed(_bounded(resized(np.pad(_trimmed(pieces == largest), 1), (1 / step,) * 3) > 0.5))
 
 
 def finest(spacing_mm: float | Sequence[float]) -> float:
@@ -144,6 +148,11 @@ def _weights(n_in: int, n_out: int, step: float) -> np.ndarray:
     return (tent / total).astype(np.float32)
 
 
+def _spread(things: list[_Thing]) -> list[_Thing]:
+    """At most as many as the library keeps, evenly over their order."""
+    return [things[n] for n in np.unique(np.linspace(0, len(things) - 1, _MOST_SHAPES).round().astype(int))]
+
+
 def _bounded(shape: np.ndarray) -> np.ndarray:
     """The shape, shrunk where it is longer than the library keeps."""
     step = max(shape.shape) / _MOST_EDGE
@@ -151,8 +160,12 @@ def _bounded(shape: np.ndarray) -> np.ndarray:
 
 
 def _trimmed(shape: np.ndarray) -> np.ndarray:
-    boxes = scipy.ndimage.find_objects(shape.astype(np.uint8))
-    return shape[boxes[0]] if boxes else shape[:0, :0, :0]
+    """The array without its empty margins; nothing of it where all is empty."""
+    for _ in range(3):
+        filled = np.flatnonzero(shape.any(axis=(1, 2)))
+        shape = shape[filled[0] : filled[-1] + 1] if len(filled) else shape[:0]
+        shape = np.moveaxis(shape, 0, -1)  # the next axis to the front; after three the order is restored
+    return shape
 
 
 def _packed(shapes: list[np.ndarray], edge_mm: float) -> Shapes:
