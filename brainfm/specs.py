@@ -170,6 +170,7 @@ class Provenance(_Frozen):
         seed, steps, samples: of the run.
         hours: of wall time, and ``device`` the device they were spent on.
         parents: fingerprints of the weights that this run started from.
+        receipt: what the run has cost (training/receipt.py); empty where nobody counted.
     """
 
     version: str
@@ -182,3 +183,4 @@ class Provenance(_Frozen):
     hours: float = 0.0
     device: str = "cpu"
     parents: tuple[str, ...] = ()
+    receipt: dict[str, Any] = field(default_factory=dict)

@@ -10,6 +10,7 @@ import dataclasses
 import json
 import math
 import os
+import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
@@ -24,10 +25,15 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.specs import ConfigError, TrainingError
+from brainfm.training.guards import FiniteWatch, Guards, GuardSpec, first_not_finite
 from brainfm.training.monitor import Curves, Progress
 from brainfm.training.optim import lr_factor
+from brainfm.training.receipt import Meter
 
 CHECKPOINT = "last.ckpt"
+GOOD = "good.ckpt"  # the last checkpoint whose probe was passed
+# How a batch system announces that it will take the machine away: SLURM's --signal, submitit.
+ANNOUNCED = tuple(getattr(signal, name) for name in ("SIGUSR1", "SIGUSR2") if hasattr(signal, name))
 
 
 @dataclass(frozen=True)
@@ -38,7 +44,8 @@ class LoopSpec:
         max_steps: steps in all.
         warmup_steps: of the learning rate.
         clip_norm: largest norm of the gradient of all parameters; 0 does not clip.
-        log_every, checkpoint_every, evaluate_every: intervals; 0 is never. Evaluation also follows the last step.
+        log_every, checkpoint_every, evaluate_every, probe_every: intervals; 0 is never. Evaluation and probe also
+            follow the last step.
     """
 
     max_steps: int
@@ -47,6 +54,7 @@ class LoopSpec:
     log_every: int = 10
     checkpoint_every: int = 500
     evaluate_every: int = 0
+    probe_every: int = 0
 
     def __post_init__(self) -> None:
         if self.max_steps < 1 or not 0 <= self.warmup_steps <= self.max_steps:
@@ -65,12 +73,18 @@ class State:
         seconds: of training so far, over all sessions of the run.
         waited: seconds of these spent waiting for data.
         extra: what the caller wants kept, JSON-able (e.g. the best validation score).
+        guard: what the guards remember.
+        receipt: what the run has cost up to its last checkpoint (receipt.py).
+        saved: step of the last checkpoint; 0 before the first.
     """
 
     step: int = 0
     seconds: float = 0.0
     waited: float = 0.0
     extra: dict[str, Any] = field(default_factory=dict)
+    guard: dict[str, Any] = field(default_factory=dict)
+    receipt: dict[str, Any] = field(default_factory=dict)
+    saved: int = 0
 
 
 @dataclass
@@ -84,6 +98,9 @@ class Run:
         loader_from: gives the batches from a step on.
         evaluate: called with (state) every ``evaluate_every`` steps; returns values for the curves.
         after_step: called with progress after each optimiser step (a teacher moves here).
+        probe: called with (steps done) every ``probe_every`` steps on the first process, while the others wait; returns
+            values for the curves, which get ``probe_`` before their names.
+        guard: when to stop; None looks only for numbers that are not finite.
         title: for the progress bar.
     """
 
@@ -96,6 +113,8 @@ class Run:
     spec: LoopSpec
     evaluate: Callable[[State], dict[str, float]] | None = None
     after_step: Callable[[float], None] | None = None
+    probe: Callable[[int], dict[str, float]] | None = None
+    guard: GuardSpec | None = None
     title: str = "train"
 
 
@@ -112,14 +131,15 @@ class _Step(nn.Module):
 
 
 def train(run: Run) -> State:
-    """Runs to ``max_steps`` or until interrupted (SIGTERM, SIGINT), when it saves and returns.
+    """Runs to ``max_steps`` or until interrupted (SIGTERM, SIGINT, SIGUSR1, SIGUSR2), when it saves and returns.
 
     Returns:
         The state; ``state.step < max_steps`` means interrupted.
 
     Raises:
         ConfigError: where the folder holds a run with another configuration.
-        TrainingError: at a loss that is not finite; the last checkpoint stays as it was.
+        TrainingError: at a loss, gradient or weight that is not finite, or where a guard says so; the last checkpoint
+            stays as it was.
     """
     fabric, spec = run.fabric, run.spec
     peak_lr = [group["lr"] for group in run.optimizer.param_groups]
@@ -128,6 +148,8 @@ def train(run: Run) -> State:
     if state.step >= spec.max_steps:
         return state
     chief = fabric.is_global_zero
+    meter, watch = Meter(fabric.device, state.receipt), FiniteWatch(fabric.device)
+    guards = Guards(run.guard, state.guard) if run.guard is not None else None
     curves = Curves(run.folder, state.step) if chief else None
     batches = iter(run.loader_from(state.step))
     run.module.train()
@@ -140,6 +162,7 @@ def train(run: Run) -> State:
             began = time.perf_counter()
             batch = next(batches)
             state.waited += time.perf_counter() - began
+            meter.saw(batch)
             factor = lr_factor(state.step, spec.max_steps, spec.warmup_steps)
             for group, peak in zip(optimizer.param_groups, peak_lr):
                 group["lr"] = peak * factor
@@ -149,10 +172,12 @@ def train(run: Run) -> State:
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
             state.step += 1
+            watch.see(state.step, (values["total"], values["grad_norm"]))
             if run.after_step is not None:
                 run.after_step(state.step / spec.max_steps)
             if _due(state.step, spec.log_every, spec) or state.step == 1:
-                shown = _finite(values, run, state) | {"lr": peak_lr[0] * factor}
+                shown = _finite(values, watch, run, state) | {"lr": peak_lr[0] * factor}
+                _stop_at(run, state, guards.see_loss(state.step, shown["total"]) if guards and chief else None)
                 progress_bar.note = f"loss {shown['total']:.4f}"
                 if curves is not None:
                     curves.add(state.step, shown)
@@ -162,16 +187,30 @@ def train(run: Run) -> State:
                 scores = _evaluate(run, state)
                 if curves is not None:
                     curves.add(state.step, scores)
-            stop = _any_rank(fabric, interrupted())
-            if stop or _due(state.step, spec.checkpoint_every, spec):
-                _finite(values, run, state)
+            passed = False
+            if run.probe is not None and _due(state.step, spec.probe_every, spec):
+                with meter.probing():
+                    scores = _probe(run, state)
+                if curves is not None:
+                    curves.add(state.step, {f"probe_{name}": value for name, value in scores.items()})
+                if guards is not None:
+                    _stop_at(run, state, guards.see_probe(state.step, scores))
+                    passed = not guards.is_low()
+            stop = _of_any_rank(fabric, interrupted())
+            if stop or passed or _due(state.step, spec.checkpoint_every, spec):
+                _finite(values, watch, run, state)
+                _stop_at(run, state, _weights_fault(run, state))
+                state.receipt, state.saved = meter.read(fabric), state.step
                 _save(run, optimizer, state)
+                if passed and chief:
+                    _keep(run.folder / CHECKPOINT, run.folder / GOOD)
                 if curves is not None:
                     curves.add_speed(state.step, _speed(state))
             if stop:
                 break
     if curves is not None:
         curves.close()
+    _pass_on(stop)
     return state
 
 
@@ -186,6 +225,19 @@ def _evaluate(run: Run, state: State) -> dict[str, float]:
         return run.evaluate(state)
     finally:
         run.module.train()
+
+
+def _probe(run: Run, state: State) -> dict[str, float]:
+    """The first process asks; all learn the answer, and none runs ahead."""
+    assert run.probe is not None
+    scores: dict[str, float] = {}
+    if run.fabric.is_global_zero:
+        run.module.eval()
+        try:
+            scores = run.probe(state.step)
+        finally:
+            run.module.train()
+    return run.fabric.broadcast(scores)
 
 
 def _speed(state: State) -> dict[str, float]:
@@ -204,24 +256,45 @@ def _clip(module: nn.Module, clip_norm: float) -> Tensor:
     return torch.nn.utils.clip_grad_norm_([p for p in module.parameters() if p.grad is not None], largest)
 
 
-def _finite(values: dict[str, Tensor], run: Run, state: State) -> dict[str, float]:
-    """The values as numbers. Raises TrainingError at the first that is not finite."""
+def _finite(values: dict[str, Tensor], watch: FiniteWatch, run: Run, state: State) -> dict[str, float]:
+    """The values as numbers. Raises TrainingError where one is not finite, or was not at a step since the start."""
     numbers = {name: float(value.detach()) for name, value in values.items()}
     bad = [name for name, value in numbers.items() if not math.isfinite(value)]
-    if bad:
-        raise TrainingError(
-            f"{run.folder}: {bad[0]} is not finite after step {state.step}; the last checkpoint is kept, "
+    first = watch.first()
+    fault = None
+    if bad or first is not None:
+        fault = (
+            f"{bad[0] if bad else 'the loss or its gradient'} is not finite after step {first or state.step}; "
             "try a smaller optim.lr or trainer.precision=32-true"
         )
+    _stop_at(run, state, fault)
     return numbers
 
 
-def _any_rank(fabric: Fabric, flag: bool) -> bool:
-    """Whether any process was asked to stop: all must leave at the same step."""
+def _weights_fault(run: Run, state: State) -> str | None:
+    name = first_not_finite(run.module, run.optimizer)
+    if name is None:
+        return None
+    return f"{name} is not finite after step {state.step}; try a smaller optim.lr or trainer.precision=32-true"
+
+
+def _stop_at(run: Run, state: State, fault: str | None) -> None:
+    """Raises TrainingError on all processes where one of them has a fault, in one sentence that says what is kept."""
+    if not _of_any_rank(run.fabric, int(fault is not None)):
+        return
+    kept = f"{CHECKPOINT} holds step {state.saved}" if state.saved else "no checkpoint was written before"
+    if (run.folder / GOOD).exists():
+        good = json.loads(read_checkpoint(run.folder / GOOD)["state"])["step"]
+        kept += f", {GOOD} step {good}, the last whose probe was passed (copy it over {CHECKPOINT} to go on from there)"
+    raise TrainingError(f"{run.folder}: {fault or 'another process of this run found a fault and says which'}; {kept}")
+
+
+def _of_any_rank(fabric: Fabric, number: int) -> int:
+    """The signal that asked any process to stop, 0 for none: all must leave at the same step, for the same reason."""
     if fabric.world_size == 1:
-        return flag
-    asked = fabric.all_reduce(torch.tensor(float(flag), device=fabric.device), reduce_op="sum")
-    return isinstance(asked, Tensor) and bool(asked > 0)
+        return number
+    asked = fabric.all_reduce(torch.tensor(number, device=fabric.device), reduce_op="max")
+    return int(asked) if isinstance(asked, Tensor) else number
 
 
 def _save(run: Run, optimizer: torch.optim.Optimizer, state: State) -> None:
@@ -253,6 +326,17 @@ def _save(run: Run, optimizer: torch.optim.Optimizer, state: State) -> None:
     run.fabric.barrier()
 
 
+def _keep(checkpoint: Path, name: Path) -> None:
+    """A second name for a checkpoint: a link costs no space, and the next checkpoint replaces the other name only."""
+    partial = name.with_suffix(".tmp")
+    partial.unlink(missing_ok=True)
+    try:
+        os.link(checkpoint, partial)
+    except OSError:  # a file system without links
+        shutil.copyfile(checkpoint, partial)
+    os.replace(partial, name)
+
+
 def _restore(run: Run, optimizer: torch.optim.Optimizer) -> State:
     path = run.folder / CHECKPOINT
     content = read_checkpoint(path)
@@ -266,7 +350,9 @@ def _restore(run: Run, optimizer: torch.optim.Optimizer) -> State:
         )
     run.module.load_state_dict(content["module"])
     optimizer.load_state_dict(content["optimizer"])
-    return State(**json.loads(content["state"]))
+    state = State(**json.loads(content["state"]))
+    state.saved = state.step
+    return state
 
 
 def read_checkpoint(path: Path) -> dict[str, Any]:
@@ -307,17 +393,17 @@ def _closing(batches: Iterator[Batch]) -> Iterator[None]:
 
 
 @contextmanager
-def _interruptible() -> Iterator[Callable[[], bool]]:
-    """Within, SIGTERM and the first SIGINT set a flag instead of ending the process; the step is finished first."""
-    asked = [False]
+def _interruptible() -> Iterator[Callable[[], int]]:
+    """Within, the first signal is only noted instead of ending the process; the step is finished first."""
+    asked = [0]
 
     def ask(number: int, frame: Any) -> None:
         if asked[0] and number == signal.SIGINT:
             raise KeyboardInterrupt
-        asked[0] = True
+        asked[0] = asked[0] or number
 
     before = {}
-    for number in (signal.SIGTERM, signal.SIGINT):
+    for number in (signal.SIGTERM, signal.SIGINT, *ANNOUNCED):
         try:
             before[number] = signal.signal(number, ask)
         except ValueError:  # not the main thread: the caller's handlers stay
@@ -327,3 +413,12 @@ def _interruptible() -> Iterator[Callable[[], bool]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
+
+
+def _pass_on(number: int) -> None:
+    """Hands a batch system's signal to whoever was listening before the loop, now that all is saved.
+
+    submitit's listener puts the job back into its queue. SIGTERM is not passed on: a cancelled job stays cancelled.
+    """
+    if number in ANNOUNCED and callable(signal.getsignal(number)):
+        signal.raise_signal(number)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 import sys
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,16 +20,22 @@ from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
+from brainfm.data.targets import Targets, TargetSpec, find_targets
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import save_backbone
+from brainfm.nets.weights import save_backbone, write_atomically
 from brainfm.objectives.objective import Objective, build_objective
-from brainfm.specs import Provenance
+from brainfm.specs import ConfigError, Provenance
+from brainfm.training import receipt
+from brainfm.training.guards import GuardSpec
 from brainfm.training.launch import make_fabric
 from brainfm.training.loop import LoopSpec, Run, State, train
 from brainfm.training.monitor import save_pictures
 from brainfm.training.optim import build_optimizer
+from brainfm.training.probes import OnlineProbe, ProbeSpec, describe, with_whole
 
 BACKBONE_FILE = "backbone.safetensors"
+# Of the configuration: what moves no weight. A run may go on with other guards, or be asked more or less.
+_NOT_IDENTITY = ("run", "store", "debug", "experiment", "launch", "probe", "guard")
 
 
 class Augmented(torch.nn.Module):
@@ -58,7 +66,8 @@ def loop_spec(trainer: Mapping[str, Any], optim: Mapping[str, Any]) -> LoopSpec:
 def pretrain(config: dict[str, Any]) -> State:
     """Runs or resumes the pre-training that the resolved configuration describes (configs/pretrain.yaml).
 
-    Leaves ``backbone.safetensors``, ``last.ckpt``, ``curves.csv``, ``tensorboard/`` and ``pictures/`` in ``run``.
+    Leaves ``backbone.safetensors``, ``last.ckpt``, ``curves.csv``, ``tensorboard/``, ``pictures/``, ``probes.json`` and
+    ``receipt.json`` in ``run``.
 
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
@@ -69,24 +78,44 @@ def pretrain(config: dict[str, Any]) -> State:
     fabric = make_fabric(trainer)
     torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
     backbone = build_backbone(**config["backbone"])
-    objective = build_objective(**config["objective"], backbone=backbone, patch_vox=tuple(data["patch_vox"]), seed=seed)
-    sides = split_sessions(store, float(data["validation"]), seed)
-    train_set = PretrainPatches(store, sides[0], objective.views, seed, float(data["foreground_share"]))
+    sides = split_sessions(store, float(data["validation"]), int(data["split_seed"]))
+    question, targets = _with_targets(config, store, sides[0])
+    objective = build_objective(**question, backbone=backbone, patch_vox=tuple(data["patch_vox"]), seed=seed)
+    train_set = PretrainPatches(store, sides[0], objective.views, seed, float(data["foreground_share"]), targets)
     if fabric.is_global_zero:
         say(
             f"{sum(p.numel() for p in objective.parameters()):,} parameters in pre-training "
             f"({sum(p.numel() for p in backbone.parameters()):,} in the encoder); "
             f"{len(train_set)} subjects to train on, {len({s.subject_key for s in sides[1]})} held out"
         )
+        for note in targets.notes:
+            say(note)
     augment = augment_spec(data["augment"])
     batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
     spec = loop_spec(trainer, config["optim"])
+    probe = None
+    if config["probe"] is not None:
+        probe = OnlineProbe(
+            with_whole(objective.encode, backbone),
+            store,
+            held=sides[1],
+            trained=sides[0],
+            spec=ProbeSpec(**config["probe"]),
+            patch_vox=objective.views.patch_vox,
+            seed=seed,
+            device=fabric.device,
+            batch_size=batch_size,
+            folder=folder,
+        )
+        spec = dataclasses.replace(spec, probe_every=probe.spec.every)
+        if fabric.is_global_zero:
+            say("\n".join(probe.plan()))
 
     def loader_from(step: int) -> Any:
         steps = StepSampler(step, spec.max_steps, batch_size, fabric.global_rank, fabric.world_size)
         return make_loader(train_set, steps, workers, pin_memory=fabric.device.type == "cuda")
 
-    validate = _Validation(fabric, objective, store, sides[1], sides[0], batch_size, folder, config)
+    validate = _Validation(fabric, objective, store, sides[1], sides[0], targets, batch_size, folder, config)
     state = train(
         Run(
             fabric=fabric,
@@ -98,9 +127,13 @@ def pretrain(config: dict[str, Any]) -> State:
             spec=spec,
             evaluate=validate,
             after_step=objective.after_step,
+            probe=probe,
+            guard=GuardSpec(**config["guard"]) if config["guard"] is not None else None,
             title="pretrain",
         )
     )
+    if fabric.is_global_zero:
+        write_atomically(folder / receipt.FILE, (json.dumps(state.receipt, indent=1) + "\n").encode())
     if state.step == spec.max_steps and fabric.is_global_zero:
         samples = state.step * batch_size * fabric.world_size
         provenance = provenance_of(config, store, state, samples, fabric)
@@ -117,9 +150,37 @@ def pretrain(config: dict[str, Any]) -> State:
             f"{folder / BACKBONE_FILE}: {state.step} steps, {samples:,} samples, {provenance.hours:.2f} h on "
             f"{provenance.device}, {100 * state.waited / max(state.seconds, 1e-9):.1f} % of it waiting for data"
         )
+        say(receipt.describe(state.receipt))
+        if probe is not None:
+            say("\n".join(describe(probe.table)))
     elif fabric.is_global_zero:
         say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
     return state
+
+
+def _with_targets(
+    config: Mapping[str, Any], store: Store, trained: list[SessionEntry]
+) -> tuple[dict[str, Any], Targets]:
+    """The objective's settings, with the sizes of the anatomical targets as the data have them, and the targets."""
+    question = dict(config["objective"])
+    if not {"groups", "volumes"} <= set(question):
+        return question, Targets()
+    targets = find_targets(
+        store,
+        TargetSpec(**config["data"]["targets"]),
+        {session.subject_key for session in trained},
+        anatomy=float(question["anatomy_weight"]) > 0,
+        pathology=float(question["pathology_weight"]) > 0,
+    )
+    for key, there in (("groups", len(targets.groups)), ("volumes", len(targets.regions))):
+        if question[key] is None:
+            question[key] = there
+        elif question[key] not in (0, there):
+            raise ConfigError(f"objective.{key}={question[key]}: the data have {there}; expected {there}, 0 or null")
+    if float(question["anatomy_weight"]) > 0 and not (question["groups"] or question["volumes"]):
+        note = "no anatomical target at all: reconstruction alone trains the anatomy part (see `brainfm anatomy`)"
+        targets = dataclasses.replace(targets, notes=(*targets.notes, note))
+    return question, targets
 
 
 def split_sessions(store: Store, held_fraction: float, seed: int) -> tuple[list[SessionEntry], list[SessionEntry]]:
@@ -142,6 +203,7 @@ class _Validation:
         store: Store,
         held: list[SessionEntry],
         trained: list[SessionEntry],
+        targets: Targets,
         batch_size: int,
         folder: Path,
         config: dict[str, Any],
@@ -151,7 +213,7 @@ class _Validation:
         # With nobody held out the pictures still show something: subjects that were trained on.
         shown = held if self.batches else trained
         self.loader = make_loader(
-            PretrainPatches(store, shown, objective.views, int(config["seed"]) + 1, foreground_share=1.0),
+            PretrainPatches(store, shown, objective.views, int(config["seed"]) + 1, 1.0, targets),
             StepSampler(0, max(1, self.batches), batch_size),
             workers=0,
         )
@@ -174,7 +236,7 @@ class _Validation:
 
 def identity_of(config: Mapping[str, Any], store: Store) -> dict[str, Any]:
     """What must be equal for a run to go on: all of the configuration that can change a number, and the data."""
-    kept = {k: v for k, v in config.items() if k not in ("run", "store", "debug", "experiment", "launch")}
+    kept = {k: v for k, v in config.items() if k not in _NOT_IDENTITY}
     kept["trainer"] = {
         k: v for k, v in config["trainer"].items() if k not in ("workers", "log_every", "checkpoint_every")
     }
@@ -196,6 +258,7 @@ def provenance_of(
         hours=round(state.seconds * fabric.world_size / 3600, 4),
         device=f"{fabric.world_size} x {device}",
         parents=parents,
+        receipt=state.receipt,
     )
 
 

@@ -1,0 +1,150 @@
+"""What stops a run that has gone wrong: numbers that are not finite, features that have collapsed, a loss that left.
+
+A guard says nothing, or one sentence: what was seen, after which step, what to try. What it remembers between looks
+is plain JSON in the run's state, so that an interrupted run is judged like an uninterrupted one.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from statistics import median
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brainfm.specs import ConfigError
+
+_MEMORY = 100  # logged losses whose median counts as usual
+_ENOUGH = 20  # of them, before anything is called unusual
+
+
+@dataclass(frozen=True)
+class GuardSpec:
+    """When a run is stopped. None switches a guard off.
+
+    Attributes:
+        min_std: smallest mean standard deviation of a part's features over the probed scans.
+        min_rank: smallest effective rank of a part's features.
+        rank_exempt: parts that may have few directions: a contrast code of two contrasts needs one.
+        probes: how many probes in a row must be below.
+        explode: how many times the median of the last 100 logged losses is too much.
+        explode_logs: how many logged losses in a row must be above.
+    """
+
+    min_std: float | None = 1e-4
+    min_rank: float | None = 1.2
+    rank_exempt: tuple[str, ...] = ("contrast", "pathology")
+    probes: int = 3
+    explode: float | None = 10.0
+    explode_logs: int = 20
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "rank_exempt", tuple(self.rank_exempt))
+        for key in ("probes", "explode_logs"):
+            if getattr(self, key) < 1:
+                raise ConfigError(f"guard.{key}={getattr(self, key)}: expected 1 or more")
+        for key, least in (("min_std", 0.0), ("min_rank", 0.0), ("explode", 1.0)):
+            value = getattr(self, key)
+            if value is not None and value <= least:
+                raise ConfigError(f"guard.{key}={value}: expected more than {least:g}, or null for no guard")
+        if self.explode_logs > _MEMORY // 2:
+            raise ConfigError(f"guard.explode_logs={self.explode_logs}: expected at most {_MEMORY // 2}")
+
+
+class Guards:
+    """The guards of one run.
+
+    Args:
+        kept: what they remember; changed in place, JSON-able, kept with the checkpoint.
+    """
+
+    def __init__(self, spec: GuardSpec, kept: dict[str, Any]) -> None:
+        self.spec, self.kept = spec, kept
+
+    def see_loss(self, step: int, loss: float) -> str | None:
+        """Looks at a logged loss. A sentence where it has been far above its median for long."""
+        spec, losses = self.spec, self.kept.setdefault("losses", [])
+        usual = median(losses) if len(losses) >= _ENOUGH else 0.0
+        losses.append(loss)
+        del losses[:-_MEMORY]
+        if spec.explode is None:
+            return None
+        above = usual > 0 and loss > spec.explode * usual
+        self.kept["above"] = self.kept.get("above", 0) + 1 if above else 0
+        if self.kept["above"] < spec.explode_logs:
+            return None
+        return (
+            f"the loss is {loss:.4g} after step {step}, more than {spec.explode:g} times its median {usual:.4g} for "
+            f"{spec.explode_logs} logged steps; try a smaller optim.lr or trainer.clip_norm, or guard.explode=null"
+        )
+
+    def see_probe(self, step: int, values: Mapping[str, float]) -> str | None:
+        """Looks at a probe's values (``<part>_std``, ``<part>_rank``). A sentence where a part has collapsed."""
+        spec, low = self.spec, self.kept.setdefault("low", {})
+        for what, words, least in (
+            ("std", "standard deviation", spec.min_std),
+            ("rank", "effective rank", spec.min_rank),
+        ):
+            for name, value in values.items():
+                part, _, last = name.rpartition("_")
+                if least is None or last != what or (what == "rank" and part in spec.rank_exempt):
+                    continue
+                # Written so that a value that is no number counts as low.
+                low[name] = 0 if value >= least else low.get(name, 0) + 1
+                if low[name] >= spec.probes:
+                    return (
+                        f"the features of {part} have collapsed: their {words} over the probed scans is {value:.3g} "
+                        f"after step {step}, below guard.min_{what}={least:g} for {spec.probes} probes in a row; try "
+                        f"a smaller optim.lr or other weights of the objective's terms, or guard.min_{what}=null"
+                    )
+        return None
+
+    def is_low(self) -> bool:
+        """Whether some part was below its threshold at the last probe."""
+        return any(self.kept.get("low", {}).values())
+
+
+class FiniteWatch:
+    """Remembers the first step at which a watched value was not finite, on the device: no step waits for it."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._first = torch.tensor(math.inf, device=device)
+
+    def see(self, step: int, values: Iterable[Tensor]) -> None:
+        """Looks at scalars of the step that made ``step`` steps complete."""
+        fine = torch.stack([torch.isfinite(value.detach()).all() for value in values]).all()
+        self._first = torch.where(fine, self._first, self._first.clamp(max=step))
+
+    def first(self) -> int | None:
+        """The first such step; waits for the device."""
+        step = float(self._first)
+        return None if math.isinf(step) else int(step)
+
+
+@torch.no_grad()
+def first_not_finite(module: nn.Module, optimizer: torch.optim.Optimizer) -> str | None:
+    """The name of a parameter, buffer or optimiser state with numbers that are not finite; one wait for the device.
+
+    A buffer may hold infinities on purpose (a mask added to logits), but nothing that is no number.
+    """
+    names: list[str] = []
+    fine: list[Tensor] = []
+    for name, parameter in module.named_parameters():
+        names.append(name)
+        fine.append(torch.isfinite(parameter).all())
+        for key, value in optimizer.state.get(parameter, {}).items():
+            if isinstance(value, Tensor) and value.is_floating_point():
+                names.append(f"the optimiser's {key} of {name}")
+                fine.append(torch.isfinite(value).all())
+    for name, buffer in module.named_buffers():
+        if buffer.is_floating_point():
+            names.append(name)
+            fine.append(~torch.isnan(buffer).any())
+    if not names:
+        return None
+    device = next(iter(fine)).device
+    flags = torch.stack([flag.to(device, non_blocking=True) for flag in fine]).tolist()
+    return next((name for name, flag in zip(names, flags) if not flag), None)
