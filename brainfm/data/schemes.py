@@ -99,34 +99,43 @@ SCHEMES: dict[str, dict[int, str]] = {
 }
 """id -> structure. ``fastsurfer`` numbers as ``freesurfer`` does; ``synthseg_head`` is a whole head, with ids 5xx."""
 
-# Ids of which at least one is in every map of that scheme: what tells it from a scheme with the same other ids.
-_EVIDENCE = {"synthseg": {24}, "synthseg_head": set(range(501, 531))}
+# Ids that are in every whole map of a scheme. They tell it from schemes that share the other ids, and from a lesion or
+# hippocampus map that happens to use the same numbers.
+_ALWAYS = {
+    "tissue": {1, 2, 3},
+    "synthseg": {2, 41, 24},
+    "freesurfer": {2, 41},
+    "fastsurfer": {2, 41},
+    "synthseg_head": {2, 41, 507},
+    "dlmuse": {35, 59, 60},
+}
 
 
 def guess_scheme(ids: Iterable[int], where: str = "the label map") -> str:
     """The scheme that knows all of these ids.
 
+    Where the ids fit a scheme and a larger one that contains it, the smaller is meant.
+
     Args:
-        ids: those that occur in a label map, 0 included.
+        ids: those that occur in a whole label map, 0 included.
         where: the file, for the sentence.
 
     Raises:
         ManifestError: none fits, or several that would read the ids differently.
     """
     found = {int(i) for i in ids}
-    fit = [
-        name for name, scheme in SCHEMES.items()
-        if found <= set(scheme) and (name not in _EVIDENCE or found & _EVIDENCE[name])
-    ]  # fmt: skip
-    nested = [name for name in fit if all(set(SCHEMES[name]) <= set(SCHEMES[other]) for other in fit)]
-    if nested and len(found) > 2:
-        return nested[0]
+    fit = [name for name, scheme in SCHEMES.items() if _ALWAYS[name] <= found <= set(scheme)]
+    smallest = [name for name in fit if all(set(SCHEMES[name]) <= set(SCHEMES[other]) for other in fit)]
+    if smallest:
+        return smallest[0]
     if fit:
         raise ManifestError(f"{where}: labels {_shown(found)} fit {' and '.join(fit)}, expected a scheme to be named")
-    nearest = min(SCHEMES, key=lambda name: len(found - set(SCHEMES[name])))
+    misfit = {name: (found - set(SCHEMES[name])) or (_ALWAYS[name] - found) for name in SCHEMES}
+    nearest = min(SCHEMES, key=lambda name: (len(found - set(SCHEMES[name])), len(misfit[name])))
+    says = "does not know" if found - set(SCHEMES[nearest]) else "always has"
     raise ManifestError(
-        f"{where}: labels {_shown(found)} fit no scheme ({', '.join(SCHEMES)}); "
-        f"nearest is {nearest}, which does not know {_shown(found - set(SCHEMES[nearest]))}"
+        f"{where}: labels {_shown(found)} fit none of the schemes {', '.join(SCHEMES)}; the nearest, {nearest}, "
+        f"{says} {_shown(misfit[nearest])}"
     )
 
 

@@ -17,9 +17,9 @@ from brainfm.specs import ManifestError
 _ICV_ML = (500.0, 3000.0)
 _MOST_ZEROS = 0.05  # of the subjects; a region that is empty more often is no measure of size
 _LEAST_QUALITY = 0.65  # SynthSeg's authors reject a segmentation with a lower score for any structure
-_FS_ICV = "EstimatedTotalIntraCranialVol"
+_FS_ICV = ("EstimatedTotalIntraCranialVol", "eTIV", "IntraCranialVol")
 _FS_HEMISPHERES = re.compile(r"[lr]h(?:Cortex|CerebralWhiteMatter|CorticalWhiteMatter)Vol")
-_FS_DERIVED = re.compile(r"Vol$|-to-eTIV$|SurfaceHoles$|^eTIV$|Vol-No|VolNo|^BrainSeg")
+_FS_DERIVED = re.compile(r"Vol$|-to-eTIV$|SurfaceHoles$|Vol-No|VolNo|^BrainSeg")
 
 
 @dataclass(frozen=True)
@@ -70,8 +70,9 @@ def _raw_rows(path: Path) -> tuple[str, float, list[_Raw]]:
         return "freesurfer", 1e-3, [_stats_row(file) for file in _stats_files(path)]
     header, cells = _table(path)
     first, lower = header[0], [name.lower() for name in header]
-    if first.startswith("Measure:") or _FS_ICV in header:
-        return "freesurfer", 1e-3, _plain_rows(header, cells, header.index(_FS_ICV), _fs_region, _fs_subject)
+    fs_icv = next((name for name in _FS_ICV if name in header), None)
+    if fs_icv is not None and (first.startswith("Measure:") or "Left-Hippocampus" in header):
+        return "freesurfer", 1e-3, _plain_rows(header, cells, header.index(fs_icv), _fs_region, _fs_subject)
     if "total intracranial" in lower:
         failed = _failed_quality(path)
         raw = _plain_rows(header, cells, lower.index("total intracranial"), lambda name: name, lambda text: text)
@@ -163,7 +164,7 @@ def _stats_row(path: Path) -> _Raw:
         words = line.split()
         if line.startswith("# Measure"):
             fields = [field.strip() for field in line.removeprefix("# Measure").split(",")]
-            if len(fields) >= 4 and fields[1] in (_FS_ICV, "eTIV"):
+            if len(fields) >= 4 and fields[0] in _FS_ICV:
                 icv = fields[3]
             elif len(fields) >= 4 and _FS_HEMISPHERES.fullmatch(fields[1]):
                 values[fields[1]] = fields[3]

@@ -187,8 +187,8 @@ def draw_insertion(
     if tissue.shape != size:
         raise ValueError(f"tissue has shape {tissue.shape}, expected that of the patch, {size}")
     spacing = np.broadcast_to(np.asarray(spacing_mm, dtype=float), 3)
-    places = np.flatnonzero(tissue)
-    if not len(places):
+    room = int(np.count_nonzero(tissue))
+    if room < FEWEST_VOXELS:
         return None
     acute = bool(rng.random() < 0.7)
     enhancing = str(rng.choice(["none", "solid", "ring"], p=[0.4, 0.25, 0.35]))
@@ -197,7 +197,7 @@ def draw_insertion(
     wanted = 1 + int(rng.binomial(most - 1, 0.3))
     lesions: list[Inserted] = []
     for _ in range(_TRIES * wanted):
-        lesion = _draw_one(rng, shapes, tissue, places, spacing, enhancing == "ring")
+        lesion = _draw_one(rng, shapes, tissue, room, spacing, enhancing == "ring")
         if lesion is not None:
             lesions.append(lesion)
         if len(lesions) == wanted:
@@ -206,7 +206,7 @@ def draw_insertion(
 
 
 def _draw_one(
-    rng: np.random.Generator, shapes: Shapes, tissue: np.ndarray, places: np.ndarray, spacing: np.ndarray, ring: bool
+    rng: np.random.Generator, shapes: Shapes, tissue: np.ndarray, room: int, spacing: np.ndarray, ring: bool
 ) -> Inserted | None:
     """A lesion, or None where the shape drawn does not fit at the place drawn."""
     shape = shapes[int(rng.integers(len(shapes)))].transpose(rng.permutation(3))
@@ -214,8 +214,8 @@ def _draw_one(
     voxel_mm3 = float(np.prod(spacing))
     full = np.count_nonzero(shape) * shapes.spacing_mm**3 / voxel_mm3  # voxels of the patch at scale 1
     scale = float(np.clip(rng.lognormal(0, 0.25), 0.5, 1.6))
-    scale = min(scale, (_MOST_SHARE * len(places) / full) ** (1 / 3))
-    centre = np.array(np.unravel_index(places[int(rng.integers(len(places)))], tissue.shape))
+    scale = min(scale, (_MOST_SHARE * room / full) ** (1 / 3))
+    centre = _place(rng, tissue)
     expected = full * scale**3
     if expected < FEWEST_VOXELS:
         return None
@@ -238,6 +238,16 @@ def _draw_one(
     uneven = float(rng.uniform(0.2, 0.8))
     strength = float(np.clip(rng.lognormal(-0.05, 0.35), 0.45, 2.2))
     return Inserted((int(start[0]), int(start[1]), int(start[2])), inside, weight, uneven * texture, core, strength)
+
+
+def _place(rng: np.random.Generator, tissue: np.ndarray) -> np.ndarray:
+    """[3] a random voxel of a mask that is not empty; looked for by trying, as listing all voxels takes longer."""
+    tried = rng.integers(0, tissue.shape, size=(64, 3))
+    hits = np.flatnonzero(tissue[tuple(tried.T)])
+    if len(hits):
+        return tried[hits[0]]
+    places = np.argwhere(tissue)
+    return places[int(rng.integers(len(places)))]
 
 
 def _box(low: np.ndarray, high: np.ndarray) -> tuple[slice, ...]:
