@@ -215,22 +215,25 @@ def _number(text: str) -> float | None:
 
 
 def _checked(path: Path, kind: str, ml: float, raw: Sequence[_Raw]) -> VolumeTable:
-    by_id: dict[str, list[_Raw]] = {}
-    for row in raw:
-        by_id.setdefault(row[0], []).append(row)
     rows: dict[str, dict[str, float]] = {}
     icv_ml: dict[str, float] = {}
     problems = []
-    for who, same in by_id.items():
-        reason = "has several rows that differ" if any(row != same[0] for row in same) else _fault(same[0], ml)
+    by_id: dict[str, list[_Raw]] = {}
+    for row in raw:
+        reason = _fault(row, ml)
         if reason:
-            problems.append(f"{path.name}: {who or 'a row without a name'} left out, {reason}")
+            problems.append(f"{path.name}: {row[0] or 'a row without a name'} left out, {reason}")
+        else:
+            by_id.setdefault(row[0], []).append(row)
+    for who, same in by_id.items():
+        if any(row != same[0] for row in same):
+            problems.append(f"{path.name}: {who} left out, it has {len(same)} rows that differ")
             continue
         _, values, icv, _ = same[0]
         rows[who] = {name: float(text) * ml for name, text in values.items()}
         icv_ml[who] = float(icv) * ml
     if not rows:
-        raise ManifestError(f"{path}: none of {len(by_id)} rows can be used, e.g. {problems[0]}")
+        raise ManifestError(f"{path}: none of {len(raw)} rows can be used, e.g. {problems[0]}")
     regions = tuple(dict.fromkeys(name for values in rows.values() for name in values))
     return VolumeTable(path, kind, regions, rows, icv_ml, problems)
 
@@ -325,11 +328,13 @@ class _Ids:
             lambda: [*self.runs.get(plain, []), *self.runs.get(f"sub {plain}", [])],
             lambda: [who for run in _runs(words) for who in self.whole.get(run, [])],
         )
-        for way, candidates in enumerate(ways, start=1):
-            ids = _of_session(list(dict.fromkeys(candidates())), session)
-            if ids:
-                return way, ids
-        return len(ways), []
+        found = [_of_session(list(dict.fromkeys(candidates())), session) for candidates in ways]
+        if session:  # a row that names the session is closer than one that names the subject alone
+            for way, ids in enumerate(found, start=1):
+                naming = [who for who in ids if _session_word(session) in _words(who)[1:]]
+                if naming:
+                    return way, naming
+        return next(((way, ids) for way, ids in enumerate(found, start=1) if ids), (len(ways), []))
 
 
 def _words(text: str) -> list[str]:
@@ -352,15 +357,15 @@ def _runs(words: Sequence[str]) -> list[str]:
     return list(dict.fromkeys(runs))
 
 
+def _session_word(session: str) -> str:
+    return re.sub(r"^ses[-_]?", "", session.lower())
+
+
 def _of_session(ids: list[str], session: str) -> list[str]:
-    """Those that may belong to this session; where several do, those that name it."""
-    if not session:
-        return ids
-    wanted = re.sub(r"^ses[-_]?", "", session.lower())
+    """Those that name no other session."""
+    wanted = _session_word(session).lstrip("0")
     named = {who: re.search(r"(?:^|_)ses[-_]?([a-z0-9]+)", who.lower()) for who in ids}
-    ids = [who for who in ids if (entity := named[who]) is None or entity[1].lstrip("0") == wanted.lstrip("0")]
-    naming = [who for who in ids if wanted in _words(who)[1:]]
-    return naming if len(ids) > 1 and naming else ids
+    return [who for who in ids if not session or (entity := named[who]) is None or entity[1].lstrip("0") == wanted]
 
 
 def sparse_regions(table: VolumeTable, ids: Sequence[str]) -> list[str]:

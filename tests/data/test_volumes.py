@@ -104,6 +104,8 @@ def test_own_tables_leave_flagged_rows_out(tmp_path: Path) -> None:
     assert table.kind == "brainfm" and table.regions == ("hippocampus", "ventricles")
     assert table.rows["a/01/2"] == {"hippocampus": 8.0, "ventricles": 22.0}
     assert table.problems == ["volumes.csv: a/03/1 left out, flagged as 'low agreement'"]
+    twice = read_volumes(write(tmp_path / "twice.csv", OWN + "a,02,1,9.9,30,1400,low agreement\n"))
+    assert twice.rows["a/02/1"]["hippocampus"] == 7.5  # a flagged row contradicts nobody
 
 
 def test_real_dlmuse_table(data3d: Path) -> None:
@@ -132,7 +134,7 @@ def test_real_dlmuse_table(data3d: Path) -> None:
         ("x,,1,2,3", "x left out, its intracranial volume is '', expected a number"),
         ("x,1500,1,2,3", "x left out, its intracranial volume is 1.5 ml, expected 500 to 3000 ml"),
         (",1500000,1,2,3", "a row without a name left out"),
-        ("sub-01_T1w,1500000,1,2,3", "sub-01_T1w left out, has several rows that differ"),
+        ("sub-01_T1w,1500000,1,2,3", "sub-01_T1w left out, it has 2 rows that differ"),
     ],
 )
 def test_bad_rows_are_left_out_and_named(tmp_path: Path, cells: str, says: str) -> None:
@@ -188,6 +190,8 @@ def test_missing_and_foreign_files_are_refused(tmp_path: Path) -> None:
         (["IXI012", "IXI013"], "ixi/IXI013-HH-1212-T1", "IXI013"),
         (["oasis_sub-07_ses-1_T1w", "oasis_sub-08_ses-1_T1w"], "oasis/07", "oasis_sub-07_ses-1_T1w"),
         (["sub-01_ses-1_T1w", "sub-01_ses-2_T1w"], "a/01/2", "sub-01_ses-2_T1w"),
+        (["sub-01", "sub-01_ses-1.long.sub-01", "sub-01_ses-2.long.sub-01"], "a/01/2", "sub-01_ses-2.long.sub-01"),
+        (["sub-01", "sub-01_ses-2.long.sub-01"], "a/01/1", "sub-01"),
         (["sub-01_ses-m12_T1w", "sub-01_ses-bl_T1w"], "a/sub-01/ses-bl", "sub-01_ses-bl_T1w"),
     ],
 )
