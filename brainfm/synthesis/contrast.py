@@ -37,7 +37,7 @@ _BIAS = {"t2": 0.15, "flair": 0.20, "pd": 0.12}  # largest logarithm of the mult
 _BIAS_KNOTS_MM = 95.0
 _CSF_VOID = 0.6  # of the T1 of CSF; what is darker is bone, dura or air, and dark in every contrast
 _CSF_PURE = 0.35  # of the way from the T1 of CSF to that of grey matter; flow and noise, no other tissue
-_NEAR_MM = 3.0  # standard deviation of how far outside the labels CSF may lie
+_NEAR_MM = 4.0  # standard deviation of how far outside the labels CSF may lie
 _BORDER_VOX = 0.6  # standard deviation over which regions blend
 
 
@@ -89,7 +89,7 @@ def draw(
     if strange:
         raise ConfigError(f"unknown tissue {strange[0]!r}, expected one of {', '.join(signals)}")
     ordered = sorted(signals, key=signals.__getitem__)
-    factors = 1 + 0.03 * np.clip(rng.standard_normal(len(ordered)), -2, 2)
+    factors = rng.uniform(0.95, 1.05, len(ordered))
     drawn = np.sort([signals[tissue] * factor for tissue, factor in zip(ordered, factors)])  # the order is kept
     tissues = {tissue: float(value) for tissue, value in zip(ordered, drawn)}
     regions = {
@@ -194,7 +194,7 @@ def _outside(
     """
     factor, exponent = look.head
     signal = factor * (np.maximum(source, 0) / np.float32(levels["white"])) ** np.float32(exponent)
-    near = 2 * ndimage.gaussian_filter(brain.astype(np.float32), _NEAR_MM / np.array(spacing_mm), truncate=3)
+    near = 2.5 * ndimage.gaussian_filter(brain.astype(np.float32), _NEAR_MM / np.array(spacing_mm), truncate=3)
     width = 0.5 * (1 - _CSF_VOID) * levels["csf"]
     like = np.exp(-0.5 * ((source - levels["csf"]) / width) ** 2) * np.minimum(near, 1)
     return (signal + like * (look.tissues["csf"] - signal)).astype(np.float32)
