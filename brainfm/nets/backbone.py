@@ -14,8 +14,12 @@ from brainfm.specs import ConfigError
 
 # name -> the module that holds a function of that name; imported when it is built, so an unused family costs nothing
 BACKBONES: dict[str, str] = {
+    "resenc": "brainfm.nets.resenc",
+    "resenc_l": "brainfm.nets.resenc",
+    "resenc_s": "brainfm.nets.resenc",
     "unet": "brainfm.nets.unet",
     "unet_b": "brainfm.nets.unet",
+    "unet_l": "brainfm.nets.unet",
     "unet_tiny": "brainfm.nets.unet",
 }
 
@@ -47,6 +51,12 @@ class Backbone(nn.Module, ABC):
 
     def forward(self, image: Tensor) -> list[Tensor]:
         return self.features(image)
+
+    def check_image(self, image: Tensor) -> None:
+        """Raises: ConfigError where the image does not fit (see check_patch); ValueError for other than one channel."""
+        if image.ndim != 5 or image.shape[1] != 1:
+            raise ValueError(f"a backbone reads [B, 1, X, Y, Z], not {tuple(image.shape)}; pass contrasts one by one")
+        self.check_patch(image.shape[2:])
 
     def check_patch(self, patch_vox: Sequence[int]) -> None:
         """Raises: ConfigError where a patch of this size (X, Y, Z) cannot pass the network."""

@@ -70,10 +70,15 @@ class SkipDecoder(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps [B, E, X/s, Y/s, Z/s], fine to coarse, of an image whose edges are multiples of the coarsest stride
         (Backbone.check_patch) -> [B, K, X, Y, Z]."""
-        features = maps[-1]
+        return self.out(self.climb(maps)[-1])
+
+    def climb(self, maps: Sequence[Tensor]) -> list[Tensor]:
+        """The decoder's features [B, E, X/s, Y/s, Z/s] for every stride but the coarsest, coarse to fine."""
+        features, levels = maps[-1], []
         for up, merge, skip in zip(self.ups, self.merges, reversed(maps[:-1]), strict=True):
             features = merge(torch.cat([up(features), skip], dim=1))
-        return self.out(features)
+            levels.append(features)
+        return levels
 
 
 def _climb(widths: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:

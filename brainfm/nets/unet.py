@@ -13,17 +13,30 @@ from brainfm.specs import ConfigError
 
 
 class ConvNormAct(nn.Sequential):
-    """3x3x3 convolution with bias, instance norm with scale and shift, leaky ReLU: [B, E, X, Y, Z] -> [B, E', X, Y, Z].
+    """Convolution, instance norm with scale and shift, leaky ReLU: [B, E, X, Y, Z] -> [B, E', X/s, Y/s, Z/s].
+
+    Args:
+        channels_in, channels_out: E and E'.
+        kernel: edge of the convolution in voxels, odd; the map is padded by zeros.
+        stride: s.
+        bias: of the convolution.
+        slope: of the leaky ReLU below 0; 1 leaves it out.
 
     Source: the block of the FOMO25 baseline and winner (see UNetEncoder).
     """
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(
-            nn.Conv3d(channels_in, channels_out, kernel_size=3, padding=1),
-            nn.InstanceNorm3d(channels_out, eps=1e-5, affine=True),
-            nn.LeakyReLU(0.01, inplace=True),
-        )
+    def __init__(
+        self,
+        channels_in: int,
+        channels_out: int,
+        kernel: int = 3,
+        stride: int = 1,
+        bias: bool = True,
+        slope: float = 0.01,
+    ) -> None:
+        conv = nn.Conv3d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=bias)
+        norm = nn.InstanceNorm3d(channels_out, eps=1e-5, affine=True)
+        super().__init__(conv, norm, *([nn.LeakyReLU(slope, inplace=True)] if slope != 1 else []))
 
     def forward(self, features: Tensor) -> Tensor:
         if features.device.type != "cpu" or features.shape[2] != 2 or not torch.is_autocast_enabled("cpu"):
@@ -57,10 +70,8 @@ class UNetEncoder(Backbone):
         )
 
     def features(self, image: Tensor) -> list[Tensor]:
-        """Raises: ConfigError where the image does not fit (see check_patch); ValueError for other than one channel."""
-        if image.ndim != 5 or image.shape[1] != 1:
-            raise ValueError(f"a backbone reads [B, 1, X, Y, Z], not {tuple(image.shape)}; pass contrasts one by one")
-        self.check_patch(image.shape[2:])
+        """Raises: see check_image."""
+        self.check_image(image)
         maps = [self.levels[0](image)]
         for level in self.levels[1:]:
             maps.append(level(F.max_pool3d(maps[-1], 2)))
@@ -82,6 +93,11 @@ def unet(widths: Sequence[int]) -> UNetEncoder:
 def unet_b() -> UNetEncoder:
     """14.1 M parameters, the size that won FOMO25."""
     return UNetEncoder((32, 64, 128, 256, 512), name="unet_b")
+
+
+def unet_l() -> UNetEncoder:
+    """88.3 M parameters: what a plain U-Net does at the size of resenc_l."""
+    return UNetEncoder((80, 160, 320, 640, 1280), name="unet_l")
 
 
 def unet_tiny() -> UNetEncoder:
