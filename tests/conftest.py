@@ -70,3 +70,42 @@ def toy_store(toy_manifest: Path, tmp_path_factory: pytest.TempPathFactory) -> S
     path = tmp_path_factory.mktemp("store") / "store"
     prepare(read_manifest(toy_manifest), path, PreprocessSpec(spacing_mm=(2, 2, 2)), 1, lambda done, total: None)
     return Store.open(path)
+
+
+def _save(path: Path, voxels: np.ndarray) -> str:
+    import nibabel as nib
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(voxels, np.diag([2.0, 2.0, 2.0, 1.0])), path)
+    return str(path.relative_to(path.parents[1]))
+
+
+@pytest.fixture(scope="session")
+def people_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Six people with a t1 and a t2; 0-3 with tissue maps, 0 twice; 1 with a lesion mask; 2 ill, 3 healthy."""
+    root, edge = tmp_path_factory.mktemp("people"), 24
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, edge)] * 3, indexing="ij"))
+    head = (grid**2).sum(0) < 0.8
+    tissue = (head * (1 + (grid[0] > -0.3) + (grid[0] > 0.3))).astype(np.uint8)  # 1, 2, 3 from left to right
+    scans = []
+    for number in range(6):
+        rng = np.random.default_rng(number)
+        for visit in ("1", "2") if number == 0 else ("1",):
+            folder = root / f"s{number}v{visit}"
+            columns = {"age": str(40 + number + 2.5 * (visit == "2")), "healthy": {2: "0", 3: "1"}.get(number, "")}
+            if number < 4:
+                columns["tissue_labels"] = _save(folder / "tissue.nii.gz", tissue)
+            if number == 1:
+                lesion = (((grid - np.array([0.7, 0, 0])[:, None, None, None]) ** 2).sum(0) < 0.03).astype(np.uint8)
+                columns["lesion_mask"] = _save(folder / "lesion.nii.gz", lesion)
+                columns["brain_mask"] = _save(folder / "brain.nii.gz", head.astype(np.uint8))
+            for contrast, order in (("t1", (0, 1, 2, 3)), ("t2", (0, 3, 2, 1))):
+                voxels = 100.0 * np.choose(tissue, order) + rng.normal(0, 4, head.shape) * head
+                path = _save(folder / f"{contrast}.nii.gz", voxels.astype(np.float32))
+                scans.append(Scan("d", f"p{number}", visit, contrast, path, columns))
+    write_manifest(root / "m.csv", scans)
+    report = prepare(
+        read_manifest(root / "m.csv"), root / "store", PreprocessSpec(spacing_mm=(2, 2, 2), labels="nearest"), workers=1
+    )
+    assert not report.failed
+    return Store.open(root / "store")

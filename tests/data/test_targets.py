@@ -5,57 +5,21 @@ from __future__ import annotations
 import dataclasses
 from pathlib import Path
 
-import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.patches import PretrainPatches, collate
-from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
 from brainfm.data.targets import TargetSpec, find_targets, ill, interval_years
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, ViewSpec
+from brainfm.specs import ConfigError, ManifestError, ViewSpec
 
-EDGE = 24
 PATCH = (16, 16, 16)
 ANATOMY = ViewSpec(PATCH, pairs=True, regions=True, volumes=True, lesions=True)
 
 
-def save(path: Path, voxels: np.ndarray) -> str:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    nib.save(nib.Nifti1Image(voxels, np.diag([2.0, 2.0, 2.0, 1.0])), path)
-    return str(path.relative_to(path.parents[1]))
-
-
 @pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
-    """Six people with a t1 and a t2; 0-3 with tissue maps, 0 twice; 1 with a lesion mask; 2 ill, 3 healthy."""
-    root = tmp_path_factory.mktemp("targets")
-    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, EDGE)] * 3, indexing="ij"))
-    head = (grid**2).sum(0) < 0.8
-    tissue = (head * (1 + (grid[0] > -0.3) + (grid[0] > 0.3))).astype(np.uint8)  # 1, 2, 3 from left to right
-    scans = []
-    for number in range(6):
-        rng = np.random.default_rng(number)
-        for visit in ("1", "2") if number == 0 else ("1",):
-            folder = root / f"s{number}v{visit}"
-            columns = {"age": str(40 + number + 2.5 * (visit == "2")), "healthy": {2: "0", 3: "1"}.get(number, "")}
-            if number < 4:
-                columns["tissue_labels"] = save(folder / "tissue.nii.gz", tissue)
-            if number == 1:
-                lesion = (((grid - np.array([0.7, 0, 0])[:, None, None, None]) ** 2).sum(0) < 0.03).astype(np.uint8)
-                columns["lesion_mask"] = save(folder / "lesion.nii.gz", lesion)
-                columns["brain_mask"] = save(folder / "brain.nii.gz", head.astype(np.uint8))
-            for contrast, order in (("t1", (0, 1, 2, 3)), ("t2", (0, 3, 2, 1))):
-                voxels = 100.0 * np.choose(tissue, order) + rng.normal(0, 4, head.shape) * head
-                path = save(folder / f"{contrast}.nii.gz", voxels.astype(np.float32))
-                scans.append(Scan("d", f"p{number}", visit, contrast, path, columns))
-    write_manifest(root / "m.csv", scans)
-    report = prepare(
-        read_manifest(root / "m.csv"), root / "store", PreprocessSpec(spacing_mm=(2, 2, 2), labels="nearest"), workers=1
-    )
-    assert not report.failed
-    return Store.open(root / "store")
+def store(people_store: Store) -> Store:
+    return people_store
 
 
 @pytest.fixture(scope="module")
