@@ -26,7 +26,7 @@ from brainfm.volume import Volume
 # Mean signal of a tissue, CSF of a T2 being 1: the order that relaxation times and usual settings give.
 SIGNALS: dict[str, dict[str, float]] = {
     "t2": {"csf": 1.0, "grey": 0.56, "deep_grey": 0.48, "pallidum": 0.36, "white": 0.40, "brainstem": 0.43},
-    "flair": {"csf": 0.14, "grey": 0.76, "deep_grey": 0.68, "pallidum": 0.55, "white": 0.58, "brainstem": 0.60},
+    "flair": {"csf": 0.14, "grey": 0.74, "deep_grey": 0.68, "pallidum": 0.56, "white": 0.60, "brainstem": 0.62},
     "pd": {"csf": 0.78, "grey": 0.90, "deep_grey": 0.84, "pallidum": 0.74, "white": 0.70, "brainstem": 0.73},
 }
 # Head outside the brain: factor and exponent of the T1 in units of white matter's. Fat is bright in both, muscle is
