@@ -71,8 +71,9 @@ def load_shapes(folder: Path, spacing_mm: float | Sequence[float]) -> Shapes:
     shapes: list[np.ndarray] = []
     for path in _spread(files):
         volume, _ = nifti.read(path, labels=True)
-        pieces, _ = scipy.ndimage.label(_trimmed(volume.voxels != 0))
-        for number, box in enumerate(scipy.ndimage.find_objects(pieces), start=1):
+        pieces, count = scipy.ndimage.label(_trimmed(volume.voxels != 0))
+        boxes = scipy.ndimage.find_objects(pieces) if count else []  # a subject without a lesion
+        for number, box in enumerate(boxes, start=1):
             piece = pieces[box] == number
             if piece.sum() * np.prod(volume.spacing_mm) < FEWEST_VOXELS * edge_mm**3:
                 continue
