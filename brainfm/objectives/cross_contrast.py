@@ -68,6 +68,8 @@ class CrossContrast(Objective):
         self_weight, cross_weight, agreement_weight, separation_weight, kl_weight: of the terms.
         separation_floor: cosine below which contrast codes are far enough apart; -1 pushes for ever, as published.
         kl_ramp: share of the run over which the KL weight grows from 0.
+        visits: whether the second scan may come from another visit: of the same contrast it is a pair for the anatomy
+            alone.
 
     Source: github.com/jbanusco/fomo25 at de35782, src/models/self_supervised_crosspatch.py (arXiv 2601.13166).
     Differs: samples with one scan, and repeats of one contrast, are not pushed apart from themselves; the cross terms
@@ -99,6 +101,7 @@ class CrossContrast(Objective):
         separation_floor: float = -1.0,
         kl_weight: float = 0.001,
         kl_ramp: float = 0.1,
+        visits: bool = False,
     ) -> None:
         config = {
             "parts": dict(parts),
@@ -117,8 +120,9 @@ class CrossContrast(Objective):
             "separation_floor": separation_floor,
             "kl_weight": kl_weight,
             "kl_ramp": kl_ramp,
+            "visits": visits,
         }
-        super().__init__(backbone, ViewSpec(patch_vox=patch_vox, pairs=True), seed, config)
+        super().__init__(backbone, ViewSpec(patch_vox=patch_vox, pairs=True, visits=visits), seed, config)
         hidden_blocks(self.views.patch_vox, mask_unit_vox, mask_ratio)
         _check(parts, loss_on, beta, swap, anatomy_from)
         self.mask_unit_vox, self.mask_ratio = mask_unit_vox, mask_ratio

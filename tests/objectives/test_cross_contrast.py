@@ -291,3 +291,7 @@ def test_published_size():
         objective = build_objective("cross_contrast", build_backbone("unet_b"), patch_vox=(64, 64, 64), seed=0)
     assert sum(p.numel() for p in objective.parameters()) == 18_896_449
     assert objective.views.pairs and objective.views.patch_vox == (64, 64, 64)
+
+
+def test_visits_are_asked_of_the_loader():
+    assert _objective(visits=True).views.visits and not _objective().views.visits
