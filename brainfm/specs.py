@@ -70,7 +70,8 @@ class PreprocessSpec(_Frozen):
 
     Attributes:
         spacing_mm: edge lengths of the voxels of the common grid along X, Y, Z.
-        align: ``header`` trusts the affines of a session's scans.
+        align: ``header`` trusts the affines of a session's scans; ``rigid`` moves each onto the session's reference,
+            and that onto the reference of the subject's first visit.
         clip_percentiles: of the foreground; voxels outside are clipped before standardising.
         margin_mm: kept around the union of the foregrounds.
         labels: how label volumes reach the grid: ``nearest``, or ``linear`` (each class apart, then the largest).
@@ -87,8 +88,8 @@ class PreprocessSpec(_Frozen):
     def __post_init__(self) -> None:
         if len(self.spacing_mm) != 3 or not all(0.1 <= s <= 20 for s in self.spacing_mm):
             raise ConfigError(f"preprocess.spacing_mm={self.spacing_mm}: expected three lengths from 0.1 to 20 mm")
-        if self.align not in ("header",):
-            raise ConfigError(f"preprocess.align={self.align!r}: expected 'header'")
+        if self.align not in ("header", "rigid"):
+            raise ConfigError(f"preprocess.align={self.align!r}: expected 'header' or 'rigid'")
         low, high = self.clip_percentiles
         if not 0 <= low < high <= 100:
             raise ConfigError(f"preprocess.clip_percentiles={self.clip_percentiles}: expected 0 <= low < high <= 100")

@@ -6,24 +6,26 @@ The store and prediction prepare scans with this very function, so a network see
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
 
 import numpy as np
 
 from brainfm import seeds
-from brainfm.imaging import geometry, intensity, nifti
+from brainfm.imaging import geometry, intensity, nifti, register
 from brainfm.imaging.geometry import Shape
 from brainfm.imaging.intensity import Stats
 from brainfm.imaging.nifti import FileGrid
+from brainfm.imaging.register import Alignment, Head
 from brainfm.specs import PreprocessSpec, ScanError
-from brainfm.volume import spacing_of
+from brainfm.volume import Volume, spacing_of
 
 FOREGROUND_POINTS = 4096
 _CANDIDATES = 1 << 14  # voxels that are looked at first to find them
 _KEPT_BYTES = 512 << 20  # scans of a session up to this size are held between the two passes, larger ones read twice
 _LARGEST_VOXELS = 512**3
+_BETWEEN_VISITS_MM = 150.0  # a table moves further between two visits than a patient on it
 
 
 @dataclass(frozen=True)
@@ -94,7 +96,9 @@ class Prepared:
         foreground: int16 [N, 3], up to 4096 voxels drawn evenly from the union of the scans' foregrounds.
         offset_vox: where the arrays begin on the lattice of their frame, a common space of several sessions or the
             session's own.
+        reference: name of the scan whose directions were kept.
         frame: the name of that space; empty for the session's own.
+        alignments: what registration found, by scan name: to the reference, or of the reference to the anchor.
     """
 
     scans: dict[str, np.ndarray]
@@ -104,12 +108,34 @@ class Prepared:
     affine_mm: np.ndarray
     foreground: np.ndarray
     offset_vox: Shape
+    reference: str
     frame: str = ""
+    alignments: dict[str, Alignment] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class Anchor:
+    """The space that all visits of a subject share.
+
+    Attributes:
+        frame: its name.
+        path: the reference scan of the subject's first visit.
+    """
+
+    frame: str
+    path: Path
 
 
 @dataclass(frozen=True)
 class _Source:
-    """One scan after the first pass. `voxels` is None where it must be read again."""
+    """One scan after the first pass.
+
+    Attributes:
+        affine_mm: [4, 4], of the file or, after registration, moved.
+        voxels: None where the file must be read again.
+        head: None where there is nothing to register.
+        moved_mm: [4, 4]; None: not moved.
+    """
 
     path: Path
     grid: FileGrid
@@ -117,10 +143,18 @@ class _Source:
     voxels: np.ndarray | None
     mask: np.ndarray
     stats: Stats
+    head: Head | None = None
+    moved_mm: np.ndarray | None = None
 
     @property
     def shape(self) -> Shape:
         return self.grid.ras_shape()
+
+    def moved(self, matrix_mm: np.ndarray) -> _Source:
+        """Where the scan lies after a motion; without one it stays exactly where it was."""
+        if (matrix_mm == np.eye(4)).all():
+            return replace(self, head=None)
+        return replace(self, head=None, affine_mm=matrix_mm @ self.affine_mm, moved_mm=matrix_mm)
 
 
 @dataclass(frozen=True)
@@ -146,7 +180,7 @@ class _Target:
     def affine_mm(self) -> np.ndarray:
         return geometry.cropped_affine(self.session_affine_mm, self.start)
 
-    def recipe(self, file: FileGrid, stats: Stats | None) -> Recipe:
+    def recipe(self, file: FileGrid, stats: Stats | None, moved_mm: np.ndarray | None) -> Recipe:
         return Recipe(
             self.spec,
             file,
@@ -157,6 +191,7 @@ class _Target:
             self.shape,
             _rows(self.affine_mm),
             stats,
+            None if moved_mm is None else _rows(moved_mm),
         )
 
 
@@ -164,23 +199,33 @@ class _Target:
 
 
 def prepare_session(
-    scans: Mapping[str, Path], labels: Mapping[str, Path], spec: PreprocessSpec, *, reference: str | None = None
+    scans: Mapping[str, Path],
+    labels: Mapping[str, Path],
+    spec: PreprocessSpec,
+    *,
+    reference: str | None = None,
+    anchor: Anchor | None = None,
 ) -> Prepared:
     """Bring the scans and label maps of one visit onto one grid.
 
     The grid has the directions of the reference and the spacing of the spec; it is cropped to the union of the
-    foregrounds. Intensities are measured on each scan's own voxels and standardised after resampling.
+    foregrounds. Intensities are measured on each scan's own voxels and standardised after resampling. With
+    ``align=rigid`` every scan is moved onto the reference, and with an anchor all of them onto it and its grid; where
+    registration is refused the header's position stays. Each scan is resampled once, from its own voxels. A label map
+    goes with the scan on whose grid it lies, of several with the reference, else the first by name.
 
     Args:
         scans: file by scan name (``t1``, ``flair``, ``t1_2``); at least one.
         labels: file by name; a name that ends in ``_mask`` becomes 0 and 1, any other keeps its values.
         reference: name of the scan whose directions are kept; by default the one with the thinnest slices, then t1.
+        anchor: for ``align=rigid``, the first visit of the subject where this is a later one.
 
     Returns:
         What could be prepared, with the reasons for what could not.
 
     Raises:
         ScanError: no scan could be prepared, or the common grid would be absurdly large.
+        ConfigError: ``align=rigid`` without SimpleITK.
     """
     failures: dict[str, str] = {}
     sources: dict[str, _Source] = {}
@@ -194,22 +239,32 @@ def prepare_session(
         first = next(iter(failures.values()), "no scan was given")
         raise ScanError(f"no scan of the session can be used: {first}")
     chosen = reference if reference in sources else _default_reference(sources)
-    _leave_out_distant(sources, chosen, failures)
-    target = _settle_target(sources, chosen, spec)
-    recipes = {name: target.recipe(source.grid, source.stats) for name, source in sources.items()}
+    lattice = geometry.lattice(sources[chosen].affine_mm, spec.spacing_mm)
+    frame, alignments = "", {}
+    if spec.align == "rigid":
+        alignments = _align_session(sources, chosen)
+        if anchor is not None:
+            fixed = nifti.read(anchor.path, compact=True)[0]
+            alignments[chosen] = _align_visit(sources, chosen, fixed)
+            if alignments[chosen].trusted:
+                frame, lattice = anchor.frame, geometry.lattice(fixed.affine_mm, spec.spacing_mm)
+    _leave_out_distant(sources, chosen, alignments, failures)
+    target = _settle_target(sources, chosen, lattice, spec)
+    recipes = {name: target.recipe(source.grid, source.stats, source.moved_mm) for name, source in sources.items()}
     foreground = _foreground_points(sources, target)
     arrays = {}
     for name in list(sources):
         arrays[name] = _prepare_scan(sources.pop(name), target)
     maps = {}
+    owners = {name: recipes[name] for name in [chosen, *sorted(set(arrays) - {chosen})]}
     for name, path in labels.items():
         try:
-            maps[name], grid = _prepare_label(name, Path(path), target, spec, recipes)
+            maps[name], recipes[name] = _prepare_label(name, Path(path), target, spec, owners)
         except ScanError as error:
             failures[name] = str(error)
-        else:
-            recipes[name] = target.recipe(grid, None)
-    return Prepared(arrays, maps, recipes, failures, target.affine_mm, foreground, target.offset)
+    return Prepared(
+        arrays, maps, recipes, failures, target.affine_mm, foreground, target.offset, chosen, frame, alignments
+    )
 
 
 def _fits_in_memory(scans: Mapping[str, Path]) -> bool:
@@ -229,7 +284,8 @@ def _measure(path: Path, spec: PreprocessSpec, keep: bool) -> _Source:
         stats = intensity.statistics(volume.voxels, mask, spec.clip_percentiles)
     except ScanError as error:
         raise ScanError(f"{path}: {error}") from None
-    return _Source(path, grid, volume.affine_mm, volume.voxels if keep else None, mask, stats)
+    head = Head.of(volume, mask, stats) if spec.align == "rigid" else None
+    return _Source(path, grid, volume.affine_mm, volume.voxels if keep else None, mask, stats, head)
 
 
 def _default_reference(sources: Mapping[str, _Source]) -> str:
@@ -239,19 +295,48 @@ def _default_reference(sources: Mapping[str, _Source]) -> str:
     return min(sources, key=rank)
 
 
-def _leave_out_distant(sources: dict[str, _Source], reference: str, failures: dict[str, str]) -> None:
+def _align_session(sources: dict[str, _Source], reference: str) -> dict[str, Alignment]:
+    """Moves every scan onto the reference."""
+    fixed = sources[reference].head
+    assert fixed is not None
+    found = {}
+    for name in sorted(set(sources) - {reference}):
+        head = sources[name].head
+        assert head is not None
+        found[name] = register.rigid(fixed, head)
+        sources[name] = sources[name].moved(np.array(found[name].matrix_mm))
+    return found
+
+
+def _align_visit(sources: dict[str, _Source], reference: str, anchor: Volume) -> Alignment:
+    """Moves all scans of a visit together, by where its reference belongs on the anchor."""
+    head = sources[reference].head
+    assert head is not None
+    found = register.rigid(Head.of(anchor), head, _BETWEEN_VISITS_MM)
+    between = np.array(found.matrix_mm)
+    for name, source in sources.items():
+        sources[name] = source.moved(between if source.moved_mm is None else between @ source.moved_mm)
+    return found
+
+
+def _leave_out_distant(
+    sources: dict[str, _Source], reference: str, alignments: Mapping[str, Alignment], failures: dict[str, str]
+) -> None:
     """Drop scans that share no space with the reference: their headers cannot be trusted."""
     anchor = sources[reference]
     for name in [n for n in sources if n != reference]:
         source = sources[name]
         low, high = geometry.box_between(np.zeros(3), np.array(source.shape), source.affine_mm, anchor.affine_mm)
         if (high < -0.5).any() or (low > np.array(anchor.shape) - 0.5).any():
-            failures[name] = f"{source.path}: lies wholly outside {anchor.path}, the reference scan of its session"
+            tried = f"; registration was refused: {alignments[name].refused}" if name in alignments else ""
+            place = f"{anchor.path}, the reference scan of its session"
+            failures[name] = f"{source.path}: lies wholly outside {place}{tried}"
             del sources[name]
 
 
-def _settle_target(sources: Mapping[str, _Source], reference: str, spec: PreprocessSpec) -> _Target:
-    lattice = geometry.lattice(sources[reference].affine_mm, spec.spacing_mm)
+def _settle_target(
+    sources: Mapping[str, _Source], reference: str, lattice: np.ndarray, spec: PreprocessSpec
+) -> _Target:
     shape, affine, offset = geometry.session_grid(sources, lattice)
     boxes = [geometry.extent_between(source.mask, source.affine_mm, affine) for source in sources.values()]
     margin = spec.margin_mm / np.array(spec.spacing_mm)
@@ -279,10 +364,11 @@ def _prepare_scan(source: _Source, target: _Target) -> np.ndarray:
 
 
 def _prepare_label(
-    name: str, path: Path, target: _Target, spec: PreprocessSpec, scans: Mapping[str, Recipe]
-) -> tuple[np.ndarray, FileGrid]:
+    name: str, path: Path, target: _Target, spec: PreprocessSpec, owners: Mapping[str, Recipe]
+) -> tuple[np.ndarray, Recipe]:
     volume, grid = nifti.read(path, labels=True)
-    if not any(grid.same_place(recipe.file) for recipe in scans.values() if recipe.stats is not None):
+    owner = next((recipe for recipe in owners.values() if grid.same_place(recipe.file)), None)
+    if owner is None:
         raise ScanError(f"{path}: lies on another grid than every scan of its session")
     values = volume.voxels
     if name.endswith("_mask"):
@@ -292,10 +378,8 @@ def _prepare_label(
     else:
         values = values.astype(np.uint8 if values.max() < 256 else np.uint16, order="K")
     how: Any = spec.labels
-    return (
-        geometry.resample_labels(values, volume.affine_mm, target.shape, target.affine_mm, how=how),
-        grid,
-    )
+    recipe = replace(owner, file=grid, stats=None)
+    return geometry.resample_labels(values, _place(recipe), target.shape, target.affine_mm, how=how), recipe
 
 
 def _foreground_points(sources: Mapping[str, _Source], target: _Target) -> np.ndarray:
@@ -337,7 +421,7 @@ def restore_probabilities(probabilities: np.ndarray, recipe: Recipe) -> np.ndarr
         uint8 (uint16 from 257 classes on) class indices, in the file's own shape and axis order.
     """
     _check_shape(probabilities.shape[1:], recipe)
-    file_shape, file_affine = recipe.file.ras_shape(), recipe.file.ras_affine()
+    file_shape, file_affine = recipe.file.ras_shape(), _place(recipe)
     dtype = np.uint8 if len(probabilities) <= 256 else np.uint16
     winner = np.zeros(file_shape, dtype=dtype)
     best: np.ndarray | None = None
@@ -371,9 +455,15 @@ def restore_labels(labels: np.ndarray, recipe: Recipe) -> np.ndarray:
     """
     _check_shape(labels.shape, recipe)
     moved = geometry.resample(
-        labels, np.array(recipe.affine_mm), recipe.file.ras_shape(), recipe.file.ras_affine(), order="nearest", fill=0
+        labels, np.array(recipe.affine_mm), recipe.file.ras_shape(), _place(recipe), order="nearest", fill=0
     )
     return np.ascontiguousarray(recipe.file.from_ras(moved))
+
+
+def _place(recipe: Recipe) -> np.ndarray:
+    """[4, 4]: where the file's voxels, on RAS+ axes, lie in the space of the prepared array."""
+    affine = recipe.file.ras_affine()
+    return affine if recipe.moved_mm is None else np.array(recipe.moved_mm) @ affine
 
 
 def _check_shape(shape: tuple[int, ...], recipe: Recipe) -> None:
