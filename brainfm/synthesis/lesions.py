@@ -265,17 +265,20 @@ def _bent(rng: np.random.Generator, body: np.ndarray, sigma_mm: float, spacing: 
 
 
 def _blurred(mask: np.ndarray, sigma_vox: np.ndarray) -> np.ndarray:
-    """float32: an array under a Gaussian that ends after 2.5 deviations; beyond the box lies nothing.
+    """float32: an array under a Gaussian that ends after 2.5 deviations; beyond the box its faces go on.
 
-    Three products with banded matrices: on boxes of this size several times faster than a filter.
+    A lesion that the patch cuts through so has no rim at the cut. Three products with banded matrices: on boxes of this
+    size several times faster than a filter.
     """
     result = mask.astype(np.float32)
     for sigma in sigma_vox:  # each product moves the next axis to the front; after three the order is restored
-        apart = np.subtract.outer(np.arange(result.shape[0]), np.arange(result.shape[0]))
-        kernel = np.exp(-0.5 * (apart / sigma) ** 2) * (np.abs(apart) <= _TAIL * sigma)
-        steps = np.arange(1, int(_TAIL * sigma) + 1)
-        total = 1 + 2 * np.exp(-0.5 * (steps / sigma) ** 2).sum()
-        result = np.tensordot(result, (kernel / total).astype(np.float32), axes=(0, 0))
+        length = result.shape[0]
+        steps = np.arange(-int(_TAIL * sigma), int(_TAIL * sigma) + 1)
+        bell = np.exp(-0.5 * (steps / sigma) ** 2)
+        source = np.clip(np.arange(length)[:, None] + steps, 0, length - 1)
+        kernel = np.zeros((length, length))
+        np.add.at(kernel, (source, np.arange(length)[:, None]), bell / bell.sum())
+        result = np.tensordot(result, kernel.astype(np.float32), axes=(0, 0))
     return result
 
 
