@@ -363,8 +363,13 @@ def _moved(batch: Batch, drawn: Draw) -> dict[str, Tensor]:
 
 
 def _grid(theta: Tensor, elastic: Tensor | None, shape_vox: tuple[int, ...]) -> Tensor:
-    """[W, X, Y, Z, 3] where each voxel is sampled: first bent, then turned, scaled and mirrored."""
-    grid = F.affine_grid(theta, [len(theta), 1, *shape_vox], align_corners=False)
+    """[W, X, Y, Z, 3] where each voxel is sampled: first bent, then turned, scaled and mirrored.
+
+    A sum over the axes: affine_grid takes a matrix product, which a GPU may round to three digits.
+    """
+    places = [(2 * torch.arange(n, device=theta.device) + 1) / n - 1 for n in shape_vox]
+    x, y, z = (place[None, :, None] * theta[:, None, :, 2 - axis] for axis, place in enumerate(places))
+    grid = (x + theta[:, None, :, 3])[:, :, None, None] + y[:, None, :, None] + z[:, None, None]
     if elastic is None:
         return grid
     bent = _spline_field(elastic.to(theta.device, non_blocking=True), shape_vox)
