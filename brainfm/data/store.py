@@ -5,6 +5,7 @@
     store/spec.json                          what was done to every scan; one store, one spec
     store/index.csv                          one row a scan or label; all that `Store.open` reads
     store/failures.csv                       what could not be prepared, and why
+    store/alignment.csv                      with align=rigid: how scans and visits were moved, and how well they fit
     store/sessions/<readable>-<8 hex>/       a session: session.json, NAME.b2nd, foreground.npy, LABEL.points.npy
 
 A session's folder is written under a temporary name and renamed when it is complete and on the disk, so whatever is
@@ -41,7 +42,9 @@ import itertools
 import json
 import os
 import re
+import secrets
 import shutil
+import struct
 import sys
 from collections import OrderedDict
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -65,9 +68,14 @@ STEP = 2.0**-7  # images are rounded to multiples of this many standard deviatio
 _CHUNK, _BLOCK = 64, 16
 _HANDLES = 256  # open files a process keeps; a mapped file costs address space, not memory
 _POINTS = 4096
+_HASHES = 1 << 32
 # As it was before sessions had frames:
 _OLD_INDEX = ("dataset", "subject", "session", "name", "kind", "contrast", "file", "x", "y", "z", "sha256")
 _INDEX = (*_OLD_INDEX, "frame", "offset_x", "offset_y", "offset_z")
+_ALIGNMENT = (
+    "dataset", "subject", "session", "scan", "to", "score_before", "score_after", "moved_mm", "turned_deg", "kept",
+    "trusted", "reason",
+)  # fmt: skip
 _FAILURES = ("dataset", "subject", "session", "contrast", "path", "reason")
 
 Key = tuple[str, str, str]
@@ -127,6 +135,36 @@ class Failure:
     reason: str
 
 
+@dataclass(frozen=True)
+class Share:
+    """The part of all subjects that one of several machines works on: those whose hash lies in a range.
+
+    The bytes of the lock file stand for the hashes, so two runs exclude one another exactly where they could meet.
+    """
+
+    number: int = 1
+    count: int = 1
+
+    @classmethod
+    def parse(cls, text: str) -> Share:
+        """From ``i/n``. Raises: ConfigError."""
+        found = re.fullmatch(r"(\d{1,6})/(\d{1,6})", str(text))
+        if not found or not 1 <= int(found[1]) <= int(found[2]):
+            raise ConfigError(f"shard={text}: expected i/n with i from 1 to n, e.g. shard=1/4")
+        return cls(int(found[1]), int(found[2]))
+
+    @property
+    def start(self) -> int:
+        return (self.number - 1) * _HASHES // self.count
+
+    @property
+    def stop(self) -> int:
+        return self.number * _HASHES // self.count
+
+    def holds(self, dataset: str, subject: str) -> bool:
+        return self.start <= int(seeds.unit_hash(f"{dataset}/{subject}", "shard") * _HASHES) < self.stop
+
+
 class Store:
     """Reads and writes one store. Make it with `open` (to read) or `create` (to write).
 
@@ -135,12 +173,14 @@ class Store:
     Attributes:
         path: the folder.
         spec: what was done to every scan.
+        share: of the subjects, which this object writes.
         sessions: sorted by key; empty after `create` until `finish`.
     """
 
-    def __init__(self, path: Path, spec: PreprocessSpec) -> None:
+    def __init__(self, path: Path, spec: PreprocessSpec, share: Share | None = None) -> None:
         self.path = path
         self.spec = spec
+        self.share = share or Share()
         self.sessions: tuple[SessionEntry, ...] = ()
         self._fingerprint = ""
         self._cache: OrderedDict[Path, Any] = OrderedDict()
@@ -163,36 +203,35 @@ class Store:
         return store
 
     @classmethod
-    def create(cls, path: str | Path, spec: PreprocessSpec) -> Store:
-        """A store to write to, new or begun earlier with the same spec.
+    def create(cls, path: str | Path, spec: PreprocessSpec, share: Share | None = None) -> Store:
+        """A store to write to, new or begun earlier with the same spec; `share` is the part that is written.
 
         Raises: StoreError where the folder is something else, cannot be written, or was made with another spec.
         """
         path = Path(path)
-        if (path / "spec.json").exists():
+        foreign = path.exists() and (not path.is_dir() or any(not _is_scratch(p.name) for p in path.iterdir()))
+        if (path / "spec.json").exists():  # asked second: another machine may be making the store
             _refuse_other_spec(path, _read_spec(path), spec)
-            return cls(path, spec)
-        if path.exists() and (not path.is_dir() or any(not _is_scratch(p.name) for p in path.iterdir())):
+            return cls(path, spec, share)
+        if foreign:
             raise StoreError(f"{path}: found something that is no store, expected a store, an empty or a new folder")
         document = {"format": FORMAT, "fingerprint": spec.fingerprint(), "preprocess": spec.to_dict()}
         with _writing(path):
             path.mkdir(parents=True, exist_ok=True)
             _write_atomic(path, "spec.json", _json_bytes(document))
-        return cls(path, spec)
+        return cls(path, spec, share)
 
     @contextmanager
     def locked(self) -> Iterator[None]:
-        """Holds the store for one writing run, and clears away what killed runs left behind.
+        """Holds the share for one writing run, and clears away what killed runs of it left behind.
 
-        Raises: StoreError where another run holds it.
+        Raises: StoreError where another run holds any of it.
         """
-        import fcntl  # not on every system where a store can be read
-
         with _writing(self.path):
             handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
             try:
-                fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)  # the system lets go of it when the process dies
+                _lock(handle, self.share.start, self.share.stop, wait=False)  # the system lets go when the process dies
             except BlockingIOError:
                 message = f"{self.path}: another prepare is writing to this store; wait until it has ended"
                 raise StoreError(message) from None
@@ -201,11 +240,26 @@ class Store:
         finally:
             os.close(handle)
 
+    @contextmanager
+    def _index_held(self) -> Iterator[None]:
+        """One run at a time, of all shares, writes the index or takes away what it promises."""
+        handle = os.open(self.path / ".lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        try:
+            _lock(handle, _HASHES, _HASHES + 1, wait=True)
+            yield
+        finally:
+            os.close(handle)
+
     def sweep(self) -> None:
-        """Removes temporary folders and files; only for whoever holds the store."""
+        """Removes temporary folders and files; only for whoever holds the share."""
         with _writing(self.path):
-            for left in self.path.glob("tmp-*"):
+            for left in self.path.glob(f"{self._scratch}*"):
                 shutil.rmtree(left) if left.is_dir() else left.unlink()
+
+    @property
+    def _scratch(self) -> str:
+        """How the names of this share's temporary folders begin; those of the whole begin all of them."""
+        return "tmp-" if self.share.count == 1 else f"tmp-{self.share.number}of{self.share.count}-"
 
     # ---------------------------------------------------------------------------------------------------- writing
 
@@ -257,6 +311,8 @@ class Store:
             "affine_mm": np.asarray(prepared.affine_mm, np.float64).tolist(),
             "frame": prepared.frame or "/".join(key),
             "offset_vox": list(prepared.offset_vox),
+            "reference": prepared.reference,
+            "alignments": {name: found.to_dict() for name, found in prepared.alignments.items()},
             "volumes": volumes,
             "recipes": {name: recipe.to_dict() for name, recipe in prepared.recipes.items()},
         }
@@ -301,7 +357,7 @@ class Store:
             "files": {f: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for f, b in files.items()},
         }
         final = self._folder(key)
-        scratch = self.path / f"tmp-{os.getpid()}-{final.name[-8:]}"
+        scratch = self.path / f"{self._scratch}{secrets.token_hex(4)}-{final.name[-8:]}"
         with _writing(self.path):
             try:
                 scratch.mkdir()
@@ -319,19 +375,35 @@ class Store:
         except OSError as error:
             if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
                 raise
-            # The index would promise voxels that are no longer there if we were killed before `finish`.
-            (self.path / "index.csv").unlink(missing_ok=True)
             old = scratch.with_name(f"{scratch.name}-old")
-            os.rename(final, old)
-            os.rename(scratch, final)
+            with self._index_held():
+                # The index would promise voxels that are no longer there if we were killed before `finish`.
+                (self.path / "index.csv").unlink(missing_ok=True)
+                os.rename(final, old)
+                os.rename(scratch, final)
             shutil.rmtree(old)
         _sync_folder(final.parent)
 
+    def reference(self, key: Key) -> str | None:
+        """The path, as its row has it, of the scan that settled a session's grid; None where nothing was prepared."""
+        document = _read_session(self._folder(key))
+        paths = {row["name"]: row["path"] for row in document["sources"]["rows"]}
+        return paths.get(document.get("reference", ""))
+
     def finish(self) -> list[Failure]:
-        """Writes index.csv and failures.csv from the sessions that are there, and reads them; returns the failures.
+        """Writes index.csv and its companions from the sessions that are there, and reads it; returns the failures.
+
+        Where shares are written at the same time, the last to finish leaves the whole.
 
         Raises: StoreError where a session's folder is damaged, or the disk is full.
         """
+        with _writing(self.path), self._index_held():
+            failures = self._write_tables()
+        self._cache.clear()
+        self._load_index()
+        return failures
+
+    def _write_tables(self) -> list[Failure]:
         sessions, failures = [], []
         root = self.path / "sessions"
         for folder in sorted(root.iterdir()) if root.is_dir() else []:
@@ -355,11 +427,11 @@ class Store:
                 volume = [*key, v["name"], v["kind"], v["contrast"], file, *document["shape"], sha256]
                 rows.append([*volume, *place, *further])
         failed = [(f.dataset, f.subject, f.session, f.contrast, f.path, f.reason) for f in failures]
-        with _writing(self.path):
-            _write_atomic(self.path, "failures.csv", _csv_bytes([_FAILURES, *failed]))
-            _write_atomic(self.path, "index.csv", _csv_bytes(rows))
-        self._cache.clear()
-        self._load_index()
+        _write_atomic(self.path, "failures.csv", _csv_bytes([_FAILURES, *failed]))
+        if self.spec.align == "rigid":
+            moves = [row for key, _, document in sessions for row in _alignment_rows(key, document)]
+            _write_atomic(self.path, "alignment.csv", _csv_bytes([_ALIGNMENT, *moves]))
+        _write_atomic(self.path, "index.csv", _csv_bytes(rows))
         return failures
 
     # ---------------------------------------------------------------------------------------------------- reading
@@ -512,6 +584,14 @@ def _read_session(folder: Path) -> dict[str, Any]:
         raise _damaged(folder / "session.json", str(error)) from error
 
 
+def _alignment_rows(key: Key, document: Mapping[str, Any]) -> Iterator[list[Any]]:
+    """How the scans of a session were moved; its reference, onto that of the first visit."""
+    for name, found in sorted(document.get("alignments", {}).items()):
+        to = document["reference"] if name != document["reference"] else "first visit"
+        measured = [f"{found[column]:.4f}" for column in ("score_before", "score_after", "moved_mm", "turned_deg")]
+        yield [*key, name, to, *measured, int(not found["refused"]), int(found["trusted"]), found["refused"]]
+
+
 def _parse_index(content: bytes) -> tuple[SessionEntry, ...]:
     reader = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
     header = next(reader, [])
@@ -658,6 +738,17 @@ def _slug(name: str) -> str:
     return safe if safe == name else f"{safe}-{hashlib.sha256(name.encode()).hexdigest()[:6]}"
 
 
+def _lock(handle: int, start: int, stop: int, wait: bool) -> None:
+    """Locks a range of a file's bytes, which need not exist; raises BlockingIOError where another holds any of it."""
+    import fcntl  # not on every system where a store can be read
+
+    if hasattr(fcntl, "F_OFD_SETLK"):
+        request = struct.pack("hhqqi0q", fcntl.F_WRLCK, os.SEEK_SET, start, stop - start, 0)
+        fcntl.fcntl(handle, fcntl.F_OFD_SETLKW if wait else fcntl.F_OFD_SETLK, request)
+    elif stop <= _HASHES:  # no locks of parts here: shares work one after the other
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
 def _is_scratch(name: str) -> bool:
     return name == ".lock" or name.startswith("tmp-")
 
@@ -680,7 +771,7 @@ def _write_file(file: Path, content: bytes) -> None:
 
 
 def _write_atomic(folder: Path, name: str, content: bytes) -> None:
-    scratch = folder / f"tmp-{os.getpid()}-{name}"
+    scratch = folder / f"tmp-{secrets.token_hex(4)}-{name}"
     try:
         _write_file(scratch, content)
         os.replace(scratch, folder / name)

@@ -38,6 +38,8 @@ class FakePrepared:
     foreground: np.ndarray = field(default_factory=lambda: np.array([[1, 2, 3]], np.int16))
     frame: str = ""
     offset_vox: tuple = (0, 0, 0)
+    reference: str = "t1"
+    alignments: dict = field(default_factory=dict)
 
 
 def rows(key=KEY, contrasts=("t1", "flair"), **columns) -> list[Scan]:
