@@ -12,7 +12,6 @@ import os
 import shutil
 import threading
 import time
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,7 +20,6 @@ from typing import Any
 import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
-from lightning.fabric.strategies import DDPStrategy
 
 from brainfm.data.store import Store
 from brainfm.specs import ConfigError, TrainingError
@@ -49,18 +47,12 @@ def make_fabric(trainer: Mapping[str, Any]) -> Fabric:
     if trainer.get("threads"):
         torch.set_num_threads(int(trainer["threads"]))
     torch.set_float32_matmul_precision("high")
-    strategy: Any = "auto"
-    if devices * nodes > 1 or trainer["strategy"] == "ddp":
-        # An objective may leave out a term on one rank only (no target in its samples); DDP must not wait for its
-        # gradients. Where all are used, torch calls the search needless, once.
-        warnings.filterwarnings("ignore", message=".*find_unused_parameters=True was specified.*")
-        strategy = DDPStrategy(find_unused_parameters=True)
     try:
         fabric = Fabric(
             accelerator=trainer["accelerator"],
             devices=devices,
             num_nodes=nodes,
-            strategy=strategy,
+            strategy="ddp" if devices * nodes > 1 else str(trainer["strategy"]),
             precision=precision,  # type: ignore[arg-type]
         )
     except (ValueError, RuntimeError) as error:

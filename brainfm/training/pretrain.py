@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
+from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from brainfm import __version__
@@ -279,4 +280,6 @@ def optim_values(optim: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
+    """To the log, once however many processes the run has."""
+    if rank_zero_only.rank == 0:
+        print(text, file=sys.stderr, flush=True)
