@@ -390,7 +390,7 @@ def ages_of(sessions: Iterable[SessionEntry]) -> tuple[dict[tuple[str, str, str]
             ages[key] = age
         else:
             strange.append(text)
-    note = f"{len(strange)} sessions have an age that is no number of years, e.g. {strange[0]!r}" if strange else None
+    note = f"age is no number of years in {len(strange)} sessions, e.g. {strange[0]!r}" if strange else None
     return ages, note
 
 
