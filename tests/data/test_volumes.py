@@ -108,6 +108,15 @@ def test_own_tables_leave_flagged_rows_out(tmp_path: Path) -> None:
     assert twice.rows["a/02/1"]["hippocampus"] == 7.5  # a flagged row contradicts nobody
 
 
+def test_dlmuse_without_its_sums(tmp_path: Path) -> None:
+    header = ["MRID", "702", "701", "601", "4", "11", "47", "48", "207", "301", "525"]
+    cells = ["s1", "1450000.0", "1300000", "700000", "1500", "1400", "4000", "3900.5", "2500", "9000", "8000"]
+    table = read_volumes(write(tmp_path / "muse.csv", ",".join(header) + "\n" + ",".join(cells) + "\n"))
+    assert table.kind == "dlmuse" and table.icv_ml == {"s1": 1450.0}
+    assert table.regions == ("muse_4", "muse_11", "muse_47", "muse_48", "muse_207")
+    assert table.rows["s1"]["muse_48"] == pytest.approx(3.9005)
+
+
 def test_real_dlmuse_table(data3d: Path) -> None:
     table = read_volumes(data3d / "ixi2mm" / "DLMUSE_Volumes.csv")
     subjects = sorted(p.name for p in (data3d / "ixi2mm").iterdir() if p.is_dir())
