@@ -25,7 +25,7 @@ VERBS = {
 
 # Values of these keys are text as it stands: a path may hold blanks, brackets or '=' without quoting for hydra.
 _TEXT = re.compile(
-    r"^(root|out|store|run|manifest|bundle|participants|predictions|backbone_from|(masks|labels|input)\..+)$"
+    r"^(root|out|store|run|manifest|bundle|participants|predictions|backbone_from|data\.targets\.(volumes|lesion_shapes)|(masks|labels|input)\..+)$"
 )
 _OPEN = ("masks.", "labels.", "input.")  # groups whose keys the user names
 
@@ -214,14 +214,17 @@ def _move(bar: Any, done: int, total: int) -> None:
 def _prepare(config: dict[str, Any]) -> int:
     from brainfm.data.manifest import read_manifest
     from brainfm.data.prepare import prepare
+    from brainfm.data.store import Share
     from brainfm.training.monitor import Progress
 
     spec = preprocess_spec(config["preprocess"])
+    share = Share.parse(config["shard"])
     manifest = read_manifest(Path(config["manifest"]))
     with Progress("prepare", len(manifest.sessions())) as bar:
         report = prepare(
-            manifest, Path(config["store"]), spec, _workers(config), lambda done, total: _move(bar, done, total)
-        )
+            manifest, Path(config["store"]), spec, _workers(config), lambda done, total: _move(bar, done, total),
+            share=share, scheduler=config["scheduler"],
+        )  # fmt: skip
     for failure in report.failed:
         print(f"left out: {failure.reason if failure.path in failure.reason else f'{failure.path}: {failure.reason}'}")
     print(

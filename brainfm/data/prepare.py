@@ -1,11 +1,13 @@
 """From a manifest to a store: in parallel, and resumable after any interruption.
 
-A session is one piece of work: it is prepared and written by one worker, or not at all. Which sessions are missing is
-read off the store itself, so there is no journal that could disagree with it.
+A session is one piece of work: it is prepared and written by one worker, or not at all. With ``align=rigid`` all visits
+of a subject are one piece, since the later ones lie in the space of the first. Which sessions are missing is read off
+the store itself, so there is no journal that could disagree with it.
 """
 
 from __future__ import annotations
 
+import itertools
 import multiprocessing
 import os
 import signal
@@ -13,14 +15,16 @@ import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
-from contextlib import closing, contextmanager
-from dataclasses import dataclass
+from contextlib import ExitStack, closing, contextmanager
+from dataclasses import dataclass, replace
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
+from typing import Any
 
 from brainfm.data.manifest import Manifest, Scan, check_files, label_paths, scan_names, session_labels
-from brainfm.data.store import Failure, Key, Store
-from brainfm.imaging.preprocess import prepare_session
+from brainfm.data.store import Failure, Key, Share, Store
+from brainfm.imaging import register
+from brainfm.imaging.preprocess import Anchor, prepare_session
 from brainfm.specs import ConfigError, PreprocessSpec, ScanError, StoreError
 
 # Every worker has one core: libraries that start a thread per core would only get in each other's way.
@@ -62,12 +66,18 @@ class _Session:
     sizes: dict[str, int]
 
 
+_Piece = tuple[_Session, ...]  # sessions of one subject, the first visit first
+
+
 def prepare(
     manifest: Manifest,
     store_path: str | Path,
     spec: PreprocessSpec,
     workers: int | None = None,
     progress: Callable[[int, int], None] | None = None,
+    *,
+    share: Share | None = None,
+    scheduler: str | None = None,
 ) -> Report:
     """Brings every session of the manifest into the store, leaving those alone that are there already.
 
@@ -80,8 +90,13 @@ def prepare(
         workers: processes, by default one a core; 0 and 1 work in this process. A worker needs up to 1.5 GB. A script
             that asks for more than one must guard its start with ``if __name__ == "__main__":``.
         progress: called with the number of sessions that are settled and their total, first with those skipped.
+        share: of the subjects; several runs, each with another share, may write one store at the same time, and the
+            last one to end leaves the whole index. By default all.
+        scheduler: ``HOST:PORT`` of a Dask scheduler whose workers see the files under the same names, or ``local`` for
+            a Dask cluster on this machine; by default processes of our own.
 
     Raises:
+        ConfigError: a package that is asked for is not installed, or no scheduler answers.
         ManifestError: files are missing, or a session names two files for one label; nothing was written.
         StoreError: the store was made with another spec, is in use, cannot be written, or a worker was killed. What was
             prepared stays, and another run goes on from there.
@@ -90,25 +105,31 @@ def prepare(
     workers = cores if workers is None else workers
     if workers < 0:
         raise ConfigError(f"workers={workers}: expected 0 or more")
+    if spec.align == "rigid":
+        register.require()
+    share = share or Share()
     check_files(manifest)
-    sessions = {key: scans for key, scans in sorted(manifest.sessions().items())}
+    sessions = {key: scans for key, scans in sorted(manifest.sessions().items()) if share.holds(key[0], key[1])}
     for scans in sessions.values():
         session_labels(scans)  # refuses contradictions before anything is written
-    store = Store.create(store_path, spec)
+    store = Store.create(store_path, spec, share)
     with store.locked():
-        todo = [s for s in _sessions(manifest, sessions) if not store.is_current(s.key, s.scans, s.sizes)]
-        skipped = len(sessions) - len(todo)
+        pieces = [(piece, _missing(store, piece)) for piece in _pieces(_sessions(manifest, sessions), spec)]
+        todo = [(piece, missing) for piece, missing in pieces if missing]
+        settled = len(sessions) - sum(missing for _, missing in todo)
         if progress:
-            progress(skipped, len(sessions))
-        steps = _in_pool(store, todo, workers) if workers > 1 and todo else _in_process(store, todo)
-        with closing(steps):  # no worker is left when the store is let go
-            for done, _ in enumerate(steps, start=1):
+            progress(settled, len(sessions))
+        done = 0
+        with closing(_run(store, [piece for piece, _ in todo], workers, scheduler)) as steps:
+            for number, prepared in steps:  # no worker is left when the store is let go
+                done += prepared
+                settled += todo[number][1]
                 if progress:
-                    progress(skipped + done, len(sessions))
+                    progress(settled, len(sessions))
         store.sweep()
         failures = store.finish()
     failed = tuple(f for f in failures if (f.dataset, f.subject, f.session) in sessions)
-    return Report(len(todo), skipped, failed)
+    return Report(done, len(sessions) - done, failed)
 
 
 def _sessions(manifest: Manifest, sessions: dict[Key, list[Scan]]) -> Iterator[_Session]:
@@ -118,45 +139,99 @@ def _sessions(manifest: Manifest, sessions: dict[Key, list[Scan]]) -> Iterator[_
         yield _Session(key, tuple(scans), manifest.path.parent, sizes)
 
 
-def _work(store_path: Path, spec: PreprocessSpec, session: _Session) -> None:
-    """Prepares and writes one session."""
-    store = Store.create(store_path, spec)
+def _pieces(sessions: Iterator[_Session], spec: PreprocessSpec) -> Iterator[_Piece]:
+    if spec.align != "rigid":
+        yield from ((session,) for session in sessions)
+        return
+    for _, visits in itertools.groupby(sessions, key=lambda session: session.key[:2]):
+        yield tuple(visits)
+
+
+def _missing(store: Store, piece: _Piece) -> int:
+    """How many sessions of a piece are to be prepared; without an anchor, all that follow the first that is."""
+    anchor, missing = None, 0
+    for session in piece:
+        if (missing and anchor is None) or not _is_current(store, session, anchor):
+            missing += 1
+        else:
+            anchor = anchor or _anchor(store, session)
+    return missing
+
+
+def _is_current(store: Store, session: _Session, anchor: Anchor | None) -> bool:
+    return store.is_current(session.key, session.scans, _sizes(session, anchor))
+
+
+def _sizes(session: _Session, anchor: Anchor | None) -> dict[str, int]:
+    """The files that a session is made from: its own, and the one that its frame is taken from."""
+    if anchor is None:
+        return session.sizes
+    return session.sizes | {os.path.relpath(anchor.path, session.folder): anchor.path.stat().st_size}
+
+
+def _anchor(store: Store, session: _Session) -> Anchor | None:
+    """What later visits are aligned to, where this visit is in the store and serves."""
+    path = store.reference(session.key) if store.spec.align == "rigid" else None
+    return None if path is None else Anchor("/".join(session.key), session.folder / path)
+
+
+def _work(store: Store, piece: _Piece) -> int:
+    """Prepares and writes what is missing of a piece; returns the number of sessions."""
+    anchor, done = None, 0
+    for session in piece:
+        if not _is_current(store, session, anchor):
+            _prepare(store, session, anchor)
+            done += 1
+        anchor = anchor or _anchor(store, session)
+    return done
+
+
+def _prepare(store: Store, session: _Session, anchor: Anchor | None) -> None:
     names = scan_names(session.scans)
     scans = {name: session.folder / scan.path for name, scan in sorted(zip(names, session.scans), key=lambda s: s[0])}
     labels = {name: session.folder / path for name, path in sorted(session_labels(session.scans).items())}
+    sizes = _sizes(session, anchor)
     try:
-        prepared = prepare_session(scans, labels, spec)
+        prepared = prepare_session(scans, labels, store.spec, anchor=anchor)
     except ScanError as error:
-        store.write_failure(session.key, session.scans, dict.fromkeys(names, str(error)), session.sizes)
+        store.write_failure(session.key, session.scans, dict.fromkeys(names, str(error)), sizes)
     else:
-        store.write_session(session.key, session.scans, prepared, session.sizes)
+        store.write_session(session.key, session.scans, prepared, sizes)
 
 
-def _in_process(store: Store, todo: Sequence[_Session]) -> Generator[None, None, None]:
-    for session in todo:
-        _work(store.path, store.spec, session)
-        yield
+_Steps = Generator[tuple[int, int], None, None]  # the number of a piece and of the sessions prepared of it, as they end
 
 
-def _in_pool(store: Store, todo: Sequence[_Session], workers: int) -> Generator[None, None, None]:
-    """Yields once for every session that was written; at any error hands out no more work and waits for the rest."""
+def _run(store: Store, todo: Sequence[_Piece], workers: int, scheduler: str | None) -> _Steps:
+    if not todo:
+        return _in_process(store, todo)
+    if scheduler:
+        return _in_dask(store, todo, workers, scheduler)
+    return _in_pool(store, todo, workers) if workers > 1 else _in_process(store, todo)
+
+
+def _in_process(store: Store, todo: Sequence[_Piece]) -> _Steps:
+    for number, piece in enumerate(todo):
+        yield number, _work(store, piece)
+
+
+def _in_pool(store: Store, todo: Sequence[_Piece], workers: int) -> _Steps:
+    """At any error hands out no more work and waits for the rest."""
     workers = min(workers, len(todo))
-    remaining = iter(todo)
-    pending: set[Future[None]] = set()
+    remaining = iter(enumerate(todo))
+    pending: dict[Future[int], int] = {}
     # Spawned, not forked: a forked worker inherits locks of threads that it has not got.
     context = multiprocessing.get_context("spawn")
     with _environment(dict.fromkeys(_ONE_THREAD, "1")):
         pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
         try:
             while True:
-                while len(pending) < workers * _QUEUED and (session := next(remaining, None)) is not None:
-                    pending.add(pool.submit(_work, store.path, store.spec, session))
+                while len(pending) < workers * _QUEUED and (following := next(remaining, None)) is not None:
+                    pending[pool.submit(_work, store, following[1])] = following[0]
                 if not pending:
                     break
-                finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-                for future in finished:
-                    future.result()
-                    yield
+                for future in wait(pending, return_when=FIRST_COMPLETED).done:
+                    yield pending.pop(future), future.result()
         except BrokenProcessPool:
             raise StoreError(
                 f"{store.path}: a worker was killed, most likely because memory ran out; what was prepared stays, run "
@@ -164,6 +239,44 @@ def _in_pool(store: Store, todo: Sequence[_Session], workers: int) -> Generator[
             ) from None
         finally:
             pool.shutdown(wait=True, cancel_futures=True)
+
+
+def _in_dask(store: Store, todo: Sequence[_Piece], workers: int, scheduler: str) -> _Steps:
+    """The same on the workers of a Dask cluster, which must have brainfm and see the files under the same names."""
+    distributed = _distributed()
+    store = Store.create(store.path.absolute(), store.spec, store.share)
+    todo = [tuple(replace(session, folder=session.folder.absolute()) for session in piece) for piece in todo]
+    with _environment(dict.fromkeys(_ONE_THREAD, "1")), ExitStack() as opened:
+        try:
+            if scheduler == "local":
+                cluster = distributed.LocalCluster(
+                    n_workers=max(1, min(workers, len(todo))), threads_per_worker=1, dashboard_address=None
+                )
+                client = opened.enter_context(distributed.Client(opened.enter_context(cluster)))
+            else:
+                client = opened.enter_context(distributed.Client(scheduler, timeout="10s"))
+        except (OSError, ValueError, TimeoutError) as error:
+            raise ConfigError(f"scheduler={scheduler}: no Dask scheduler answers there ({error})") from None
+        futures = client.map(_work, itertools.repeat(store, len(todo)), todo, pure=False, retries=0)
+        numbers = {future.key: number for number, future in enumerate(futures)}
+        try:
+            for future in distributed.as_completed(futures):
+                yield numbers[future.key], future.result()
+        except distributed.KilledWorker:
+            raise StoreError(
+                f"{store.path}: a Dask worker was killed, most likely because memory ran out; what was prepared stays, "
+                "run prepare again"
+            ) from None
+        finally:
+            client.cancel(futures)
+
+
+def _distributed() -> Any:
+    try:
+        import distributed
+    except ImportError:
+        raise ConfigError("scheduler= needs Dask, which is not installed: pip install brainfm[dask]") from None
+    return distributed
 
 
 def _start_worker() -> None:

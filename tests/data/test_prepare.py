@@ -90,7 +90,7 @@ def test_prepare__again_does_only_what_is_missing(tmp_path, monkeypatch):
     before = tree(tmp_path / "store")
     worked = []
     work = prepare_module._work
-    monkeypatch.setattr(prepare_module, "_work", lambda path, spec, s: (worked.append(s.key[1]), work(path, spec, s)))
+    monkeypatch.setattr(prepare_module, "_work", lambda store, s: worked.append(s[0].key[1]) or work(store, s))
     report = prepare(manifest, tmp_path / "store", SPEC, workers=1)
     assert (report.done, report.skipped) == (0, 3) and worked == []
     assert tree(tmp_path / "store") == before
