@@ -152,7 +152,7 @@ def pretrain(config: dict[str, Any]) -> State:
             f"{provenance.device}, {100 * state.waited / max(state.seconds, 1e-9):.1f} % of it waiting for data"
         )
         say(receipt.describe(state.receipt))
-        if probe is not None:
+        if probe is not None and probe.table:
             say("\n".join(describe(probe.table)))
     elif fabric.is_global_zero:
         say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")

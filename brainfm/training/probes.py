@@ -54,7 +54,7 @@ class ProbeSpec:
     """
 
     every: int = 1000
-    subjects: int = 48
+    subjects: int = 32
     scans: int = 4
     patches: int = 2
 

@@ -29,7 +29,7 @@ def words(store: Store, run: Path, *more: str) -> list[str]:
         f"store={store.path}", f"run={run}", "backbone=unet_tiny", "trainer=cpu", f"trainer.max_steps={STEPS}",
         "trainer.batch_size=2", "trainer.workers=0", "trainer.log_every=1", "trainer.checkpoint_every=4",
         "trainer.evaluate_every=12", "trainer.threads=1", "data.patch_vox=[16,16,16]", "data.validation=0.3",
-        "data.validation_batches=1", "objective.latent_channels=16",
+        "data.validation_batches=1", "objective.latent_channels=16", "probe.every=8",
     ]  # fmt: skip
     given = dict(word.split("=", 1) for word in (*default, *more))
     return [f"{key}={value}" for key, value in given.items()]
@@ -61,6 +61,14 @@ def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
     assert any((whole / "tensorboard").iterdir())
     names = {name for _, name, _ in read_curves(whole / "curves.csv")}
     assert {"total", "self", "cross", "agreement", "separation", "kl", "lr", "grad_norm", "val_total"} <= names
+    asked = {f"probe_{part}_{what}" for part in ("anatomy", "contrast") for what in ("contrast", "subject", "split")}
+    assert asked <= names
+    assert {"probe_backbone_contrast", "probe_backbone_rank"} <= names and "probe_backbone_split" not in names
+    probed = json.loads((whole / "probes.json").read_text())
+    assert probed["step"] == STEPS and probed["subjects"] == 6 and not probed["held_out"]
+    last = {name: value for step, name, value in read_curves(whole / "curves.csv") if step == STEPS}
+    assert probed["parts"]["anatomy"]["subject"] == last["probe_anatomy_subject"]
+    assert (whole / "good.ckpt").read_bytes() == (whole / CHECKPOINT).read_bytes()
 
 
 def test_killed_and_resumed_equals_uninterrupted(whole: Path, toy_store: Store, tmp_path: Path) -> None:
