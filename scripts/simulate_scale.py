@@ -81,8 +81,8 @@ _CHANGELOG = "CHANGELOG.md, Measured (two cores of a virtual machine)"
 
 
 def defaults() -> dict[str, Figure]:
-    """The measured figures. Bytes: 17.8 % of a float32 volume, taken as a brain's box of 182 x 218 x 182 voxels; a whole
-    head with its neck has up to twice as many, so measure with --store before buying disks."""
+    """The measured figures. Bytes: 17.8 % of a float32 volume, taken as a box of 182 x 218 x 182 voxels; a whole head
+    with its neck may have twice as many, so measure with --store before buying disks."""
     return {
         "bytes_a_scan": Figure(0.178 * 4 * 182 * 218 * 182, f"{_CHANGELOG}: 17.8 % of float32 at 182 x 218 x 182"),
         "reads_per_s_64": Figure(2 * 435, f"{_CHANGELOG}: 435 pairs of 64^3 a second and core"),

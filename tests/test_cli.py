@@ -68,6 +68,35 @@ def test_every_objective_and_backbone_of_the_configurations_builds() -> None:
             build_backbone(**resolve("pretrain", [*NEEDED["pretrain"], f"backbone={backbone}"])["backbone"])
 
 
+def test_every_experiment_builds() -> None:
+    """At its own size, without memory: the patch fits the backbone and the hidden blocks."""
+    import torch
+
+    from brainfm.nets.backbone import build_backbone
+    from brainfm.objectives.objective import build_objective
+
+    for experiment in options("experiment"):
+        values = resolve("pretrain", [*NEEDED["pretrain"], f"experiment={experiment}"])
+        question = values["objective"]
+        for from_data, count in (("groups", 4), ("volumes", 101)):
+            if question.get(from_data, 0) is None:
+                question[from_data] = count
+        with torch.device("meta"):
+            backbone = build_backbone(**values["backbone"])
+            build_objective(**question, backbone=backbone, patch_vox=tuple(values["data"]["patch_vox"]), seed=0)
+
+
+def test_ssl3d_is_the_published_recipe() -> None:
+    values = resolve("pretrain", [*NEEDED["pretrain"], "experiment=ssl3d"])
+    objective, trainer = values["objective"], values["trainer"]
+    assert values["backbone"]["name"] == "resenc_l" and values["data"]["patch_vox"] == [160, 160, 160]
+    assert (objective["mask_unit_vox"], objective["mask_ratio"]) == (16, 0.75)
+    assert objective["parts"] == {"anatomy": 0.5, "pathology": 0.3, "free": 0.2}
+    weights = [objective[f"{name}_weight"] for name in ("reconstruction", "anatomy", "pathology", "agreement")]
+    assert weights == [0.7, 0.15, 0.15, 0.0]
+    assert (trainer["max_steps"], trainer["batch_size"]) == (250_000, 2)
+
+
 def test_fomo25_is_the_published_recipe() -> None:
     """The figures of the winners' script, as facts; configuration drift would silently change the experiment."""
     values = resolve("pretrain", [*NEEDED["pretrain"], "experiment=fomo25"])
