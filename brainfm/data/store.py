@@ -593,25 +593,39 @@ def _alignment_rows(key: Key, document: Mapping[str, Any]) -> Iterator[list[Any]
 
 
 def _parse_index(content: bytes) -> tuple[SessionEntry, ...]:
-    reader = csv.reader(io.StringIO(content.decode("utf-8"), newline=""))
+    # Decoded as it is read: a StringIO would hold four bytes a character.
+    reader = csv.reader(io.TextIOWrapper(io.BytesIO(content), "utf-8", newline=""))
     header = next(reader, [])
     ours = _INDEX if tuple(header[: len(_INDEX)]) == _INDEX else _OLD_INDEX
     if tuple(header[: len(ours)]) != ours:
         raise ValueError(f"columns {', '.join(header[:3])}... found, {', '.join(_INDEX[:3])}... expected")
-    columns = header[len(ours) :]  # by place, since a manifest's column may have the name of one of ours
+    columns = [
+        sys.intern(name) for name in header[len(ours) :]
+    ]  # by place, since a manifest's column may have the name of one of ours
     sessions = []
     for folder, group in itertools.groupby(reader, key=lambda row: row[6].partition("/")[0]):
         rows = list(group)
         first = rows[0]
         scans = tuple(_entry(row) for row in rows if row[4] == "scan")
         labels = tuple(_entry(row) for row in rows if row[4] == "label")
-        further = {name: value for name, value in zip(columns, first[len(ours) :]) if value}
+        further = {name: sys.intern(value) for name, value in zip(columns, first[len(ours) :]) if value}
         shape = int(first[7]), int(first[8]), int(first[9])
         frame, offset = "/".join(first[:3]), (0, 0, 0)
         if ours is _INDEX:
-            frame, offset = first[11], (int(first[12]), int(first[13]), int(first[14]))
+            frame, offset = sys.intern(first[11]), (int(first[12]), int(first[13]), int(first[14]))
         sessions.append(
-            SessionEntry(first[0], first[1], first[2], folder, shape, scans, labels, further, frame, offset)
+            SessionEntry(
+                sys.intern(first[0]),
+                first[1],
+                sys.intern(first[2]),
+                folder,
+                shape,
+                scans,
+                labels,
+                further,
+                frame,
+                offset,
+            )
         )
     return tuple(sessions)
 
