@@ -31,7 +31,7 @@ seconds = time.perf_counter() - begin
 processor = time.process_time() - worked
 after = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 volumes = sum(len(s.scans) + len(s.labels) for s in store.sessions)
-print(json.dumps({"seconds": seconds, "processor": processor, "peak_mb": after / 1024, "imports_mb": before / 1024, "volumes": volumes}))
+print(json.dumps([seconds, processor, after / 1024, before / 1024, volumes]))
 """
 VOLUMES = (("flair", "scan"), ("t1", "scan"), ("t2", "scan"), ("lesion_mask", "label"))
 
@@ -68,12 +68,9 @@ def main() -> None:
         for _ in range(arguments.repeats):
             command = [sys.executable, "-c", OPEN, str(Path(folder) / "store")]
             done = subprocess.run(command, capture_output=True, text=True, check=True)
-            found = json.loads(done.stdout)
-            assert found["volumes"] == arguments.rows // len(VOLUMES) * len(VOLUMES)
-            print(
-                f"open {found['seconds']:.2f} s, processor {found['processor']:.2f} s, peak {found['peak_mb']:.0f} MB, of which imports "
-                f"{found['imports_mb']:.0f} MB"
-            )
+            seconds, processor, peak, imports, volumes = json.loads(done.stdout)
+            assert volumes == arguments.rows // len(VOLUMES) * len(VOLUMES)
+            print(f"open {seconds:.2f} s (processor {processor:.2f} s), peak {peak:.0f} MB ({imports:.0f} MB imports)")
 
 
 if __name__ == "__main__":

@@ -599,9 +599,8 @@ def _parse_index(content: bytes) -> tuple[SessionEntry, ...]:
     ours = _INDEX if tuple(header[: len(_INDEX)]) == _INDEX else _OLD_INDEX
     if tuple(header[: len(ours)]) != ours:
         raise ValueError(f"columns {', '.join(header[:3])}... found, {', '.join(_INDEX[:3])}... expected")
-    columns = [
-        sys.intern(name) for name in header[len(ours) :]
-    ]  # by place, since a manifest's column may have the name of one of ours
+    # By place, since a manifest's column may have the name of one of ours.
+    columns = [sys.intern(name) for name in header[len(ours) :]]
     sessions = []
     for folder, group in itertools.groupby(reader, key=lambda row: row[6].partition("/")[0]):
         rows = list(group)
@@ -613,20 +612,8 @@ def _parse_index(content: bytes) -> tuple[SessionEntry, ...]:
         frame, offset = "/".join(first[:3]), (0, 0, 0)
         if ours is _INDEX:
             frame, offset = sys.intern(first[11]), (int(first[12]), int(first[13]), int(first[14]))
-        sessions.append(
-            SessionEntry(
-                sys.intern(first[0]),
-                first[1],
-                sys.intern(first[2]),
-                folder,
-                shape,
-                scans,
-                labels,
-                further,
-                frame,
-                offset,
-            )
-        )
+        key = sys.intern(first[0]), first[1], sys.intern(first[2])
+        sessions.append(SessionEntry(*key, folder, shape, scans, labels, further, frame, offset))
     return tuple(sessions)
 
 
