@@ -279,18 +279,23 @@ def _weights_fault(run: Run, state: State) -> str | None:
 
 
 def _stop_at(run: Run, state: State, fault: str | None) -> None:
-    """Raises TrainingError on all processes where one of them has a fault, in one sentence that says what is kept."""
-    if not _of_any_rank(run.fabric, int(fault is not None)):
+    """Stops all processes where one of them has a fault: TrainingError on the first, in one sentence that says what is
+    kept; the others leave with the same exit code and say nothing."""
+    faulty = _of_any_rank(run.fabric, run.fabric.global_rank + 1 if fault is not None else 0)
+    if not faulty:
         return
+    fault = run.fabric.broadcast(fault, src=faulty - 1)
+    if not run.fabric.is_global_zero:
+        raise SystemExit(2)
     kept = f"{CHECKPOINT} holds step {state.saved}" if state.saved else "no checkpoint was written before"
     if (run.folder / GOOD).exists():
         good = json.loads(read_checkpoint(run.folder / GOOD)["state"])["step"]
         kept += f", {GOOD} step {good}, the last whose probe was passed (copy it over {CHECKPOINT} to go on from there)"
-    raise TrainingError(f"{run.folder}: {fault or 'another process of this run found a fault and says which'}; {kept}")
+    raise TrainingError(f"{run.folder}: {fault}; {kept}")
 
 
 def _of_any_rank(fabric: Fabric, number: int) -> int:
-    """The signal that asked any process to stop, 0 for none: all must leave at the same step, for the same reason."""
+    """The largest number of all processes, 0 for none: all must leave at the same step, for the same reason."""
     if fabric.world_size == 1:
         return number
     asked = fabric.all_reduce(torch.tensor(number, device=fabric.device), reduce_op="max")

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -177,6 +179,28 @@ def test_collapsing_objective_stops_with_exit_2_and_keeps_the_last_good_state(
     (run / CHECKPOINT).write_bytes((run / GOOD).read_bytes())
     assert main(["pretrain", *words(toy_store, run, *more)]) == 0
     assert calls[0] == 12 + 14 and step_of(run / GOOD) == step_of(run / CHECKPOINT) == 20
+
+
+def test_two_processes_stop_together_and_one_speaks(toy_store: Store, tmp_path: Path) -> None:
+    """The second process alone meets a loss that is not finite."""
+    script = (
+        "import sys\nfrom brainfm.cli import main\nfrom brainfm.objectives.mae import MAE\n"
+        "from torch import distributed\nusual = MAE.forward\n"
+        "def broken(self, batch, progress):\n"
+        "    terms = usual(self, batch, progress)\n"
+        "    late = distributed.get_rank() == 1 and progress >= 0.5\n"
+        "    return type(terms)(terms.total + float('inf'), terms.parts) if late else terms\n"
+        "MAE.forward = broken\nsys.exit(main(['pretrain', *sys.argv[1:]]))\n"
+    )
+    run, file = tmp_path / "run", tmp_path / "broken.py"
+    file.write_text(script)
+    more = (*SHORT, "trainer.devices=2", "trainer.strategy=ddp", "trainer.batch_size=1", "trainer.checkpoint_every=2")
+    command = [sys.executable, str(file), *words(toy_store, run, *more)]
+    ended = subprocess.run(command, capture_output=True, text=True, timeout=200, check=False)
+    told = [line for line in ended.stderr.splitlines() if "not finite" in line]
+    assert ended.returncode == 2 and len(told) == 1, ended.stderr
+    assert "total is not finite after step 7;" in told[0] and "last.ckpt holds step 6" in told[0]
+    assert step_of(run / CHECKPOINT) == 6
 
 
 def test_guards_may_be_loosened_to_go_on(toy_store: Store, tmp_path: Path) -> None:
