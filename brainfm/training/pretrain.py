@@ -281,5 +281,5 @@ def optim_values(optim: Mapping[str, Any]) -> dict[str, Any]:
 
 def say(text: str) -> None:
     """To the log, once however many processes the run has."""
-    if rank_zero_only.rank == 0:
+    if getattr(rank_zero_only, "rank", 0) == 0:  # Lightning hangs it onto the function
         print(text, file=sys.stderr, flush=True)
