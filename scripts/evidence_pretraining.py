@@ -21,6 +21,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -68,7 +69,7 @@ CONDITIONS: dict[str, tuple[bool, list[str]]] = {
 def train(name: str, args: argparse.Namespace, seed: int) -> Path:
     """The backbone file of a condition; made, resumed or found."""
     pairs, words = CONDITIONS[name]
-    run = args.out / "runs" / f"{name.strip().replace(' ', '_').replace(',', '')}_{seed}"
+    run = args.out / "runs" / f"{_slug(name)}_{seed}"
     file = run / "backbone.safetensors"
     if not file.exists():
         latent = [] if any("latent" in w for w in words) else [f"objective.latent_channels={args.latent}"]
@@ -83,6 +84,10 @@ def train(name: str, args: argparse.Namespace, seed: int) -> Path:
         if code or not file.exists():
             raise SystemExit(f"{name}: pre-training ended with {code}")
     return file
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^a-z0-9+]+", "_", name.lower()).strip("_")
 
 
 # ---- frozen features -------------------------------------------------------------------------------------------------
@@ -318,17 +323,16 @@ def main() -> None:
     heads = Heads(store, store.sessions, args.label, args.scheme, args.voxels)
     tested = [s for s in heads.sessions if s.subject_key in held]
     print(f"{len(heads.sessions) - len(tested)} subjects to train and fit on, {len(tested)} held out", flush=True)
-    done = args.out / "answers.json"
-    answers: dict[str, dict[str, Any]] = json.loads(done.read_text()) if done.exists() else {}
+    answers: dict[str, dict[str, Any]] = {}
 
     def keep(name: str, seed: int, make: Callable[[], dict[str, Any]]) -> None:
-        row = answers.setdefault(name, {"seeds": []})
-        if seed in row["seeds"]:
-            return
-        for key, value in make().items():
-            row.setdefault(key, []).append(value)
-        row["seeds"].append(seed)
-        done.write_text(json.dumps(answers))
+        file = args.out / "answers" / f"{_slug(name)}_{seed}.json"
+        if not file.exists():
+            found = json.dumps(make())
+            file.parent.mkdir(exist_ok=True)
+            file.write_text(found)
+        for key, value in json.loads(file.read_text()).items():
+            answers.setdefault(name, {}).setdefault(key, []).append(value)
 
     def of_backbone(backbone: Backbone, encode: Any, seed: int) -> dict[str, Any]:
         found = ask(extract(backbone, heads), heads, held, args.shots)

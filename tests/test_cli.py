@@ -62,7 +62,7 @@ def test_every_objective_and_backbone_of_the_configurations_builds() -> None:
     for objective in options("objective"):
         values = resolve("pretrain", [*NEEDED["pretrain"], f"objective={objective}", "backbone=unet_tiny"])["objective"]
         assert set(values) - {"name"} == set(settings(objective)), "the YAML lists every key, with no stale one"
-        build_objective(**values, backbone=build_backbone("unet_tiny"), patch_vox=(16, 16, 16), seed=0)
+        build_objective(**values, backbone=build_backbone("unet_tiny"), patch_vox=(32, 32, 32), seed=0)
     for backbone in options("backbone"):
         with torch.device("meta"):
             build_backbone(**resolve("pretrain", [*NEEDED["pretrain"], f"backbone={backbone}"])["backbone"])
@@ -117,7 +117,7 @@ def test_wrong_words(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None
     assert "key=value" in fails(capsys, "prepare", "manifest")
     assert "store must be given" in fails(capsys, "prepare", "manifest=x")
     assert "no key 'trainer.max_step'" in fails(capsys, "pretrain", *NEEDED["pretrain"], "trainer.max_step=3")
-    assert "unet_b, unet_tiny" in fails(capsys, "pretrain", *NEEDED["pretrain"], "backbone=vit_z")
+    assert "unet_b, unet_l" in fails(capsys, "pretrain", *NEEDED["pretrain"], "backbone=vit_z")
     assert "fomo25" in fails(capsys, "pretrain", *NEEDED["pretrain"], "experiment=fomo99")
     assert "either input" in fails(capsys, "predict", f"bundle={tmp_path}", "out=x")
 

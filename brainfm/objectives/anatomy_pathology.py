@@ -91,8 +91,9 @@ class AnatomyPathology(Objective):
         seed: of the masks.
         parts: of the latent, ``anatomy`` and ``pathology`` among them.
         latent_channels: of all parts.
-        groups: K, classes of the anatomical label maps; 0 where the data have none.
-        volumes: R, regions of the volume table; 0 where the data have none.
+        groups: K, classes of the anatomical label maps; 0 or None where there are none (the trainer fills in what the
+            data have before it builds).
+        volumes: R, regions of the volume table; likewise.
         mask_unit_vox, mask_ratio: edge length and share of the hidden blocks.
         loss, beta: of the reconstruction of hidden voxels, as in MAE.
         reconstruction_weight, anatomy_weight, pathology_weight: of the terms; 0 switches a term off.
@@ -117,8 +118,8 @@ class AnatomyPathology(Objective):
         seed: int,
         parts: Mapping[str, float] = _PARTS,
         latent_channels: int = 512,
-        groups: int = 0,
-        volumes: int = 0,
+        groups: int | None = None,
+        volumes: int | None = None,
         mask_unit_vox: int = 16,
         mask_ratio: float = 0.75,
         loss: str = "mse",
@@ -129,6 +130,7 @@ class AnatomyPathology(Objective):
         agreement_weight: float = 0.0,
         visits: bool = False,
     ) -> None:
+        groups, volumes = groups or 0, volumes or 0
         config: dict[str, Any] = {
             "parts": dict(parts),
             "latent_channels": latent_channels,
