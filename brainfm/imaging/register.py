@@ -11,6 +11,8 @@ the head differ between contrasts and pull the whole head, on real T1, T2 and FL
 from __future__ import annotations
 
 import itertools
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from typing import Any, Self
 
@@ -32,7 +34,8 @@ _APART_MM = 10.0  # heads whose centres are further apart are tried on top of ea
 _TURNS_DEG = (-15.0, 15.0)
 # Levels of the optimiser: the grid thinned by, smoothed by (mm), points looked at.
 _COARSE = ((4, 4.0, 10_000),)
-_FINE = ((2, 2.0, 20_000), (1, 0.0, 40_000))
+# Twice over: the steps shorten at every turn of the way, at times before a slow turn of a round head is done.
+_FINE = ((2, 2.0, 20_000), (1, 0.0, 40_000), (2, 2.0, 20_000), (1, 0.0, 40_000))
 _DEPTH_MM = 16.0  # below the surface of the head begins its inside
 _LEAST_INSIDE = 0.25  # of the head, however small it is
 _BELOW_TOP_MM = 150.0  # and there it ends: what follows is neck
@@ -320,7 +323,8 @@ def _optimise(
     method.SmoothingSigmasAreSpecifiedInPhysicalUnitsOn()
     method.SetInitialTransform(transform, inPlace=True)
     try:
-        method.Execute(fixed, moving)
+        with _one_thread(simpleitk):
+            method.Execute(fixed, moving)
     except RuntimeError:  # "all samples map outside the moving image": this start leads nowhere
         return start
     rotation = np.array(transform.GetMatrix()).reshape(3, 3)
@@ -353,3 +357,14 @@ def require() -> Any:
         message = "preprocess.align=rigid needs SimpleITK, which is not installed: pip install brainfm[register]"
         raise ConfigError(message) from None
     return SimpleITK
+
+
+@contextmanager
+def _one_thread(simpleitk: Any) -> Iterator[None]:
+    """The filters inside a registration ask for threads of their own, and sums depend on how work is divided."""
+    before = simpleitk.ProcessObject.GetGlobalDefaultNumberOfThreads()
+    simpleitk.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
+    try:
+        yield
+    finally:
+        simpleitk.ProcessObject.SetGlobalDefaultNumberOfThreads(before)

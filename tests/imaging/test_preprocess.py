@@ -232,6 +232,119 @@ def test_many_labels_need_16_bits(tmp_path: Path) -> None:
     assert prepared.labels["aseg_labels"].dtype == np.uint16 and prepared.labels["aseg_labels"].max() == 1035
 
 
+# ---- registration ----------------------------------------------------------------------------------------------------
+
+RIGID = PreprocessSpec(spacing_mm=(2, 2, 2), align="rigid")
+MOVED = np.eye(4)
+MOVED[:3, :3] = phantoms.rotation(6, -8)
+MOVED[:3, 3] = 5, -7, 4
+
+
+def lumpy(shape: tuple[int, ...], affine: np.ndarray, motion: np.ndarray, seed: int, flip: bool = False) -> np.ndarray:
+    """The head of the phantoms with folds in it, after a motion in the scanner; `flip` is another contrast."""
+    place = np.linalg.inv(motion) @ affine
+    x, y, z = np.moveaxis(phantoms.world_mm(shape, place), -1, 0)
+    folds = np.sin(x / 5) * np.cos(y / 7 + 1) + np.sin(z / 6 + y / 11)
+    voxels = phantoms.head(shape, place, np.random.default_rng(seed))
+    tissue = np.where(folds > 0.4, 60, np.where(folds < -0.5, 140, 100))
+    tissue = 200 - tissue if flip else tissue
+    return np.where((voxels > 50) & (voxels < 200), voxels + tissue - 100, voxels)
+
+
+@pytest.fixture(scope="module")
+def moved(tmp_path_factory: pytest.TempPathFactory) -> tuple[dict[str, Path], dict[str, Path]]:
+    """A first visit with a t1; a second whose patient lies elsewhere, and moves once more between t1 and flair."""
+    pytest.importorskip("SimpleITK")
+    folder = tmp_path_factory.mktemp("moved")
+    grids = {
+        "first": (phantoms.centred(phantoms.axes("LPS"), (2, 2, 2), (44, 52, 44)), (44, 52, 44), np.eye(4)),
+        "second": (phantoms.centred(phantoms.axes("RAS"), (2, 2, 2.5), (48, 54, 40)), (48, 54, 40), MOVED),
+        "flair": (phantoms.centred(phantoms.rotation(4, 0), (1.5, 1.5, 3), (64, 72, 34)), (64, 72, 34), MOVED @ MOVED),
+    }
+    scans, labels = {}, {}
+    for seed, (name, (affine, shape, motion)) in enumerate(grids.items()):
+        scans[name], labels[name] = folder / f"{name}.nii.gz", folder / f"{name}_lesion.nii.gz"
+        phantoms.write(scans[name], lumpy(shape, affine, motion, seed, flip=name == "flair"), affine)
+        truth = phantoms.marker(shape, np.linalg.inv(motion) @ affine)
+        phantoms.write(labels[name], truth, affine, dtype=np.uint8)
+    return scans, labels
+
+
+def test_visits_and_scans_that_moved_lie_on_one_another(moved: tuple) -> None:
+    scans, labels = moved
+    first = prepare_session({"t1": scans["first"]}, {"lesion_mask": labels["first"]}, RIGID)
+    header = prepare_session({"t1": scans["first"]}, {"lesion_mask": labels["first"]}, SPEC)
+    np.testing.assert_array_equal(first.scans["t1"], header.scans["t1"])
+    assert first.frame == "" and first.recipes["t1"].moved_mm is None and not first.alignments
+    second = prepare_session(
+        {"t1": scans["second"], "flair": scans["flair"]},
+        {"lesion_mask": labels["flair"], "other_mask": labels["second"]},
+        RIGID,
+        anchor=preprocess.Anchor("ds/a/1", scans["first"]),
+    )
+    assert not second.failures and second.frame == "ds/a/1" and second.reference == "t1"
+    assert set(second.alignments) == {"t1", "flair"} and all(not a.refused for a in second.alignments.values())
+    for name, label in {**first.labels, **second.labels}.items():
+        where = first.affine_mm if label is first.labels.get(name) else second.affine_mm
+        np.testing.assert_allclose(centre_mm(label > 0, where), phantoms.MARKER_MM, atol=0.8)
+    # and voxel v of the second is voxel v + offset - offset of the first
+    shift = np.array(second.offset_vox) - first.offset_vox
+    np.testing.assert_allclose(geometry.cropped_affine(first.affine_mm, tuple(shift)), second.affine_mm, atol=1e-9)
+    on_first = np.argwhere(second.labels["lesion_mask"]) + shift
+    assert first.labels["lesion_mask"][tuple(on_first.T)].mean() > 0.75
+    for name in ("t1", "flair"):  # by their headers they are a centimetre off
+        recipe = Recipe.from_dict(json.loads(json.dumps(second.recipes[name].to_dict())))
+        assert recipe == second.recipes[name] and recipe.moved_mm is not None
+
+
+def test_answers_on_an_aligned_session_lie_on_the_files_that_came_in(moved: tuple) -> None:
+    scans, labels = moved
+    prepared = prepare_session({"t1": scans["second"], "flair": scans["flair"]}, {}, RIGID, reference="t1")
+    assert not prepared.alignments["flair"].refused and prepared.recipes["t1"].moved_mm is None
+    place = np.linalg.inv(MOVED) @ prepared.affine_mm
+    truth = phantoms.marker(prepared.scans["t1"].shape, place)
+    probabilities = np.stack([1 - truth, truth]).astype(np.float32)
+    for name, file in (("t1", "second"), ("flair", "flair")):
+        expected = np.asarray(nib.load(labels[file]).dataobj) > 0
+        recipe = prepared.recipes[name]
+        assert dice(restore_probabilities(probabilities, recipe) > 0, expected) > 0.85
+        assert dice(restore_labels(truth.astype(np.uint8), recipe) > 0, expected) > 0.8
+        grid = nib.load(scans[file])
+        assert centre_mm(expected, grid.affine)[0] < -6, "left stays left"
+    bright = (prepared.scans["flair"] > 2.2) & truth
+    assert bright.sum() > 0.8 * truth.sum(), "the flair's marker lies on the t1's"
+
+
+def test_labels_of_a_shared_grid_go_with_the_reference(moved: tuple, tmp_path: Path) -> None:
+    scans, labels = moved
+    grid = nib.load(scans["first"])
+    other = tmp_path / "t2.nii.gz"
+    phantoms.write(other, lumpy(grid.shape, grid.affine, MOVED, 5, flip=True), grid.affine)
+    pair = {"a2": other, "t1": scans["first"]}
+    prepared = prepare_session(pair, {"lesion_mask": labels["first"]}, RIGID, reference="t1")
+    assert prepared.recipes["a2"].moved_mm is not None and prepared.recipes["lesion_mask"].moved_mm is None
+    np.testing.assert_allclose(
+        centre_mm(prepared.labels["lesion_mask"] > 0, prepared.affine_mm), phantoms.MARKER_MM, atol=0.8
+    )
+
+
+def test_registration_that_is_refused_leaves_the_header(moved: tuple, tmp_path: Path) -> None:
+    scans, _ = moved
+    rng = np.random.default_rng(0)
+    near, far = (phantoms.centred(np.eye(3), (2, 2, 2), (44, 52, 44)) for _ in range(2))
+    far[0, 3] += 900
+    for name, affine in (("near", near), ("far", far)):
+        phantoms.write(tmp_path / f"{name}.nii.gz", 100 * rng.random((44, 52, 44)), affine)
+    files = {"t1": scans["first"], "t2": tmp_path / "near.nii.gz", "pd": tmp_path / "far.nii.gz"}
+    prepared = prepare_session(files, {}, RIGID, reference="t1")
+    assert set(prepared.scans) == {"t1", "t2"} and prepared.recipes["t2"].moved_mm is None
+    assert prepared.alignments["t2"].refused and not prepared.alignments["t2"].trusted
+    assert "wholly outside" in prepared.failures["pd"] and "registration was refused" in prepared.failures["pd"]
+    anchor = preprocess.Anchor("ds/a/1", scans["first"])
+    alone = prepare_session({"t2": tmp_path / "near.nii.gz"}, {}, RIGID, anchor=anchor)
+    assert alone.frame == "" and alone.alignments["t2"].refused, "it shares no space with the first visit"
+
+
 # ---- real scans ------------------------------------------------------------------------------------------------------
 
 
