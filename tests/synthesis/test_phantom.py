@@ -10,7 +10,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfm.imaging import nifti
+from brainfm.imaging import atlas, nifti
 from brainfm.specs import ConfigError
 from brainfm.synthesis import lesions, phantom, template
 from brainfm.synthesis.deform import jacobian
@@ -53,9 +53,9 @@ def test_the_template_lies_at_the_same_place_at_every_spacing() -> None:
 
 
 def test_without_nilearn_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(template, "find_spec", lambda name: None)
+    monkeypatch.setattr(atlas, "find_spec", lambda name: None)
     with pytest.raises(ConfigError, match=r"pip install brainfm\[demo\]"):
-        template._template_file("gm")
+        atlas._template_file("gm")
 
 
 @pytest.mark.parametrize("spacing_mm", [0.1, 9.0])
