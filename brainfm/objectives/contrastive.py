@@ -87,7 +87,7 @@ class MAEContrastive(Objective):
     Raises: ConfigError for impossible values.
     """
 
-    name = "mae_contrastive"
+    name = "mae+contrastive"
 
     def __init__(
         self,

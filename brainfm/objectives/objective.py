@@ -19,7 +19,7 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "cross_contrast": ("brainfm.objectives.cross_contrast", "CrossContrast"),
     "anatomy_pathology": ("brainfm.objectives.anatomy_pathology", "AnatomyPathology"),
     "contrastive": ("brainfm.objectives.contrastive", "Contrastive"),
-    "mae_contrastive": ("brainfm.objectives.contrastive", "MAEContrastive"),
+    "mae+contrastive": ("brainfm.objectives.contrastive", "MAEContrastive"),
 }
 
 

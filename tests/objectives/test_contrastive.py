@@ -1,4 +1,4 @@
-"""contrastive and mae_contrastive: the loss against a loop, who counts as another person, the queue."""
+"""contrastive and mae+contrastive: the loss against a loop, who counts as another person, the queue."""
 
 from dataclasses import replace
 
@@ -17,7 +17,7 @@ from brainfm.specs import ConfigError
 PATCH = (16, 16, 16)
 
 
-def _objective(name="mae_contrastive", **config) -> MAEContrastive:
+def _objective(name="mae+contrastive", **config) -> MAEContrastive:
     torch.manual_seed(0)
     small = {"latent_channels": 16, "hidden_channels": 16, "projected_channels": 8, "queue": 8}
     objective = build_objective(name, build_backbone("unet_tiny"), patch_vox=PATCH, seed=3, **(small | config))
@@ -108,7 +108,9 @@ def test_long_intervals_weigh_less():
 
 
 def test_contrastive_alone_has_no_decoder_and_learns():
-    objective, batch = _objective("contrastive", queue=0), _batch()
+    objective, batch = _objective("contrastive", queue=0, mask_ratio=0.1), _batch()
+    heads = torch.nn.functional.interpolate(torch.randn(4, 1, 4, 4, 4), PATCH, mode="trilinear")
+    batch = replace(batch, image=heads, partner=heads + 0.1 * batch.partner)
     assert objective.decoder is None and "loss" not in objective.config
     optimiser = torch.optim.Adam(objective.parameters(), lr=1e-2)
     first = objective(batch, 0.0)
