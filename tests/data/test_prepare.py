@@ -1,3 +1,4 @@
+import csv
 import errno
 import hashlib
 import multiprocessing
@@ -16,9 +17,10 @@ from brainfm.data import prepare as prepare_module
 from brainfm.data import store as store_module
 from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
-from brainfm.data.store import Store
+from brainfm.data.store import Share, Store
 from brainfm.imaging.preprocess import Recipe
 from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, StoreError
+from tests import phantoms
 
 SPEC = PreprocessSpec()
 RUN = """
@@ -229,6 +231,136 @@ def test_prepare__interrupted_by_the_user(tmp_path):
     left = {p.name for p in (tmp_path / "store").iterdir()}
     assert left == {"spec.json", ".lock", "sessions"}  # no temporary folder, no index
     assert prepare(manifest, tmp_path / "store", SPEC, workers=1).skipped >= 1
+
+
+def visits(folder: Path) -> Manifest:
+    """Subject a with three visits, the second 7 mm and some degrees off, the third noise; subject b with one visit."""
+    scans = []
+    for subject, session in (("a", "1"), ("a", "2"), ("a", "3"), ("b", "1")):
+        path = folder / f"{subject}{session}.nii.gz"
+        if session == "3":
+            voxels = 100 * np.random.default_rng(3).random((44, 52, 44)).astype(np.float32)
+            path.parent.mkdir(parents=True, exist_ok=True)
+            nib.save(nib.Nifti1Image(voxels, np.diag([2, 2, 2, 1])), path)
+        else:
+            folded(path, seed=ord(subject) + int(session), moved=session == "2")
+        scans.append(Scan("ds", subject, session, "t1", path.name, {}))
+    write_manifest(folder / "manifest.csv", scans)
+    return read_manifest(folder / "manifest.csv")
+
+
+def folded(path: Path, seed: int, moved: bool) -> None:
+    affine = phantoms.centred(np.eye(3), (2, 2, 2), (44, 52, 44))
+    motion = np.eye(4)
+    if moved:
+        motion[:3, :3], motion[:3, 3] = phantoms.rotation(5, 4), (3, -5, 4)
+    place = np.linalg.inv(motion) @ affine
+    x, y, z = np.moveaxis(phantoms.world_mm((44, 52, 44), place), -1, 0)
+    folds = 40 * np.sin(x / 5) * np.cos(y / 7 + 1) + 30 * np.sin(z / 6 + y / 11)
+    voxels = phantoms.head((44, 52, 44), place, np.random.default_rng(seed))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(np.where((voxels > 50) & (voxels < 250), voxels + folds, voxels), affine), path)
+
+
+def frames(store: Path) -> dict[tuple[str, str], str]:
+    return {(s.subject, s.session): s.frame for s in Store.open(store).sessions}
+
+
+def test_prepare__visits_share_a_frame(tmp_path):
+    pytest.importorskip("SimpleITK")
+    spec, store = PreprocessSpec(spacing_mm=(2, 2, 2), align="rigid"), tmp_path / "store"
+    manifest = visits(tmp_path / "data")
+    seen = []
+    report = prepare(manifest, store, spec, workers=1, progress=lambda n, total: seen.append((n, total)))
+    assert (report.done, report.skipped) == (4, 0) and seen == [(0, 4), (3, 4), (4, 4)]
+    assert frames(store) == {("a", "1"): "ds/a/1", ("a", "2"): "ds/a/1", ("a", "3"): "ds/a/3", ("b", "1"): "ds/b/1"}
+    with open(store / "alignment.csv", newline="") as handle:
+        rows = list(csv.DictReader(handle))
+    assert [(r["session"], r["scan"], r["to"], r["kept"]) for r in rows] == [
+        ("2", "t1", "first visit", "1"),
+        ("3", "t1", "first visit", "0"),
+    ]
+    assert float(rows[0]["score_after"]) > float(rows[0]["score_before"]) and 5 < float(rows[0]["moved_mm"]) < 12
+    assert rows[1]["reason"] and rows[1]["trusted"] == "0"
+    opened = Store.open(store)
+    one, two = opened.sessions[:2]
+    shift = np.array(two.offset_vox) - one.offset_vox
+    points = opened.foreground(one).astype(int)
+    there = points - shift
+    inside = ((there >= 0) & (there < two.shape)).all(axis=1)
+    ours, theirs = opened.volume(one, "t1")[tuple(points.T)], opened.volume(two, "t1")[tuple(there[inside].T)]
+    assert inside.mean() > 0.95 and np.corrcoef(ours[inside], theirs)[0, 1] > 0.9
+
+    again = prepare(manifest, store, spec, workers=1)
+    assert (again.done, again.skipped) == (0, 4)
+    before = tree(store)
+    folded(tmp_path / "data" / "a1.nii.gz", seed=50, moved=False)  # another file, another size
+    report = prepare(manifest, store, spec, workers=1)
+    assert (report.done, report.skipped) == (3, 1), "the later visits depend on the first"
+    assert {n for n, digest in tree(store).items() if digest == before.get(n) and "/ds-b" in n}
+
+    (tmp_path / "data" / "a1.nii.gz").write_bytes(b"not an image")
+    report = prepare(manifest, store, spec, workers=2)
+    assert report.done == 3 and [f.session for f in report.failed] == ["1"]
+    assert frames(store) == {("a", "2"): "ds/a/2", ("a", "3"): "ds/a/3", ("b", "1"): "ds/b/1"}
+
+
+def test_prepare__shares(tmp_path):
+    manifest = cohort(tmp_path / "data", subjects=5)
+    prepare(manifest, tmp_path / "one", SPEC, workers=1)
+    whole = tree(tmp_path / "one")
+    shares = [Share(number, 2) for number in (1, 2)]
+    held = [{s.subject for s in manifest.scans if share.holds(s.dataset, s.subject)} for share in shares]
+    assert all(held) and not held[0] & held[1] and len(held[0] | held[1]) == 5
+    for share, subjects in zip(shares, held):
+        report = prepare(manifest, tmp_path / "two", SPEC, workers=1, share=share)
+        assert (report.done, report.skipped) == (len(subjects), 0)
+    assert tree(tmp_path / "two") == whole
+
+    run = RUN.replace("workers=2", "workers=1, share=Share.parse(sys.argv[3])").replace(
+        "import sys\n", "import sys\nfrom brainfm.data.store import Share\n"
+    )
+    (tmp_path / "run.py").write_text(run)
+    environment = {**os.environ, "PYTHONPATH": str(Path(prepare_module.__file__).parents[2])}
+    command = [sys.executable, str(tmp_path / "run.py"), str(manifest.path), str(tmp_path / "three")]
+    at_once = [subprocess.Popen([*command, share], env=environment) for share in ("1/3", "2/3", "3/3")]
+    assert [process.wait(timeout=60) for process in at_once] == [0, 0, 0]
+    assert tree(tmp_path / "three") == whole
+    assert prepare(manifest, tmp_path / "three", SPEC, workers=1).skipped == 5
+
+
+def test_prepare__shares_exclude_whom_they_could_meet(tmp_path):
+    manifest = cohort(tmp_path / "data", subjects=2)
+    with Store.create(tmp_path / "store", SPEC, Share(1, 2)).locked():
+        (tmp_path / "store" / "tmp-1of2-x").mkdir()
+        for other in (Share(), Share(1, 2), Share(2, 3), Share(1, 4)):
+            with pytest.raises(StoreError, match="another prepare is writing to this store"):
+                prepare(manifest, tmp_path / "store", SPEC, workers=1, share=other)
+        prepare(manifest, tmp_path / "store", SPEC, workers=1, share=Share(2, 2))
+        assert (tmp_path / "store" / "tmp-1of2-x").is_dir(), "another share's work in progress"
+    prepare(manifest, tmp_path / "store", SPEC, workers=1)
+    assert not list((tmp_path / "store").glob("tmp-*"))
+    for bad in ("3/2", "0/2", "1", "a/b", "1/0", "-1/2"):
+        with pytest.raises(ConfigError, match=rf"shard={bad}: expected i/n with i from 1 to n"):
+            Share.parse(bad)
+
+
+def test_prepare__dask(tmp_path):
+    pytest.importorskip("distributed")
+    manifest = cohort(tmp_path / "data")
+    prepare(manifest, tmp_path / "one", SPEC, workers=1)
+    report = prepare(manifest, tmp_path / "two", SPEC, workers=2, scheduler="local")
+    assert (report.done, report.skipped) == (3, 0) and tree(tmp_path / "two") == tree(tmp_path / "one")
+    head(tmp_path / "data" / "sub-00" / "t1.nii.gz", 99)
+    with pytest.raises(ConfigError, match=r"scheduler=127\.0\.0\.1:9: no Dask scheduler answers there"):
+        prepare(manifest, tmp_path / "two", SPEC, scheduler="127.0.0.1:9")
+
+
+def test_prepare__without_dask(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "distributed", None)
+    manifest = cohort(tmp_path / "data", subjects=1)
+    with pytest.raises(ConfigError, match=r"pip install brainfm\[dask\]$"):
+        prepare(manifest, tmp_path / "store", SPEC, scheduler="local")
 
 
 def test_prepare__real_scans(tmp_path, data3d):
