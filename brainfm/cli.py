@@ -17,6 +17,7 @@ VERBS = {
     "manifest": "find the scans under a folder: one row a scan",
     "doctor": "read every scan and say what is wrong with it",
     "prepare": "bring every session to one grid, in a store of random patches",
+    "anatomy": "label CSF, grey and white matter and measure them where there are no labels",
     "pretrain": "pre-train a backbone without labels",
     "finetune": "fine-tune a backbone on labelled cases; leaves a bundle",
     "predict": "apply a bundle; masks lie on the scans that came in",
@@ -234,6 +235,27 @@ def _prepare(config: dict[str, Any]) -> int:
     return 0
 
 
+def _anatomy(config: dict[str, Any]) -> int:
+    from brainfm.data.anatomize import anatomize
+    from brainfm.data.manifest import read_manifest
+    from brainfm.training.monitor import Progress
+
+    manifest = read_manifest(Path(config["manifest"]))
+    contrasts = config["contrasts"] if isinstance(config["contrasts"], list) else [config["contrasts"]]
+    with Progress("anatomy", len(manifest.sessions())) as bar:
+        report = anatomize(
+            manifest, config["out"], contrasts, _workers(config), lambda done, total: _move(bar, done, total)
+        )
+    for flagged in report.flagged:
+        print(f"not trusted: {flagged.path}: {flagged.reason}")
+    none = f", {report.without} sessions without a scan of {', '.join(contrasts)}" if report.without else ""
+    print(
+        f"{Path(config['out']) / 'manifest.csv'}: {report.done} scans segmented, {report.skipped} were there, "
+        f"{len(report.flagged)} of them not trusted{none}"
+    )
+    return 0
+
+
 def preprocess_spec(values: dict[str, Any]) -> Any:
     """A PreprocessSpec from a configuration, where one spacing may stand for three."""
     from brainfm.specs import PreprocessSpec
@@ -317,6 +339,7 @@ _RUN: dict[str, Callable[[dict[str, Any]], int]] = {
     "manifest": _manifest,
     "doctor": _doctor,
     "prepare": _prepare,
+    "anatomy": _anatomy,
     "pretrain": _pretrain,
     "finetune": _finetune,
     "predict": _predict,
