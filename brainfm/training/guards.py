@@ -27,7 +27,8 @@ class GuardSpec:
 
     Attributes:
         min_std: smallest mean standard deviation of a part's features over the probed scans.
-        min_rank: smallest effective rank of a part's features.
+        min_rank: smallest effective rank of a part's features; 1 is a line, and a healthy code that is mostly about the
+            contrast can come near it.
         rank_exempt: parts that may have few directions: a contrast code of two contrasts needs one.
         probes: how many probes in a row must be below.
         explode: how many times the median of the last 100 logged losses is too much.
@@ -35,7 +36,7 @@ class GuardSpec:
     """
 
     min_std: float | None = 1e-4
-    min_rank: float | None = 1.2
+    min_rank: float | None = 1.05
     rank_exempt: tuple[str, ...] = ("contrast", "pathology")
     probes: int = 3
     explode: float | None = 10.0
