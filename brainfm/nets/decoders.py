@@ -8,7 +8,28 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from brainfm.nets import cpu
 from brainfm.nets.unet import ConvNormAct
+
+
+class Upsample(nn.ConvTranspose3d):
+    """A transposed convolution whose kernel is its stride: [B, E, X, Y, Z] -> [B, E', s X, s Y, s Z]."""
+
+    def __init__(self, channels_in: int, channels_out: int, scale: int) -> None:
+        super().__init__(channels_in, channels_out, kernel_size=scale, stride=scale)
+
+    def forward(self, features: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return cpu.upsampled(features, self) if cpu.is_for(features) else super().forward(features, output_size)
+
+
+class Pointwise(nn.Conv3d):
+    """A 1x1x1 convolution: [B, E, X, Y, Z] -> [B, E', X, Y, Z]."""
+
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__(channels_in, channels_out, kernel_size=1)
+
+    def forward(self, features: Tensor) -> Tensor:
+        return cpu.pointwise(features, self) if cpu.is_for(features) else super().forward(features)
 
 
 class LightDecoder(nn.Module):
@@ -31,10 +52,9 @@ class LightDecoder(nn.Module):
         self.levels = nn.ModuleList()
         before = latent_channels
         for width, scale in _climb(widths, strides):
-            up = nn.ConvTranspose3d(before, width, kernel_size=scale, stride=scale)
-            self.levels.append(nn.Sequential(up, ConvNormAct(width, width)))
+            self.levels.append(nn.Sequential(Upsample(before, width, scale), ConvNormAct(width, width)))
             before = width
-        self.out = nn.Conv3d(before, out_channels, kernel_size=1)
+        self.out = Pointwise(before, out_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
         """[B, E, X/s, Y/s, Z/s] on the coarsest grid -> [B, C, X, Y, Z]."""
@@ -62,10 +82,10 @@ class SkipDecoder(nn.Module):
         self.ups, self.merges = nn.ModuleList(), nn.ModuleList()
         before = widths[-1]
         for width, scale in _climb(widths, strides):
-            self.ups.append(nn.ConvTranspose3d(before, width, kernel_size=scale, stride=scale))
+            self.ups.append(Upsample(before, width, scale))
             self.merges.append(ConvNormAct(2 * width, width))
             before = width
-        self.out = nn.Conv3d(before, out_channels, kernel_size=1)
+        self.out = Pointwise(before, out_channels)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
         """Maps [B, E, X/s, Y/s, Z/s], fine to coarse, of an image whose edges are multiples of the coarsest stride

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from brainfm import seeds
+from brainfm.nets import cpu
 from brainfm.specs import ConfigError
 
 # exp(+-5) is as far from the prior's deviation of 1 as is of any use; beyond it bfloat16 training can overflow
@@ -121,6 +122,8 @@ def _average_onto(features: Tensor, grid: Sequence[int]) -> Tensor:
     batch, channels, *shape = features.shape
     if list(shape) == list(grid):
         return features
+    if cpu.is_for(features):
+        return cpu.block_means(features, grid)
     x, y, z = (edge // cells for edge, cells in zip(shape, grid, strict=True))
     blocks = features.reshape(batch, channels, grid[0], x, grid[1], y, grid[2], z)
     return blocks.mean(dim=(3, 5, 7))

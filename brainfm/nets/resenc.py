@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import SkipDecoder
+from brainfm.nets.decoders import Pointwise, SkipDecoder
 from brainfm.nets.unet import ConvNormAct
 from brainfm.specs import ConfigError
 
@@ -100,7 +100,7 @@ class ResEncDecoder(SkipDecoder):
 
     def __init__(self, widths: Sequence[int], strides: Sequence[int], out_channels: int) -> None:
         super().__init__(widths, strides, out_channels)
-        self.coarse = nn.ModuleList(nn.Conv3d(width, out_channels, kernel_size=1) for width in widths[-2:0:-1])
+        self.coarse = nn.ModuleList(Pointwise(width, out_channels) for width in widths[-2:0:-1])
 
     def pyramid(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """Logits [B, K, X/s, Y/s, Z/s] for every stride s but the coarsest, fine to coarse; the first is forward's."""

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.nets import cpu
 from brainfm.nets.backbone import Backbone
 from brainfm.specs import ConfigError
 
@@ -37,14 +39,18 @@ class ConvNormAct(nn.Sequential):
         conv = nn.Conv3d(channels_in, channels_out, kernel, stride, padding=kernel // 2, bias=bias)
         norm = nn.InstanceNorm3d(channels_out, eps=1e-5, affine=True)
         super().__init__(conv, norm, *([nn.LeakyReLU(slope, inplace=True)] if slope != 1 else []))
+        self.slope = slope
 
     def forward(self, features: Tensor) -> Tensor:
-        if features.device.type != "cpu" or features.shape[2] != 2 or not torch.is_autocast_enabled("cpu"):
+        if features.device.type == "cpu" and features.shape[2] == 2 and torch.is_autocast_enabled("cpu"):
+            # oneDNN's bfloat16 weight gradient of a 3x3x3 convolution over maps 2 voxels deep is uninitialised memory
+            # (seen with torch 2.13 on AVX512-BF16; every other depth is right): such maps cost nothing in float32.
+            with torch.autocast("cpu", enabled=False):
+                return self(features.float())
+        if not cpu.is_for(features):
             return super().forward(features)
-        # oneDNN's bfloat16 weight gradient of a 3x3x3 convolution over maps 2 voxels deep is uninitialised memory (seen
-        # with torch 2.13 on AVX512-BF16; every other depth is right): such small maps cost nothing in float32.
-        with torch.autocast("cpu", enabled=False):
-            return super().forward(features.float())
+        conv, norm = cast(nn.Conv3d, self[0]), cast(nn.InstanceNorm3d, self[1])
+        return cpu.norm_act(conv(cpu.laid_out(features, conv.out_channels)), norm, self.slope)
 
 
 class UNetEncoder(Backbone):
