@@ -17,6 +17,7 @@ from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wai
 from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack, closing, contextmanager
 from dataclasses import dataclass, replace
+from functools import partial
 from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
@@ -257,7 +258,7 @@ def _in_dask(store: Store, todo: Sequence[_Piece], workers: int, scheduler: str)
                 client = opened.enter_context(distributed.Client(scheduler, timeout="10s"))
         except (OSError, ValueError, TimeoutError) as error:
             raise ConfigError(f"scheduler={scheduler}: no Dask scheduler answers there ({error})") from None
-        futures = client.map(_work, itertools.repeat(store, len(todo)), todo, pure=False, retries=0)
+        futures = client.map(partial(_work, store), todo, pure=False, retries=0)
         numbers = {future.key: number for number, future in enumerate(futures)}
         try:
             for future in distributed.as_completed(futures):
