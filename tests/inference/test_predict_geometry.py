@@ -5,6 +5,7 @@ The network is a threshold, so that the true answer is known on every grid; all 
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -116,3 +117,25 @@ def test_predict_writes_what_it_returns(tmp_path):
     # without `on` the first input is answered for; without `out` nothing is written
     assert predict(bundle, inputs, device="cpu").shape == nib.load(inputs["t1"]).shape
     assert sorted(p.name for p in tmp_path.iterdir()) == ["flair.nii.gz", "new", "t1.nii.gz"]
+
+
+@pytest.mark.parametrize("on", ["t1", "flair"])
+def test_a_patient_who_moved_between_two_scans(tmp_path, on):
+    """A bundle that was trained on aligned sessions aligns, and answers on the file that is asked for."""
+    pytest.importorskip("SimpleITK")
+    motion, files, markers = np.eye(4), {}, {}
+    for seed, (name, shape, spacing) in enumerate(
+        (("t1", (44, 52, 44), (2, 2, 2)), ("flair", (64, 72, 34), (1.5, 1.5, 3)))
+    ):
+        affine = phantoms.centred(phantoms.axes("LPS"), spacing, shape)
+        place = np.linalg.inv(motion) @ affine
+        x, y, z = np.moveaxis(phantoms.world_mm(shape, place), -1, 0)
+        voxels = phantoms.head(shape, place, np.random.default_rng(seed))
+        folds = 30 * np.sin(x / 5) * np.cos(y / 7 + 1) + 25 * np.sin(z / 6 + y / 11)
+        files[name] = tmp_path / f"{name}.nii.gz"
+        phantoms.write(files[name], np.where((voxels > 50) & (voxels < 200), voxels + folds, voxels), affine)
+        markers[name] = phantoms.marker(shape, place)
+        motion[:3, :3], motion[:3, 3] = phantoms.rotation(6, -8), (5, -7, 4)
+    aligned = replace(engine(), preprocess=PreprocessSpec(spacing_mm=(2.0, 2.0, 2.0), align="rigid"))
+    assert dice(answer(engine(), files, on), markers[on]) < 0.5, "the headers alone do not do"
+    assert dice(answer(aligned, files, on), markers[on]) > 0.8
