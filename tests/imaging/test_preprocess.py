@@ -340,9 +340,6 @@ def test_registration_that_is_refused_leaves_the_header(moved: tuple, tmp_path: 
     assert set(prepared.scans) == {"t1", "t2"} and prepared.recipes["t2"].moved_mm is None
     assert prepared.alignments["t2"].refused and not prepared.alignments["t2"].trusted
     assert "wholly outside" in prepared.failures["pd"] and "registration was refused" in prepared.failures["pd"]
-    anchor = preprocess.Anchor("ds/a/1", scans["first"])
-    alone = prepare_session({"t2": tmp_path / "near.nii.gz"}, {}, RIGID, anchor=anchor)
-    assert alone.frame == "" and alone.alignments["t2"].refused, "it shares no space with the first visit"
 
 
 # ---- real scans ------------------------------------------------------------------------------------------------------

@@ -40,7 +40,7 @@ def scan(
     affine = centred(np.eye(3), spacing, shape)
     back = np.linalg.inv(np.eye(4) if motion is None else motion)
     voxels = np.zeros(shape)
-    within = 3 if spacing[2] > 3 else 1
+    within = 2 if spacing[2] > 3 else 1
     for part in range(within):
         index = np.stack(np.meshgrid(*[np.arange(n) for n in shape], indexing="ij"), axis=-1).astype(float)
         index[..., 2] += (part + 0.5) / within - 0.5
@@ -68,17 +68,16 @@ T1, T2, DWI = (0, 40, 70, 100), (0, 100, 62, 45), (0, 10, 60, 55)
 
 @pytest.fixture(scope="module")
 def fixed() -> Head:
-    return Head.of(scan((1.5, 1.5, 1.5), T1))
+    return Head.of(scan((2, 2, 2), T1))
 
 
 @pytest.mark.parametrize(
     ("contrast", "spacing", "turn", "shift", "size"),
     [
-        (T2, (2, 2, 2), (4, -6, 9), (5, -3, 8), (150, 180, 140)),
-        (DWI, (1.5, 1.5, 5), (-12, 3, 4), (-6, 14, 3), (150, 180, 140)),
-        (T2, (1.5, 1.5, 4), (2, 5, -6), (3, 2, -4), (150, 180, 64)),
+        (DWI, (2, 2, 5), (-12, 3, 4), (-6, 14, 3), (150, 180, 140)),
+        (T2, (2, 2, 4), (2, 5, -6), (3, 2, -4), (150, 180, 64)),
     ],
-    ids=["isotropic", "thick slices", "a slab"],
+    ids=["thick slices", "a slab"],
 )
 def test_known_motions_are_found(
     fixed: Head, contrast: tuple, spacing: tuple, turn: tuple, shift: tuple, size: tuple
@@ -99,7 +98,7 @@ def test_known_motions_are_found(
 
 
 def test_scans_that_lie_well_are_left_where_they_are(fixed: Head) -> None:
-    found = register.rigid(fixed, Head.of(scan((1.5, 1.5, 1.5), T2, seed=1)))
+    found = register.rigid(fixed, Head.of(scan((2, 2, 2), T2, seed=1)))
     assert found.refused and found.trusted and found.matrix_mm == tuple(map(tuple, np.eye(4).tolist()))
 
 
@@ -113,22 +112,14 @@ def test_headers_that_have_nothing_in_common(fixed: Head) -> None:
     assert error_mm(found, np.linalg.inv(away @ motion((3, 0, 5), (0, 0, 0))), moving) < 1
 
 
-def test_what_is_no_head_is_refused(fixed: Head) -> None:
-    rng = np.random.default_rng(0)
-    noise = Volume((rng.random((60, 70, 60)) * 100).astype(np.float32), centred(np.eye(3), (2, 2, 2), (60, 70, 60)))
-    found = register.rigid(fixed, Head.of(noise))
-    assert found.refused and not found.trusted
-
-
 def test_implausible_motions_are_refused(fixed: Head) -> None:
     moving = Head.of(scan((2, 2, 2), T2, motion((0, 0, 0), (0, 30, 0)), seed=1))
     end = motion((0, 0, 0), (0, -30, 0))
     assert not register._judged(fixed, moving, end, False, 60).refused
     found = register._judged(fixed, moving, end, False, 20)
     assert "would move the head by 30 mm" in found.refused and np.array_equal(found.matrix_mm, np.eye(4))
-    turned = register._judged(
-        fixed, Head.of(scan((2, 2, 2), T2, motion((0, 0, 50), (0, 0, 0)))), motion((0, 0, -50), (0, 0, 0)), False, 60
-    )
+    moving = Head.of(scan((2, 2, 2), T2, motion((0, 0, 50), (0, 0, 0)), seed=1))
+    turned = register._judged(fixed, moving, motion((0, 0, -50), (0, 0, 0)), False, 60)
     assert "turn it by 50 degrees" in turned.refused
 
 
