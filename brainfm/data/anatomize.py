@@ -262,8 +262,8 @@ def _in_pool(todo: Sequence[_Job], workers: int) -> Generator[None, None, None]:
                 yield
     except BrokenProcessPool:
         raise StoreError(
-            "a worker was killed, most likely because memory ran out; what was made stays, run anatomy again with fewer "
-            f"than workers={workers}"
+            "a worker was killed, most likely because memory ran out; what was made stays, run anatomy again with "
+            f"fewer than workers={workers}"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)

@@ -29,6 +29,8 @@ VERSION = 1  # raised when the same scan would get other labels
 _AFFINE_MM, _WARP_MM, _WORK_MM, _FINEST_MM = 4.0, 3.0, 2.0, 0.85  # grids; finer scans are labelled at 1 mm
 _SOFT_MM = 1.2  # the priors are blurred by so much, for a person differs from the average
 _FLOOR = 2e-3  # least prior of a tissue within reach of the brain
+_FAR_FLOOR = 1e-6  # and elsewhere: so little that only what a stripped scan shows outside the atlas is decided by it
+_LEFT_BY_STRIPPING = 1e-8  # odds that a voxel of a stripped scan is neither brain nor fluid
 _RIM_MM = 4.0  # around the atlas's head, counted by the mutual information; with 8 mm the head comes out too small
 _REACH_MM = 16.0  # around the atlas's head, where class 0 is looked at
 _APART_MM = 6.0  # but not next to it: brain that the atlas misses there would be learnt as class 0
@@ -42,6 +44,7 @@ _DEEP_CENTRE_MM, _DEEP_RADII_MM = (0, -6, 3), (33, 34, 20)
 
 _SMALLEST_MM, _FEWEST_SLICES, _THICKEST_MM = 90.0, 12, 8.0
 _ICV_ML = (800.0, 2200.0)
+_LEAST_HEAD_ML = 2300.0  # within the atlas's reach a whole head fills more, a bare brain less
 _LEAST_INFORMATION = 0.15  # nats
 _LEAST_CONTRAST = 0.7
 _LEAST_CONFIDENCE = 0.6
@@ -191,10 +194,11 @@ def _head_box(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _is_stripped(level: _Level, place: Warp) -> bool:
-    """Whether a shell around the brain holds one exact value: a scan whose skull was removed."""
+    """Whether the skull was removed: a shell around the brain is mostly of one exact value, and little else is not."""
     brain = _priors(level, place, 2.0)[0] < 0.5
     shell = ndimage.binary_dilation(brain, iterations=6) & ~ndimage.binary_dilation(brain, iterations=3) & level.inside
-    return bool(shell.any() and level.empty[shell].mean() > 0.6)
+    shown_ml = np.count_nonzero(level.inside & ~level.empty) * _WORK_MM**3 / 1000
+    return bool(shell.any() and level.empty[shell].mean() > 0.4 and shown_ml < _LEAST_HEAD_ML)
 
 
 def _priors(level: _Level, place: Warp, spacing_mm: float) -> np.ndarray:
@@ -203,7 +207,7 @@ def _priors(level: _Level, place: Warp, spacing_mm: float) -> np.ndarray:
     maps = warp.sample(atlas.maps[1:], atlas.affine_mm, place.points(level.image.shape, level.grid_mm))
     reach = maps.sum(0)
     floor = np.float32(_FLOOR) * np.minimum(1, reach * 20)
-    found = np.concatenate([np.maximum(1 - reach, 0)[None], maps]) + floor
+    found = np.concatenate([np.maximum(1 - reach, 0)[None], maps]) + floor + np.float32(_FAR_FLOOR)
     return found / np.maximum(found.sum(0), 1e-6)
 
 
@@ -211,7 +215,7 @@ def _densities(level: _Level, values: np.ndarray, mixture: Mixture, stripped: bo
     """As tissue.likelihood; outside the field of view nothing is known, and a stripped scan's background is known."""
     found, pure = tissue.likelihood(values, mixture)
     if stripped:
-        found[0] *= np.float32(0.01)
+        found[0] *= np.float32(_LEFT_BY_STRIPPING)
         found[0][level.empty] = 1
         found[1:, level.empty] = 0
     found[:, ~level.inside] = 1
@@ -437,7 +441,7 @@ def _search(image: np.ndarray, grid_mm: np.ndarray, fore: np.ndarray, best: int)
     heights = [*(middle[2] + np.array([-12, 0, 12])), *(top - 78 + np.arange(-36, 13, 12))]
     ahead = middle[1] + np.array([-15, 0, 15])
     back = np.linalg.inv(grid_mm)
-    found = []
+    found: list[tuple[float, np.ndarray]] = []
     for z, y, pitch, size in product(heights, ahead, (-0.3, 0.0, 0.3), (0.92, 1.05)):
         turn = np.array([[1, 0, 0], [0, np.cos(pitch), -np.sin(pitch)], [0, np.sin(pitch), np.cos(pitch)]]) * size
         matrix = np.eye(4)
@@ -445,9 +449,9 @@ def _search(image: np.ndarray, grid_mm: np.ndarray, fore: np.ndarray, best: int)
         matrix[:3, 3] = np.array([middle[0], y, z]) - turn @ centre
         index = (back @ matrix)[:3] @ np.concatenate([points, np.ones((1, points.shape[1]))])
         seen = ndimage.map_coordinates(smooth, index, order=1, mode="constant")
-        found.append((_information(bins, np.minimum(seen * 15.99, 15).astype(np.intp)), len(found), matrix))
+        found.append((_information(bins, np.minimum(seen * 15.99, 15).astype(np.intp)), matrix))
     found.sort(key=lambda f: -f[0])
-    return [matrix for _, _, matrix in found[:best]]
+    return [matrix for _, matrix in found[:best]]
 
 
 def _information(a: np.ndarray, b: np.ndarray) -> float:
