@@ -81,7 +81,8 @@ def pairs(data: Path) -> Iterator[Pair]:
         stem = str(folder / folder.name)
         for contrast in ("FLAIR", "ADC"):
             moving = Path(f"{stem}_{contrast}.nii.gz")
-            yield Pair(f"isles22 {folder.name} {contrast} to DWI", Path(f"{stem}_DWI.nii.gz"), moving)
+            truth = np.eye(4) if contrast == "ADC" else None  # computed from the DWI
+            yield Pair(f"isles22 {folder.name} {contrast} to DWI", Path(f"{stem}_DWI.nii.gz"), moving, truth)
 
 
 def points_of(head: Head) -> np.ndarray:

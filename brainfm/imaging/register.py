@@ -40,6 +40,7 @@ _DEPTH_MM = 16.0  # below the surface of the head begins its inside
 _LEAST_INSIDE = 0.25  # of the head, however small it is
 _BELOW_TOP_MM = 150.0  # and there it ends: what follows is neck
 _STARTS = 3  # of those looked at, as many are followed
+_LEAST_GAIN = 0.02  # of the score above 1: less is noise, and no reason to move a scan
 _LEAST_OVERLAP = 0.4  # of the smaller head
 _PEAK_MM = 16.0  # a position is one if the score falls when the head is shifted by this much
 _LEAST_PEAK = 0.012  # and by this much at least
@@ -129,8 +130,9 @@ def rigid(fixed: Head, moving: Head, farthest_mm: float = FARTHEST_MM) -> Alignm
 
     The search starts at the header's position, also with the centres of both heads on top of each other where these
     are far apart, each also turned a little; the best starts are followed to their end and the best end is judged.
-    It is refused where it scores no better than the header's position, where the heads hardly overlap, or where it is
-    implausibly far: more than 45 degrees or `farthest_mm`, unless the headers' positions have nothing in common.
+    It is refused where it scores no better, but for noise, than the header's position, where the heads hardly overlap,
+    or where it is implausibly far: more than 45 degrees or `farthest_mm`, unless the headers' positions have nothing in
+    common.
 
     Args:
         fixed, moving: of one person; another person's head may be found to fit as well.
@@ -181,8 +183,8 @@ def _judged(fixed: Head, moving: Head, end: np.ndarray, apart: bool, farthest_mm
     refused = ""
     if overlap < min(_LEAST_OVERLAP, 0.5 * _overlap(fixed, moving, np.eye(4)) if not apart else 1.0):
         refused = f"only {overlap:.0%} of the smaller head would lie in the other scan"
-    elif after <= before:
-        refused = f"the position found scores {after:.4f}, the header's {before:.4f}"
+    elif after - before <= _LEAST_GAIN * max(before - 1, 0):
+        refused = f"the position found scores {after:.4f}, not above the header's {before:.4f} by more than noise"
     elif turned > MOST_TURNED_DEG or (moved > farthest_mm and not apart):
         refused = f"it would move the head by {moved:.0f} mm and turn it by {turned:.0f} degrees"
     elif most < _NEVER_MIND_MM:

@@ -127,6 +127,8 @@ def test_judgement_refuses_what_got_worse_and_what_hardly_overlaps(fixed: Head) 
     moving = Head.of(scan((2, 2, 2), T2, seed=1))
     worse = register._judged(fixed, moving, motion((0, 0, 0), (12, 0, 0)), False, 60)
     assert "the header's" in worse.refused and worse.trusted and worse.score_after < worse.score_before
+    near = register._judged(fixed, moving, motion((0, 0, 0), (0.3, 0, 0)), False, 60)
+    assert "by more than noise" in near.refused and near.trusted
     gone = register._judged(fixed, moving, motion((0, 0, 0), (0, 130, 0)), False, 60)
     assert "of the smaller head" in gone.refused and gone.matrix_mm == worse.matrix_mm
 
