@@ -29,6 +29,7 @@ from brainfm.tasks.windows import predict_windows
 from brainfm.training.loop import Run, State, train
 from brainfm.training.optim import build_optimizer
 from brainfm.training.pretrain import identity_of, loop_spec, make_fabric, optim_values, provenance_of, say
+from brainfm.training.speed import settled
 
 BEST = "best.safetensors"
 
@@ -59,6 +60,7 @@ def finetune(config: dict[str, Any]) -> Path | None:
         BrainfmError: whatever the user can mend, in one sentence.
     """
     store, run = Store.open(Path(config["store"])), Path(config["run"])
+    config = config | {"trainer": settled(config["trainer"])}
     backbone, parents = _backbone(config, store)
     task_spec, cases = _task(config["task"], store)
     backbone.check_patch(task_spec.patch_vox)

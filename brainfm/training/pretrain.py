@@ -33,6 +33,7 @@ from brainfm.training.loop import LoopSpec, Run, State, train
 from brainfm.training.monitor import save_pictures
 from brainfm.training.optim import build_optimizer
 from brainfm.training.probes import OnlineProbe, ProbeSpec, describe, with_whole
+from brainfm.training.speed import keep_freed_memory, quicken, settled
 
 BACKBONE_FILE = "backbone.safetensors"
 # Of the configuration: what moves no weight. A run may go on with other guards, or be asked more or less.
@@ -74,14 +75,18 @@ def pretrain(config: dict[str, Any]) -> State:
         BrainfmError: whatever the user can mend, in one sentence.
     """
     store, folder, seed = Store.open(Path(config["store"])), Path(config["run"]), int(config["seed"])
+    config = config | {"trainer": settled(config["trainer"])}
     trainer, data = config["trainer"], config["data"]
     folder.mkdir(parents=True, exist_ok=True)
     fabric = make_fabric(trainer)
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
     backbone = build_backbone(**config["backbone"])
     sides = split_sessions(store, float(data["validation"]), int(data["split_seed"]))
     question, targets = _with_targets(config, store, sides[0])
     objective = build_objective(**question, backbone=backbone, patch_vox=tuple(data["patch_vox"]), seed=seed)
+    quicken(objective, trainer)
     train_set = PretrainPatches(store, sides[0], objective.views, seed, float(data["foreground_share"]), targets)
     if fabric.is_global_zero:
         say(

@@ -1,0 +1,79 @@
+"""How a network is computed: precision, compiler, memory layout. Settled once, before anything is built."""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import nn
+
+from brainfm.nets.backbone import Backbone
+from brainfm.specs import ConfigError
+
+COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
+_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
+
+
+def settled(trainer: Mapping[str, Any]) -> dict[str, Any]:
+    """``trainer`` with each ``auto`` of precision, compile and channels_last replaced by what it means on this machine.
+
+    A GPU: bf16-mixed, compile=default, channels last. A CPU: float32 (bf16-mixed where it has matrix units, AMX:
+    without them bfloat16 convolutions are slower than float32), not compiled, the layout left to each layer.
+
+    Raises: ConfigError for values that are none of the legal ones.
+    """
+    gpu = trainer["accelerator"] != "cpu" and torch.cuda.is_available()
+    precision, compile_mode, channels_last = trainer["precision"], trainer["compile"], trainer["channels_last"]
+    if precision == "auto":
+        precision = "bf16-mixed" if gpu or _has_matrix_units() else "32-true"
+    if compile_mode == "auto":
+        compile_mode = "default" if gpu else None
+    if compile_mode not in (None, *COMPILE_MODES):
+        words = ", ".join(("null", "auto", *COMPILE_MODES))
+        raise ConfigError(f"trainer.compile={compile_mode}: expected one of {words}")
+    if channels_last == "auto":
+        channels_last = gpu
+    if not isinstance(channels_last, bool):
+        raise ConfigError(f"trainer.channels_last={channels_last}: expected auto, true or false")
+    return {**trainer, "precision": precision, "compile": compile_mode, "channels_last": channels_last}
+
+
+def quicken(module: nn.Module, trainer: Mapping[str, Any]) -> None:
+    """Lays out and compiles in place what settled() says; names and values of the weights stay as they are.
+
+    The networks are compiled, not the question around them: masks and noise are drawn on the host.
+
+    Args:
+        module: holds a backbone among its children, as an objective does.
+        trainer: settled.
+    """
+    if trainer["channels_last"]:
+        for weights in module.parameters():
+            if weights.ndim == 5:
+                weights.data = weights.data.contiguous(memory_format=torch.channels_last_3d)
+    if trainer["compile"] is None:
+        return
+    for child in module.children():
+        if isinstance(child, Backbone):
+            child.features = torch.compile(child.features, mode=trainer["compile"])  # type: ignore[method-assign]
+        else:
+            child.compile(mode=trainer["compile"])
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed: a step on a CPU then does not fault in the same pages again.
+
+    Changes nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+
+
+def _has_matrix_units() -> bool:
+    """Whether the CPU multiplies bfloat16 tiles (AMX)."""
+    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
+    return bool(ask is not None and ask())
