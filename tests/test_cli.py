@@ -17,6 +17,7 @@ NEEDED = {
     "demo": ["out=x"],
     "manifest": ["root=x", "out=y"],
     "doctor": ["manifest=x"],
+    "anatomy": ["manifest=x", "out=y"],
     "prepare": ["manifest=x", "store=y"],
     "pretrain": ["store=x", "run=y"],
     "finetune": ["store=x", "run=y", "backbone_from=none", "task.target=lesion"],
