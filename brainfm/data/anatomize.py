@@ -82,7 +82,7 @@ def anatomize(
     Args:
         contrasts: of a session's scans the one that comes first here is segmented; ``others`` stands for all that are
             not named.
-        workers: processes; 0 and 1 work in this one. A worker needs up to 2 GB for a scan of 1 mm.
+        workers: processes; 0 and 1 work in this one.
         progress: called with the number of scans that are settled and their total.
 
     Raises:
