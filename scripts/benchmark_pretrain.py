@@ -11,8 +11,10 @@ A step is: batch from memory (or from --store), to the device, loss, gradient, c
     dna, yucca, monai dynamic-network-architectures' ResEnc-L, Yucca's and MONAI's U-Net at the backbone's widths, eager
                       float32, masked reconstruction of the same number of voxels; left out where not installed
 
+MiB: on a GPU the most that was allocated, on a CPU what a step keeps between forward and backward.
 unet_b answers cross_contrast (a sample is a pair), every other backbone mae. Times on a CPU are the process's own
-seconds, not the clock's. Packages that lie elsewhere are found with PYTHONPATH.
+seconds, not the clock's; that freed memory is kept helps every contestant there. Packages that lie elsewhere are found
+with PYTHONPATH.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from pathlib import Path
 from typing import Any
 
@@ -227,6 +229,26 @@ def flops_of(one: Contestant, batch: Batch) -> float:
     return float(counter.get_total_flops())
 
 
+def kept_mib(one: Contestant, batch: Batch, device: torch.device) -> float:
+    """What a step keeps between forward and backward, weights aside; a process's peak cannot be split by contestant."""
+    own = {p.untyped_storage().data_ptr() for p in one.module.parameters()}
+    kept: dict[int, Tensor] = {}
+
+    def note(value: Tensor) -> Tensor:
+        if value.untyped_storage().data_ptr() not in own:
+            kept[value.untyped_storage().data_ptr()] = value
+        return value
+
+    quick = cpu.is_for
+    if not one.quick:
+        cpu.is_for = lambda features: False  # type: ignore[assignment]
+    mixed = torch.autocast(device.type, torch.bfloat16) if one.autocast else nullcontext()
+    with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value), mixed:
+        one.loss(batch)
+    cpu.is_for = quick
+    return sum(value.untyped_storage().nbytes() for value in kept.values()) / 2**20
+
+
 def compete(args: argparse.Namespace, name: str, edge: int, device: torch.device, most: dict[str, float]) -> list[dict]:
     absent: list[str] = []
     contestants = ours(args, name, edge, device) + (peers(name, edge, device, absent) if args.peers else [])
@@ -235,11 +257,17 @@ def compete(args: argparse.Namespace, name: str, edge: int, device: torch.device
     pairs = name == "unet_b"
     source = batches(args, edge, pairs, contestants[0].module.views)
     first = next(source).to(device)
-    flops = {one.name: flops_of(one, first) for one in contestants if one.name != "brainfm"}
+    sample = Batch(**{f.name: v[:1] for f in fields(first) if (v := getattr(first, f.name)) is not None})
+    flops = {one.name: len(first) * flops_of(one, sample) for one in contestants if one.name != "brainfm"}
     flops["brainfm"] = flops["plain"]
+    kept = {one.name: kept_mib(one, first, device) for one in contestants} if device.type == "cpu" else {}
     for number in range(args.warmup + args.steps):
-        for one in contestants:
-            step(one, source, device)
+        for one in list(contestants):
+            try:
+                step(one, source, device)
+            except torch.OutOfMemoryError:
+                contestants.remove(one)
+                print(json.dumps({"out_of_memory": one.name, "backbone": name, "patch": edge}), flush=True)
         if number < args.warmup:
             for one in contestants:
                 one.seconds = {p: [] for p in PHASES}
@@ -252,7 +280,8 @@ def compete(args: argparse.Namespace, name: str, edge: int, device: torch.device
             "backbone": name, "patch": edge, "batch": args.batch, "contestant": one.name, "precision": kind,
             "steps_per_s": 1 / whole, "patches_per_s": args.batch * (2 if pairs else 1) / whole,
             "tflop_a_step": flops[one.name] / 1e12, "share_of_matmul": flops[one.name] / 1e12 / whole
-            / most[f"matmul_tflops_{kind}"], "seconds": split, "peak_mib": one.peak_mib,
+            / most[f"matmul_tflops_{kind}"], "seconds": split,
+            "peak_mib": one.peak_mib if device.type == "cuda" else None, "kept_mib": kept.get(one.name),
             "parameters": sum(p.numel() for p in one.module.parameters()),
         })  # fmt: skip
     return rows
@@ -304,13 +333,12 @@ def processor() -> str:
 def show(rows: list[dict]) -> None:
     titles = f"{'backbone':<10}{'edge':>5} {'contestant':<11}{'patches/s':>10}{'brainfm x':>10}{'matmul':>8}{'MiB':>8} "
     print(titles, *(f"{p:>9}" for p in PHASES))
+    own = {(row["backbone"], row["patch"]): row["patches_per_s"] for row in rows if row["contestant"] == "brainfm"}
     for row in rows:
-        own = next(r for r in rows if (r["backbone"], r["patch"], r["contestant"])
-                   == (row["backbone"], row["patch"], "brainfm"))  # fmt: skip
-        ahead = own["patches_per_s"] / row["patches_per_s"]
+        ahead = own.get((row["backbone"], row["patch"]), float("nan")) / row["patches_per_s"]
         print(
             f"{row['backbone']:<10}{row['patch']:>5} {row['contestant']:<11}{row['patches_per_s']:>10.3f}{ahead:>10.2f}"
-            f"{100 * row['share_of_matmul']:>7.0f}%{row['peak_mib']:>8.0f}  "
+            f"{100 * row['share_of_matmul']:>7.0f}%{row['peak_mib'] or row['kept_mib']:>8.0f}  "
             + " ".join(f"{row['seconds'][p]:>9.4f}" for p in PHASES)
         )
 
