@@ -84,21 +84,21 @@ class _NormAct(torch.autograd.Function):
         output = torch.addcmul(_broadcast(bias), centred, inverse * _broadcast(weight))
         if slope != 1:
             output = F.leaky_relu_(output, slope)
-        ctx.save_for_backward(centred, inverse, weight, output)
+        ctx.save_for_backward(centred, inverse, weight, output if slope != 1 else None)
         ctx.slope = slope
         return output
 
     @staticmethod
     def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, Tensor, Tensor, None, None]:
         centred, inverse, weight, output = ctx.saved_tensors
-        grad = grads[0].contiguous(memory_format=_format(output))
+        grad = grads[0].contiguous(memory_format=_format(centred))
         if ctx.slope != 1:
             grad = torch.ops.aten.leaky_relu_backward(grad, output, ctx.slope, True)
         for_bias = grad.sum(_VOXELS, keepdim=True)
         for_weight = _inner(grad, centred) * inverse
-        scale = inverse * _broadcast(weight) / output[0, 0].numel()
-        along = torch.addcmul(-for_bias * scale, centred, -for_weight * inverse * scale)
-        along = along.addcmul_(grad, scale * output[0, 0].numel())
+        scale = inverse * _broadcast(weight)
+        share = -scale / centred[0, 0].numel()
+        along = torch.addcmul(for_bias * share, centred, for_weight * inverse * share).addcmul_(grad, scale)
         return along, for_weight.sum(0).flatten(), for_bias.sum(0).flatten(), None, None
 
 

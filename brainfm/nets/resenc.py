@@ -39,7 +39,7 @@ class ResidualBlock(nn.Module):
 
     def forward(self, features: Tensor) -> Tensor:
         beside = F.avg_pool3d(features, self.stride) if self.stride > 1 else features
-        return F.leaky_relu(self.second(self.first(features)) + self.shortcut(beside), self.slope)
+        return F.leaky_relu(self.second(self.first(features)) + self.shortcut(beside), self.slope, inplace=True)
 
 
 class ResEncEncoder(Backbone):
