@@ -19,6 +19,8 @@ from typing import Self
 import torch
 from torch import Tensor
 
+ON_HOST = ("sample", "paired", "same_contrast")
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -55,11 +57,15 @@ class Batch:
     lesion: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
-        """The batch on another device; float16 voxels become float32 there."""
+        """The batch on another device; float16 voxels become float32 there.
+
+        What decides about the work (`ON_HOST`) stays where it is: asking a GPU for it would make the host wait for all
+        that the GPU has still to do.
+        """
         moved = {}
         for f in fields(self):
             value = getattr(self, f.name)
-            if isinstance(value, Tensor):
+            if isinstance(value, Tensor) and f.name not in ON_HOST:
                 value = value.to(device, non_blocking=non_blocking)
                 moved[f.name] = value.float() if value.dtype == torch.float16 else value
         return replace(self, **moved)

@@ -147,19 +147,19 @@ class Heads:
         return places[chosen], groups[tuple(places[chosen].T)]
 
 
-def extract(backbone: Backbone, heads: Heads) -> dict[str, Any]:
-    """Summaries and sampled voxels' features of every head."""
-    rows: dict[str, Any] = {"summary": [], "features": [], "groups": []}
-    for session in heads.sessions:
+def extract(backbone: Backbone, heads: Heads, dense: set[int]) -> dict[str, Any]:
+    """Summaries of every head, and the sampled voxels' features of those that are to be labelled."""
+    rows: dict[str, Any] = {"summary": [], "features": {}, "groups": {}}
+    for number, session in enumerate(heads.sessions):
         scan = heads.scan(session)
         maps = maps_of(backbone, scan)
         shape = [edge * backbone.strides[0] for edge in maps[0].shape[2:]]
         head = torch.zeros(1, 1, *shape)
         head[0, 0, : scan.shape[0], : scan.shape[1], : scan.shape[2]] = torch.from_numpy(scan > scan.min())
-        places, groups = heads.sampled(session, scan)
         rows["summary"].append(summary(maps, head))
-        rows["features"].append(at_voxels(maps, backbone.strides, places).astype(np.float16))
-        rows["groups"].append(groups)
+        if number in dense:
+            places, rows["groups"][number] = heads.sampled(session, scan)
+            rows["features"][number] = at_voxels(maps, backbone.strides, places)
     rows["summary"] = np.stack(rows["summary"])
     return rows
 
@@ -233,13 +233,17 @@ def ask(found: dict[str, Any], heads: Heads, held: set[str], shots: Sequence[int
         else:
             answers["sex_scores"], answers["sex_truth"] = guess.tolist(), y[away].tolist()
     if "features" in found:
-        fitted = [i for i, away in enumerate(test) if not away]
-        fitted = [fitted[k] for k in np.random.default_rng(1).permutation(len(fitted))]
+        fitted, away = labelled(heads, held)
         for few in shots:
-            answers[f"dice_{few}"] = dice_of_groups(
-                found, fitted[:few], [i for i, away in enumerate(test) if away]
-            ).tolist()
+            answers[f"dice_{few}"] = dice_of_groups(found, fitted[:few], away).tolist()
     return answers
+
+
+def labelled(heads: Heads, held: set[str]) -> tuple[list[int], list[int]]:
+    """The heads that may serve as labelled ones, in the order in which they are taken, and those that are scored."""
+    away = [i for i, s in enumerate(heads.sessions) if s.subject_key in held]
+    fitted = sorted(set(range(len(heads.sessions))) - set(away))
+    return [fitted[k] for k in np.random.default_rng(1).permutation(len(fitted))], away
 
 
 def small_scans(heads: Heads, cells: int = 8) -> dict[str, Any]:
@@ -312,10 +316,11 @@ def main() -> None:
     parser.add_argument("--precision", default="32-true")
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--shots", type=int, nargs="+", default=[1, 5])
-    parser.add_argument("--voxels", type=int, default=20000, help="sampled of each head")
+    parser.add_argument("--voxels", type=int, default=8000, help="sampled of each head")
     parser.add_argument("--label", default="dseg_labels")
     parser.add_argument("--scheme", default="dlmuse")
     parser.add_argument("--conditions", nargs="+", default=list(CONDITIONS))
+    parser.add_argument("--train-only", action="store_true", help="for a second process on a machine with more cores")
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     store = Store.open(args.store)
@@ -323,6 +328,11 @@ def main() -> None:
     heads = Heads(store, store.sessions, args.label, args.scheme, args.voxels)
     tested = [s for s in heads.sessions if s.subject_key in held]
     print(f"{len(heads.sessions) - len(tested)} subjects to train and fit on, {len(tested)} held out", flush=True)
+    if args.train_only:
+        for seed in args.seeds:
+            for name in args.conditions:
+                train(name, args, seed)
+        return
     answers: dict[str, dict[str, Any]] = {}
 
     def keep(name: str, seed: int, make: Callable[[], dict[str, Any]]) -> None:
@@ -335,7 +345,8 @@ def main() -> None:
             answers.setdefault(name, {}).setdefault(key, []).append(value)
 
     def of_backbone(backbone: Backbone, encode: Any, seed: int) -> dict[str, Any]:
-        found = ask(extract(backbone, heads), heads, held, args.shots)
+        few, away = labelled(heads, held)
+        found = ask(extract(backbone, heads, {*few[: max(args.shots)], *away}), heads, held, args.shots)
         if encode is not None:
             found["probes"] = probe(encode, store, tested, (args.patch,) * 3, seed)
         return found

@@ -100,16 +100,19 @@ class Latents(nn.Module):
         return values
 
 
-def draw_noise(samples: Tensor, shape: Sequence[int], seed: int, purpose: str) -> Tensor:
-    """Standard normal float32 [B, *shape] on the samples' device.
+def draw_noise(
+    samples: Tensor, shape: Sequence[int], seed: int, purpose: str, device: torch.device | None = None
+) -> Tensor:
+    """Standard normal float32 [B, *shape].
 
     Row i is a function of (seed, purpose, samples[i]) and of the kind of device alone: a sample meets the same noise
     in any batch. The numbers are drawn on the device, because a GPU would have to wait for a CPU's.
 
     Args:
         samples: [B] int64, the samples' numbers.
+        device: where the noise is wanted; by default where the samples are.
     """
-    device = samples.device
+    device = device or samples.device
     rows = [
         torch.randn(tuple(shape), generator=seeds.torch_stream(seed, purpose, number, device=device), device=device)
         for number in samples.tolist()

@@ -213,12 +213,12 @@ class AnatomyPathology(Objective):
         count = len(batch)
         shape = batch.image.shape[2:]
         every = torch.arange(count, device=device)
-        hidden = draw_mask(batch.sample, shape, self.mask_unit_vox, self.mask_ratio, self.seed, "mask_a")
+        hidden = draw_mask(batch.sample, shape, self.mask_unit_vox, self.mask_ratio, self.seed, "mask_a", device)
         if batch.partner is None or not self.views.pairs:
             return _Views(batch.image.float(), hidden, every, every[:0])
-        partners = every if batch.paired is None else batch.paired.nonzero().squeeze(1)
-        samples = batch.sample[partners]
-        second = draw_mask(samples, shape, self.mask_unit_vox, self.mask_ratio, self.seed, "mask_b")
+        chosen = torch.arange(count) if batch.paired is None else batch.paired.cpu().nonzero().squeeze(1)
+        samples, partners = batch.sample.cpu()[chosen], chosen.to(device, non_blocking=True)
+        second = draw_mask(samples, shape, self.mask_unit_vox, self.mask_ratio, self.seed, "mask_b", device)
         image = torch.cat([batch.image, batch.partner[partners]]).float()
         return _Views(image, torch.cat([hidden, second]), torch.cat([every, partners]), partners)
 

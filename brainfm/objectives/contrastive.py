@@ -195,7 +195,7 @@ class MAEContrastive(Objective):
             return views, None
         shape = views.shape[2:]
         hidden = [
-            draw_mask(batch.sample, shape, self.mask_unit_vox, self.mask_ratio, self.seed, purpose)
+            draw_mask(batch.sample, shape, self.mask_unit_vox, self.mask_ratio, self.seed, purpose, views.device)
             for purpose in ("mask_a", "mask_b")
         ]
         return views, torch.cat(hidden)

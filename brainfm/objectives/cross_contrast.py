@@ -29,8 +29,9 @@ class _Scans:
     hidden_a: Tensor
     b: Tensor
     hidden_b: Tensor
-    rows: Tensor  # [P] int64: which samples the b belong to
-    differ: Tensor  # [P] bool: a and b are not known to show the same contrast
+    partners: Tensor  # [P] int64 on the host: which samples the b belong to
+    rows: Tensor  # the same where the scans are
+    differing: Tensor  # [D] int64 there: those of the P whose a and b are not known to show the same contrast
 
 
 @dataclass(frozen=True)
@@ -169,25 +170,27 @@ class CrossContrast(Objective):
     def _scans(self, batch: Batch) -> _Scans:
         device = batch.image.device
         partner = batch.image if batch.partner is None else batch.partner
-        paired = torch.full((len(batch),), batch.partner is not None, device=device)
+        partners = torch.arange(len(batch) if batch.partner is not None else 0)
         if batch.partner is not None and batch.paired is not None:
-            paired = batch.paired
-        rows = paired.nonzero().squeeze(1)  # picked, not multiplied by 0: a partner that must not count costs nothing
-        differ = torch.ones_like(rows, dtype=torch.bool)
+            # Picked, not multiplied by 0: a partner that must not count costs nothing.
+            partners = batch.paired.cpu().nonzero().squeeze(1)
+        differing = torch.arange(len(partners))
         if batch.same_contrast is not None:
-            differ = ~batch.same_contrast[rows]
+            differing = (~batch.same_contrast.cpu()[partners]).nonzero().squeeze(1)
+        rows = partners.to(device, non_blocking=True)
         return _Scans(
             a=batch.image.float(),
             hidden_a=self._hidden(batch, batch.sample, "mask_a"),
             b=partner[rows].float(),
-            hidden_b=self._hidden(batch, batch.sample[rows], "mask_b"),
+            hidden_b=self._hidden(batch, batch.sample.cpu()[partners], "mask_b"),
+            partners=partners,
             rows=rows,
-            differ=differ,
+            differing=differing.to(device, non_blocking=True),
         )
 
     def _hidden(self, batch: Batch, samples: Tensor, purpose: str) -> Tensor:
         shape = batch.image.shape[2:]
-        return draw_mask(samples, shape, self.mask_unit_vox, self.mask_ratio, self.seed, purpose)
+        return draw_mask(samples, shape, self.mask_unit_vox, self.mask_ratio, self.seed, purpose, batch.image.device)
 
     def _encode(self, scans: _Scans) -> dict[str, Code]:
         """Codes of [B + P] scans, the a first, in one pass."""
@@ -199,8 +202,9 @@ class CrossContrast(Objective):
 
     def _noise(self, batch: Batch, scans: _Scans, codes: Mapping[str, Code]) -> Tensor:
         shape = (self.latents.channels, *codes["anatomy"].mean.shape[2:])
-        noise_a = draw_noise(batch.sample, shape, self.seed, "latent_a")
-        return torch.cat([noise_a, draw_noise(batch.sample[scans.rows], shape, self.seed, "latent_b")])
+        samples, device = (batch.sample, batch.sample.cpu()[scans.partners]), batch.image.device
+        draws = [draw_noise(s, shape, self.seed, f"latent_{view}", device) for s, view in zip(samples, "ab")]
+        return torch.cat(draws)
 
     def _decode(self, values: Mapping[str, Tensor], scans: _Scans) -> _Outputs:
         """All four reconstructions in one pass."""
@@ -236,7 +240,7 @@ class CrossContrast(Objective):
 
         a, b = scans.a, scans.b
         anatomy, contrast = values["anatomy"], values["contrast"]
-        apart = cosine(contrast[:count][rows], contrast[count:])[scans.differ].clamp(min=self.separation_floor)
+        apart = cosine(contrast[:count][rows], contrast[count:])[scans.differing].clamp(min=self.separation_floor)
         divergences = torch.stack([kl_to_standard_normal(code) for code in codes.values()]).sum(dim=0)
         return {
             "self": error(outputs.self_a, a, hidden_a) + error(outputs.self_b, b, hidden_b),

@@ -82,8 +82,8 @@ class MAE(Objective):
         return {"input": image, "masked": image.masked_fill(hidden, 0), "self": output}
 
     def _hidden(self, batch: Batch) -> Tensor:
-        shape = batch.image.shape[2:]
-        return draw_mask(batch.sample, shape, self.mask_unit_vox, self.mask_ratio, self.seed, "mask")
+        shape, device = batch.image.shape[2:], batch.image.device
+        return draw_mask(batch.sample, shape, self.mask_unit_vox, self.mask_ratio, self.seed, "mask", device)
 
     def _reconstruct(self, image: Tensor, hidden: Tensor) -> Tensor:
         codes = self.latents(self.backbone.features_masked(image, hidden))

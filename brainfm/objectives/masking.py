@@ -28,9 +28,15 @@ def hidden_blocks(patch_vox: Sequence[int], unit_vox: int, ratio: float) -> tupl
 
 
 def draw_mask(
-    samples: Tensor, patch_vox: Sequence[int], unit_vox: int, ratio: float, seed: int, purpose: str
+    samples: Tensor,
+    patch_vox: Sequence[int],
+    unit_vox: int,
+    ratio: float,
+    seed: int,
+    purpose: str,
+    device: torch.device | None = None,
 ) -> Tensor:
-    """Cubic blocks drawn without replacement: bool [B, 1, X, Y, Z], True where hidden, on the samples' device.
+    """Cubic blocks drawn without replacement: bool [B, 1, X, Y, Z], True where hidden.
 
     Every sample hides exactly round(ratio * blocks) blocks. Row i is a function of (seed, purpose, samples[i]) alone,
     on any device.
@@ -41,6 +47,7 @@ def draw_mask(
         unit_vox: edge length of a block.
         ratio: share of the blocks that is hidden.
         purpose: a word; other purposes give independent masks.
+        device: where the mask is wanted; by default where the samples are.
 
     Raises: ConfigError (see hidden_blocks).
     """
@@ -48,7 +55,7 @@ def draw_mask(
     blocks = torch.zeros((len(samples), grid[0] * grid[1] * grid[2]), dtype=torch.bool)
     for row, number in zip(blocks, samples.tolist(), strict=True):
         row[torch.randperm(len(row), generator=seeds.torch_stream(seed, purpose, number))[:count]] = True
-    hidden = blocks.to(samples.device, non_blocking=True).reshape(-1, 1, *grid)  # moved while it is small
+    hidden = blocks.to(device or samples.device, non_blocking=True).reshape(-1, 1, *grid)  # moved while it is small
     for axis in (2, 3, 4):
         hidden = hidden.repeat_interleave(unit_vox, dim=axis)
     return hidden

@@ -1,0 +1,55 @@
+"""Every objective on another device than the host. The meta device computes no values, but it refuses any operation
+that mixes devices and any question for a value, which on a GPU would make the host wait."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from brainfm.batch import ON_HOST, Batch
+from brainfm.nets.backbone import build_backbone
+from brainfm.objectives.objective import OBJECTIVES, build_objective
+
+PATCH = (16, 16, 16)
+
+
+def _batch() -> Batch:
+    return Batch(
+        image=torch.randn(4, 1, *PATCH).half(),
+        sample=torch.arange(4),
+        partner=torch.randn(4, 1, *PATCH).half(),
+        paired=torch.tensor([True, False, True, True]),
+        same_contrast=torch.tensor([False, False, True, False]),
+        interval_years=torch.zeros(4),
+        subject=torch.arange(4),
+        regions=torch.zeros(4, *PATCH, dtype=torch.int64),
+        volumes=torch.zeros(4, 3),
+        pathology=torch.zeros(4),
+        lesion=torch.zeros(4, *PATCH, dtype=torch.int8),
+    )
+
+
+def test_what_decides_about_the_work_stays_on_the_host() -> None:
+    moved = _batch().to("meta")
+    assert all(getattr(moved, name).device.type == "cpu" for name in ON_HOST)
+    assert moved.image.device.type == "meta" and moved.image.dtype == torch.float32
+    assert moved.subject.device.type == moved.lesion.device.type == "meta"
+
+
+@pytest.mark.parametrize("name", list(OBJECTIVES))
+def test_no_value_is_asked_of_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    more = {"groups": 4, "volumes": 3, "agreement_weight": 0.1} if name == "anatomy_pathology" else {}
+    objective = build_objective(
+        name, build_backbone("unet_tiny"), patch_vox=PATCH, seed=0, latent_channels=20, mask_unit_vox=4, **more
+    )
+    objective.to("meta")
+    # generators do not exist there; where the noise lands is what matters
+    real = torch.randn
+    monkeypatch.setattr(
+        "brainfm.nets.latents.torch.randn",
+        lambda *shape, generator=None, device=None: real(*shape, device=device),
+    )
+    monkeypatch.setattr("brainfm.nets.latents.seeds.torch_stream", lambda *a, **k: None)
+    terms = objective.train()(_batch().to("meta"), 0.5)
+    assert terms.total.device.type == "meta"
+    terms.total.backward()
