@@ -47,9 +47,9 @@ def test_what_the_user_says_stays() -> None:
 
 
 def test_refusals() -> None:
-    with pytest.raises(ConfigError, match="trainer.compile=fast: expected one of null, auto, default"):
+    with pytest.raises(ConfigError, match=r"trainer.compile=fast: expected one of null, auto, default"):
         speed.settled(AUTO | {"compile": "fast"})
-    with pytest.raises(ConfigError, match="trainer.channels_last=yes please: expected auto, true or false"):
+    with pytest.raises(ConfigError, match=r"trainer.channels_last=yes please: expected auto, true or false"):
         speed.settled(AUTO | {"channels_last": "yes please"})
 
 
