@@ -32,6 +32,8 @@ _FLOOR = 2e-3  # least prior of a tissue within reach of the brain
 _FAR_FLOOR = 1e-6  # and elsewhere: so little that only what a stripped scan shows outside the atlas is decided by it
 _LEFT_BY_STRIPPING = 1e-8  # odds that a voxel of a stripped scan is neither brain nor fluid
 _RIM_MM = 4.0  # around the atlas's head, counted by the mutual information; with 8 mm the head comes out too small
+_ENLARGED = 1.04  # on whole heads mutual information lays the atlas so much too small: it would rather miss skull
+_MIDDLE_MM = (0.0, -17.0, 7.0)  # of the atlas
 _REACH_MM = 16.0  # around the atlas's head, where class 0 is looked at
 _APART_MM = 6.0  # but not next to it: brain that the atlas misses there would be learnt as class 0
 _BINS = 24
@@ -137,6 +139,11 @@ def segment(volume: Volume) -> Tissues:
     level = _level(volume, _WORK_MM, box)
     low = Warp(affine, *_still(_level(volume, _WARP_MM, box)))
     stripped = _is_stripped(level, low)
+    if not stripped:
+        affine = _enlarged(affine)
+        box = _head_box(affine)
+        level = _level(volume, _WORK_MM, box)
+        low = Warp(affine, *_still(_level(volume, _WARP_MM, box)))
     fitted = _fit(volume, level, low, stripped)
     return _finish(volume, fitted, stripped, information)
 
@@ -191,6 +198,13 @@ def _head_box(affine: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     maps, maps_mm = tissue_maps(2.0)
     low, high = geometry.box_between(np.zeros(3), np.array(maps.shape[1:]), maps_mm, np.linalg.inv(affine))
     return low - _REACH_MM, high + _REACH_MM
+
+
+def _enlarged(affine: np.ndarray) -> np.ndarray:
+    """Scan mm to atlas mm with the atlas larger on the scan, about its own middle."""
+    shrink = np.diag([1 / _ENLARGED] * 3 + [1.0])
+    shrink[:3, 3] = np.array(_MIDDLE_MM) * (1 - 1 / _ENLARGED)
+    return shrink @ affine
 
 
 def _is_stripped(level: _Level, place: Warp) -> bool:
@@ -499,7 +513,7 @@ def _register(moving: Any, start: np.ndarray, spacing_mm: float, kind: str, shar
     sitk = _sitk()
     fixed, mask = _fixed(spacing_mm)
     transform = sitk.Similarity3DTransform() if kind == "similarity" else sitk.AffineTransform(3)
-    transform.SetCenter([0.0, -17.0, 7.0])  # the middle of the atlas
+    transform.SetCenter(list(_MIDDLE_MM))
     size = np.cbrt(np.linalg.det(start[:3, :3]))
     if kind == "similarity":
         u, _, vt = np.linalg.svd(start[:3, :3])
