@@ -10,28 +10,21 @@ import csv
 import hashlib
 import io
 import json
-import multiprocessing
 import os
-import signal
-import threading
-from collections.abc import Callable, Generator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
 from brainfm.data.manifest import CONTRASTS, Manifest, Scan, check_files, scan_names, write_manifest
+from brainfm.data.workers import in_pool, in_this_process
 from brainfm.imaging import anatomy, nifti
-from brainfm.specs import ConfigError, ManifestError, ScanError, StoreError
+from brainfm.specs import ConfigError, ManifestError, ScanError
 
 COLUMN = "tissue_labels"
 OTHERS = "others"  # any contrast that is not named
 PRIORITY = ("t1", "t2", "flair", "pd", OTHERS)
-_QUEUED = 2  # scans handed out per worker: one at work, one waiting
-_ONE_THREAD = ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS", "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS")
 
 
 @dataclass(frozen=True)
@@ -108,7 +101,12 @@ def anatomize(
     skipped = len(jobs) - len(todo)
     if progress:
         progress(skipped, len(jobs))
-    steps = _in_pool(todo, workers) if workers > 1 and len(todo) > 1 else _in_process(todo)
+    killed = (
+        f"{out}: a worker was killed, most likely because memory ran out; what was made stays, run anatomy again with "
+        f"fewer than workers={workers}"
+    )
+    pooled = workers > 1 and len(todo) > 1
+    steps = in_pool(_work, todo, workers, killed) if pooled else in_this_process(_work, todo)
     with closing(steps):  # no worker is left when this returns
         for done, _ in enumerate(steps, start=1):
             if progress:
@@ -229,59 +227,3 @@ def _write_text(path: Path, text: str) -> None:
     part = path.with_name(f".{path.name}.{os.getpid()}.part")
     part.write_text(text, encoding="utf-8", newline="")
     os.replace(part, path)
-
-
-# ---- many scans ------------------------------------------------------------------------------------------------------
-
-
-def _in_process(todo: Sequence[_Job]) -> Generator[None, None, None]:
-    for job in todo:
-        _work(job)
-        yield
-
-
-def _in_pool(todo: Sequence[_Job], workers: int) -> Generator[None, None, None]:
-    """Yields once for every scan that is settled; at any error hands out no more work and waits for the rest."""
-    workers = min(workers, len(todo))
-    remaining = iter(todo)
-    pending: set[Future[None]] = set()
-    before = {name: os.environ.get(name) for name in _ONE_THREAD}
-    os.environ.update(dict.fromkeys(_ONE_THREAD, "1"))  # must be known before a worker loads numpy
-    # Spawned, not forked: a forked worker inherits locks of threads that it has not got.
-    context = multiprocessing.get_context("spawn")
-    pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-    try:
-        while True:
-            while len(pending) < workers * _QUEUED and (job := next(remaining, None)) is not None:
-                pending.add(pool.submit(_work, job))
-            if not pending:
-                break
-            finished, pending = wait(pending, return_when=FIRST_COMPLETED)
-            for future in finished:
-                future.result()
-                yield
-    except BrokenProcessPool:
-        raise StoreError(
-            "a worker was killed, most likely because memory ran out; what was made stays, run anatomy again with "
-            f"fewer than workers={workers}"
-        ) from None
-    finally:
-        pool.shutdown(wait=True, cancel_futures=True)
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
-
-
-def _start_worker() -> None:
-    """Ctrl-C is for the parent to decide about; and a worker whose parent was killed must not go on writing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()

@@ -8,38 +8,20 @@ the store itself, so there is no journal that could disagree with it.
 from __future__ import annotations
 
 import itertools
-import multiprocessing
 import os
-import signal
-import threading
 from collections.abc import Callable, Generator, Iterator, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
-from concurrent.futures.process import BrokenProcessPool
-from contextlib import ExitStack, closing, contextmanager
+from contextlib import ExitStack, closing
 from dataclasses import dataclass, replace
 from functools import partial
-from multiprocessing.connection import wait as wait_for
 from pathlib import Path
 from typing import Any
 
 from brainfm.data.manifest import Manifest, Scan, check_files, label_paths, scan_names, session_labels
 from brainfm.data.store import Failure, Key, Share, Store
+from brainfm.data.workers import in_pool, in_this_process, one_thread
 from brainfm.imaging import register
 from brainfm.imaging.preprocess import Anchor, prepare_session
 from brainfm.specs import ConfigError, PreprocessSpec, ScanError, StoreError
-
-# Every worker has one core: libraries that start a thread per core would only get in each other's way.
-_ONE_THREAD = (
-    "OMP_NUM_THREADS",
-    "OPENBLAS_NUM_THREADS",
-    "MKL_NUM_THREADS",
-    "BLIS_NUM_THREADS",
-    "NUMEXPR_NUM_THREADS",
-    "BLOSC_NTHREADS",
-    "VECLIB_MAXIMUM_THREADS",
-    "ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS",
-)
-_QUEUED = 2  # sessions handed out per worker: one at work, one waiting
 
 
 @dataclass(frozen=True)
@@ -204,42 +186,15 @@ _Steps = Generator[tuple[int, int], None, None]  # the number of a piece and of 
 
 
 def _run(store: Store, todo: Sequence[_Piece], workers: int, scheduler: str | None) -> _Steps:
-    if not todo:
-        return _in_process(store, todo)
-    if scheduler:
+    if scheduler and todo:
         return _in_dask(store, todo, workers, scheduler)
-    return _in_pool(store, todo, workers) if workers > 1 else _in_process(store, todo)
-
-
-def _in_process(store: Store, todo: Sequence[_Piece]) -> _Steps:
-    for number, piece in enumerate(todo):
-        yield number, _work(store, piece)
-
-
-def _in_pool(store: Store, todo: Sequence[_Piece], workers: int) -> _Steps:
-    """At any error hands out no more work and waits for the rest."""
-    workers = min(workers, len(todo))
-    remaining = iter(enumerate(todo))
-    pending: dict[Future[int], int] = {}
-    # Spawned, not forked: a forked worker inherits locks of threads that it has not got.
-    context = multiprocessing.get_context("spawn")
-    with _environment(dict.fromkeys(_ONE_THREAD, "1")):
-        pool = ProcessPoolExecutor(workers, mp_context=context, initializer=_start_worker)
-        try:
-            while True:
-                while len(pending) < workers * _QUEUED and (following := next(remaining, None)) is not None:
-                    pending[pool.submit(_work, store, following[1])] = following[0]
-                if not pending:
-                    break
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    yield pending.pop(future), future.result()
-        except BrokenProcessPool:
-            raise StoreError(
-                f"{store.path}: a worker was killed, most likely because memory ran out; what was prepared stays, run "
-                f"prepare again with fewer than workers={workers}"
-            ) from None
-        finally:
-            pool.shutdown(wait=True, cancel_futures=True)
+    if workers <= 1 or not todo:
+        return in_this_process(partial(_work, store), todo)
+    killed = (
+        f"{store.path}: a worker was killed, most likely because memory ran out; what was prepared stays, run "
+        f"prepare again with fewer than workers={workers}"
+    )
+    return in_pool(partial(_work, store), todo, workers, killed)
 
 
 def _in_dask(store: Store, todo: Sequence[_Piece], workers: int, scheduler: str) -> _Steps:
@@ -247,7 +202,7 @@ def _in_dask(store: Store, todo: Sequence[_Piece], workers: int, scheduler: str)
     distributed = _distributed()
     store = Store.create(store.path.absolute(), store.spec, store.share)
     todo = [tuple(replace(session, folder=session.folder.absolute()) for session in piece) for piece in todo]
-    with _environment(dict.fromkeys(_ONE_THREAD, "1")), ExitStack() as opened:
+    with one_thread(), ExitStack() as opened:
         try:
             if scheduler == "local":
                 cluster = distributed.LocalCluster(
@@ -278,31 +233,3 @@ def _distributed() -> Any:
     except ImportError:
         raise ConfigError("scheduler= needs Dask, which is not installed: pip install brainfm[dask]") from None
     return distributed
-
-
-def _start_worker() -> None:
-    """Ctrl-C is for the parent to decide about; and a worker whose parent was killed must not go on writing."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-
-    def end_with_parent() -> None:
-        wait_for([parent.sentinel])
-        os._exit(1)
-
-    threading.Thread(target=end_with_parent, daemon=True).start()
-
-
-@contextmanager
-def _environment(values: dict[str, str]) -> Iterator[None]:
-    """Sets variables for the processes that are started inside; a thread count must be known before numpy is loaded."""
-    before = {name: os.environ.get(name) for name in values}
-    os.environ.update(values)
-    try:
-        yield
-    finally:
-        for name, value in before.items():
-            if value is None:
-                del os.environ[name]
-            else:
-                os.environ[name] = value
