@@ -8,8 +8,9 @@
 A third of the subjects is held out of everything: pre-training, anatomical targets, and the fitting of every probe.
 Each condition sees as many patches in as many steps, with the same learning rate, backbone and seed. Then, frozen:
 
-- age and sex from the T1: features of the whole head (mean and deviation of every map over the head), ridge and
-  logistic regression fitted on the T1s of the subjects that were trained on, scored on those held out;
+- age and sex from the T1: features of the upper head (mean and deviation of every map over a box of 160 x 192 x 160 mm
+  that holds the brain), ridge and logistic regression fitted on the T1s of the subjects that were trained on, scored on
+  those held out;
 - regions: a linear classifier of the maps' values at single voxels, fitted on few labelled subjects, Dice of the groups
   over sampled voxels of the held-out heads;
 - the split: the probes of brainfm.training.probes on the held-out subjects' scans of all contrasts.
@@ -47,6 +48,7 @@ from brainfm.training.pretrain import commit_of_code, split_sessions
 from brainfm.training.probes import ages_of, probe, sexes_of
 
 HELD = 0.34
+BOX_MM = (160, 192, 160)
 COARSE, RANDOM = "the scan on 8x8x8 cells, no network", "none (random weights)"
 SMALL = ["objective.mask_unit_vox=8", "objective.mask_ratio=0.75"]
 AP = ["objective=anatomy_pathology", *SMALL]
@@ -107,9 +109,9 @@ def summary(maps: Sequence[Tensor], head: Tensor) -> np.ndarray:
     found = []
     for values in maps:
         weight = F.interpolate(head, values.shape[2:], mode="area")[0, 0].flatten()
-        flat, total = values[0].flatten(1).double(), weight.sum()
-        mean = (flat * weight).sum(1) / total
-        found += [mean, (((flat - mean[:, None]) ** 2 * weight).sum(1) / total).sqrt()]
+        flat, total = values[0].flatten(1), weight.sum()
+        mean = flat @ weight / total
+        found += [mean, ((flat - mean[:, None]).square_() @ weight / total).sqrt()]
     return torch.cat(found).numpy()
 
 
@@ -129,6 +131,7 @@ class Heads:
 
     def __init__(self, store: Store, sessions: Sequence[SessionEntry], label: str, scheme: str, voxels: int) -> None:
         self.store, self.label, self.voxels = store, label, voxels
+        self.box_vox = tuple(round(mm / s / 16) * 16 for mm, s in zip(BOX_MM, store.spec.spacing_mm))
         self.table = schemes.lookup(scheme, "groups", unknown="ignore")
         self.sessions = [
             s for s in sessions
@@ -136,11 +139,16 @@ class Heads:
         ]  # fmt: skip
 
     def scan(self, session: SessionEntry) -> np.ndarray:
-        return self.store.volume(session, "t1")
+        return self._upper(session, "t1")
+
+    def _upper(self, session: SessionEntry, name: str) -> np.ndarray:
+        """The part of the head that holds the brain: in the middle of X and Y, at the upper end of Z."""
+        x, y, z = (edge - size for edge, size in zip(session.shape, self.box_vox))
+        return self.store.block(session, name, (x // 2, y // 2, max(z, 0)), self.box_vox)
 
     def sampled(self, session: SessionEntry, scan: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """[N, 3] voxels of the head and their groups [N]."""
-        ids = self.store.volume(session, self.label)
+        ids = self._upper(session, self.label)
         groups = np.where(ids < len(self.table), self.table[np.minimum(ids, len(self.table) - 1)], -1)
         places = np.argwhere((scan > scan.min()) & (groups >= 0))
         chosen = np.random.default_rng(0).choice(len(places), min(self.voxels, len(places)), replace=False)
