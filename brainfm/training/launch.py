@@ -44,8 +44,6 @@ def make_fabric(trainer: Mapping[str, Any]) -> Fabric:
     if trainer["accelerator"] == "gpu" and not torch.cuda.is_available():
         raise ConfigError("trainer.accelerator=gpu: no GPU was found; use trainer=cpu or trainer=auto")
     devices, nodes = check_processes(trainer)
-    if trainer.get("threads"):
-        torch.set_num_threads(int(trainer["threads"]))
     torch.set_float32_matmul_precision("high")
     try:
         fabric = Fabric(
@@ -61,6 +59,8 @@ def make_fabric(trainer: Mapping[str, Any]) -> Fabric:
     if by_fabric and os.environ.get("LOCAL_RANK", "0") != "0":
         _end_with_parent()
     fabric.launch()
+    if trainer.get("threads"):  # after the launch, which shares out the cores as it sees fit
+        torch.set_num_threads(int(trainer["threads"]))
     return fabric
 
 
