@@ -248,48 +248,9 @@ class MAEContrastive(Objective):
 
 
 class Contrastive(MAEContrastive):
-    """The contrast alone; see MAEContrastive."""
+    """The contrast alone, unless its configuration says otherwise; see MAEContrastive."""
 
     name = "contrastive"
-
-    def __init__(
-        self,
-        backbone: Backbone,
-        *,
-        patch_vox: tuple[int, int, int],
-        seed: int,
-        mask_unit_vox: int = 4,
-        mask_ratio: float = 0.3,
-        latent_channels: int = 512,
-        parts: dict[str, float] | None = None,
-        temperature: float = 0.1,
-        hidden_channels: int = 512,
-        projected_channels: int = 128,
-        shift: float = 0.25,
-        visits: bool = False,
-        interval_tau_years: float | None = None,
-        queue: int = 1024,
-    ) -> None:
-        super().__init__(
-            backbone,
-            patch_vox=patch_vox,
-            seed=seed,
-            mask_unit_vox=mask_unit_vox,
-            mask_ratio=mask_ratio,
-            reconstruction_weight=0.0,
-            contrastive_weight=1.0,
-            latent_channels=latent_channels,
-            parts=parts,
-            temperature=temperature,
-            hidden_channels=hidden_channels,
-            projected_channels=projected_channels,
-            shift=shift,
-            visits=visits,
-            interval_tau_years=interval_tau_years,
-            queue=queue,
-        )
-        for key in ("loss", "beta", "reconstruction_weight", "contrastive_weight"):
-            del self.config[key]
 
 
 def _of_all_ranks(codes: Tensor, subjects: Tensor) -> tuple[Tensor, Tensor, int]:
