@@ -27,7 +27,8 @@ class Batch:
     """Patches for one step. Fields that a question does not need are None.
 
     Attributes:
-        image: [B, 1, X, Y, Z] standardised voxels; for a task [B, M, X, Y, Z], a channel a contrast, 0 where absent.
+        image: [B, 1, X, Y, Z] standardised voxels; for a task [B, M, X, Y, Z], a channel a contrast, 0 where absent;
+            for a scan-level task [B, V, M, X, Y, Z], V views of each head, the whole-head view first if there is one.
         sample: [B] int64, the samples' numbers; whatever is drawn for a sample is drawn from (seed, purpose, number).
         partner: [B, 1, X, Y, Z] a second scan of the same session at the same corner.
         paired: [B] bool; False where the session has one scan only (partner then repeats image and must not count).
@@ -39,7 +40,9 @@ class Batch:
         regions: [B, X, Y, Z] int64, the subject's anatomy at this place as group indices; -1 where unknown.
         volumes: [B, R] float32, z-scored log fractions of the subject's intracranial volume; NaN where unknown.
         pathology: [B] float32, 1 where the patch or its session shows disease, 0 where not, NaN where unknown.
-        lesion: [B, X, Y, Z] int8, 1 in lesions, 0 outside, -1 where unknown.
+        lesion: [B, X, Y, Z] int8, 1 in lesions, 0 outside, -1 where unknown; [B, V, X, Y, Z] where image has views.
+        answer: [B, T] float32, what a scan-level task should say: a class index, T yes or no, or a value in the
+            target's unit; NaN where unknown.
     """
 
     image: Tensor
@@ -55,6 +58,7 @@ class Batch:
     volumes: Tensor | None = None
     pathology: Tensor | None = None
     lesion: Tensor | None = None
+    answer: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:
         """The batch on another device; float16 voxels become float32 there.

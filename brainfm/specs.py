@@ -138,25 +138,60 @@ class TaskSpec(_Frozen):
     """A supervised question, as a bundle ships it.
 
     Attributes:
-        kind: ``segmentation``.
-        target: the label volume's name: column ``<target>_mask`` (anything but 0 is 1) or ``<target>_labels``.
-        contrasts: those the task may see, in no particular order; any may be missing.
-        values: the label values of the classes, background (0) first.
+        kind: ``segmentation``, ``classification`` or ``regression``; the last two answer for the whole session.
+        target: of a segmentation the label volume's name: column ``<target>_mask`` (anything but 0 is 1) or
+            ``<target>_labels``; else the manifest's column (of a multi-label question a name of its own).
+        contrasts: those the task was trained on, in no particular order; any may be missing.
+        values: of a segmentation the label values of the classes, background first; of a classification the classes as
+            the column writes them (``ordinal``: in their order; ``multilabel``: the columns); of a regression none.
         patch_vox: the window the network was trained on.
         fusion: how contrasts meet: ``mean`` or ``attention`` over those that are present.
+        mode: of a classification ``exclusive`` (two or more classes), ``ordinal`` or ``multilabel``; else empty.
+        unit: of a regression, for people to read.
+        view_mm: edge length of a voxel of the whole-head view that a scan-level question begins with, in ``patch_vox``
+            voxels; 0: no such view.
+        crops: of a scan-level question, whether windows at the store's own resolution that cover the head are looked
+            at as well.
     """
 
     kind: str
     target: str
     contrasts: tuple[str, ...]
-    values: tuple[int, ...]
+    values: tuple[Any, ...]
     patch_vox: tuple[int, int, int]
     fusion: str = "attention"
+    mode: str = ""
+    unit: str = ""
+    view_mm: float = 0.0
+    crops: bool = False
 
     @property
     def classes(self) -> int:
         """K, background included."""
         return len(self.values)
+
+
+@dataclass(frozen=True)
+class Decisions(_Frozen):
+    """What cross-validation decided about the answers of a bundle: kept only where it helped on cases held out.
+
+    Attributes:
+        mirror: axes (0 is X) along which a volume is also predicted mirrored, and the probabilities averaged over all
+            combinations.
+        largest_component: whether only the largest connected part of each class is kept.
+        min_ml: smallest connected part of a class that is kept, in ml.
+        temperature: by which the logits of a classification are divided.
+        bias: (a, b) of a regression whose answer x becomes (x - a) / b.
+        residuals: sorted absolute errors of a regression on held-out cases, after that correction, in its unit: what
+            prediction intervals are made of.
+    """
+
+    mirror: tuple[int, ...] = ()
+    largest_component: bool = False
+    min_ml: float = 0.0
+    temperature: float = 1.0
+    bias: tuple[float, float] = (0.0, 1.0)
+    residuals: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

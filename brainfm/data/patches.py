@@ -42,6 +42,7 @@ class Sample:
     volumes: np.ndarray | None = None
     pathology: float | None = None
     lesion: np.ndarray | None = None
+    answer: np.ndarray | None = None
 
 
 def collate(samples: Sequence[Sample]) -> Batch:

@@ -1,6 +1,7 @@
 """A finished model as a folder: written whole or not at all, read only if every byte is as it was written.
 
     task.json preprocess.json provenance.json backbone.json   what it answers, and how to rebuild it
+    decisions.json                                            what cross-validation decided about its answers, if it did
     member0.safetensors ...                                   weights, one file a member of the ensemble
     README.md                                                 the model card
     checksums.json                                            SHA-256 of every other file
@@ -27,11 +28,12 @@ from torch import Tensor
 
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import transfer
-from brainfm.specs import BundleError, ConfigError, PreprocessSpec, Provenance, TaskSpec, WeightsError
+from brainfm.specs import BundleError, ConfigError, Decisions, PreprocessSpec, Provenance, TaskSpec, WeightsError
 from brainfm.tasks.task import Task, build_task
 
 FORMAT = 1
 CHECKSUMS = "checksums.json"
+DECISIONS = "decisions.json"
 _DESCRIPTIONS = ("task.json", "preprocess.json", "provenance.json", "backbone.json")
 
 
@@ -46,6 +48,7 @@ class Bundle:
         provenance: where it comes from.
         networks: its members in eval mode on the CPU; their probabilities are averaged.
         fingerprint: 16 hexadecimal digits that change with any byte of any file.
+        decisions: what is done to its answers.
     """
 
     path: Path
@@ -54,6 +57,7 @@ class Bundle:
     provenance: Provenance
     networks: tuple[Task, ...]
     fingerprint: str
+    decisions: Decisions
 
 
 def write_bundle(
@@ -64,6 +68,7 @@ def write_bundle(
     members: Sequence[Mapping[str, Tensor]],
     preprocess: PreprocessSpec,
     provenance: Provenance,
+    decisions: Decisions | None = None,
     scores: Mapping[str, Any] | None = None,
     licence: str = "as its training data allow; state it here before passing the bundle on",
 ) -> str:
@@ -73,6 +78,7 @@ def write_bundle(
         directory: the bundle's folder; an existing bundle is replaced, any other folder with content is refused.
         backbone_config: ``Backbone.config``.
         members: ``Task.state_dict()`` of each member of the ensemble.
+        decisions: what is done to its answers; None leaves them as they are.
         scores: for the model card; JSON-able.
         licence: one line for the model card.
 
@@ -92,6 +98,8 @@ def write_bundle(
         "backbone.json": _json(dict(backbone_config)),
         "README.md": model_card(task, preprocess, provenance, len(members), scores or {}, licence).encode(),
     }
+    if decisions is not None:
+        contents[DECISIONS] = _json(decisions.to_dict())
     for number, state in enumerate(members):
         _member(task, backbone_config, state, f"member {number}")
         # clone: safetensors refuses tensors that share storage
@@ -119,6 +127,8 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
         task = TaskSpec.from_dict(described["task.json"])
         preprocess = PreprocessSpec.from_dict(described["preprocess.json"])
         provenance = Provenance.from_dict(described["provenance.json"])
+        decided = _parsed(directory / DECISIONS, contents[DECISIONS]) if DECISIONS in contents else {}
+        decisions = Decisions.from_dict(decided)
     except (ConfigError, TypeError, ValueError) as error:
         raise BundleError(f"{directory}: its description cannot be used: {error}") from None
     networks = []
@@ -130,7 +140,7 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
         networks.append(_member(task, described["backbone.json"], state, str(directory / name)).eval())
     if not networks:
         raise BundleError(f"{directory}: holds no member*.safetensors, expected at least one")
-    return Bundle(directory, task, preprocess, provenance, tuple(networks), fingerprint)
+    return Bundle(directory, task, preprocess, provenance, tuple(networks), fingerprint, decisions)
 
 
 def _member(task: TaskSpec, backbone_config: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> Task:
