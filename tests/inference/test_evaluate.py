@@ -14,7 +14,7 @@ import torch
 from brainfm.data.manifest import Scan, write_manifest
 from brainfm.inference.evaluate import describe, evaluate
 from brainfm.inference.predict import predict_manifest
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance, ScanError, TaskSpec
+from brainfm.specs import ConfigError, Decisions, ManifestError, PreprocessSpec, Provenance, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from tests.inference.test_predict_geometry import Threshold, marker_of, write
 
@@ -30,7 +30,7 @@ def write_label(path, like, value):
 def make_bundle(tmp_path, values=(0, 1), network=None):
     task = TaskSpec("segmentation", "marker", ("t1",), values, (32, 32, 32))
     spec = PreprocessSpec(spacing_mm=(2.0, 2.0, 2.0))
-    return Bundle(tmp_path, task, spec, Provenance("0", "", ""), (network or Threshold(),), "stub")
+    return Bundle(tmp_path, task, spec, Provenance("0", "", ""), (network or Threshold(),), "stub", Decisions())
 
 
 @pytest.fixture

@@ -15,7 +15,7 @@ import torch
 
 from brainfm.imaging import nifti
 from brainfm.inference.predict import Engine, answer, predict, write_mask
-from brainfm.specs import PreprocessSpec, Provenance, ScanError, TaskSpec
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from brainfm.tasks.metrics import dice
 from tests import phantoms
@@ -109,7 +109,7 @@ def test_members_are_averaged_as_probabilities(tmp_path):
 
 
 def test_predict_writes_what_it_returns(tmp_path):
-    bundle = Bundle(tmp_path, TASK, PREPROCESS, Provenance("0", "", ""), (Threshold(),), "stub")
+    bundle = Bundle(tmp_path, TASK, PREPROCESS, Provenance("0", "", ""), (Threshold(),), "stub", Decisions())
     inputs = {"t1": write(tmp_path / "t1.nii.gz", "psr"), "flair": str(write(tmp_path / "flair.nii.gz", "anisotropic"))}
     labels = predict(bundle, inputs, tmp_path / "new" / "mask.nii", on="flair", device="cpu")
     assert labels.dtype == np.uint8
