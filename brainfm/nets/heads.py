@@ -7,6 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
+from brainfm.nets.backbone import Backbone
 from brainfm.specs import ConfigError
 
 
@@ -18,7 +19,7 @@ class Fusion(nn.Module):
     not see.
 
     Args:
-        widths: channels of the maps, fine to coarse.
+        widths: channels of the maps that meet, fine to coarse: all of a backbone's, or only its last ones.
         how: ``mean`` or ``attention``.
 
     Source: Havaei et al. 2016, HeMIS (arXiv 1607.05194), for the mean of what is there.
@@ -30,6 +31,7 @@ class Fusion(nn.Module):
         if how not in ("mean", "attention"):
             raise ConfigError(f"task.fusion={how!r}: expected 'mean' or 'attention'")
         self.how = how
+        self.levels = len(widths)
         self.scores = nn.ModuleList()
         if how == "attention":
             for width in widths:
@@ -70,3 +72,39 @@ class Fusion(nn.Module):
         # a finite floor instead of -inf: a case without contrasts gets zeros, not NaN
         shares = torch.softmax(scores.masked_fill(~there, torch.finfo(scores.dtype).min), dim=1) * there
         return shares.to(features[0].dtype)
+
+
+def fused_features(backbone: Backbone, fusion: Fusion, image: Tensor, present: Tensor) -> list[Tensor]:
+    """The contrasts of each case one by one through a backbone, then together.
+
+    The weights know no contrast: any number of them passes, in any order. What stands in the channel of an absent
+    contrast is never looked at, and a contrast that no case has costs neither time nor memory.
+
+    Args:
+        fusion: for all levels of the backbone or its last ones; the finer maps are dropped.
+        image: [B, M, X, Y, Z] standardised voxels.
+        present: [B, M] bool, at least one contrast a case.
+
+    Returns:
+        One map [B, E, X/s, Y/s, Z/s] a level of the fusion.
+
+    Raises:
+        ValueError: where the shapes do not fit or a case has no contrast.
+    """
+    if image.ndim != 5 or present.shape != image.shape[:2]:
+        raise ValueError(f"expected [B, M, X, Y, Z] and [B, M], found {tuple(image.shape)} and {tuple(present.shape)}")
+    cases = [[b for b, there in enumerate(column) if there] for column in present.t().tolist()]
+    if len({b for column in cases for b in column}) < len(image):
+        raise ValueError("every case needs at least one contrast")
+    shown = [m for m, column in enumerate(cases) if column]
+    maps = [_encode(backbone, image[:, m : m + 1], cases[m])[-fusion.levels :] for m in shown]
+    return fusion(maps, present[:, shown])
+
+
+def _encode(backbone: Backbone, scans: Tensor, cases: list[int]) -> list[Tensor]:
+    """Feature maps of one contrast, [B, E, X/s, Y/s, Z/s]; zeros where a case lacks it."""
+    if len(cases) == len(scans):
+        return backbone.features(scans)
+    index = torch.tensor(cases, device=scans.device)
+    maps = backbone.features(scans.index_select(0, index))
+    return [m.new_zeros(len(scans), *m.shape[1:]).index_copy(0, index, m) for m in maps]

@@ -11,7 +11,7 @@ from torch.nn import functional
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import SkipDecoder
-from brainfm.nets.heads import Fusion
+from brainfm.nets.heads import Fusion, fused_features
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.task import Task
 
@@ -48,33 +48,16 @@ class SegmentationTask(Task):
         """Logits of the classes. What stands in the channel of an absent contrast is never looked at.
 
         Args:
-            image: [B, M, X, Y, Z] standardised voxels, contrasts in the order of ``spec.contrasts``.
+            image: [B, M, X, Y, Z] standardised voxels; any contrasts in any order, also such as training never saw.
             present: [B, M] bool, at least one contrast a case.
 
         Returns:
             [B, K, X, Y, Z].
 
         Raises:
-            ValueError: where the shapes do not fit the task or a case has no contrast.
+            ValueError: where the shapes do not fit or a case has no contrast.
         """
-        contrasts = len(self.spec.contrasts)
-        if image.ndim != 5 or image.shape[1] != contrasts or present.shape != image.shape[:2]:
-            raise ValueError(f"expected [B, {contrasts}, X, Y, Z] and [B, {contrasts}], found {image.shape}")
-        cases = [[b for b, there in enumerate(column) if there] for column in present.t().tolist()]
-        if len({b for column in cases for b in column}) < len(image):
-            raise ValueError("every case needs at least one contrast")
-        # A contrast that no case has is left out before the fusion, so that it costs neither time nor memory.
-        shown = [m for m, column in enumerate(cases) if column]
-        maps = [self._encode(image[:, m : m + 1], cases[m]) for m in shown]
-        return self.decoder(self.fusion(maps, present[:, shown]))
-
-    def _encode(self, scans: Tensor, cases: list[int]) -> list[Tensor]:
-        """Feature maps of one contrast, [B, E, X/s, Y/s, Z/s]; zeros where a case lacks it."""
-        if len(cases) == len(scans):
-            return self.backbone.features(scans)
-        index = torch.tensor(cases, device=scans.device)
-        maps = self.backbone.features(scans.index_select(0, index))
-        return [m.new_zeros(len(scans), *m.shape[1:]).index_copy(0, index, m) for m in maps]
+        return self.decoder(fused_features(self.backbone, self.fusion, image, present))
 
     def loss(self, output: Tensor, batch: Batch) -> Terms:
         """Soft Dice over the foreground classes plus cross-entropy over all, in float32.

@@ -63,6 +63,15 @@ def test_the_order_of_contrasts_does_not_matter():
     assert torch.allclose(task(image, present), swapped, atol=1e-5)
 
 
+def test_any_number_of_contrasts_passes():
+    task = make_task()
+    image, present = torch.randn(2, 5, 16, 8, 8), torch.ones(2, 5, dtype=torch.bool)
+    assert task(image, present).shape == (2, 3, 16, 8, 8)
+    alone = task(image[:, :1], present[:, :1])
+    only_first = torch.tensor([[True, False, False, False, False]] * 2)
+    assert torch.allclose(task(image, only_first), alone, atol=1e-5)
+
+
 def test_every_parameter_gets_a_gradient():
     task = make_task().train()
     batch = Batch(
@@ -174,7 +183,7 @@ def test_refused_images():
     with pytest.raises(ValueError, match="at least one contrast"):
         task(torch.zeros(2, 3, 16, 8, 8), torch.tensor([[True, True, True], [False, False, False]]))
     with pytest.raises(ValueError, match="expected"):
-        task(torch.zeros(2, 2, 16, 8, 8), torch.ones(2, 2, dtype=torch.bool))
+        task(torch.zeros(2, 2, 16, 8, 8), torch.ones(2, 3, dtype=torch.bool))
     with pytest.raises(ValueError, match=r"batch\.label"):
         task.loss(torch.zeros(1, 3, 2, 2, 2), Batch(torch.zeros(1, 3, 2, 2, 2), torch.arange(1)))
 
