@@ -27,8 +27,8 @@ TRUTH_COLOUR, PREDICTION_COLOUR = "#19d3c5", "#ff9a1f"  # told apart on grey, an
 
 _AXES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # to the side, upwards, through the plane
 _MARKS = {"axial": ("R", "L"), "coronal": ("R", "L"), "sagittal": ("A", "P")}  # at the left and right edge
-_INK, _SOFT, _LINE, _HIDDEN = "#1c2430", "#667085", "#e4e7ec", (0.16, 0.36, 0.46)
-_COLOURS = ("#0f766e", "#d9480f", "#4c51bf", "#b7791f", "#a6266e", "#2b6cb0", "#4d7c0f", "#57534e")
+INK, SOFT, LINE, _HIDDEN = "#1c2430", "#667085", "#e4e7ec", (0.16, 0.36, 0.46)
+COLOURS = ("#0f766e", "#d9480f", "#4c51bf", "#b7791f", "#a6266e", "#2b6cb0", "#4d7c0f", "#57534e")
 _WIDTH_INCH, _DOTS_PER_INCH = 10.4, 160  # the text column of the page is as wide; the pictures stay sharp when enlarged
 
 _STYLE = """
@@ -56,6 +56,8 @@ section { padding: 38px 0 6px; }
 section + section { border-top: 1px solid #e4e7ec; margin-top: 18px; }
 h2 { font-size: 24px; line-height: 1.25; letter-spacing: -.012em; font-weight: 650; margin: 0 0 10px; }
 h2 i { font-style: normal; color: #0f766e; margin-right: 12px; font-variant-numeric: tabular-nums; }
+h3 { font-size: 16px; font-weight: 640; margin: 24px 0 0; }
+h3 + .wide { margin-top: 8px; }
 section p { max-width: 780px; margin: 0 0 12px; }
 figure { margin: 22px 0 26px; }
 figure img { display: block; max-width: 100%; height: auto; }
@@ -89,12 +91,14 @@ class Section:
         text: paragraphs, an empty line between them; `words in backticks` are set as code.
         figures: (caption, PNG) pairs.
         table: rows of cells, the first row being the heads of the columns.
+        tables: more of them, each with a caption above it.
     """
 
     title: str
     text: str
     figures: tuple[tuple[str, bytes], ...] = ()
     table: tuple[tuple[str, ...], ...] | None = None
+    tables: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
 
 
 def write_report(
@@ -149,6 +153,7 @@ def _page(
 def _section(number: int, section: Section) -> str:
     figures = "\n".join(_figure(caption, png) for caption, png in section.figures)
     table = _table(section.table) if section.table else ""
+    table += "".join(f"<h3>{_inline(caption)}</h3>{_table(rows)}" for caption, rows in section.tables)
     return (
         f'<section id="s{number}"><h2><i>{number}</i>{html.escape(section.title)}</h2>\n'
         f"{_paragraphs(section.text)}\n{table}\n{figures}</section>"
@@ -320,16 +325,16 @@ def _grid(
             axes.set_ylim(-spare[1], heights[r] - spare[1])
             if r == 0 and c < len(column_labels):
                 middle = (x + scale * widths[c] / 2) / full_width
-                figure.text(middle, 1 - 0.21 / full_height, column_labels[c], ha="center", color=_INK, fontsize=10.5)
+                figure.text(middle, 1 - 0.21 / full_height, column_labels[c], ha="center", color=INK, fontsize=10.5)
             x += scale * widths[c] + gap
         if r < len(row_labels):
             middle = (y + scale * heights[r] / 2) / full_height
             figure.text(
-                (left - 0.14) / full_width, middle, row_labels[r], ha="right", va="center", color=_INK, fontsize=10.5
+                (left - 0.14) / full_width, middle, row_labels[r], ha="right", va="center", color=INK, fontsize=10.5
             )
         y -= gap
     _draw_legend(figure, legend, left / full_width)
-    return _png(figure)
+    return png(figure)
 
 
 def _draw_legend(figure: Any, entries: Sequence[tuple[str, str]], left: float) -> None:
@@ -339,10 +344,10 @@ def _draw_legend(figure: Any, entries: Sequence[tuple[str, str]], left: float) -
         lines = [Line2D([], [], color=colour, linewidth=2.2) for _, colour in entries]
         names = [name for name, _ in entries]
         figure.legend(lines, names, loc="lower left", bbox_to_anchor=(left, 0), ncols=len(entries), frameon=False,
-                      fontsize=10.5, labelcolor=_INK, borderaxespad=0, handlelength=1.6, columnspacing=2.2)  # fmt: skip
+                      fontsize=10.5, labelcolor=INK, borderaxespad=0, handlelength=1.6, columnspacing=2.2)  # fmt: skip
 
 
-def _png(figure: Any) -> bytes:
+def png(figure: Any) -> bytes:
     buffer = io.BytesIO()
     figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, facecolor="white")
     return buffer.getvalue()
@@ -462,16 +467,16 @@ def reconstruction_figure(
     return _grid(tiles, row_labels, list(columns), largest_inch=2.4)
 
 
-def _chart(height_inch: float) -> tuple[Any, Any]:
+def chart(height_inch: float, width_inch: float = _WIDTH_INCH) -> tuple[Any, Any]:
     """A figure with one quiet pair of axes."""
     from matplotlib.figure import Figure
 
-    figure = Figure(figsize=(_WIDTH_INCH, height_inch), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(width_inch, height_inch), facecolor="white", layout="constrained")
     axes = figure.add_subplot()
     for side in ("top", "right", "left"):
         axes.spines[side].set_visible(False)
     axes.spines["bottom"].set_color("#98a2b3")
-    axes.tick_params(colors=_SOFT, labelsize=10, length=0, pad=6)
+    axes.tick_params(colors=SOFT, labelsize=10, length=0, pad=6)
     axes.set_axisbelow(True)
     return figure, axes
 
@@ -501,9 +506,9 @@ def curves_figure(
     Returns:
         A PNG.
     """
-    figure, axes = _chart(3.7)
+    figure, axes = chart(3.7)
     for number, (name, points) in enumerate(curves.items()):
-        colour = _COLOURS[number % len(_COLOURS)]
+        colour = COLOURS[number % len(COLOURS)]
         values = np.array([p for p in points if np.isfinite(p[1])], dtype=np.float64).reshape(-1, 2)
         if len(values) > 60:
             axes.plot(values[:, 0], values[:, 1], color=colour, alpha=0.2, linewidth=0.9)
@@ -512,13 +517,13 @@ def curves_figure(
                   marker="o" if len(values) < 15 else None, markersize=4)  # fmt: skip
     if logarithmic:
         axes.set_yscale("log")
-    axes.grid(axis="y", color=_LINE, linewidth=0.9)
+    axes.grid(axis="y", color=LINE, linewidth=0.9)
     axes.margins(x=0.01)
-    axes.set_xlabel(x_label, color=_SOFT, fontsize=10.5)
-    axes.set_ylabel(y_label, color=_SOFT, fontsize=10.5)
+    axes.set_xlabel(x_label, color=SOFT, fontsize=10.5)
+    axes.set_ylabel(y_label, color=SOFT, fontsize=10.5)
     if curves:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=10.5, labelcolor=_INK, handlelength=1.4)
-    return _png(figure)
+        figure.legend(loc="outside right upper", frameon=False, fontsize=10.5, labelcolor=INK, handlelength=1.4)
+    return png(figure)
 
 
 def interval_figure(
@@ -538,17 +543,17 @@ def interval_figure(
     Returns:
         A PNG.
     """
-    figure, axes = _chart(0.95 + 0.5 * len(rows))
+    figure, axes = chart(0.95 + 0.5 * len(rows))
     for place, (name, mean, low, high, n) in enumerate(rows):
-        colour = _COLOURS[0] if emphasised in (None, name) else _SOFT
+        colour = COLOURS[0] if emphasised in (None, name) else SOFT
         axes.plot([low, high], [place, place], color=colour, linewidth=3.2, solid_capstyle="round", alpha=0.45)
         axes.plot([mean], [place], marker="o", markersize=9, color=colour, markeredgecolor="white")
         numbers = f"{mean:.3f}   [{low:.3f}, {high:.3f}]   n = {n}"
-        axes.text(1.02, place, numbers, transform=axes.get_yaxis_transform(), va="center", color=_INK, fontsize=10.5)
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=_INK, fontsize=10.5)
+        axes.text(1.02, place, numbers, transform=axes.get_yaxis_transform(), va="center", color=INK, fontsize=10.5)
+    axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=INK, fontsize=10.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)
     if limits is not None:
         axes.set_xlim(*limits)
-    axes.grid(axis="x", color=_LINE, linewidth=0.9)
-    axes.set_xlabel(x_label, color=_SOFT, fontsize=10.5)
-    return _png(figure)
+    axes.grid(axis="x", color=LINE, linewidth=0.9)
+    axes.set_xlabel(x_label, color=SOFT, fontsize=10.5)
+    return png(figure)
