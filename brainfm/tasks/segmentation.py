@@ -3,19 +3,34 @@
 from __future__ import annotations
 
 import math
+from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
-from torch.nn import functional
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import SkipDecoder
+from brainfm.nets.decoders import Pointwise, SkipDecoder
 from brainfm.nets.heads import Fusion, fused_features
 from brainfm.specs import ConfigError, TaskSpec
+from brainfm.tasks.segmentation_losses import SegmentationLoss, deep_loss, segmentation_loss
 from brainfm.tasks.task import Task
 
 _PRIOR = 0.01  # share of foreground that a fresh network answers
+_AUXILIARY = "auxiliary."
+_DEFAULT = SegmentationLoss()
+
+
+class DeepLogits(NamedTuple):
+    """What a deeply supervised segmenter says while it trains.
+
+    Attributes:
+        finest: [B, K, X, Y, Z], all that it says in eval mode.
+        coarser: [B, K, X/s, Y/s, Z/s] of the decoder's coarser levels, fine to coarse.
+    """
+
+    finest: Tensor
+    coarser: tuple[Tensor, ...]
 
 
 class SegmentationTask(Task):
@@ -24,6 +39,9 @@ class SegmentationTask(Task):
     Args:
         spec: contrasts, classes and patch of the question.
         backbone: pre-trained or fresh.
+        loss: what training minimises.
+        deep_supervision: whether the coarser levels of the decoder get heads of their own while training; the same as
+            ``loss.deep_supervision``. Prediction and bundles know nothing of them.
 
     Source: for the bias of the last layer: Lin et al. 2017 (arXiv:1708.02002), section 4.1.
     Raises:
@@ -31,20 +49,30 @@ class SegmentationTask(Task):
             0 followed by distinct values up to 255 (masks are uint8), or the patch does not pass the backbone.
     """
 
-    def __init__(self, spec: TaskSpec, backbone: Backbone) -> None:
+    def __init__(
+        self,
+        spec: TaskSpec,
+        backbone: Backbone,
+        *,
+        loss: SegmentationLoss = _DEFAULT,
+        deep_supervision: bool = False,
+    ) -> None:
         super().__init__()
         _check(spec)
         backbone.check_patch(spec.patch_vox)
         self.spec = spec
         self.backbone = backbone
+        self.loss_spec = loss
         self.fusion = Fusion(backbone.widths, spec.fusion)
         self.decoder = SkipDecoder(backbone.widths, backbone.strides, spec.classes)
-        bias = torch.zeros(spec.classes)  # else the first steps go into learning that most voxels are background
-        bias[0] = math.log((1 - _PRIOR) / _PRIOR * (spec.classes - 1))
-        self.decoder.out.bias = nn.Parameter(bias)
+        self.auxiliary = nn.ModuleList()  # last, so that the weights before it are drawn alike with and without
+        if deep_supervision or loss.deep_supervision:
+            self.auxiliary.extend(Pointwise(width, spec.classes) for width in backbone.widths[1:-1])
+        for head in self._heads():
+            _set_prior(head)
         self.register_buffer("_values", torch.tensor(spec.values, dtype=torch.uint8), persistent=False)
 
-    def forward(self, image: Tensor, present: Tensor) -> Tensor:
+    def forward(self, image: Tensor, present: Tensor) -> Any:
         """Logits of the classes. What stands in the channel of an absent contrast is never looked at.
 
         Args:
@@ -52,57 +80,81 @@ class SegmentationTask(Task):
             present: [B, M] bool, at least one contrast a case.
 
         Returns:
-            [B, K, X, Y, Z].
+            [B, K, X, Y, Z]; with deep supervision, in training mode, DeepLogits.
 
         Raises:
             ValueError: where the shapes do not fit or a case has no contrast.
         """
-        return self.decoder(fused_features(self.backbone, self.fusion, image, present))
+        maps = fused_features(self.backbone, self.fusion, image, present)
+        if not (self.training and self.auxiliary):
+            return self.decoder(maps)
+        *coarser, finest = self.decoder.climb(maps)
+        answers = tuple(head(level) for head, level in zip(self.auxiliary, reversed(coarser), strict=True))
+        return DeepLogits(self.decoder.out(finest), answers)
 
-    def loss(self, output: Tensor, batch: Batch) -> Terms:
-        """Soft Dice over the foreground classes plus cross-entropy over all, in float32.
+    def loss(self, output: Any, batch: Batch) -> Terms:
+        """The loss of the task's SegmentationLoss, in float32.
 
         Args:
-            output: logits [B, K, X, Y, Z] in any precision; ``batch.label`` holds the class indices.
+            output: of ``forward``, in any precision; ``batch.label`` holds the class indices.
 
         Returns:
-            The sum, with parts ``dice`` and ``cross_entropy``.
-
-        Source: Isensee et al. 2021 (nnU-Net, arXiv:1809.10486), the loss without deep supervision.
+            The sum over an overlap and a voxel term, which are its parts (segmentation_losses.py); with coarser levels
+            the weighted sum over levels.
         """
         if batch.label is None:
             raise ValueError("a segmentation needs batch.label")
-        logits = output.float()
-        dice = soft_dice_loss(torch.softmax(logits, dim=1), batch.label)
-        cross_entropy = functional.cross_entropy(logits, batch.label)
-        return Terms(dice + cross_entropy, {"dice": dice.detach(), "cross_entropy": cross_entropy.detach()})
+        if isinstance(output, DeepLogits):
+            return deep_loss(*output, batch.label, lambda a, target: segmentation_loss(a, target, self.loss_spec))
+        return segmentation_loss(output, batch.label, self.loss_spec)
 
     def decode(self, output: Tensor) -> Tensor:
         """Logits or probabilities [B, K, X, Y, Z] -> label values [B, X, Y, Z] uint8."""
         return self._values[output.argmax(dim=1)]  # type: ignore[index]  # a buffer
 
+    def bundle_state(self) -> dict[str, Tensor]:
+        """The weights without the heads of coarser levels, which nothing asks after training."""
+        return {name: value for name, value in super().bundle_state().items() if not name.startswith(_AUXILIARY)}
 
-def soft_dice_loss(probabilities: Tensor, label: Tensor, smooth: float = 1e-5) -> Tensor:
-    """1 - the mean over foreground classes of (2 sum p t + smooth) / (sum p + sum t + smooth).
+    def lift_foreground(self) -> None:
+        """Lets a network that answers background everywhere begin anew: its last layers answer the fresh share of
+        foreground in every voxel, whatever the features; all other weights stay.
 
-    The sums run over the whole batch, not over each patch: small lesions leave many patches without foreground, and
-    for those alone Dice is a step from 1 to 0 at the first false voxel. With this small ``smooth`` a batch without a
-    class gives hardly any gradient for it, and cross-entropy decides there.
+        The last weights become 0 as well, since a collapse may sit in them as much as in the bias. They learn again
+        from the first step, the layers before them from the second. An optimiser's moments of these layers are stale.
+        """
+        for head in self._heads():
+            nn.init.zeros_(head.weight)
+            _set_prior(head)
+
+    def _heads(self) -> list[nn.Conv3d]:
+        return [self.decoder.out, *(cast(Pointwise, head) for head in self.auxiliary)]
+
+
+@torch.no_grad()
+def foreground_shares(output: Any, label: Tensor) -> Tensor:
+    """What CollapseGuard wants to know of a batch; stays on the device, so that no step waits for it.
 
     Args:
-        probabilities: [B, K, X, Y, Z] float32, class 0 is the background and does not count.
+        output: of ``SegmentationTask.forward``.
         label: [B, X, Y, Z] int64 class indices.
 
-    Source: Milletari et al. 2016 (V-Net, arXiv:1606.04797), eq. of section 3.
-        Differs: sums of p and t instead of their squares, as in nnU-Net; over the batch.
+    Returns:
+        [2] float32: the shares of the voxels that are foreground in the answer and in the label.
     """
-    terms = []
-    for k in range(1, probabilities.shape[1]):  # class by class: a one-hot label of many classes would not fit
-        true = label == k
-        predicted = probabilities[:, k]
-        both = (predicted * true).sum()
-        terms.append((2 * both + smooth) / (predicted.sum() + true.sum() + smooth))
-    return 1 - torch.stack(terms).mean()
+    logits = output.finest if isinstance(output, DeepLogits) else output
+    predicted = logits[:, 1:].amax(dim=1) > logits[:, 0]
+    return torch.stack([predicted.float().mean(), (label > 0).float().mean()])
+
+
+def _set_prior(head: nn.Conv3d) -> None:
+    """Else the first steps go into learning that most voxels are background."""
+    classes = head.out_channels
+    bias = torch.zeros(classes)
+    bias[0] = math.log((1 - _PRIOR) / _PRIOR * (classes - 1))
+    assert head.bias is not None
+    with torch.no_grad():
+        head.bias.copy_(bias)
 
 
 def _check(spec: TaskSpec) -> None:

@@ -38,6 +38,10 @@ class Task(nn.Module, ABC):
     def decode(self, output: Tensor) -> Tensor:
         """The output as a user reads it."""
 
+    def bundle_state(self) -> dict[str, Tensor]:
+        """The weights that answering needs: what a bundle ships."""
+        return dict(self.state_dict())
+
 
 def build_task(spec: TaskSpec, backbone: Backbone) -> Task:
     """The task of this kind around a backbone, its head with fresh weights.

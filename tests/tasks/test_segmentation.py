@@ -11,8 +11,8 @@ import torch
 from brainfm.batch import Batch
 from brainfm.nets.backbone import build_backbone
 from brainfm.specs import ConfigError, TaskSpec
-from brainfm.tasks.segmentation import SegmentationTask, soft_dice_loss
-from brainfm.tasks.task import build_task
+from brainfm.tasks.segmentation import DeepLogits, SegmentationTask, foreground_shares
+from brainfm.tasks.segmentation_losses import LOSSES, SegmentationLoss, soft_dice_loss
 
 SPEC = TaskSpec("segmentation", "lesion", ("t1", "flair", "dwi"), (0, 4, 2), (16, 8, 8))
 
@@ -175,7 +175,7 @@ def test_decode_gives_label_values():
 )
 def test_refused_specs(change, text):
     with pytest.raises(ConfigError, match=text):
-        build_task(replace(SPEC, **change), build_backbone("unet_tiny"))
+        SegmentationTask(replace(SPEC, **change), build_backbone("unet_tiny"))
 
 
 def test_refused_images():
@@ -196,3 +196,112 @@ def test_a_fresh_network_begins_near_one_percent_of_foreground(values):
     torch.nn.init.zeros_(task.decoder.out.weight)
     logits = task(torch.randn(1, 1, 16, 16, 16), torch.ones(1, 1, dtype=torch.bool))
     assert float(torch.softmax(logits.detach(), 1)[:, 1:].sum(1).mean()) == pytest.approx(0.01, rel=1e-3)
+
+
+# ---- deep supervision, and what leaves it behind ---------------------------------------------------------------------
+
+
+def make_deep(**kwargs):
+    torch.manual_seed(0)
+    return SegmentationTask(SPEC, build_backbone("unet_tiny"), deep_supervision=True, **kwargs)
+
+
+def drawn_batch():
+    torch.manual_seed(3)
+    return Batch(
+        torch.randn(2, 3, 16, 8, 8),
+        torch.arange(2),
+        present=torch.ones(2, 3, dtype=torch.bool),
+        label=torch.randint(3, (2, 16, 8, 8)),
+    )
+
+
+def test_coarser_levels_answer_in_training_only():
+    task, batch = make_deep(), drawn_batch()
+    output = task(batch.image, batch.present)
+    strides = task.backbone.strides[1:-1]
+    assert isinstance(output, DeepLogits) and strides
+    assert [tuple(c.shape) for c in output.coarser] == [(2, 3, 16 // s, 8 // s, 8 // s) for s in strides]
+    alone = task.eval()(batch.image, batch.present)
+    assert isinstance(alone, torch.Tensor) and torch.equal(alone, output.finest)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_parameter_gets_a_gradient_from_every_loss_of_every_level(name):
+    task, batch = make_deep(loss=SegmentationLoss(name)).train(), drawn_batch()
+    terms = task.loss(task(batch.image, batch.present), batch)
+    terms.total.backward()
+    assert terms.parts["coarser"] > 0
+    for parameter_name, parameter in task.named_parameters():
+        assert parameter.grad is not None and torch.isfinite(parameter.grad).all(), parameter_name
+        zero_by_nature = parameter_name.endswith(".0.bias")  # a bias in front of instance norm
+        assert zero_by_nature or parameter.grad.abs().max() > 0, parameter_name
+
+
+def test_the_loss_spec_alone_asks_for_levels():
+    task = SegmentationTask(SPEC, build_backbone("unet_tiny"), loss=SegmentationLoss(deep_supervision=True))
+    assert len(task.auxiliary) == len(make_deep().auxiliary) > 0
+
+
+def test_a_bundle_knows_no_coarser_heads():
+    deep = make_deep().eval()
+    torch.manual_seed(0)
+    plain = SegmentationTask(SPEC, build_backbone("unet_tiny")).eval()
+    assert set(deep.bundle_state()) == set(plain.state_dict()) == set(plain.bundle_state())
+    assert set(deep.state_dict()) - set(deep.bundle_state()) == {
+        f"auxiliary.{n}.{what}" for n in range(len(deep.auxiliary)) for what in ("weight", "bias")
+    }
+    # the heads come last, so that they shift no draw of the others
+    assert all(torch.equal(value, plain.state_dict()[name]) for name, value in deep.bundle_state().items())
+    with torch.no_grad():
+        deep.decoder.out.weight.add_(1)
+    plain.load_state_dict(deep.bundle_state())
+    image, present = torch.randn(1, 3, 16, 8, 8), torch.ones(1, 3, dtype=torch.bool)
+    assert torch.equal(plain(image, present), deep(image, present))
+
+
+def test_deep_supervision_learns_a_bright_cube():
+    task = make_deep(loss=SegmentationLoss("focal_tversky")).train()
+    image = torch.randn(1, 3, 16, 8, 8) * 0.1
+    label = torch.zeros(1, 16, 8, 8, dtype=torch.long)
+    label[:, 4:9, 2:6, 2:6] = 1
+    image[:, 1][label > 0] += 3
+    batch = Batch(image, torch.arange(1), present=torch.tensor([[True, True, False]]), label=label)
+    optimizer = torch.optim.Adam(task.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        task.loss(task(batch.image, batch.present), batch).total.backward()
+        optimizer.step()
+    decoded = task.eval().decode(task(batch.image, batch.present))
+    assert ((decoded == 4) == (label == 1)).float().mean() > 0.98
+
+
+def test_foreground_shares_count_voxels():
+    logits = torch.zeros(1, 3, 2, 2, 2)
+    logits[0, 2, 0, 0, 0] = 1.0
+    logits[0, 1, 1, 1, :] = 1.0
+    label = torch.zeros(1, 2, 2, 2, dtype=torch.long)
+    label[0, 0, 0, 0] = 2
+    assert foreground_shares(logits, label).tolist() == [3 / 8, 1 / 8]
+    assert foreground_shares(DeepLogits(logits, ()), label).tolist() == [3 / 8, 1 / 8]
+
+
+def test_lifting_brings_a_collapsed_network_back():
+    task, batch = make_deep(), drawn_batch()
+    with torch.no_grad():
+        task.decoder.out.bias[0] += 50
+        before = {name: value.clone() for name, value in task.named_parameters()}
+    assert foreground_shares(task(batch.image, batch.present), batch.label)[0] == 0
+    task.lift_foreground()
+    logits = task(batch.image, batch.present)
+    for level in (logits.finest, *logits.coarser):
+        share = torch.softmax(level, 1)[:, 1:].sum(1)
+        assert torch.allclose(share, torch.full_like(share, 0.01), rtol=1e-3)
+    changed = {name for name, value in task.named_parameters() if not torch.equal(value, before[name])}
+    assert changed and all(name.startswith(("decoder.out.", "auxiliary.")) for name in changed)
+    optimizer = torch.optim.Adam(task.parameters(), 1e-2)
+    for _ in range(40):
+        optimizer.zero_grad()
+        task.loss(task(batch.image, batch.present), batch).total.backward()
+        optimizer.step()
+    assert foreground_shares(task(batch.image, batch.present), batch.label)[0] > 0.1
