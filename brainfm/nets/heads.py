@@ -1,4 +1,4 @@
-"""Where the contrasts of a case meet."""
+"""Where the contrasts of a case meet, and where all that was seen of a head becomes one vector."""
 
 from __future__ import annotations
 
@@ -72,6 +72,47 @@ class Fusion(nn.Module):
         # a finite floor instead of -inf: a case without contrasts gets zeros, not NaN
         shares = torch.softmax(scores.masked_fill(~there, torch.finfo(scores.dtype).min), dim=1) * there
         return shares.to(features[0].dtype)
+
+
+class GatedAttention(nn.Module):
+    """Tokens -> their weighted mean and weighted standard deviation; the weights are learned and start equal.
+
+    The deviation stands beside the mean because backbones end in an instance norm, which makes the plain mean of a map
+    nearly the same for every image: what is left of it is the shape of the distribution.
+
+    Args:
+        width: E, features of a token.
+        hidden: features of the gate.
+
+    Source: Ilse et al. 2018 (arXiv:1802.04712), eq. 9.
+        Differs: tokens may have a prior weight; the deviation is pooled too; w starts at 0.
+    """
+
+    def __init__(self, width: int, hidden: int = 64) -> None:
+        super().__init__()
+        self.value = nn.Linear(width, hidden)
+        self.gate = nn.Linear(width, hidden)
+        self.score = nn.Linear(hidden, 1, bias=False)
+        nn.init.zeros_(self.score.weight)
+
+    def forward(self, tokens: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+        """Computed in float32.
+
+        Args:
+            tokens: [B, N, E].
+            prior: [N] positive weights of the tokens before anything is learned.
+
+        Returns:
+            (pooled [B, 2 E], weights [B, N] that sum to 1).
+        """
+        with torch.autocast(tokens.device.type, enabled=False):
+            tokens = tokens.float()
+            scores = self.score(torch.tanh(self.value(tokens)) * torch.sigmoid(self.gate(tokens))).squeeze(-1)
+            weights = torch.softmax(scores + prior.log(), dim=1)
+            mean = torch.einsum("bn,bne->be", weights, tokens)
+            variance = torch.einsum("bn,bne->be", weights, (tokens - mean[:, None]).square())
+            # the root's slope is infinite at 0, where all tokens are equal
+            return torch.cat([mean, (variance + 1e-6).sqrt()], dim=1), weights
 
 
 def fused_features(backbone: Backbone, fusion: Fusion, image: Tensor, present: Tensor) -> list[Tensor]:

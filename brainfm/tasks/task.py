@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -12,7 +13,11 @@ from brainfm.nets.backbone import Backbone
 from brainfm.specs import ConfigError, TaskSpec
 
 # kind -> (module, class); imported when it is built
-TASKS: dict[str, tuple[str, str]] = {"segmentation": ("brainfm.tasks.segmentation", "SegmentationTask")}
+TASKS: dict[str, tuple[str, str]] = {
+    "segmentation": ("brainfm.tasks.segmentation", "SegmentationTask"),
+    "classification": ("brainfm.tasks.scan_level", "ScanTask"),
+    "regression": ("brainfm.tasks.scan_level", "ScanTask"),
+}
 
 
 class Task(nn.Module, ABC):
@@ -27,15 +32,15 @@ class Task(nn.Module, ABC):
     backbone: Backbone
 
     @abstractmethod
-    def forward(self, image: Tensor, present: Tensor) -> Tensor:
-        """[B, M, X, Y, Z] with present [B, M] -> the head's raw output."""
+    def forward(self, image: Tensor, present: Tensor) -> Any:
+        """[B, M, X, Y, Z], or [B, V, M, X, Y, Z] with views, and present [B, M] -> the head's raw output."""
 
     @abstractmethod
-    def loss(self, output: Tensor, batch: Batch) -> Terms:
+    def loss(self, output: Any, batch: Batch) -> Terms:
         """What training minimises, of the output of ``forward``."""
 
     @abstractmethod
-    def decode(self, output: Tensor) -> Tensor:
+    def decode(self, output: Any) -> Tensor:
         """The output as a user reads it."""
 
     def bundle_state(self) -> dict[str, Tensor]:
@@ -43,12 +48,15 @@ class Task(nn.Module, ABC):
         return dict(self.state_dict())
 
 
-def build_task(spec: TaskSpec, backbone: Backbone) -> Task:
+def build_task(spec: TaskSpec, backbone: Backbone, **settings: Any) -> Task:
     """The task of this kind around a backbone, its head with fresh weights.
+
+    Args:
+        settings: how it is trained, see the task; answering needs none of them.
 
     Raises: ConfigError where the kind is unknown or the spec does not suit it.
     """
     if spec.kind not in TASKS:
         raise ConfigError(f"task.kind={spec.kind!r}: expected one of {', '.join(sorted(TASKS))}")
     module, name = TASKS[spec.kind]
-    return getattr(importlib.import_module(module), name)(spec, backbone)
+    return getattr(importlib.import_module(module), name)(spec, backbone, **settings)

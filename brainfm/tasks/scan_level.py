@@ -1,0 +1,270 @@
+"""One answer for the whole head: a class, several yes or no, or a value."""
+
+from __future__ import annotations
+
+from typing import NamedTuple
+
+import numpy as np
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from brainfm.batch import Batch, Terms
+from brainfm.nets.backbone import Backbone
+from brainfm.nets.heads import Fusion, GatedAttention, fused_features
+from brainfm.specs import ConfigError, TaskSpec
+from brainfm.tasks.task import Task
+
+MODES = ("exclusive", "ordinal", "multilabel")
+_MOST_WEIGHT = 100.0  # of a class or label against the others: one case must not decide a run
+
+
+class ScanOutput(NamedTuple):
+    """What the head says.
+
+    Attributes:
+        logits: [B, T']: K classes, K - 1 thresholds between ordered classes, T labels, or 1 standardised value.
+        attention: [B, V, X/s, Y/s, Z/s] float32, sums to 1 over a case.
+    """
+
+    logits: Tensor
+    attention: Tensor
+
+
+class ScanTask(Task):
+    """All views of a head pass through the encoder, the deepest maps are pooled by attention, and one layer answers.
+
+    A view is the whole head on coarse voxels or a window of it. Both scales begin with the same total weight, so the
+    answer does not hang on how many windows are given: training shows a few, prediction all that cover the head.
+
+    Args:
+        spec: a classification or regression.
+        backbone: pre-trained or fresh.
+        guidance: weight of the term that draws attention to a lesion where its mask is known.
+        label_smoothing: how far the classes' targets are moved towards indifference, in [0, 1).
+        dropout: of the pooled features, in [0, 1).
+        class_weights: whether rare classes count more in the loss, see ``set_statistics``.
+
+    Raises:
+        ConfigError: where the spec is no scan-level question, lists a contrast twice or none, its classes do not suit
+            its mode, it has neither a whole-head view nor crops, the patch does not pass the backbone, or a number is
+            out of range.
+    """
+
+    class_weights: Tensor
+    mean: Tensor
+    std: Tensor
+
+    def __init__(
+        self,
+        spec: TaskSpec,
+        backbone: Backbone,
+        *,
+        guidance: float = 0.1,
+        label_smoothing: float = 0.05,
+        dropout: float = 0.2,
+        class_weights: bool = True,
+    ) -> None:
+        super().__init__()
+        _check(spec)
+        backbone.check_patch(spec.patch_vox)
+        for name, value, most in (("label_smoothing", label_smoothing, 1), ("dropout", dropout, 1)):
+            if not 0 <= value < most:
+                raise ConfigError(f"task.{name}={value}: expected 0 <= {name} < {most}")
+        if guidance < 0:
+            raise ConfigError(f"task.guidance={guidance}: expected 0 or more")
+        self.spec, self.backbone = spec, backbone
+        self.guidance, self.label_smoothing, self.weighted = guidance, label_smoothing, class_weights
+        width = backbone.widths[-1]
+        self.fusion = Fusion(backbone.widths[-1:], spec.fusion)
+        both = spec.view_mm > 0 and spec.crops
+        self.scale = nn.Parameter(torch.zeros(2, width)) if both else None  # row 0: whole head, row 1: windows
+        self.pool = GatedAttention(width)
+        self.norm = nn.LayerNorm(2 * width)
+        self.dropout = nn.Dropout(dropout)
+        self.out = nn.Linear(2 * width, _outputs(spec))
+        nn.init.normal_(self.out.weight, std=0.01)  # a fresh network is undecided, or answers the training mean
+        nn.init.zeros_(self.out.bias)
+        self.register_buffer("class_weights", torch.ones(max(1, spec.classes)))
+        self.register_buffer("mean", torch.zeros(()))
+        self.register_buffer("std", torch.ones(()))
+
+    def forward(self, image: Tensor, present: Tensor) -> ScanOutput:
+        """Without gradients the views pass one by one, so that a head of many windows takes the memory of one.
+
+        Args:
+            image: [B, V, M, X, Y, Z] standardised voxels, the whole head first if the spec has that view; any contrasts
+                in any order.
+            present: [B, M] bool, at least one contrast a case.
+
+        Raises:
+            ValueError: where the shapes do not fit or a case has no contrast.
+        """
+        if image.ndim != 6 or present.shape != (image.shape[0], image.shape[2]):
+            raise ValueError(
+                f"expected [B, V, M, X, Y, Z] and [B, M], found {tuple(image.shape)} and {tuple(present.shape)}"
+            )
+        cases, views = image.shape[:2]
+        together = views if torch.is_grad_enabled() else 1
+        maps = torch.cat(
+            [self._deepest(image[:, start : start + together], present) for start in range(0, views, together)],
+            dim=1,
+        )  # [B, V, E, x, y, z]
+        tokens = maps.flatten(3).transpose(2, 3).float()  # [B, V, N, E]
+        prior = torch.full((views,), 1.0 / views)
+        if self.scale is not None and views > 1:
+            which = torch.tensor([0] + [1] * (views - 1), device=tokens.device)
+            tokens = tokens + self.scale[which][None, :, None]
+            prior = torch.tensor([0.5] + [0.5 / (views - 1)] * (views - 1))
+        elif self.scale is not None:
+            tokens = tokens + self.scale[0]
+        prior = (prior / tokens.shape[2]).to(tokens.device).repeat_interleave(tokens.shape[2])
+        pooled, weights = self.pool(tokens.flatten(1, 2), prior)
+        logits = self.out(self.dropout(self.norm(pooled)))
+        return ScanOutput(logits, weights.view(cases, views, *maps.shape[3:]))
+
+    def _deepest(self, image: Tensor, present: Tensor) -> Tensor:
+        """[B, V, M, X, Y, Z] -> [B, V, E, X/s, Y/s, Z/s]."""
+        cases, views = image.shape[:2]
+        there = present.repeat_interleave(views, dim=0)
+        return fused_features(self.backbone, self.fusion, image.flatten(0, 1), there)[0].unflatten(0, (cases, views))
+
+    # ---- training ----------------------------------------------------------------------------------------------------
+
+    def set_statistics(self, answers: np.ndarray | Tensor) -> None:
+        """Takes from the cases trained on what the loss needs; it travels with the weights.
+
+        Classes weigh N / (K n): their total weights are equal. A label's positive cases weigh what there are negatives
+        for each of them. A regression remembers mean and standard deviation.
+
+        Args:
+            answers: [N, T] as in ``Batch.answer``; NaN where unknown.
+        """
+        values = np.asarray(answers, dtype=np.float64)
+        if self.spec.kind == "regression":
+            known = values[np.isfinite(values)]
+            self.mean.fill_(float(known.mean()))
+            self.std.fill_(max(float(known.std()), 1e-6))
+            return
+        if not self.weighted:
+            return
+        if self.spec.mode == "multilabel":
+            positive, negative = (values == 1).sum(axis=0), (values == 0).sum(axis=0)
+            weights = np.where((positive > 0) & (negative > 0), negative / np.maximum(positive, 1), 1.0)
+        else:
+            known = values[np.isfinite(values)].astype(int)
+            counts = np.bincount(known, minlength=self.spec.classes)
+            weights = np.where(counts > 0, len(known) / (self.spec.classes * np.maximum(counts, 1)), 1.0)
+        weights = np.clip(weights, 1 / _MOST_WEIGHT, _MOST_WEIGHT)
+        self.class_weights.copy_(torch.from_numpy(weights))
+
+    def loss(self, output: ScanOutput, batch: Batch) -> Terms:
+        """The error of the answer, plus, where a lesion's mask is known, what attention lies beside the lesion.
+
+        Weighted cross-entropy with smoothed labels (exclusive); the same for "beyond this class" at each of the K - 1
+        thresholds (ordinal) and for each label (multilabel); smooth L1 of the standardised value (regression). Weights
+        are not divided out again: in batches of one or two they would be without effect. Unknown answers are left out.
+
+        Args:
+            output: of ``forward``; float32 is used throughout.
+            batch: ``answer`` [B, T], NaN where unknown; ``lesion`` [B, V, X, Y, Z] or None.
+
+        Returns:
+            The sum, with parts ``answer`` and, where there is ``batch.lesion``, ``guidance``: minus the logarithm of
+            the attention on the lesion's tokens, the mean over cases with a lesion in view.
+
+        Source: thresholds: Frank & Hall 2001; Cheng et al. 2008 (arXiv:0704.1028).
+        """
+        if batch.answer is None:
+            raise ValueError("a scan-level question needs batch.answer")
+        answer = self._error(output.logits.float(), batch.answer.float())
+        parts = {"answer": answer.detach()}
+        total = answer
+        if batch.lesion is not None:
+            guidance = lesion_guidance(output.attention, batch.lesion)
+            parts["guidance"] = guidance.detach()
+            total = total + self.guidance * guidance
+        return Terms(total, parts)
+
+    def _error(self, logits: Tensor, answer: Tensor) -> Tensor:
+        known = torch.isfinite(answer)
+        answer = torch.where(known, answer, 0)
+        if self.spec.kind == "regression":
+            error = F.smooth_l1_loss(logits, (answer - self.mean) / self.std, reduction="none")
+        elif self.spec.mode == "multilabel":
+            target = self._smoothed(answer, 2)
+            weight = 1 + (self.class_weights - 1) * answer
+            error = weight * F.binary_cross_entropy_with_logits(logits, target, reduction="none")
+        else:
+            classes = answer[:, 0].long()
+            if self.spec.mode == "ordinal":
+                steps = torch.arange(logits.shape[1], device=logits.device)
+                target = self._smoothed((classes[:, None] > steps).float(), 2)
+                each = F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=1)
+            else:
+                target = self._smoothed(F.one_hot(classes, self.spec.classes).float(), self.spec.classes)
+                each = -(target * F.log_softmax(logits, dim=1)).sum(dim=1)
+            error = (self.class_weights[classes] * each)[:, None]
+        return (error * known).sum() / known.sum().clamp(min=1)
+
+    def _smoothed(self, target: Tensor, outcomes: int) -> Tensor:
+        return target * (1 - self.label_smoothing) + self.label_smoothing / outcomes
+
+    # ---- answers -----------------------------------------------------------------------------------------------------
+
+    def decode(self, output: ScanOutput) -> Tensor:
+        """Probabilities of the classes [B, K] or labels [B, T], or values [B] in the target's unit; float32.
+
+        Thresholds of ordered classes are learned apart and may cross: each is taken to be no more likely passed than
+        those before it, so that no class gets a negative probability.
+        """
+        logits = output.logits.float()
+        if self.spec.kind == "regression":
+            return self.mean + self.std * logits[:, 0]
+        if self.spec.mode == "multilabel":
+            return torch.sigmoid(logits)
+        if self.spec.mode == "exclusive":
+            return torch.softmax(logits, dim=1)
+        beyond = torch.cummin(torch.sigmoid(logits), dim=1).values
+        ones, zeros = torch.ones_like(beyond[:, :1]), torch.zeros_like(beyond[:, :1])
+        return torch.cat([ones, beyond], dim=1) - torch.cat([beyond, zeros], dim=1)
+
+
+def lesion_guidance(attention: Tensor, lesion: Tensor) -> Tensor:
+    """-log of the attention on tokens that hold any lesion voxel, mean over the cases that have one in view; else 0.
+
+    Args:
+        attention: [B, V, x, y, z], sums to 1 over a case.
+        lesion: [B, V, X, Y, Z] 1 in lesions, 0 outside, -1 where unknown, which adds nothing.
+    """
+    inside = F.adaptive_max_pool3d((lesion == 1).float(), attention.shape[2:])
+    mass = (attention.float() * inside).flatten(1).sum(dim=1)
+    there = inside.flatten(1).any(dim=1)
+    # a floor that hardly any attention reaches: below it there is no gradient to find back to the lesion
+    return (-mass.clamp(min=1e-30).log() * there).sum() / there.sum().clamp(min=1)
+
+
+def _outputs(spec: TaskSpec) -> int:
+    """T'."""
+    if spec.kind == "regression":
+        return 1
+    return spec.classes - 1 if spec.mode == "ordinal" else spec.classes
+
+
+def _check(spec: TaskSpec) -> None:
+    if spec.kind not in ("classification", "regression"):
+        raise ConfigError(f"task.kind={spec.kind!r}: expected 'classification' or 'regression'")
+    if not spec.contrasts or len(set(spec.contrasts)) != len(spec.contrasts):
+        raise ConfigError(f"task.contrasts={list(spec.contrasts)}: expected one or more contrasts, each once")
+    if spec.view_mm < 0 or (spec.view_mm == 0 and not spec.crops):
+        raise ConfigError(f"task.view_mm={spec.view_mm:g}: expected a whole-head view (above 0 mm), or crops")
+    if spec.kind == "regression":
+        if spec.values:
+            raise ConfigError(f"task.values={list(spec.values)}: expected none for a regression")
+        return
+    if spec.mode not in MODES:
+        raise ConfigError(f"task.mode={spec.mode!r}: expected one of {', '.join(MODES)}")
+    fewest = 1 if spec.mode == "multilabel" else 2
+    if spec.classes < fewest or len(set(spec.values)) != spec.classes:
+        what = "columns" if spec.mode == "multilabel" else "classes"
+        raise ConfigError(f"task.values={list(spec.values)}: expected at least {fewest} {what}, all distinct")
