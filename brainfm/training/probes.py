@@ -9,11 +9,9 @@ from __future__ import annotations
 
 import json
 import math
-import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -25,6 +23,7 @@ from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.weights import write_atomically
 from brainfm.specs import ConfigError
+from brainfm.tasks import linear
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 Table = dict[str, dict[str, float]]
@@ -33,6 +32,7 @@ FILE = "probes.json"
 WHOLE = "backbone"  # the part that stands for all of the backbone
 ENOUGH_HELD = 8  # subjects; with fewer held out, everybody is probed
 _FOLDS = 5
+_NEIGHBOURS = 5
 _VISITS = 2  # sessions of a subject
 _PER_CONTRAST = 3  # subjects who must show a contrast before it is asked for
 _PER_SEX = 5
@@ -184,7 +184,7 @@ def ask(features: Features, seed: int) -> Table:
       nearest neighbours, ``contrast_chance`` of guessing. Contrasts that three subjects or more show.
     - ``subject``: how often the nearest of all scans of ANOTHER contrast, at the same place, is of the same person;
       ``visit``: the same among all scans of other sessions; each with ``_chance``.
-    - ``age_mae`` and ``age_r`` (years; ridge regression, by subject), ``age_mean_mae`` of the training mean;
+    - ``age_mae`` and ``age_r`` (years; ridge regression, tuned and tested by subject), ``age_mean_mae`` of the training mean;
       ``sex_auroc`` (logistic regression): where enough subjects have the columns ``age`` and ``sex``.
     - ``std``: mean standard deviation of the pooled features over the crops; ``rank``: their effective rank.
     - ``split``, of ``anatomy`` and ``contrast``: see `split_scores`.
@@ -192,8 +192,7 @@ def ask(features: Features, seed: int) -> Table:
     from threadpoolctl import threadpool_limits  # sums must not depend on the number of cores
 
     table: Table = {}
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of convergence: a fit that stops early is an answer too
+    with threadpool_limits(1):
         for part, values in features.parts.items():
             means = values[..., : values.shape[-1] // 2].reshape(-1, values.shape[-1] // 2).astype(np.float64)
             answers = _contrast(features, values, seed) | _subject(features, values)
@@ -279,7 +278,7 @@ def retrieve(values: np.ndarray, candidates: np.ndarray, same: np.ndarray) -> tu
     asked = (candidates & same).any(axis=1) & (candidates & ~same).any(axis=1)
     if not asked.any():
         return None
-    unit = _standardised(values, values)[0]
+    unit = linear.standardised(values, values)[0]
     unit = unit / np.maximum(np.linalg.norm(unit, axis=1, keepdims=True), 1e-12)
     closeness = np.where(candidates, unit @ unit.T, -np.inf)[asked]
     nearest = closeness >= closeness.max(axis=1, keepdims=True)
@@ -302,8 +301,8 @@ def _contrast(features: Features, values: np.ndarray, seed: int) -> dict[str, fl
     who = [features.rows[r][0].subject_key for r in rows]
     by_subject = folds_of(who, seed)
     return {
-        "contrast": _balanced_accuracy(y, _crossed(x, y, who, by_subject, _logistic)),
-        "contrast_knn": _balanced_accuracy(y, _crossed(x, y, who, by_subject, _neighbours)),
+        "contrast": _balanced_accuracy(y, linear.crossed(x, y, who, by_subject, _logistic)),
+        "contrast_knn": _balanced_accuracy(y, linear.crossed(x, y, who, by_subject, _neighbours)),
         "contrast_chance": 1 / len(legal),
     }
 
@@ -332,8 +331,8 @@ def _age(features: Features, values: np.ndarray, seed: int) -> dict[str, float]:
     if len(set(who)) < _WITH_AGE or np.ptp(y) == 0:
         return {}
     by_subject = folds_of(who, seed)
-    guess = _crossed(x, y, who, by_subject, _ridge)
-    mean = _crossed(x, y, who, by_subject, lambda train, target, test: np.full(len(test), target.mean()))
+    guess = linear.nested(x, y, who, by_subject, "ridge", seed)
+    mean = linear.crossed(x, y, who, by_subject, lambda train, target, test: np.full(len(test), target.mean()))
     spread = guess.std() * y.std()
     r = float(((guess - guess.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else 0.0
     return {
@@ -354,7 +353,7 @@ def _sex(features: Features, values: np.ndarray, seed: int) -> dict[str, float]:
     # Each fold holds its share of both; a fold's scores are compared among themselves only.
     dealt = [folds(group, _FOLDS, seed) for group in groups]
     by_subject = [[*one, *other] for one, other in zip(*dealt)]
-    score = _crossed(x, y, who, by_subject, _logistic_score)
+    score = linear.crossed(x, y, who, by_subject, _logistic_score)
     held = [np.isin(who, fold) for fold in by_subject]
     return {"sex_auroc": float(np.mean([roc_auc_score(y[rows], score[rows]) for rows in held]))}
 
@@ -414,8 +413,6 @@ def sexes_of(sessions: Iterable[SessionEntry]) -> dict[tuple[str, str, str], flo
 
 # ------------------------------------------------------------------------------------------------ cross-validation
 
-Fit = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]  # training x, training y, other x -> answers
-
 
 def folds_of(who: Iterable[str], seed: int) -> list[list[str]]:
     """Subjects in five folds, or as many as there are subjects."""
@@ -423,61 +420,17 @@ def folds_of(who: Iterable[str], seed: int) -> list[list[str]]:
     return folds(subjects, min(_FOLDS, len(subjects)), seed)
 
 
-def _crossed(
-    x: np.ndarray, y: np.ndarray, who: Sequence[str], by_subject: Sequence[Sequence[str]], fit: Fit
-) -> np.ndarray:
-    """What ``fit`` answers for each row when it has seen none of that subject's."""
-    answers = np.zeros(len(y))
-    for held in by_subject:
-        away = np.isin(who, held)
-        train, test = _standardised(x[~away], x[away])
-        answers[away] = fit(*_rotated(train, test, y[~away]))
-    return answers
-
-
-def _standardised(train: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Both with the mean and deviation of ``train``; features that do not vary there become 0."""
-    train, other = train.astype(np.float64), other.astype(np.float64)
-    mean, std = train.mean(axis=0), train.std(axis=0)
-    scale = np.where(std > 1e-6 * np.abs(mean) + 1e-12, std, np.inf)
-    return (train - mean) / scale, (other - mean) / scale
-
-
-def _rotated(train: np.ndarray, other: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Training x, y and other x in as many axes as there are training rows, which loses nothing: what a ridge or a
-    logistic regression learns lies in their span."""
-    if train.shape[1] > len(train):
-        axes = np.linalg.svd(train, full_matrices=False)[2].T
-        train, other = train @ axes, other @ axes
-    return train, y, other
-
-
-def _logistic_model(x: np.ndarray, y: np.ndarray) -> Any:
-    from sklearn.linear_model import LogisticRegression
-
-    return LogisticRegression(class_weight="balanced", max_iter=500).fit(x, y)
-
-
 def _logistic(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.ndarray:
-    if len(set(y)) < 2:
-        return np.full(len(other), y[0])
-    return _logistic_model(x, y).predict(other)
+    return linear.logistic(x, y, other, int(y.max()) + 1)[0].argmax(axis=1)
 
 
 def _logistic_score(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.ndarray:
-    return _logistic_model(x, y).decision_function(other)
+    return linear.logistic(x, y.astype(np.int64), other, 2)[0, :, 1]
 
 
 def _neighbours(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.ndarray:
-    from sklearn.neighbors import KNeighborsClassifier
-
-    return KNeighborsClassifier(min(5, len(y)), algorithm="brute").fit(x, y).predict(other)
-
-
-def _ridge(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.ndarray:
-    from sklearn.linear_model import RidgeCV
-
-    return RidgeCV(alphas=np.logspace(-1, 5, 13)).fit(x, y).predict(other)
+    classes = int(y.max()) + 1
+    return linear.neighbours(x, y, other, (_NEIGHBOURS,), classes, balanced=False)[0].argmax(axis=1)
 
 
 def _balanced_accuracy(y: np.ndarray, guess: np.ndarray) -> float:

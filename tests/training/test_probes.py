@@ -142,15 +142,6 @@ def test_retrieval_equals_a_loop_and_ties_are_chance() -> None:
     assert probes.retrieve(values, np.zeros((14, 14), bool), same) is None
 
 
-def test_rotation_loses_nothing_for_a_logistic_regression() -> None:
-    rng = np.random.default_rng(4)
-    train, other, y = rng.normal(size=(20, 60)), rng.normal(size=(30, 60)), rng.integers(0, 2, 20)
-    short, _, other_short = probes._rotated(train, other, y)
-    assert short.shape == (20, 20)
-    whole = probes._logistic_score(train, y, other)
-    np.testing.assert_allclose(probes._logistic_score(short, y, other_short), whole, atol=2e-3 * np.abs(whole).max())
-
-
 def test_features_are_pooled_crops_of_one_place(toy_store: Store) -> None:
     def encode(image: torch.Tensor) -> dict[str, torch.Tensor]:
         return {"raw": image, "twice": torch.cat([image, 2 * image], dim=1)}
