@@ -43,7 +43,7 @@ class ScanTask(Task):
         guidance: weight of the term that draws attention to a lesion where its mask is known.
         label_smoothing: how far the classes' targets are moved towards indifference, in [0, 1).
         dropout: of the pooled features, in [0, 1).
-        class_weights: whether rare classes count more in the loss, see ``set_statistics``.
+        balanced: whether rare classes count more in the loss, see ``set_statistics``.
 
     Raises:
         ConfigError: where the spec is no scan-level question, lists a contrast twice or none, its classes do not suit
@@ -63,7 +63,7 @@ class ScanTask(Task):
         guidance: float = 0.1,
         label_smoothing: float = 0.05,
         dropout: float = 0.2,
-        class_weights: bool = True,
+        balanced: bool = True,
     ) -> None:
         super().__init__()
         _check(spec)
@@ -74,7 +74,7 @@ class ScanTask(Task):
         if guidance < 0:
             raise ConfigError(f"task.guidance={guidance}: expected 0 or more")
         self.spec, self.backbone = spec, backbone
-        self.guidance, self.label_smoothing, self.weighted = guidance, label_smoothing, class_weights
+        self.guidance, self.label_smoothing, self.balanced = guidance, label_smoothing, balanced
         width = backbone.widths[-1]
         self.fusion = Fusion(backbone.widths[-1:], spec.fusion)
         both = spec.view_mm > 0 and spec.crops
@@ -146,7 +146,7 @@ class ScanTask(Task):
             self.mean.fill_(float(known.mean()))
             self.std.fill_(max(float(known.std()), 1e-6))
             return
-        if not self.weighted:
+        if not self.balanced:
             return
         if self.spec.mode == "multilabel":
             positive, negative = (values == 1).sum(axis=0), (values == 0).sum(axis=0)

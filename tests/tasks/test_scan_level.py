@@ -157,7 +157,7 @@ def test_exclusive_loss_against_loops():
 
 
 def test_ordinal_loss_against_loops():
-    task = make_task(STAGES, label_smoothing=0.0, class_weights=False)
+    task = make_task(STAGES, label_smoothing=0.0, balanced=False)
     logits, answers = torch.randn(3, 3), [0, 3, 1]
     total = 0.0
     for row, y in zip(logits.tolist(), answers):
