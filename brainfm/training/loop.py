@@ -14,7 +14,7 @@ import shutil
 import signal
 import time
 from collections.abc import Callable, Iterable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -27,7 +27,7 @@ from brainfm.batch import Batch, Terms
 from brainfm.specs import ConfigError, TrainingError
 from brainfm.training.guards import FiniteWatch, Guards, GuardSpec, first_not_finite
 from brainfm.training.monitor import Curves, Progress
-from brainfm.training.optim import lr_factor
+from brainfm.training.optim import Rates
 from brainfm.training.receipt import Meter
 
 CHECKPOINT = "last.ckpt"
@@ -46,6 +46,9 @@ class LoopSpec:
         clip_norm: largest norm of the gradient of all parameters; 0 does not clip.
         log_every, checkpoint_every, evaluate_every, probe_every: intervals; 0 is never. Evaluation and probe also
             follow the last step.
+        accumulate: into how many parts a batch is split, one after the other through the network; their gradients add
+            up to the batch's, in the memory of one part. For a loss that is a mean over samples that is the same step;
+            a loss that looks across the batch (Dice over all its voxels, contrastive pairs) sees a part at a time.
     """
 
     max_steps: int
@@ -55,6 +58,7 @@ class LoopSpec:
     checkpoint_every: int = 500
     evaluate_every: int = 0
     probe_every: int = 0
+    accumulate: int = 1
 
     def __post_init__(self) -> None:
         if self.max_steps < 1 or not 0 <= self.warmup_steps <= self.max_steps:
@@ -62,6 +66,8 @@ class LoopSpec:
                 f"trainer.max_steps={self.max_steps} with {self.warmup_steps} warm-up steps: "
                 "expected at least one step and no more warm-up than steps"
             )
+        if self.accumulate < 1:
+            raise ConfigError(f"trainer.accumulate={self.accumulate}: expected 1 or more")
 
 
 @dataclass
@@ -95,6 +101,8 @@ class Run:
         folder: gets ``last.ckpt``, ``curves.csv``, ``tensorboard/``.
         identity: the resolved configuration; a checkpoint of another configuration is refused.
         module: what is trained; called with (Batch, progress in [0, 1]) it returns Terms.
+        optimizer: its groups' ``lr`` are the peaks; a group may bring its own ``schedule`` (optim.schedule_factor), the
+            others follow the loop's warm-up and cosine.
         loader_from: gives the batches from a step on.
         evaluate: called with (state) every ``evaluate_every`` steps; returns values for the curves.
         after_step: called with progress after each optimiser step (a teacher moves here).
@@ -142,7 +150,7 @@ def train(run: Run) -> State:
             stays as it was.
     """
     fabric, spec = run.fabric, run.spec
-    peak_lr = [group["lr"] for group in run.optimizer.param_groups]
+    rates = Rates(run.optimizer, spec.max_steps, spec.warmup_steps, alone=fabric.world_size == 1)
     step_module, optimizer = fabric.setup(_Step(run.module), run.optimizer)
     state = _restore(run, optimizer) if (run.folder / CHECKPOINT).exists() else State()
     if state.step >= spec.max_steps:
@@ -163,11 +171,9 @@ def train(run: Run) -> State:
             batch = next(batches)
             state.waited += time.perf_counter() - began
             meter.saw(batch)
-            factor = lr_factor(state.step, spec.max_steps, spec.warmup_steps)
-            for group, peak in zip(optimizer.param_groups, peak_lr):
-                group["lr"] = peak * factor
-            values = step_module(_tensors(batch.to(fabric.device)), state.step / spec.max_steps)
-            fabric.backward(values["total"])
+            lr = rates.set(optimizer, state.step)
+            values = _gradients(run, step_module, batch, state.step / spec.max_steps)
+            rates.drop_unwanted(optimizer)
             values["grad_norm"] = _clip(run.module, spec.clip_norm)
             optimizer.step()
             optimizer.zero_grad(set_to_none=True)
@@ -176,7 +182,7 @@ def train(run: Run) -> State:
             if run.after_step is not None:
                 run.after_step(state.step / spec.max_steps)
             if _due(state.step, spec.log_every, spec) or state.step == 1:
-                shown = _finite(values, watch, run, state) | {"lr": peak_lr[0] * factor}
+                shown = _finite(values, watch, run, state) | {"lr": lr}
                 _stop_at(run, state, guards.see_loss(state.step, shown["total"]) if guards and chief else None)
                 progress_bar.note = f"loss {shown['total']:.4f}"
                 if curves is not None:
@@ -208,10 +214,43 @@ def train(run: Run) -> State:
                     curves.add_speed(state.step, _speed(state))
             if stop:
                 break
+    rates.wake(optimizer)
     if curves is not None:
         curves.close()
     _pass_on(stop)
     return state
+
+
+def _gradients(run: Run, step_module: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
+    """Adds the gradients of the batch's loss to the weights, a part of the batch after the other. Returns the values:
+    of each the mean over the samples."""
+    parts = _split(batch, run.spec.accumulate)
+    if len(parts) == 1:
+        values = step_module(_tensors(batch.to(run.fabric.device)), progress)
+        run.fabric.backward(values["total"])
+        return values
+    sums: dict[str, Tensor] = {}
+    shares: dict[str, float] = {}
+    for number, part in enumerate(parts):
+        share = len(part) / len(batch)
+        last = number == len(parts) - 1
+        with nullcontext() if last else run.fabric.no_backward_sync(step_module):  # processes meet once a step
+            found = step_module(_tensors(part.to(run.fabric.device)), progress)
+            run.fabric.backward(found["total"] * share)
+        for name, value in found.items():
+            sums[name] = sums.get(name, 0) + share * value.detach()
+            shares[name] = shares.get(name, 0.0) + share  # a term that a part lacks does not count there
+    return {name: total / shares[name] for name, total in sums.items()}
+
+
+def _split(batch: Batch, parts: int) -> list[Batch]:
+    """The samples in their order, in this many parts of equal size (the first ones hold one more where it does not
+    divide), fewer where there are fewer samples."""
+    parts = min(parts, len(batch))
+    if parts == 1:
+        return [batch]
+    pieces = {name: value.tensor_split(parts) for name, value in _tensors(batch).items()}
+    return [Batch(**{name: piece[number] for name, piece in pieces.items()}) for number in range(parts)]
 
 
 def _due(step: int, every: int, spec: LoopSpec) -> bool:

@@ -1,8 +1,14 @@
-"""The optimiser and the learning rate of each step."""
+"""The optimiser and the learning rate of each step.
+
+A schedule is data, so that a checkpoint carries it: teeth ``(start, end, warmup)`` in steps, one after the other.
+Within a tooth the rate climbs for ``warmup`` steps and falls along a cosine to 0 at its end; outside all it is 0.
+"""
 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import nn
@@ -39,3 +45,53 @@ def lr_factor(step: int, max_steps: int, warmup_steps: int, warmup_from: float =
         return warmup_from + (1 - warmup_from) * step / warmup_steps
     progress = (step - warmup_steps) / max(1, max_steps - warmup_steps)
     return 0.5 * (1 + math.cos(math.pi * min(1.0, progress)))
+
+
+def schedule_factor(step: int, teeth: Sequence[Sequence[int]]) -> float:
+    """The share of the peak learning rate at a step (0-based) of a schedule of teeth; 0 outside them."""
+    for start, end, warmup in teeth:
+        if start <= step < end:
+            return lr_factor(step - start, end - start, warmup)
+    return 0.0
+
+
+class Rates:
+    """Sets the learning rate of every group before each step, and lets groups sleep whose rate is 0.
+
+    A sleeping group costs no memory of activations, moves no weight and no moment of the optimiser, and does not count
+    in the norm that gradients are clipped to: the step is that of a network in which it is frozen.
+
+    Args:
+        optimizer: as it was built, before a checkpoint changes its groups: ``lr`` is the peak, ``schedule`` (teeth) is
+            optional.
+        max_steps, warmup_steps: of the groups without a schedule.
+        alone: whether this is the only process. DDP fixes at its start which parameters get gradients: there a
+            sleeping group's are computed, summed over processes like all others, and thrown away.
+    """
+
+    def __init__(self, optimizer: torch.optim.Optimizer, max_steps: int, warmup_steps: int, alone: bool = True) -> None:
+        default = ((0, max_steps, warmup_steps),)
+        self.peaks = [(group["lr"], group.get("schedule") or default) for group in optimizer.param_groups]
+        self.alone = alone
+
+    def set(self, optimizer: Any, step: int) -> float:
+        """Sets the rates of a step (0-based). Returns the highest."""
+        for group, (peak, teeth) in zip(optimizer.param_groups, self.peaks, strict=True):
+            group["lr"] = peak * schedule_factor(step, teeth)
+            if self.alone:
+                for parameter in group["params"]:
+                    parameter.requires_grad_(group["lr"] > 0)
+        return max(group["lr"] for group in optimizer.param_groups)
+
+    def drop_unwanted(self, optimizer: Any) -> None:
+        """Between backward and the optimiser: no gradient stays with a sleeping group."""
+        for group in optimizer.param_groups:
+            if group["lr"] == 0:
+                for parameter in group["params"]:
+                    parameter.grad = None
+
+    def wake(self, optimizer: Any) -> None:
+        """After the last step: every parameter of the optimiser asks for gradients again."""
+        for group in optimizer.param_groups:
+            for parameter in group["params"]:
+                parameter.requires_grad_(True)

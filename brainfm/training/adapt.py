@@ -1,0 +1,149 @@
+"""How much of a pre-trained network a fine-tuning may move, how fast, and from when on."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from typing import Any
+
+import torch
+from torch import nn
+
+from brainfm.specs import ConfigError
+from brainfm.tasks.task import Task
+
+
+@dataclass(frozen=True)
+class AdaptSpec:
+    """One mode of adaptation; the files of configs/adapt/ name the usual ones, any mixture is legal.
+
+    Attributes:
+        name: for people; nothing depends on it.
+        pretrained: whether the encoder keeps the weights of its file; else it starts fresh (``scratch``).
+        last_blocks: how many of the backbone's blocks learn, counted from the deepest; 0 freezes the encoder, None
+            trains all of it. Frozen weights stay equal to the bit.
+        layer_decay: a block's learning rate is this times that of the block behind it; the head has the full rate.
+        lr_scale: times ``optim.lr``, for everything.
+        head_fraction: share of the steps at the start in which the head alone learns, warmed up over the first half of
+            them and then falling to 0, before the whole network warms up (the second tooth of the saw).
+        warmup_fraction: share of all steps over which the whole network warms up after that; None: the optimiser's own
+            ``warmup_fraction``, where the head has no tooth of its own.
+
+    Raises:
+        ConfigError: for values outside their ranges.
+    """
+
+    name: str = "full"
+    pretrained: bool = True
+    last_blocks: int | None = None
+    layer_decay: float = 1.0
+    lr_scale: float = 1.0
+    head_fraction: float = 0.0
+    warmup_fraction: float | None = None
+
+    def __post_init__(self) -> None:
+        if self.last_blocks is not None and (isinstance(self.last_blocks, bool) or self.last_blocks < 0):
+            raise ConfigError(f"adapt.last_blocks={self.last_blocks}: expected 0 or more blocks, or null for all")
+        if not 0 < self.layer_decay <= 1:
+            raise ConfigError(f"adapt.layer_decay={self.layer_decay}: expected more than 0 and at most 1")
+        if not 0 < self.lr_scale < math.inf:
+            raise ConfigError(f"adapt.lr_scale={self.lr_scale}: expected more than 0")
+        whole = self.warmup_fraction or 0.0
+        if not 0 <= self.head_fraction < 1 or whole < 0 or self.head_fraction + whole >= 1:
+            raise ConfigError(
+                f"adapt.head_fraction={self.head_fraction}, adapt.warmup_fraction={self.warmup_fraction}: "
+                "expected shares of the steps that leave some of them"
+            )
+
+
+def adapt_spec(values: Mapping[str, Any]) -> AdaptSpec:
+    """From a configuration. Raises: ConfigError for unknown keys and impossible values."""
+    legal = [f.name for f in fields(AdaptSpec)]
+    unknown = sorted(set(values) - set(legal))
+    if unknown:
+        raise ConfigError(f"unknown key adapt.{unknown[0]}, expected one of {', '.join(legal)}")
+    return AdaptSpec(**values)
+
+
+def parameter_groups(
+    task: Task, adapt: AdaptSpec, lr: float, weight_decay: float, max_steps: int
+) -> list[dict[str, Any]]:
+    """The optimiser's groups, and the task frozen where it shall not move: call it before DDP wraps the task.
+
+    The head is every parameter outside ``task.backbone``. Vectors (biases, norms, scores) are not decayed. A group has
+    ``params``, ``lr`` (its peak), ``weight_decay`` and, where it does not follow the loop's own warm-up and cosine,
+    ``schedule`` (training/optim.py). Frozen parameters are in no group, ask for no gradient (an encoder that is frozen
+    as a whole keeps no activations: its images ask for none either), and their blocks stay in evaluation mode.
+
+    Args:
+        lr: peak of the head, > 0.
+        weight_decay: decoupled, >= 0.
+        max_steps: of the training; the shares of ``adapt`` become steps.
+
+    Source: layer-wise decay: Clark et al. 2020 (ELECTRA, arXiv 2003.10555), section 3.1; the saw of two teeth: nnU-Net
+        with pre-trained encoders (Wald et al. 2024, arXiv 2412.17041), trainer "sawtooth". Differs: AdamW and cosines
+        instead of SGD and polynomials; the encoder sleeps in the first tooth.
+    Raises:
+        ConfigError: where more blocks are to learn than the backbone has, or the rates are impossible.
+    """
+    if lr <= 0 or weight_decay < 0:
+        raise ConfigError(f"optim.lr={lr}, optim.weight_decay={weight_decay}: expected lr > 0 and weight_decay >= 0")
+    blocks = task.backbone.blocks()
+    if adapt.last_blocks is not None and adapt.last_blocks > len(blocks):
+        name = task.backbone.config["name"]
+        raise ConfigError(f"adapt.last_blocks={adapt.last_blocks}: {name} has {len(blocks)} blocks, expected no more")
+    learning = len(blocks) if adapt.last_blocks is None else adapt.last_blocks
+    for block in blocks[: len(blocks) - learning]:
+        _freeze(block)
+    behind = {p: len(blocks) - number for number, block in enumerate(blocks) for p in block.parameters()}
+    encoder, head = _schedules(adapt, max_steps)
+    groups: dict[tuple[int, bool], dict[str, Any]] = {}
+    for parameter in task.parameters():
+        if not parameter.requires_grad:
+            continue
+        depth = behind.get(parameter, 0)
+        rate = lr * adapt.lr_scale * adapt.layer_decay**depth
+        schedule = encoder if depth else head
+        apart = depth if adapt.layer_decay < 1 else int(depth > 0 and encoder != head)
+        decay = weight_decay if parameter.ndim > 1 else 0.0
+        group = groups.setdefault((apart, parameter.ndim <= 1), {"params": [], "lr": rate, "weight_decay": decay})
+        group["params"].append(parameter)
+        if schedule is not None:
+            group["schedule"] = schedule
+    return [groups[place] for place in sorted(groups)]  # of `full`: those of build_optimizer, in its order
+
+
+def adapted_optimizer(
+    task: Task,
+    adapt: AdaptSpec,
+    *,
+    lr: float,
+    weight_decay: float,
+    max_steps: int,
+    betas: tuple[float, float] = (0.9, 0.999),
+) -> torch.optim.AdamW:
+    """AdamW over ``parameter_groups``. Raises: see there."""
+    groups = parameter_groups(task, adapt, lr, weight_decay, max_steps)
+    return torch.optim.AdamW(groups, lr=lr, betas=betas, fused=True)
+
+
+def _schedules(adapt: AdaptSpec, max_steps: int) -> tuple[list[list[int]] | None, list[list[int]] | None]:
+    """Teeth of the encoder and of the head; None where the loop's own schedule holds."""
+    head_steps = round(adapt.head_fraction * max_steps)
+    if not head_steps and adapt.warmup_fraction is None:
+        return None, None
+    whole = [head_steps, max_steps, round((adapt.warmup_fraction or 0.0) * max_steps)]
+    first = [[0, head_steps, head_steps // 2]] if head_steps else []
+    return [whole], [*first, whole]
+
+
+def _freeze(block: nn.Module) -> None:
+    block.requires_grad_(False)
+    block.register_forward_pre_hook(_stay_fixed)
+
+
+def _stay_fixed(block: nn.Module, inputs: Any) -> None:
+    """Before each forward: the loop puts the whole task into training mode, where dropout and batch statistics act."""
+    if block.training:
+        block.eval()
