@@ -1,0 +1,187 @@
+"""How sure one can be of a score, and whether one model is better than another, where a subject is the unit of chance.
+
+A metric is any function of arrays whose rows are cases, e.g. ``auroc(truth, probability)``; scores that exist for each
+case, as Dice does, are the special case of a mean (`mean_score`). Sessions of a subject are drawn, left out and
+swapped together: they are not independent, and an interval that takes them for it is too narrow.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+
+import numpy as np
+
+from brainfm.seeds import stream
+from brainfm.tasks.metrics import Interval
+
+_LEVELS = (2.5, 97.5)
+_ROUNDING = 1e-9  # of a difference, relative to the one observed: swaps that only sum in another order are ties
+
+Strata = Sequence[str] | Mapping[str, str]
+
+
+def mean_score(_truth: np.ndarray, scores: np.ndarray) -> float:
+    """The metric of models that already have one score a case; the truth is not looked at."""
+    return float(np.mean(scores))
+
+
+def bootstrap(
+    metric: Callable[..., float],
+    *arrays: np.ndarray,
+    groups: Sequence[str],
+    seed: int,
+    strata: Strata | None = None,
+    resamples: int = 2000,
+) -> Interval:
+    """The metric of all cases with the 2.5th and 97.5th percentiles over cohorts of resampled subjects.
+
+    Resamples in which the metric is undefined (NaN: one class was drawn alone) are left out; where they are more than
+    half of all, the ends are NaN. One subject alone gives an interval without width.
+
+    Args:
+        metric: of the arrays, or of rows of them in any number; NaN where it is undefined.
+        arrays: one row a case each, drawn together.
+        groups: the subject of each case.
+        seed: >= 0; the same seed and values give the same interval.
+        strata: of each case, or subject -> stratum: as many subjects are drawn from each as there are, so that rare
+            classes do not vanish. A subject with cases in several strata belongs to a stratum of such subjects.
+        resamples: number of cohorts, at least 1.
+
+    Returns:
+        The point estimate as ``mean``, and the number of cases as ``n``.
+
+    Raises:
+        ValueError: where there is no case, or arrays, groups and strata differ in length.
+
+    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 13.3 (percentile interval); whole
+        subjects as in Davison & Hinkley, Bootstrap Methods and their Application (1997), section 3.8.
+    """
+    columns = _columns(arrays, groups)
+    rows_of = _rows(groups)
+    pools = _pools(groups, list(rows_of), strata)
+    rows = list(rows_of.values())
+    order = np.concatenate(rows)
+    sizes = np.array([len(r) for r in rows])
+    starts = np.cumsum(sizes) - sizes
+    generator = stream(seed, "bootstrap by subject")
+    values = np.empty(resamples)
+    for i in range(resamples):
+        drawn = np.concatenate([pool[generator.integers(pool.size, size=pool.size)] for pool in pools])
+        lengths = sizes[drawn]
+        within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
+        picked = order[np.repeat(starts[drawn], lengths) + within]
+        values[i] = metric(*(column[picked] for column in columns))
+    defined = values[np.isfinite(values)]
+    low, high = np.percentile(defined, _LEVELS) if 2 * defined.size >= resamples else (math.nan, math.nan)
+    return Interval(float(metric(*columns)), float(low), float(high), len(order))
+
+
+def paired_bootstrap(
+    metric: Callable[[np.ndarray, np.ndarray], float],
+    truth: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    groups: Sequence[str],
+    seed: int,
+    strata: Strata | None = None,
+    resamples: int = 2000,
+) -> Interval:
+    """`bootstrap` of metric(truth, a) - metric(truth, b): both models are asked about the same resampled cohort.
+
+    Args:
+        metric: of the truth and the answers of one model, or their scores (`mean_score`).
+        truth, a, b: one row a case.
+        groups, seed, strata, resamples: as in `bootstrap`.
+    """
+
+    def difference(t: np.ndarray, x: np.ndarray, y: np.ndarray) -> float:
+        return metric(t, x) - metric(t, y)
+
+    return bootstrap(difference, truth, a, b, groups=groups, seed=seed, strata=strata, resamples=resamples)
+
+
+def paired_permutation(
+    metric: Callable[[np.ndarray, np.ndarray], float],
+    truth: np.ndarray,
+    a: np.ndarray,
+    b: np.ndarray,
+    groups: Sequence[str],
+    seed: int,
+    rounds: int = 5000,
+) -> float:
+    """How often chance alone makes two models differ at least as much as they do, in either direction.
+
+    If it did not matter which model an answer came from, the answers to any subject could change places: all
+    2^subjects exchanges are tried where these are at most ``rounds``, else ``rounds`` random ones. Exchanges for which
+    the difference is undefined count as if they were as large. With S subjects no p is below 2 / 2^S: five subjects
+    cannot make a difference significant.
+
+    Args:
+        metric: of the truth and the answers of one model, or their scores (`mean_score`).
+        truth, a, b: one row a case; a and b of one shape.
+        groups: the subject of each case.
+        seed: >= 0, of the random exchanges.
+
+    Returns:
+        The two-sided p, in (0, 1]; NaN where the difference itself is undefined.
+
+    Raises:
+        ValueError: where there is no case, the lengths differ, or a and b differ in shape.
+
+    Source: Noreen, Computer-Intensive Methods for Testing Hypotheses (1989), approximate randomisation; (count + 1) /
+        (rounds + 1) after Phipson & Smyth 2010, Stat. Appl. Genet. Mol. Biol. 9(1), article 39.
+    """
+    truth, a, b = _columns((truth, a, b), groups)
+    if a.shape != b.shape:
+        raise ValueError(f"answers of one shape can change places, found {a.shape} and {b.shape}")
+    rows_of = _rows(groups)
+    subjects = len(rows_of)
+    subject_of = np.empty(len(truth), dtype=np.int64)
+    for number, rows in enumerate(rows_of.values()):
+        subject_of[rows] = number
+    observed = abs(metric(truth, a) - metric(truth, b))
+    if not math.isfinite(observed):
+        return math.nan
+    exact = 2**subjects <= rounds
+    generator = stream(seed, "paired permutation")
+    count = 0
+    for i in range(2**subjects if exact else rounds):
+        swapped = (i >> np.arange(subjects)) & 1 == 1 if exact else generator.random(subjects) < 0.5
+        mask = swapped[subject_of].reshape(-1, *([1] * (a.ndim - 1)))
+        difference = abs(metric(truth, np.where(mask, b, a)) - metric(truth, np.where(mask, a, b)))
+        count += not difference < observed * (1 - _ROUNDING)
+    return count / 2**subjects if exact else (count + 1) / (rounds + 1)
+
+
+def _columns(arrays: Sequence[np.ndarray], groups: Sequence[str]) -> list[np.ndarray]:
+    columns = [np.asarray(array) for array in arrays]
+    lengths = [len(column) if column.ndim else 0 for column in columns]
+    if not len(groups) or set(lengths) != {len(groups)}:
+        raise ValueError(f"expected a row and a subject for each case, found {lengths} rows and {len(groups)} subjects")
+    return columns
+
+
+def _rows(groups: Sequence[str]) -> dict[str, np.ndarray]:
+    """The rows of each subject; subjects in sorted order, so that only their names decide."""
+    rows: dict[str, list[int]] = {}
+    for row, name in enumerate(groups):
+        rows.setdefault(str(name), []).append(row)
+    return {name: np.array(rows[name]) for name in sorted(rows)}
+
+
+def _pools(groups: Sequence[str], subjects: Sequence[str], strata: Strata | None) -> list[np.ndarray]:
+    """Numbers of the subjects that are drawn from one another."""
+    if strata is None:
+        return [np.arange(len(subjects))]
+    if isinstance(strata, Mapping):
+        strata = [strata.get(name, "") for name in groups]
+    if len(strata) != len(groups):
+        raise ValueError(f"expected a stratum for each case, found {len(strata)} for {len(groups)} cases")
+    seen: dict[str, set[str]] = {}
+    for name, stratum in zip(groups, strata):
+        seen.setdefault(str(name), set()).add(str(stratum))
+    pools: dict[tuple[str, ...], list[int]] = {}
+    for number, name in enumerate(subjects):
+        pools.setdefault(tuple(sorted(seen[name])), []).append(number)
+    return [np.array(pools[key]) for key in sorted(pools)]
