@@ -221,7 +221,7 @@ def train(run: Run) -> State:
     return state
 
 
-def _gradients(run: Run, step_module: nn.Module, batch: Batch, progress: float) -> dict[str, Tensor]:
+def _gradients(run: Run, step_module: Any, batch: Batch, progress: float) -> dict[str, Tensor]:
     """Adds the gradients of the batch's loss to the weights, a part of the batch after the other. Returns the values:
     of each the mean over the samples."""
     parts = _split(batch, run.spec.accumulate)
