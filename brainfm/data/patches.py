@@ -83,7 +83,7 @@ def draw_corner(
     return corner[0], corner[1], corner[2]
 
 
-class _Shuffled:
+class Shuffled:
     """Which of n things sample i is about: every thing once an epoch, in an order of the epoch's own."""
 
     def __init__(self, n: int, seed: int) -> None:
@@ -126,7 +126,7 @@ class PretrainPatches(Dataset):
         self.subjects = [grouped[key] for key in sorted(grouped)]
         if not self.subjects:
             raise StoreError(f"{self.store.path}: no scan to train on, expected at least one prepared session")
-        self._shuffled = _Shuffled(len(self.subjects), self.seed)
+        self._shuffled = Shuffled(len(self.subjects), self.seed)
 
     def __len__(self) -> int:
         """Samples in an epoch; any larger index is legal and belongs to a later epoch."""
@@ -336,7 +336,7 @@ class TaskPatches(Dataset):
     def __post_init__(self) -> None:
         if not self.cases:
             raise ConfigError("no case to train on, expected at least one labelled session on this side of the split")
-        self._shuffled = _Shuffled(len(self.cases), self.seed)
+        self._shuffled = Shuffled(len(self.cases), self.seed)
 
     def __len__(self) -> int:
         return len(self.cases)
