@@ -213,14 +213,19 @@ def _move(bar: Any, done: int, total: int) -> None:
 
 
 def _prepare(config: dict[str, Any]) -> int:
+    from brainfm.data.fingerprint import settled_spacing
     from brainfm.data.manifest import read_manifest
     from brainfm.data.prepare import prepare
     from brainfm.data.store import Share
     from brainfm.training.monitor import Progress
 
-    spec = preprocess_spec(config["preprocess"])
     share = Share.parse(config["shard"])
     manifest = read_manifest(Path(config["manifest"]))
+    if config["preprocess"]["spacing_mm"] == "auto":
+        spacing_mm = settled_spacing(manifest, Path(config["store"]))
+        print(f"preprocess.spacing_mm={list(spacing_mm)}")
+        config["preprocess"]["spacing_mm"] = list(spacing_mm)
+    spec = preprocess_spec(config["preprocess"])
     with Progress("prepare", len(manifest.sessions())) as bar:
         report = prepare(
             manifest, Path(config["store"]), spec, _workers(config), lambda done, total: _move(bar, done, total),

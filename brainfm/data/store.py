@@ -198,7 +198,7 @@ class Store:
         Raises: StoreError where the folder is no store, was never finished, or its index is damaged.
         """
         path = Path(path)
-        store = cls(path, _read_spec(path))
+        store = cls(path, read_spec(path))
         store._load_index()
         return store
 
@@ -211,7 +211,7 @@ class Store:
         path = Path(path)
         foreign = path.exists() and (not path.is_dir() or any(not _is_scratch(p.name) for p in path.iterdir()))
         if (path / "spec.json").exists():  # asked second: another machine may be making the store
-            _refuse_other_spec(path, _read_spec(path), spec)
+            _refuse_other_spec(path, read_spec(path), spec)
             return cls(path, spec, share)
         if foreign:
             raise StoreError(f"{path}: found something that is no store, expected a store, an empty or a new folder")
@@ -551,7 +551,8 @@ class Store:
 # -------------------------------------------------------------------------------------------------------------- files
 
 
-def _read_spec(path: Path) -> PreprocessSpec:
+def read_spec(path: Path) -> PreprocessSpec:
+    """The spec of a store, finished or not. Raises: StoreError where there is none, or it is damaged."""
     try:
         document = json.loads((path / "spec.json").read_bytes())
         found, spec = document["format"], document["preprocess"]
