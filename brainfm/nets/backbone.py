@@ -10,6 +10,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from brainfm.nets.recompute import set_checkpointing
 from brainfm.specs import ConfigError
 
 # name -> the module that holds a function of that name; imported when it is built, so an unused family costs nothing
@@ -36,6 +37,20 @@ class Backbone(nn.Module, ABC):
     widths: tuple[int, ...]
     strides: tuple[int, ...]
     config: dict[str, Any]
+
+    @property
+    def checkpointing(self) -> bool:
+        """Whether blocks are computed a second time in the backward pass instead of keeping their maps. Off at first;
+        a switch of the training, no part of ``config``."""
+        return self._checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        self._checkpointing = on
+        for child in self.children():
+            set_checkpointing(child, on)
+
+    _checkpointing: bool = False
 
     @abstractmethod
     def features(self, image: Tensor) -> list[Tensor]:

@@ -9,6 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from brainfm.nets import cpu
+from brainfm.nets.recompute import recomputed
 from brainfm.nets.unet import ConvNormAct
 
 
@@ -74,8 +75,13 @@ class SkipDecoder(nn.Module):
         strides: of the same maps, starting at 1.
         out_channels: K.
 
+    Attributes:
+        checkpointing: whether each level is computed a second time in the backward pass instead of keeping its maps.
+
     Source: Ronneberger et al. 2015 (arXiv 1505.04597) with the blocks of UNetEncoder.
     """
+
+    checkpointing: bool = False
 
     def __init__(self, widths: Sequence[int], strides: Sequence[int], out_channels: int) -> None:
         super().__init__()
@@ -95,10 +101,14 @@ class SkipDecoder(nn.Module):
     def climb(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The decoder's features [B, E, X/s, Y/s, Z/s] for every stride but the coarsest, coarse to fine."""
         features, levels = maps[-1], []
-        for up, merge, skip in zip(self.ups, self.merges, reversed(maps[:-1]), strict=True):
-            features = merge(torch.cat([up(features), skip], dim=1))
+        for level, skip in enumerate(reversed(maps[:-1])):
+            features = recomputed(self.checkpointing, self._step, level, features, skip)
             levels.append(features)
         return levels
+
+    def _step(self, level: int, features: Tensor, skip: Tensor) -> Tensor:
+        merged: Tensor = self.merges[level](torch.cat([self.ups[level](features), skip], dim=1))
+        return merged
 
 
 def _climb(widths: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:

@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import Pointwise, SkipDecoder
+from brainfm.nets.recompute import Blocks, recomputed
 from brainfm.nets.unet import ConvNormAct
 from brainfm.specs import ConfigError
 
@@ -70,13 +71,13 @@ class ResEncEncoder(Backbone):
         before = self.widths[0]
         for stage, (width, depth) in enumerate(zip(self.widths, depths, strict=True)):
             first = ResidualBlock(before, width, stride=2 if stage else 1)
-            self.stages.append(nn.Sequential(first, *(ResidualBlock(width, width, 1) for _ in range(depth - 1))))
+            self.stages.append(Blocks(first, *(ResidualBlock(width, width, 1) for _ in range(depth - 1))))
             before = width
 
     def features(self, image: Tensor) -> list[Tensor]:
         """Raises: ConfigError where the image does not fit (see check_patch); ValueError for other than one channel."""
         self.check_image(image)
-        maps = [self.stages[0](self.stem(image))]
+        maps = [self.stages[0](recomputed(self.checkpointing, self.stem, image))]
         for stage in self.stages[1:]:
             maps.append(stage(maps[-1]))
         return maps

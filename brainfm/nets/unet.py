@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from brainfm.nets import cpu
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.recompute import Blocks
 from brainfm.specs import ConfigError
 
 
@@ -71,7 +72,7 @@ class UNetEncoder(Backbone):
         self.strides = tuple(2**level for level in range(len(widths)))
         self.config = {"name": name} if name != "unet" else {"name": name, "widths": list(self.widths)}
         self.levels = nn.ModuleList(
-            nn.Sequential(ConvNormAct(before, width), ConvNormAct(width, width))
+            Blocks(ConvNormAct(before, width), ConvNormAct(width, width))
             for before, width in zip((1, *self.widths[:-1]), self.widths, strict=True)
         )
 
