@@ -170,8 +170,8 @@ def apply_bias(x: np.ndarray, line: tuple[float, float]) -> np.ndarray:
 def conformal_quantile(residuals: np.ndarray, level: float = 0.9) -> float:
     """Half the width of an interval around an answer that holds the truth with at least this probability.
 
-    Holds for any model and any distribution, on average over cohorts, where the model was fitted to none of the cases of
-    the residuals and new cases are exchangeable with these. Out-of-fold residuals come close, but then nothing is
+    Holds for any model and any distribution, on average over cohorts, where the model was fitted to none of these
+    cases and new ones are exchangeable with them. Out-of-fold residuals come close, but then nothing is
     proven: even CV+, which keeps the model of each fold, promises only 2 level - 1.
 
     Args:

@@ -62,7 +62,7 @@ def average_precision(true: np.ndarray, score: np.ndarray) -> float:
     return float(np.sum(np.diff(found, prepend=0) * found / (last + 1)) / total)
 
 
-def scan_scores(spec: TaskSpec, truth: np.ndarray, answers: np.ndarray, only: str | None = None) -> dict[str, float]:
+def scan_scores(spec: TaskSpec, truth: np.ndarray, answers: np.ndarray) -> dict[str, float]:
     """Every score of a scan-level question.
 
     ========== =====================================================================================================
@@ -82,22 +82,31 @@ def scan_scores(spec: TaskSpec, truth: np.ndarray, answers: np.ndarray, only: st
         truth: [N] or [N, 1] the class's place in ``spec.values``, [N, T] 0 or 1, or [N] or [N, 1] the value; NaN is
             unknown.
         answers: probabilities [N, K], or [N, T], or values [N] or [N, 1] in the unit.
-        only: the name of one score that is computed alone: for a bootstrap, which asks thousands of times.
 
     Raises:
-        ValueError: where the shapes do not belong to the question, or it has no score of that name.
+        ValueError: where the shapes do not belong to the question.
 
     Source: balanced accuracy Brodersen et al. 2010 (ICPR); quadratic kappa Cohen 1968, Psychol. Bull. 70:213; Brier
         1950, Mon. Weather Rev. 78:1.
     """
+    return {name: score(truth, answers) for name, score in _table(spec).items()}
+
+
+def scan_score(spec: TaskSpec, name: str) -> Score:
+    """One score of `scan_scores` alone, as the function of truth and answers that `statistics.bootstrap` takes.
+
+    Raises:
+        ValueError: where this question has no such score.
+    """
     table = _table(spec)
-    if only is not None and only not in table:
-        kind = spec.mode or spec.kind
-        raise ValueError(f"{only} is no score of a question that is {kind}: expected one of {sorted(table)}")
-    return {name: table[name](truth, answers) for name in ([only] if only is not None else table)}
+    if name not in table:
+        raise ValueError(
+            f"{name} is no score of a question that is {spec.mode or spec.kind}: expected one of {sorted(table)}"
+        )
+    return table[name]
 
 
-def PRIMARY(spec: TaskSpec) -> tuple[str, bool]:
+def primary(spec: TaskSpec) -> tuple[str, bool]:
     """The score that models are compared by, and whether larger is better."""
     if spec.kind == "segmentation":
         return "dice", True

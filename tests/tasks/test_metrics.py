@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from brainfm.specs import ConfigError
-from brainfm.tasks.metrics import bootstrap_interval, dice, surface_dice, volume_ml
+from brainfm.tasks.metrics import bootstrap_interval, dice, instance_scores, surface_dice, volume_ml
 
 
 def blob(shape, spacing, shift=(0.0, 0.0, 0.0), radius=5.5):
@@ -117,6 +117,77 @@ def test_surface_dice_without_monai_says_what_to_install(monkeypatch):
     ones = np.ones((4, 4, 4), bool)
     with pytest.raises(ConfigError, match=r"pip install 'brainfm\[metrics\]'"):
         surface_dice(ones, ones, (1, 1, 1))
+
+
+def parts_by_flooding(mask):
+    """Sets of voxels that touch, found one after the other."""
+    left, parts = {tuple(v) for v in np.argwhere(mask)}, []
+    while left:
+        front = [left.pop()]
+        part = set(front)
+        while front:
+            x, y, z = front.pop()
+            for dx, dy, dz in itertools.product((-1, 0, 1), repeat=3):
+                near = (x + dx, y + dy, z + dz)
+                if near in left:
+                    left.remove(near)
+                    part.add(near)
+                    front.append(near)
+        parts.append(part)
+    return parts
+
+
+@pytest.mark.parametrize(("seed", "overlap"), [(0, 1), (1, 1), (2, 2), (3, 3)])
+def test_lesions_against_flooding(seed, overlap):
+    rng = np.random.default_rng(seed)
+    predicted, true = rng.random((12, 11, 10)) < 0.04, rng.random((12, 11, 10)) < 0.05
+    predicted |= true & (rng.random(true.shape) < 0.5)
+    sides = [{tuple(v) for v in np.argwhere(mask)} for mask in (predicted, true)]
+    lesions, answers = parts_by_flooding(true), parts_by_flooding(predicted)
+    missed = [part for part in lesions if len(part & sides[0]) < min(overlap, len(part))]
+    wrong = [part for part in answers if len(part & sides[1]) < min(overlap, len(part))]
+    detected = len(lesions) - len(missed)
+    assert missed and wrong and detected
+    assert instance_scores(predicted * 3, true, (0.5, 1, 4), min_overlap_vox=overlap) == pytest.approx(
+        {
+            "lesions": len(lesions),
+            "detected": detected,
+            "missed": len(missed),
+            "false_positives": len(wrong),
+            "f1": detected / (detected + (len(missed) + len(wrong)) / 2),
+            "sensitivity": detected / len(lesions),
+            "missed_ml": sum(map(len, missed)) * 0.002,
+            "false_positive_ml": sum(map(len, wrong)) * 0.002,
+        }
+    )
+
+
+def test_lesions_that_touch_by_a_corner_are_one_and_one_answer_finds_two():
+    true, predicted = np.zeros((8, 8, 8), bool), np.zeros((8, 8, 8), bool)
+    true[1, 1, 1] = true[2, 2, 2] = True
+    assert instance_scores(predicted, true, (1, 1, 1))["missed"] == 1
+    true[2, 2, 2], true[6, 6, 6] = False, True
+    predicted[:] = True
+    found = instance_scores(predicted, true, (1, 1, 1))
+    assert (found["detected"], found["false_positives"], found["f1"]) == (2, 0, 1)
+
+
+def test_lesions_of_empty_masks():
+    empty, one = np.zeros((4, 4, 4), bool), np.zeros((4, 4, 4), bool)
+    one[1, 1, 1] = True
+    none = instance_scores(empty, empty, (1, 1, 1))
+    assert none["f1"] == 1 and none["sensitivity"] is None and none["missed"] == none["false_positives"] == 0
+    extra = instance_scores(one, empty, (1, 1, 1))
+    assert extra["f1"] == 0 and extra["sensitivity"] is None and extra["false_positives"] == 1
+    missed = instance_scores(empty, one, (1, 1, 2))
+    assert missed["f1"] == missed["sensitivity"] == 0 and missed["missed_ml"] == pytest.approx(0.002)
+
+
+def test_lesions_that_cannot_be_counted():
+    with pytest.raises(ValueError, match=r"3D masks by an overlap >= 1, found \(4, 4\) and 1"):
+        instance_scores(np.ones((4, 4)), np.ones((4, 4)), (1, 1, 1))
+    with pytest.raises(ValueError, match=r"found \(2, 2, 2\) and 0"):
+        instance_scores(np.ones((2, 2, 2)), np.ones((2, 2, 2)), (1, 1, 1), min_overlap_vox=0)
 
 
 def test_volume():

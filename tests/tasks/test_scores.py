@@ -11,7 +11,7 @@ from scipy.stats import linregress
 from sklearn import metrics as reference
 
 from brainfm.specs import TaskSpec
-from brainfm.tasks.scores import PRIMARY, auroc, average_precision, scan_scores
+from brainfm.tasks.scores import auroc, average_precision, primary, scan_score, scan_scores
 
 
 def question(kind: str = "classification", values: tuple = (), mode: str = "") -> TaskSpec:
@@ -166,19 +166,17 @@ def test_an_answer_that_is_not_a_number_spoils_the_scores() -> None:
 def test_one_score_alone_is_that_of_the_table() -> None:
     truth, p = simulated(30, 4, 3)
     table = scan_scores(GRADES, truth, p)
-    assert all(scan_scores(GRADES, truth, p, only=name) == {name: table[name]} for name in table)
+    assert {name: scan_score(GRADES, name)(truth, p) for name in table} == table
     with pytest.raises(ValueError, match="dice is no score of a question that is ordinal: expected one of"):
-        scan_scores(GRADES, truth, p, only="dice")
+        scan_score(GRADES, "dice")
 
 
 def test_the_primary_score_is_in_the_table_and_says_which_way_is_up() -> None:
     for spec, larger in ((BINARY, True), (THREE, True), (GRADES, True), (FINDINGS, True), (AGE, False)):
-        name, up = PRIMARY(spec)
-        width = max(1, spec.classes)
-        truth = np.zeros((4, width if spec.mode == "multilabel" else 1))
-        assert list(scan_scores(spec, truth, np.full((4, width), 0.5), only=name)) == [name]
+        name, up = primary(spec)
+        scan_score(spec, name)
         assert up is larger
-    assert PRIMARY(question("segmentation", values=(0, 1))) == ("dice", True)
+    assert primary(question("segmentation", values=(0, 1))) == ("dice", True)
 
 
 def test_shapes_of_another_question_are_refused() -> None:
