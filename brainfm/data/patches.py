@@ -320,8 +320,9 @@ class TaskPatches(Dataset):
         values: label values of the classes, background first.
         patch_vox: patch size.
         seed: of the run.
-        foreground_share: share of patches with a labelled voxel in their middle (where the case has one); of the
-            others nine in ten lie about some voxel of the head.
+        foreground_share: share of patches with a labelled voxel in their middle (where the case has one): first one of
+            the classes that the case shows is drawn, then a voxel of it, so that small structures are met as often as
+            large ones; of the others nine in ten lie about some voxel of the head.
         contrast_dropout: probability with which each present contrast is hidden; at least one stays.
     """
 
@@ -337,18 +338,20 @@ class TaskPatches(Dataset):
         if not self.cases:
             raise ConfigError("no case to train on, expected at least one labelled session on this side of the split")
         self._shuffled = Shuffled(len(self.cases), self.seed)
+        self._points: dict[int, list[np.ndarray]] = {}
 
     def __len__(self) -> int:
         return len(self.cases)
 
     def __getitem__(self, i: int) -> Sample:
         rng = seeds.stream(self.seed, "patch", i)
-        case = self.cases[self._shuffled[i]]
+        place = self._shuffled[i]
+        case = self.cases[place]
         names = [scans[rng.integers(len(scans))] if scans else None for scans in case.scans]
         names = drop_contrasts(names, rng, self.contrast_dropout)
-        labelled = self.store.label_points(case.session, case.label)
-        if len(labelled) and rng.random() < self.foreground_share:
-            points, share = labelled, 1.0
+        classes = self._labelled(place)
+        if classes and rng.random() < self.foreground_share:
+            points, share = classes[rng.integers(len(classes)) if len(classes) > 1 else 0], 1.0
         else:
             points, share = self.store.foreground(case.session), 0.9
         corner = draw_corner(rng, case.session.shape, self.patch_vox, points, share)
@@ -359,6 +362,18 @@ class TaskPatches(Dataset):
         label = self.store.block(case.session, case.label, corner, self.patch_vox)
         present = np.array([name is not None for name in names])
         return Sample(i, image, present=present, label=class_indices(label, self.values))
+
+    def _labelled(self, place: int) -> list[np.ndarray]:
+        """Random labelled voxels of a case, [N, 3] for each class that it shows. A label is read once for it."""
+        if place not in self._points:
+            case = self.cases[place]
+            points = self.store.label_points(case.session, case.label)
+            if len(self.values) == 2 or not len(points):
+                self._points[place] = [points] if len(points) else []
+            else:
+                found = self.store.volume(case.session, case.label)[tuple(points.T)]
+                self._points[place] = [points[found == value] for value in np.unique(found)]
+        return self._points[place]
 
 
 def drop_contrasts(names: list[str | None], rng: np.random.Generator, probability: float) -> list[str | None]:

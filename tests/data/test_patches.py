@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from brainfm.data.loader import StepSampler, make_loader
+from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.patches import (
     PretrainPatches,
     TaskPatches,
@@ -19,9 +20,10 @@ from brainfm.data.patches import (
     find_cases,
     whole_case,
 )
+from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
 from brainfm.seeds import stream
-from brainfm.specs import ConfigError, ManifestError, ViewSpec
+from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, ViewSpec
 
 PAIRS = ViewSpec((16, 16, 16), pairs=True)
 
@@ -157,3 +159,53 @@ def test_refusals(toy_store: Store) -> None:
 
 def test_class_indices_of_gapped_labels() -> None:
     assert class_indices(np.array([0, 4, 1, 2]), (0, 1, 2, 4)).tolist() == [0, 3, 1, 2]
+
+
+@pytest.fixture(scope="module")
+def unequal_store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    """Two heads with a class of one voxel and one of thousands; the second shows the large one alone."""
+    import nibabel as nib
+
+    root = tmp_path_factory.mktemp("unequal")
+    scans = []
+    for number in range(2):
+        label = np.zeros((40, 40, 40), np.uint8)
+        label[20:, :, :] = 7
+        if number == 0:
+            label[5, 30, 8] = 3
+        voxels = np.random.default_rng(number).normal(100, 5, label.shape).astype(np.float32)
+        for name, array in ((f"{number}_t1", voxels), (f"{number}_x", label)):
+            nib.save(nib.Nifti1Image(array, np.eye(4)), root / f"{name}.nii")
+        scans.append(Scan("d", str(number), "", "t1", f"{number}_t1.nii", {"x_labels": f"{number}_x.nii"}))
+    write_manifest(root / "m.csv", scans)
+    prepare(read_manifest(root / "m.csv"), root / "store", PreprocessSpec(labels="nearest", margin_mm=0), workers=1)
+    return Store.open(root / "store")
+
+
+def test_small_classes_are_met_as_often_as_large_ones(unequal_store: Store) -> None:
+    cases, _ = find_cases(unequal_store, ["t1"], "x")
+    dataset = TaskPatches(unequal_store, cases[:1], (0, 3, 7), (8, 8, 8), seed=0, foreground_share=1.0)
+    small = [bool((dataset[i].label == 1).any()) for i in range(200)]
+    assert 0.4 < np.mean(small) < 0.6  # of 4096 points one is of class 3: drawn by voxel it would hardly be met
+    assert all(dataset[i].label.any() for i in range(50))
+
+
+def test_a_class_that_a_case_lacks_is_not_drawn(unequal_store: Store) -> None:
+    cases, _ = find_cases(unequal_store, ["t1"], "x")
+    dataset = TaskPatches(unequal_store, cases[1:], (0, 3, 7), (8, 8, 8), seed=0, foreground_share=1.0)
+    assert all(set(np.unique(dataset[i].label)) <= {0, 2} and (dataset[i].label == 2).any() for i in range(30))
+
+
+def test_labelled_samples_are_the_same_in_any_order_and_for_any_number_of_workers(unequal_store: Store) -> None:
+    cases, _ = find_cases(unequal_store, ["t1"], "x")
+
+    def fresh() -> TaskPatches:
+        return TaskPatches(unequal_store, cases, (0, 3, 7), (8, 8, 8), seed=5, foreground_share=0.7)
+
+    alone, other = batches(fresh(), 0), fresh()
+    assert all(equal(a, b) for a, b in zip(alone, batches(fresh(), 2), strict=True))
+    backwards = {i: other[i] for i in reversed(range(12))}
+    for number, batch in enumerate(alone):
+        for place in (0, 1):
+            assert np.array_equal(batch.label[place].numpy(), backwards[2 * number + place].label)
+            assert np.array_equal(batch.image[place].numpy(), backwards[2 * number + place].image)
