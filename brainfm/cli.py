@@ -3,14 +3,17 @@
 from __future__ import annotations
 
 import errno
+import os
 import re
+import shlex
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 from brainfm import __version__
-from brainfm.specs import BrainfmError, ConfigError
+from brainfm.specs import BrainfmError, BrainfmWarning, ConfigError
 
 VERBS = {
     "demo": "a synthetic cohort taken through every step below, and a report with pictures",
@@ -22,6 +25,7 @@ VERBS = {
     "finetune": "fine-tune a backbone on labelled cases; leaves a bundle",
     "predict": "apply a bundle; masks lie on the scans that came in",
     "evaluate": "compare masks with labels: Dice, surface Dice, volumes, intervals",
+    "report": "write the report of a finished fine-tuning again",
 }
 
 # Values of these keys are text as it stands: a path may hold blanks, brackets or '=' without quoting for hydra.
@@ -41,6 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         print(__version__)
         return 0
     verb, *rest = words
+    warnings.simplefilter("always", BrainfmWarning)
+    warnings.showwarning = _note
     debug = "debug=true" in rest
     try:
         if verb not in VERBS:
@@ -48,7 +54,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if any(word in ("-h", "--help") for word in rest):
             print(_verb_help(verb))
             return 0
-        return _RUN[verb](resolve(verb, rest))
+        config = resolve(verb, rest)
+        if verb == "finetune":
+            config["command"] = shlex.join(["brainfm", *words])
+        return _RUN[verb](config)
     except BrainfmError as error:
         if debug:
             raise
@@ -64,6 +73,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
     except KeyboardInterrupt:
         print("brainfm: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130
+
+
+_show_warning = warnings.showwarning
+
+
+def _note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
+    """Our own warnings as one sentence, those of others as ever."""
+    if issubclass(category, BrainfmWarning):
+        print(f"brainfm: note: {message}", file=sys.stderr)
+    else:
+        _show_warning(message, category, *where, **more)
 
 
 def _complain(sentence: str) -> int:
@@ -160,8 +180,6 @@ def _hydra_sentence(verb: str, error: Exception) -> str:
 
 
 def _workers(config: dict[str, Any]) -> int:
-    import os
-
     if int(config["workers"]) > 0:
         return int(config["workers"])
     return len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
@@ -283,10 +301,24 @@ def _train(verb: str, config: dict[str, Any]) -> int:
 
     how = config.pop("launch")
     if how["cluster"] is None:
-        run(verb, config)
+        finished = run(verb, config)
+        if finished is not None and config.get("report") and _is_first():
+            return _report(config)
     else:
         job = submit(verb, config, how)
         print(f"{config['run']}: submitted as job {job.job_id}, logs in {job.paths.folder}")
+    return 0
+
+
+def _is_first() -> bool:
+    """Whether this is the first process of a run, the one that writes."""
+    return all(os.environ.get(name, "0") == "0" for name in ("RANK", "LOCAL_RANK", "SLURM_PROCID"))
+
+
+def _report(config: dict[str, Any]) -> int:
+    from brainfm.inference.study_report import write_study_report
+
+    print(write_study_report(config["run"]))
     return 0
 
 
@@ -349,6 +381,7 @@ _RUN: dict[str, Callable[[dict[str, Any]], int]] = {
     "finetune": _finetune,
     "predict": _predict,
     "evaluate": _evaluate,
+    "report": _report,
 }
 
 

@@ -40,6 +40,10 @@ class TrainingError(BrainfmError):
     """A run that cannot go on; the last good state was kept."""
 
 
+class BrainfmWarning(UserWarning):
+    """Something that the user should know, and that is done all the same."""
+
+
 class _Frozen:
     """JSON in and out, and the fingerprint, for the frozen dataclasses below."""
 

@@ -15,18 +15,15 @@ import numpy as np
 
 from brainfm.data.manifest import Manifest, read_manifest
 from brainfm.imaging import nifti
+from brainfm.inference.engine import Engine, check_folder, write_table, write_text
 from brainfm.inference.predict import (
     LISTING,
-    Engine,
     Key,
-    check_folder,
     grid_owner,
     label_of,
     predict_manifest,
     read_claim,
     strange_grid,
-    write_table,
-    write_text,
 )
 from brainfm.specs import ConfigError, ManifestError, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle

@@ -1,15 +1,13 @@
-"""Files in, a mask on the grid of one of them out."""
+"""Files in; a mask on the grid of one of them, or an answer for the whole session, out."""
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import os
 import re
-import secrets
-from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
+import warnings
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -20,54 +18,26 @@ from brainfm.data.manifest import CONTRASTS, LABEL_ENDINGS, Manifest, Scan, cont
 from brainfm.imaging import nifti
 from brainfm.imaging.nifti import FileGrid
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
-from brainfm.specs import BundleError, ConfigError, ManifestError, PreprocessSpec, ScanError, TaskSpec
-from brainfm.tasks.bundle import Bundle, read_bundle
-from brainfm.tasks.windows import Network, predict_windows
+from brainfm.inference.engine import Engine, PathLike, check_folder, in_order, write_table, write_text
+from brainfm.inference.scan_answers import (
+    ScanAnswer,
+    answer_scan,
+    check_answer_file,
+    read_answer,
+    table_columns,
+    write_answer,
+)
+from brainfm.specs import BrainfmWarning, BundleError, ConfigError, ManifestError, ScanError, TaskSpec
+from brainfm.tasks import postprocess
+from brainfm.tasks.bundle import Bundle
+from brainfm.tasks.windows import predict_windows
 
 Key = tuple[str, str, str]  # dataset, subject, session
-PathLike = str | os.PathLike[str]
-
 CLAIM = "predictions.json"
 LISTING = "predictions.csv"
 FAILURES = "failures.csv"
 _ENDINGS = (".nii", ".nii.gz")
-_PRECISIONS = {"32-true": None, "bf16-mixed": torch.bfloat16, "16-mixed": torch.float16}
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")
-
-
-@dataclass(frozen=True)
-class Engine:
-    """What turns prepared scans into probabilities.
-
-    Attributes:
-        networks: give logits; their probabilities are averaged.
-        task, preprocess: of the bundle.
-        device: where the networks are.
-        autocast: the precision they compute in, None for float32.
-        overlap: share of a window that its neighbour repeats, in [0, 1).
-        fingerprint: of the bundle.
-    """
-
-    networks: tuple[Network, ...]
-    task: TaskSpec
-    preprocess: PreprocessSpec
-    device: torch.device
-    autocast: torch.dtype | None
-    fingerprint: str
-    overlap: float = 0.5
-
-    @classmethod
-    def load(
-        cls, bundle: PathLike | Bundle, device: str = "auto", precision: str = "auto", overlap: float = 0.5
-    ) -> Engine:
-        """Raises: BundleError where the bundle is not whole; ConfigError for impossible values."""
-        if not 0 <= overlap < 1:
-            raise ConfigError(f"overlap={overlap}: expected 0 or more and less than 1")
-        place = settle_device(device)
-        dtype = settle_precision(precision, place)
-        read = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
-        networks = tuple(network.to(place) for network in read.networks)
-        return cls(networks, read.task, read.preprocess, place, dtype, read.fingerprint, overlap)
 
 
 def predict(
@@ -79,25 +49,27 @@ def predict(
     device: str = "auto",
     precision: str = "auto",
     overlap: float = 0.5,
-) -> np.ndarray:
-    """The mask of one session, on the grid of one of its files.
+) -> np.ndarray | ScanAnswer:
+    """The mask of one session, on the grid of one of its files; or what a scan-level bundle answers for the session.
 
     Args:
         bundle: a bundle's folder.
-        inputs: file by contrast, e.g. ``{"flair": "flair.nii.gz"}``; any subset of the bundle's contrasts.
+        inputs: file by contrast, e.g. ``{"flair": "flair.nii.gz"}``; any subset of the bundle's contrasts. A contrast
+            that it was never trained on is used too, with a BrainfmWarning.
         out: where to write the mask, ``.nii`` or ``.nii.gz``: uint8, with the affine and orientation of the file it
-            answers for. It appears whole or not at all.
+            answers for; or the answer, ``.json`` (all that is known) or ``.txt`` (the bare number). It appears whole or
+            not at all.
         on: the contrast whose file's grid is answered on; by default the first of the inputs.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         overlap: share of a window that its neighbour repeats; less is quicker and coarser.
         precision: ``auto`` (bfloat16 on a GPU that has it), ``32-true``, ``bf16-mixed`` or ``16-mixed``.
 
     Returns:
-        uint8 label values, in the shape and axis order of that file.
+        uint8 label values, in the shape and axis order of that file; or the answer.
 
     Raises:
         BundleError: the bundle is missing, incomplete or was changed.
-        ConfigError: an unknown contrast, one that the bundle never saw, no input at all, or an impossible output.
+        ConfigError: an unknown contrast, no input at all, or an impossible output.
         ScanError: an input file is missing or cannot be used.
     """
     engine = Engine.load(bundle, device, precision, overlap)
@@ -105,6 +77,12 @@ def predict(
     on = next(iter(files)) if on is None else on
     if on not in files:
         raise ConfigError(f"no input {on} to answer on, expected one of the inputs {', '.join(files)}")
+    if engine.task.kind != "segmentation":
+        place = None if out is None else check_answer_file(Path(out))
+        found = answer_scan(engine, files, reference=on)
+        if place is not None:
+            write_answer(place, found)
+        return found
     target = None if out is None else check_output(out, files.values())
     labels = answer(engine, files, reference=on)
     if target is not None:
@@ -116,7 +94,7 @@ def answer(engine: Engine, files: Mapping[str, Path], reference: str, grid: File
     """Label values of one session, uint8, in the shape and axis order of a file.
 
     Args:
-        files: file by contrast, each a contrast of the task.
+        files: file by contrast; those that the task was not trained on are looked at as well.
         reference: the contrast whose directions the network's grid takes.
         grid: of the file that is answered for; by default the reference's.
 
@@ -126,18 +104,15 @@ def answer(engine: Engine, files: Mapping[str, Path], reference: str, grid: File
     prepared = prepare_session(files, {}, engine.preprocess, reference=reference)
     if prepared.failures:
         raise ScanError(next(iter(prepared.failures.values())))
-    contrasts = engine.task.contrasts
-    shape = next(iter(prepared.scans.values())).shape
-    image = torch.zeros(len(contrasts), *shape)
-    present = torch.tensor([contrast in files for contrast in contrasts])
-    for m, contrast in enumerate(contrasts):
-        if contrast in files:
-            image[m] = torch.from_numpy(prepared.scans.pop(contrast))
+    order = in_order(files, engine.task)
+    image = torch.stack([torch.from_numpy(prepared.scans.pop(contrast)) for contrast in order])
     recipe = prepared.recipes[reference]
-    probabilities = _mean_probabilities(engine, image, present)
+    probabilities = _mean_probabilities(engine, image, torch.ones(len(files), dtype=torch.bool))
     if grid is not None:
         recipe = replace(recipe, file=grid)
     indices = restore_probabilities(probabilities.numpy(), recipe)
+    spacing_mm = np.linalg.norm(np.array(recipe.file.affine_mm)[:3, :3], axis=0)
+    indices = postprocess.apply(indices, engine.decisions, spacing_mm.tolist())
     return np.asarray(engine.task.values, dtype=np.uint8)[indices]
 
 
@@ -154,6 +129,7 @@ def _mean_probabilities(engine: Engine, image: torch.Tensor, present: torch.Tens
             batch=1 if engine.device.type == "cpu" else 2,  # more gains no time on a CPU and costs memory
             device=engine.device,
             autocast=engine.autocast,
+            **({"mirror": engine.decisions.mirror} if engine.decisions.mirror else {}),
         )
         total = probabilities if total is None else total.add_(probabilities)
     if total is None:
@@ -168,7 +144,7 @@ def check_inputs(inputs: Mapping[str, PathLike], task: TaskSpec) -> dict[str, Pa
     """The files as paths, in the order given.
 
     Raises:
-        ConfigError: for no input, a contrast outside the vocabulary, one the task does not read, or one file twice.
+        ConfigError: for no input, a contrast outside the vocabulary, or one file twice.
         ScanError: for a file that is not there.
     """
     legal = ", ".join(task.contrasts)
@@ -181,7 +157,11 @@ def check_inputs(inputs: Mapping[str, PathLike], task: TaskSpec) -> dict[str, Pa
             hint = f"perhaps {meant!r}; " if meant in task.contrasts else ""
             raise ConfigError(f"input.{contrast}: unknown contrast, expected {hint}one of {', '.join(CONTRASTS)}")
         if contrast not in task.contrasts:
-            raise ConfigError(f"input.{contrast}: the bundle was never trained on {contrast}, expected one of {legal}")
+            warnings.warn(
+                f"input.{contrast}: the bundle was trained on {legal}, never on {contrast}; its answer may be worse",
+                BrainfmWarning,
+                stacklevel=2,
+            )
         path = Path(text)
         if not os.path.isfile(path):
             raise ScanError(f"{path}: no such file, given as input.{contrast}")
@@ -203,39 +183,6 @@ def check_output(out: PathLike, inputs: Collection[Path]) -> Path:
         raise ConfigError(f"out={path} is one of the inputs, expected another file")
     check_folder(path.parent)
     return path
-
-
-def check_folder(folder: Path) -> None:
-    """Raises: ConfigError where the folder neither exists nor could be made, before any time is spent."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{folder}: nothing can be written there, expected a folder that may be written to")
-
-
-def settle_device(name: str) -> torch.device:
-    """Raises: ConfigError where there is no such device."""
-    if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-    except RuntimeError:
-        raise ConfigError(f"device={name}: expected auto, cpu, cuda or cuda:N") from None
-    if device.type not in ("cpu", "cuda"):
-        raise ConfigError(f"device={name}: expected auto, cpu, cuda or cuda:N")
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise ConfigError(f"device={name}: this machine has {torch.cuda.device_count()} CUDA devices")
-    return device
-
-
-def settle_precision(name: str, device: torch.device) -> torch.dtype | None:
-    """Raises: ConfigError where the precision is unknown."""
-    if name == "auto":
-        # float32 on a CPU: without matrix units (AMX) bfloat16 convolutions take 2.5 times as long there.
-        fast = device.type == "cuda" and torch.cuda.is_bf16_supported(including_emulation=False)
-        return torch.bfloat16 if fast else None
-    if name not in _PRECISIONS:
-        raise ConfigError(f"precision={name}: expected auto, {', '.join(_PRECISIONS)}")
-    return _PRECISIONS[name]
 
 
 def write_mask(path: Path, labels: np.ndarray, like: Path) -> None:
@@ -271,11 +218,12 @@ def predict_manifest(
     overlap: float = 0.5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Report:
-    """One mask a session, ``<dataset>__<subject>__<session>_<target>.nii.gz``; called again, it continues.
+    """One mask or answer a session, ``<dataset>__<subject>__<session>_<target>.nii.gz`` or ``.json``; called again, it
+    continues.
 
     A mask lies on the grid of the session's label for the target, where it has one, so that both can be compared; else
     on that of the first contrast of the task that the session has. A session that fails is listed in ``failures.csv``
-    and the rest is done; ``predictions.csv`` lists the masks.
+    and the rest is done; ``predictions.csv`` lists the masks, or the answers themselves.
 
     Args:
         out: a folder of its own; masks of this bundle that are already there are kept.
@@ -291,29 +239,38 @@ def predict_manifest(
     folder = Path(out)
     _claim(folder, engine)
     wanted = {key: scans for key, scans in manifest.sessions().items() if sessions is None or key in sessions}
-    listed: list[list[str]] = []
+    dense = engine.task.kind == "segmentation"
+    columns = ["grid"] if dense else table_columns(engine.task)
+    listed: list[list[object]] = []
     failures: dict[Key, str] = {}
     kept = 0
     for number, (key, scans) in enumerate(wanted.items()):
         progress(number, len(wanted))
-        name = mask_name(key, engine.task.target)
+        name = mask_name(key, engine.task.target, ".nii.gz" if dense else ".json")
         try:
             files, reference, like = _plan(manifest, key, scans, engine.task)
-            if (folder / name).is_file():
-                kept += 1
-            else:
+            there = (folder / name).is_file()
+            kept += there
+            if not dense:
+                found = read_answer(folder / name) if there else answer_scan(engine, files, reference)
+                if not there:
+                    write_answer(folder / name, found)
+                cells = found.cells()
+                listed.append([*key, *(cells[column] for column in columns), name])
+                continue
+            if not there:
                 labels = answer(engine, files, reference, nifti.read_header(like).grid)
                 write_mask(folder / name, labels, like)
             listed.append([*key, str(like), name])
         except (ScanError, ManifestError) as error:
             failures[key] = str(error)
     progress(len(wanted), len(wanted))
-    write_table(folder / LISTING, ["dataset", "subject", "session", "grid", "file"], listed)
+    write_table(folder / LISTING, ["dataset", "subject", "session", *columns, "file"], listed)
     write_table(folder / FAILURES, ["dataset", "subject", "session", "reason"], [[*k, r] for k, r in failures.items()])
     return Report(len(listed) - kept, kept, failures)
 
 
-def mask_name(key: Key, target: str) -> str:
+def mask_name(key: Key, target: str, ending: str = ".nii.gz") -> str:
     """A file name that is readable, legal on every system and another one for every session.
 
     An empty session is left out. Where a part holds other characters than letters, digits, ``.``, ``-`` and single
@@ -325,7 +282,7 @@ def mask_name(key: Key, target: str) -> str:
         readable = "__".join(parts)
     else:
         readable += "-" + hashlib.blake2b("\0".join(key).encode(), digest_size=4).hexdigest()
-    return f"{readable}_{re.sub(r'[^A-Za-z0-9.-]+', '-', target)}.nii.gz"
+    return f"{readable}_{re.sub(r'[^A-Za-z0-9.-]+', '-', target)}{ending}"
 
 
 @dataclass(frozen=True)
@@ -348,17 +305,29 @@ def label_of(scans: Sequence[Scan], target: str) -> Label | None:
 def _plan(manifest: Manifest, key: Key, scans: Sequence[Scan], task: TaskSpec) -> tuple[dict[str, Path], str, Path]:
     """The input files, the reference contrast, and the file whose grid is answered on.
 
-    Of several scans of one contrast the first by path is read.
+    Of several scans of one contrast the first by path is read. A session without any contrast that the task was trained
+    on is answered from what it has, with a warning.
     """
     shown: dict[str, Path] = {}
-    for contrast in task.contrasts:
+    there = {scan.contrast for scan in scans} - {"unknown"}
+    contrasts = task.contrasts
+    if there and not there & set(contrasts):
+        contrasts = tuple(sorted(there))
+        trained = ", ".join(task.contrasts)
+        warnings.warn(
+            f"{'/'.join(key)}: has only {', '.join(contrasts)}, the bundle was trained on {trained}; its answer may be "
+            "worse",
+            BrainfmWarning,
+            stacklevel=3,
+        )
+    for contrast in contrasts:
         paths = sorted(scan.path for scan in scans if scan.contrast == contrast)
         if paths:
             shown[contrast] = manifest.resolve(paths[0])
     if not shown:
         raise ManifestError(f"{'/'.join(key)} has none of the contrasts {', '.join(task.contrasts)}")
     first = next(iter(shown))
-    label = label_of(scans, task.target)
+    label = label_of(scans, task.target) if task.kind == "segmentation" else None
     if label is None:
         return shown, first, shown[first]
     path = manifest.resolve(label.path)
@@ -409,24 +378,3 @@ def read_claim(folder: Path) -> tuple[str, TaskSpec]:
         raise ConfigError(
             f"{folder / CLAIM} is not as brainfm predict wrote it ({error}); use another folder"
         ) from None
-
-
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A CSV that appears whole or not at all."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file that appears whole or not at all. Raises: ConfigError where it cannot be written."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8", newline="")
-        os.replace(part, path)
-    except OSError as error:
-        part.unlink(missing_ok=True)
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None

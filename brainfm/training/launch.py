@@ -137,8 +137,11 @@ def _end_with_parent() -> None:
 # ---------------------------------------------------------------------------------------------------------------- runs
 
 
-def run(verb: str, config: dict[str, Any]) -> None:
+def run(verb: str, config: dict[str, Any]) -> Path | None:
     """Pre-trains or fine-tunes in this process and its fellows.
+
+    Returns:
+        What a finished fine-tuning left; else None.
 
     Raises:
         TrainingError: where another process of the run is gone; its own message says why.
@@ -149,10 +152,10 @@ def run(verb: str, config: dict[str, Any]) -> None:
             from brainfm.training.pretrain import pretrain
 
             pretrain(config)
-        else:
-            from brainfm.training.finetune import finetune
+            return None
+        from brainfm.training.finetune import finetune
 
-            finetune(config)
+        return finetune(config)
     except RuntimeError as error:
         if not any(sign in str(error) for sign in _LOST):
             raise

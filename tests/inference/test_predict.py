@@ -15,16 +15,24 @@ import torch
 
 from brainfm.data.manifest import Scan, write_manifest
 from brainfm.inference import predict as predict_module
+from brainfm.inference.engine import settle_device, settle_precision
 from brainfm.inference.predict import (
     check_output,
     mask_name,
     predict,
     predict_manifest,
-    settle_device,
-    settle_precision,
 )
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import BundleError, ConfigError, ManifestError, PreprocessSpec, Provenance, ScanError, TaskSpec
+from brainfm.specs import (
+    BrainfmWarning,
+    BundleError,
+    ConfigError,
+    ManifestError,
+    PreprocessSpec,
+    Provenance,
+    ScanError,
+    TaskSpec,
+)
 from brainfm.tasks.bundle import read_bundle, write_bundle
 from brainfm.tasks.segmentation import SegmentationTask
 from tests.inference.test_predict_geometry import write
@@ -94,6 +102,17 @@ def test_any_contrast_may_be_missing_and_order_does_not_matter(bundle, scans):
     assert predict(bundle, {"flair": scans["flair"]}).shape == nib.load(scans["flair"]).shape
 
 
+def test_a_contrast_never_seen_is_used_with_a_warning(bundle, scans):
+    """The weights know no contrast by name, so any scan can be read; whether the answer is good is another matter."""
+    said = r"input\.pd: the bundle was trained on t1, flair, never on pd; its answer may be worse"
+    with pytest.warns(BrainfmWarning, match=said):
+        alone = predict(bundle, {"pd": scans["t1"]})
+    assert np.array_equal(alone, predict(bundle, {"t1": scans["t1"]}))
+    with pytest.warns(BrainfmWarning):
+        beside = predict(bundle, {"flair": scans["flair"], "pd": scans["t1"]}, on="flair")
+    assert np.array_equal(beside, predict(bundle, scans, on="flair"))
+
+
 def test_the_answer_repeats(bundle, scans):
     assert np.array_equal(predict(bundle, scans), predict(read_bundle(bundle), scans))
 
@@ -103,7 +122,6 @@ def test_the_answer_repeats(bundle, scans):
     [
         ({}, ConfigError, "no input was given, expected one or more of t1, flair"),
         ({"t1w": "t1"}, ConfigError, r"input\.t1w: unknown contrast, expected perhaps 't1'; one of t1, t1c"),
-        ({"pd": "t1"}, ConfigError, r"input\.pd: the bundle was never trained on pd, expected one of t1, flair"),
         ({"t1": "nowhere"}, ScanError, r"nowhere.*: no such file, given as input\.t1"),
         ({"t1": "t1", "flair": "t1"}, ConfigError, r"input\.t1 and input\.flair are one file"),
         ({"t1": "truncated"}, ScanError, "truncated.*cut short"),
@@ -202,7 +220,7 @@ def cohort(tmp_path):
         rows("a", ("t1", "flair"), "flair_lesion.nii.gz")
         + rows("b", ("t1", "pd"), "pd_lesion.nii.gz")
         + rows("c", ("t1",), "")
-        + rows("e", ("pd",), ""),
+        + [Scan("d", "e", "", "unknown", "pd.nii.gz", {"lesion_mask": ""})],
     )
     return root / "manifest.csv"
 
@@ -228,6 +246,13 @@ def test_a_manifest(bundle, cohort, tmp_path):
     assert failures == [{"dataset": "d", "subject": "e", "session": "", "reason": report.failures["d", "e", ""]}]
     assert "none of the contrasts t1, flair" in failures[0]["reason"]
     assert json.loads((tmp_path / "out" / "predictions.json").read_text())["task"]["target"] == "lesion"
+
+
+def test_a_session_with_other_contrasts_only_is_answered_with_a_warning(bundle, cohort, tmp_path):
+    manifest = cohort.parent / "others.csv"
+    write_manifest(manifest, [Scan("d", "f", "", "pd", "pd.nii.gz", {})])
+    with pytest.warns(BrainfmWarning, match=r"d/f/: has only pd, the bundle was trained on t1, flair"):
+        assert predict_manifest(bundle, manifest, tmp_path / "out").done == 1
 
 
 def test_a_manifest_is_taken_up_again(bundle, cohort, tmp_path, monkeypatch):
