@@ -7,7 +7,6 @@ whole head on coarse voxels among its views, or windows that together cover the 
 from __future__ import annotations
 
 import math
-import re
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -17,6 +16,7 @@ import numpy as np
 from torch.utils.data import Dataset
 
 from brainfm import seeds
+from brainfm.data.answers import AGE, Unusable, cell, read_answer, tidy, who
 from brainfm.data.patches import Sample, Shuffled, draw_corner, drop_contrasts
 from brainfm.data.store import SessionEntry, Store
 from brainfm.imaging.views import (
@@ -30,12 +30,6 @@ from brainfm.specs import ConfigError, ManifestError, TaskSpec
 
 Triple = tuple[int, int, int]
 
-_MISSING = {"", "n/a", "na", "nan", "null", "unknown", "unspecified", "?"}
-_YES = {"1", "yes", "y", "true", "positive", "present"}
-_NO = {"0", "no", "n", "false", "negative", "absent"}
-_AGE = re.compile(r"(^|_)age($|_)")
-_OLDEST_YEARS = 130
-_IN_A_YEAR = {"month": 12, "week": 53, "day": 366}
 _MANY_CLASSES = 10
 
 
@@ -85,10 +79,10 @@ def find_scan_cases(store: Store, values: Mapping[str, Any]) -> Found:
         ConfigError: where a setting does not suit the columns, or all answers are the same.
     """
     kind, target, given = values["kind"], str(values["target"]), values.get("values")
-    names = None if given is None else tuple(_tidy(str(v)) for v in given)
+    names = None if given is None else tuple(tidy(str(v)) for v in given)
     mode = _mode(store, kind, target, str(values.get("mode") or ""), names)
     columns = names if names is not None and mode == "multilabel" else (target,)
-    filled = [s for s in store.sessions if any(_cell(s, c) is not None for c in columns)]
+    filled = [s for s in store.sessions if any(cell(s, c) is not None for c in columns)]
     if not filled:
         there = sorted({column for session in store.sessions for column in session.columns})
         raise ManifestError(
@@ -99,44 +93,11 @@ def find_scan_cases(store: Store, values: Mapping[str, Any]) -> Found:
     if contrasts is None:
         contrasts = sorted({scan.contrast for session in filled for scan in session.scans})
     unit = str(values.get("unit") or "")
-    read: Callable[[SessionEntry], np.ndarray]
     if kind == "regression":
         classes: tuple[str, ...] = ()
-        unit = unit or ("years" if _AGE.search(target.lower()) else "")
-
-        def read(session: SessionEntry) -> np.ndarray:
-            return np.array([_number(session, target, unit)], np.float32)
-    elif mode == "multilabel":
-        classes = columns
-
-        def read(session: SessionEntry) -> np.ndarray:
-            return _labels(session, columns)
+        unit = unit or ("years" if AGE.search(target.lower()) else "")
     else:
-        classes = names or _classes(store, filled, target)
-        index = {name.casefold(): place for place, name in enumerate(classes)}
-
-        def read(session: SessionEntry) -> np.ndarray:
-            return np.array([_class(session, target, index, classes)], np.float32)
-
-    lesions = _lesion_names(store, values.get("lesion"))
-    cases, left_out = [], []
-    for session in store.sessions:
-        scans = tuple(tuple(s.name for s in session.scans if s.contrast == contrast) for contrast in contrasts)
-        try:
-            answer = read(session)
-        except _Unusable as reason:
-            left_out.append(str(reason))
-            continue
-        if not any(scans):
-            left_out.append(f"{_who(session)}: none of the contrasts {', '.join(contrasts)}")
-            continue
-        lesion = next((entry.name for entry in session.labels if entry.name in lesions), None)
-        cases.append(ScanCase(session, scans, answer, lesion))
-    if not cases:
-        raise ManifestError(
-            f"{store.path}: no session has both a usable {', '.join(columns)} and one of the contrasts "
-            f"{', '.join(contrasts)}; the first was left out because: {left_out[0]}"
-        )
+        classes = columns if mode == "multilabel" else names or _classes(store, filled, target)
     spec = TaskSpec(
         kind=kind,
         target=target,
@@ -147,12 +108,27 @@ def find_scan_cases(store: Store, values: Mapping[str, Any]) -> Found:
         mode=mode,
         unit=unit,
     )
+    lesions = _lesion_names(store, values.get("lesion"))
+    cases, left_out = [], []
+    for session in store.sessions:
+        scans = tuple(tuple(s.name for s in session.scans if s.contrast == contrast) for contrast in contrasts)
+        try:
+            answer = read_answer(session, spec)
+        except Unusable as reason:
+            left_out.append(str(reason))
+            continue
+        if not any(scans):
+            left_out.append(f"{who(session)}: none of the contrasts {', '.join(contrasts)}")
+            continue
+        lesion = next((entry.name for entry in session.labels if entry.name in lesions), None)
+        cases.append(ScanCase(session, scans, answer, lesion))
+    if not cases:
+        raise ManifestError(
+            f"{store.path}: no session has both a usable {', '.join(columns)} and one of the contrasts "
+            f"{', '.join(contrasts)}; the first was left out because: {left_out[0]}"
+        )
     _check_spread(store, spec, np.stack([case.answer for case in cases]))
     return Found(spec, tuple(cases), tuple(left_out))
-
-
-class _Unusable(Exception):
-    """Why a session cannot answer, as a sentence that names it."""
 
 
 def _mode(store: Store, kind: str, target: str, asked: str, names: tuple[str, ...] | None) -> str:
@@ -174,31 +150,11 @@ def _mode(store: Store, kind: str, target: str, asked: str, names: tuple[str, ..
     return "multilabel" if several else "exclusive"
 
 
-def _who(session: SessionEntry) -> str:
-    return "/".join(part for part in session.key if part)
-
-
-def _tidy(text: str) -> str:
-    """One spelling for whole numbers: 1.0 and 01 are 1."""
-    text = text.strip()
-    try:
-        number = float(text)
-    except ValueError:
-        return text
-    return str(int(number)) if math.isfinite(number) and number == int(number) else text
-
-
-def _cell(session: SessionEntry, column: str) -> str | None:
-    """What the manifest says, None where it says nothing."""
-    text = _tidy(session.columns.get(column, ""))
-    return None if text.casefold() in _MISSING else text
-
-
 def _classes(store: Store, sessions: Sequence[SessionEntry], column: str) -> tuple[str, ...]:
     """The classes found, in the order of numbers or letters; capitals make no difference."""
     spellings: dict[str, Counter[str]] = {}
     for session in sessions:
-        text = _cell(session, column)
+        text = cell(session, column)
         if text is not None:
             spellings.setdefault(text.casefold(), Counter())[text] += 1
     found = [min(c, key=lambda text: (-c[text], text)) for c in spellings.values()]
@@ -212,51 +168,6 @@ def _classes(store: Store, sessions: Sequence[SessionEntry], column: str) -> tup
         return tuple(sorted(found, key=float))
     except ValueError:
         return tuple(sorted(found))
-
-
-def _class(session: SessionEntry, column: str, index: Mapping[str, int], classes: Sequence[str]) -> int:
-    text = session.columns.get(column, "").strip()
-    place = index.get(_tidy(text).casefold())  # asked first: a class may be called unknown
-    if place is not None:
-        return place
-    if _cell(session, column) is None:
-        raise _Unusable(f"{_who(session)}: no {column}")
-    raise _Unusable(f"{_who(session)}: {column} is {text!r}, expected one of {', '.join(classes)}")
-
-
-def _labels(session: SessionEntry, columns: Sequence[str]) -> np.ndarray:
-    """[T], NaN where a label is not known."""
-    answer = np.full(len(columns), np.nan, np.float32)
-    for place, column in enumerate(columns):
-        text = _cell(session, column)
-        if text is None:
-            continue
-        if text.casefold() not in _YES | _NO:
-            raise _Unusable(f"{_who(session)}: {column} is {text!r}, expected 0 or 1")
-        answer[place] = text.casefold() in _YES
-    if np.isnan(answer).all():
-        raise _Unusable(f"{_who(session)}: none of {', '.join(columns)}")
-    return answer
-
-
-def _number(session: SessionEntry, column: str, unit: str) -> float:
-    text = _cell(session, column)
-    if text is None:
-        raise _Unusable(f"{_who(session)}: no {column}")
-    try:
-        value = float(text)
-    except ValueError:
-        value = math.nan
-    if not math.isfinite(value):
-        raise _Unusable(f"{_who(session)}: {column} is {text!r}, expected a number")
-    if _AGE.search(column.lower()):
-        most = _OLDEST_YEARS * _IN_A_YEAR.get(unit.lower().rstrip("s"), 1)
-        if not 0 <= value <= most:
-            raise ManifestError(
-                f"session {_who(session)} has {column} {text}, expected an age from 0 to {most} {unit}; "
-                "mend or empty that cell"
-            )
-    return value
 
 
 def _lesion_names(store: Store, lesion: str | None) -> set[str]:
