@@ -8,8 +8,9 @@ transposed convolution runs at a sixth of the processor's rate, which one matrix
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any
+import math
+from collections.abc import Iterator, Sequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 
 _VOXELS = (2, 3, 4)
 _MOST_CHANNELS_LAST = 128
+_SLAB_VOXELS = 2**14
 
 
 def is_for(features: Tensor) -> bool:
@@ -38,12 +40,28 @@ def laid_out(features: Tensor, channels_out: int) -> Tensor:
     return features.contiguous(memory_format=torch.channels_last_3d)
 
 
+def first_convolution(image: Tensor, conv: nn.Conv3d) -> Tensor | None:
+    """A convolution of one channel as matrix products over slabs of the image, channels last.
+
+    None where it does not apply: more channels, a stride, other padding than half an odd kernel.
+    """
+    kernel, padding = conv.kernel_size, cast("tuple[int, ...]", conv.padding)
+    same = all(k % 2 == 1 and p == k // 2 for k, p in zip(kernel, padding))
+    if conv.in_channels != 1 or set(conv.stride) != {1} or not same:
+        return None
+    return cast(Tensor, _FirstConvolution.apply(image, conv.weight, conv.bias))
+
+
 def norm_act(features: Tensor, norm: nn.InstanceNorm3d, slope: float) -> Tensor:
     """Instance norm with scale and shift, then leaky ReLU (none where the slope is 1), in the layout of ``features``.
+
+    Where no gradient is recorded it is computed in the memory of ``features``, which then hold the result.
 
     Source: Ulyanov et al. 2016 (arXiv 1607.08022), equation 2; the gradient is the one of Ioffe & Szegedy 2015
     (arXiv 1502.03167), section 3, per scan.
     """
+    if not torch.is_grad_enabled():
+        return _norm_act_(features, norm, slope)
     normed: Tensor = _NormAct.apply(features, norm.weight, norm.bias, norm.eps, slope)
     return normed
 
@@ -53,8 +71,9 @@ def upsampled(features: Tensor, conv: nn.ConvTranspose3d) -> Tensor:
     scale_x, scale_y, scale_z = conv.stride
     weight = conv.weight.permute(2, 3, 4, 1, 0).reshape(-1, conv.in_channels)
     bias = None if conv.bias is None else conv.bias.repeat(scale_x * scale_y * scale_z)
-    cells = F.linear(features.movedim(1, -1), weight, bias)
-    batch, x, y, z, _ = cells.shape
+    batch, _, x, y, z = features.shape
+    # laid out first: torch would answer other layouts with a product for every row of voxels
+    cells = F.linear(features.movedim(1, -1).reshape(-1, conv.in_channels), weight, bias)
     cells = cells.view(batch, x, y, z, scale_x, scale_y, scale_z, conv.out_channels).permute(0, 1, 4, 2, 5, 3, 6, 7)
     return cells.reshape(batch, x * scale_x, y * scale_y, z * scale_z, conv.out_channels).movedim(-1, 1)
 
@@ -72,6 +91,65 @@ def block_means(features: Tensor, grid: Sequence[int]) -> Tensor:
     for axis, cells in enumerate(grid, start=1 if channels_last else 2):
         features = features.unflatten(axis, (cells, -1)).mean(dim=axis + 1)
     return features.movedim(place, 1)
+
+
+def _norm_act_(features: Tensor, norm: nn.InstanceNorm3d, slope: float) -> Tensor:
+    """_NormAct's values to the bit; new memory for maps of this size costs as much time as the arithmetic."""
+    centred = features.sub_(features.mean(_VOXELS, keepdim=True))
+    inverse = torch.rsqrt(_inner(centred, centred) / features[0, 0].numel() + norm.eps)
+    torch.addcmul(_broadcast(norm.bias), centred, inverse * _broadcast(norm.weight), out=centred)
+    return F.leaky_relu_(centred, slope) if slope != 1 else centred
+
+
+class _FirstConvolution(torch.autograd.Function):
+    """Keeps the image for the gradient, not the neighbourhoods (27 times as much), which are gathered again."""
+
+    @staticmethod
+    def forward(ctx: Any, image: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        batch, _, x, y, z = image.shape
+        output = image.new_empty(batch, x, y * z, len(weight))
+        columns = weight.flatten(1).t().contiguous()
+        for scan, rows in zip(image[:, 0], output):
+            for slab, near in _neighbourhoods(scan, weight.shape[2:]):
+                target = rows[slab].view(-1, len(weight))
+                if bias is None:
+                    torch.mm(near.t(), columns, out=target)
+                else:
+                    torch.addmm(bias, near.t(), columns, out=target)
+        ctx.save_for_backward(image, weight)
+        ctx.biased = bias is not None
+        return output.view(batch, x, y, z, -1).movedim(-1, 1)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+        image, weight = ctx.saved_tensors
+        pulls = grads[0].movedim(1, -1).flatten(2, 3).contiguous()  # [B, X, Y Z, E]
+        for_image = for_weight = for_bias = None
+        if ctx.needs_input_grad[0]:
+            padding = [k // 2 for k in weight.shape[2:]]
+            for_image = F.conv_transpose3d(grads[0], weight, padding=padding)
+        if ctx.needs_input_grad[1]:
+            sums = weight.new_zeros(weight[0].numel(), len(weight))
+            for scan, rows in zip(image[:, 0], pulls):
+                for slab, near in _neighbourhoods(scan, weight.shape[2:]):
+                    sums.addmm_(near, rows[slab].view(-1, len(weight)))
+            for_weight = sums.t().reshape(weight.shape)
+        if ctx.biased and ctx.needs_input_grad[2]:
+            for_bias = pulls.sum((0, 1, 2))
+        return for_image, for_weight, for_bias
+
+
+def _neighbourhoods(scan: Tensor, kernel: Sequence[int]) -> Iterator[tuple[slice, Tensor]]:
+    """Slabs along the first axis of [X, Y, Z], and what the kernel sees from each voxel of one: [k, voxels].
+
+    A slab is small enough to stay in a core's cache.
+    """
+    padded = F.pad(scan, [k // 2 for k in reversed(kernel) for _ in range(2)])
+    views = padded.unfold(0, kernel[0], 1).unfold(1, kernel[1], 1).unfold(2, kernel[2], 1).permute(3, 4, 5, 0, 1, 2)
+    depth = max(1, _SLAB_VOXELS // scan[0].numel())
+    for begin in range(0, len(scan), depth):
+        slab = slice(begin, begin + depth)
+        yield slab, views[:, :, :, slab].reshape(math.prod(kernel), -1)
 
 
 class _NormAct(torch.autograd.Function):

@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import cast
 
 import torch
 from torch import Tensor, nn
 
+from brainfm.nets import cpu
 from brainfm.nets.backbone import Backbone
 from brainfm.specs import ConfigError
 
@@ -50,15 +52,15 @@ class Fusion(nn.Module):
             present: [B, M] bool.
         """
         fused = []
+        whole = present.device.type == "cpu" and bool(present.all())  # elsewhere the question would cost a wait
         for level in range(len(maps[0])):
-            features = [
-                contrast[level].masked_fill(~present[:, m, None, None, None, None], 0)
-                for m, contrast in enumerate(maps)
-            ]
+            features = [contrast[level] for contrast in maps]
+            if not whole:
+                features = [f.masked_fill(~present[:, m, None, None, None, None], 0) for m, f in enumerate(features)]
             weights = self._weights(level, features, present)
             total = features[0] * weights[:, 0]
             for m in range(1, len(features)):
-                total = total + features[m] * weights[:, m]
+                total = torch.addcmul(total, features[m], weights[:, m])
             fused.append(total)
         return fused
 
@@ -68,7 +70,8 @@ class Fusion(nn.Module):
         if self.how == "mean":
             weights = there / there.sum(dim=1, keepdim=True).clamp(min=1)
             return weights.to(features[0].dtype)
-        scores = torch.stack([self.scores[level](f) for f in features], dim=1).float()
+        score = cast(nn.Conv3d, self.scores[level])
+        scores = torch.stack([cpu.pointwise(f, score) if cpu.is_for(f) else score(f) for f in features], dim=1).float()
         # a finite floor instead of -inf: a case without contrasts gets zeros, not NaN
         shares = torch.softmax(scores.masked_fill(~there, torch.finfo(scores.dtype).min), dim=1) * there
         return shares.to(features[0].dtype)

@@ -51,7 +51,10 @@ class ConvNormAct(nn.Sequential):
         if not cpu.is_for(features):
             return super().forward(features)
         conv, norm = cast(nn.Conv3d, self[0]), cast(nn.InstanceNorm3d, self[1])
-        return cpu.norm_act(conv(cpu.laid_out(features, conv.out_channels)), norm, self.slope)
+        convolved = cpu.first_convolution(features, conv)
+        if convolved is None:
+            convolved = conv(cpu.laid_out(features, conv.out_channels))
+        return cpu.norm_act(convolved, norm, self.slope)
 
 
 class UNetEncoder(Backbone):

@@ -109,3 +109,63 @@ def test_same_result_every_time() -> None:
         block(image).square().sum().backward()
         runs.append([p.grad.clone() for p in block.parameters()])
     assert all(torch.equal(a, b) for run in runs[1:] for a, b in zip(runs[0], run, strict=True))
+
+
+@pytest.mark.parametrize("kernel", [1, 3, 5])
+@pytest.mark.parametrize("edges", [(7, 6, 5), (40, 24, 24)])
+def test_first_convolution_is_the_convolution(kernel: int, edges: tuple[int, int, int]) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv3d(1, 6, kernel, padding=kernel // 2).double()
+    image = torch.randn(2, 1, *edges, dtype=torch.double, requires_grad=True)
+    got, want = cpu.first_convolution(image, conv), conv(image)
+    assert got is not None and got.stride() == want.contiguous(memory_format=torch.channels_last_3d).stride()
+    torch.testing.assert_close(got, want)
+    pull = torch.randn_like(want)
+    gradients = [torch.autograd.grad((y * pull).sum(), (image, *conv.parameters())) for y in (got, want)]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+def test_first_convolution__gradients_by_finite_differences_and_without_bias() -> None:
+    torch.manual_seed(0)
+    image, weight = (
+        torch.randn(*n, dtype=torch.double, requires_grad=True) for n in ((2, 1, 3, 2, 3), (2, 1, 3, 3, 3))
+    )
+    assert torch.autograd.gradcheck(lambda x, w: cpu._FirstConvolution.apply(x, w, None), (image, weight))
+
+
+@pytest.mark.parametrize(
+    "conv",
+    [nn.Conv3d(2, 4, 3, padding=1), nn.Conv3d(1, 4, 3, stride=2, padding=1), nn.Conv3d(1, 4, 2), nn.Conv3d(1, 4, 3)],
+)
+def test_first_convolution_declines_what_it_is_not_for(conv: nn.Conv3d) -> None:
+    assert cpu.first_convolution(torch.zeros(1, conv.in_channels, 4, 4, 4), conv) is None
+
+
+@pytest.mark.parametrize("slope", [0.01, 1.0])
+@pytest.mark.parametrize("channels", [5, 160])
+@pytest.mark.parametrize("layout", [0, 1])
+def test_norm_act_without_gradients_takes_no_new_memory_and_gives_the_same_bits(
+    layout: int, channels: int, slope: float
+) -> None:
+    torch.manual_seed(0)
+    image = both_layouts(2, channels, 6, 5, 4)[layout]
+    norm = nn.InstanceNorm3d(channels, affine=True)
+    want = cpu.norm_act(image.clone(), norm, slope).detach()
+    with torch.no_grad():
+        got = cpu.norm_act(image, norm, slope)
+    assert torch.equal(got, want) and got.stride() == want.stride() and got.data_ptr() == image.data_ptr()
+
+
+@pytest.mark.parametrize("name", ["unet_tiny", "resenc_s"])
+def test_a_backbone_without_gradients_leaves_its_image_and_answers_the_same(name: str) -> None:
+    torch.manual_seed(0)
+    net = build_backbone(name)
+    image = torch.randn(1, 1, 32, 32, 32)
+    before = image.clone()
+    want = [m.detach() for m in net.features(image)]
+    with torch.no_grad():
+        got = net.features(image)
+    assert torch.equal(image, before)
+    for one, two in zip(got, want, strict=True):
+        torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
