@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Collection, Iterator
 from contextlib import AbstractContextManager, nullcontext
 
 import torch
@@ -27,6 +27,7 @@ def predict_windows(
     sigma: float = 0.125,
     device: torch.device | str = "cpu",
     autocast: torch.dtype | None = None,
+    mirror: Collection[int] = (),
 ) -> Tensor:
     """Class probabilities of a whole volume: the Gaussian-weighted mean over overlapping windows.
 
@@ -44,12 +45,15 @@ def predict_windows(
         sigma: standard deviation of the weights as a share of the window.
         autocast: bfloat16 or float16 computes the network in that precision, None leaves a surrounding autocast as it
             is; sums are float32 always.
+        mirror: axes (0 is X) along which each window is also shown mirrored; probabilities are averaged over all
+            combinations, which are 2 ** axes passes.
 
     Returns:
         [K, X, Y, Z] float32 in main memory; sums to 1 over K.
 
     Raises:
-        ValueError: where the shapes do not fit, no contrast is present, or the overlap is not in [0, 1).
+        ValueError: where the shapes do not fit, no contrast is present, or the overlap is not in [0, 1), or ``mirror``
+            names other axes than 0, 1 and 2 or one twice.
 
     Source: the weights and positions are those of monai.inferers.sliding_window_inference(mode="gaussian").
         Differs: probabilities are averaged, not logits, so that no window outvotes the others by its scale.
@@ -58,6 +62,8 @@ def predict_windows(
         raise ValueError(f"expected [M, X, Y, Z] and [M] with a contrast present, found {image.shape}, {present}")
     if not 0 <= overlap < 1:
         raise ValueError(f"expected an overlap in [0, 1), found {overlap}")
+    if not set(mirror) <= {0, 1, 2} or len(set(mirror)) < len(mirror):
+        raise ValueError(f"expected mirror axes from 0, 1 and 2, each once, found {tuple(mirror)}")
     padded, inner = _padded(image.float(), patch_vox)
     weight = gaussian_weight(patch_vox, sigma)
     target = torch.device(device)
@@ -67,8 +73,8 @@ def predict_windows(
     for windows in _batched(window_slices(tuple(padded.shape[1:]), patch_vox, overlap), batch):
         patches = torch.stack([padded[(slice(None), *w)] for w in windows]).to(target)
         with _precision(target, autocast):
-            logits = network(patches, given.expand(len(windows), -1))
-        weighted = (torch.softmax(logits.float(), dim=1) * on_device).cpu()
+            probabilities = _mirrored(network, patches, given.expand(len(windows), -1), mirror)
+        weighted = probabilities.mul_(on_device).cpu()
         if total is None:
             total = torch.zeros(weighted.shape[1], *padded.shape[1:])
         for window, values in zip(windows, weighted):
@@ -77,6 +83,22 @@ def predict_windows(
     assert total is not None  # there is always one window
     total /= mass
     return total[(slice(None), *inner)].contiguous()
+
+
+def _mirrored(network: Network, patches: Tensor, present: Tensor, mirror: Collection[int]) -> Tensor:
+    """[B, K, X, Y, Z] float32 probabilities, the mean over every combination of mirrored axes."""
+    combinations = [c for n in range(len(mirror) + 1) for c in itertools.combinations(sorted(mirror), n)]
+    total: Tensor | None = None
+    for axes in combinations:
+        flipped = [axis + 2 for axis in axes]
+        logits = network(patches.flip(flipped) if axes else patches, present)
+        probabilities = torch.softmax(logits.float(), dim=1)
+        if total is None:
+            total = probabilities
+        else:
+            total += probabilities.flip(flipped)
+    assert total is not None  # the first combination mirrors nothing
+    return total / len(combinations) if mirror else total
 
 
 def _precision(device: torch.device, dtype: torch.dtype | None) -> AbstractContextManager:

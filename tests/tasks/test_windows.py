@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 
@@ -88,6 +90,44 @@ def test_bfloat16_is_near(network):
     assert half.dtype == torch.float32 and 0 < (full - half).abs().max() < 0.03
     with torch.autocast("cpu", dtype=torch.bfloat16):  # as validation during training does
         assert torch.equal(predict_windows(network, image, present, PATCH), half)
+
+
+@pytest.mark.parametrize("mirror", [(0,), (2, 0), (0, 1, 2)])
+def test_mirrored_windows_are_the_mean_of_every_mirrored_volume(network, mirror):
+    """Where the windows lie symmetrically, mirroring each is mirroring the volume and its answer."""
+    image, present = torch.randn(2, 18, 15, 12), torch.tensor([True, True])  # a window and half of one along each axis
+    got = predict_windows(network, image, present, PATCH, mirror=mirror)
+    combinations = itertools.chain.from_iterable(itertools.combinations(mirror, n) for n in range(len(mirror) + 1))
+    dims = [[axis + 1 for axis in axes] for axes in combinations]
+    want = sum(predict_windows(network, image.flip(d), present, PATCH).flip(d) for d in dims) / len(dims)
+    assert len(dims) == 2 ** len(mirror)
+    torch.testing.assert_close(got, want, atol=1e-5, rtol=1e-5)
+    assert not torch.allclose(got, predict_windows(network, image, present, PATCH), atol=1e-3)
+
+
+@pytest.mark.parametrize("mirror", [(3,), (0, 0), (-1,)])
+def test_strange_mirror_axes_are_refused(network, mirror):
+    with pytest.raises(ValueError, match="mirror axes from 0, 1 and 2"):
+        predict_windows(network, torch.zeros(2, 9, 9, 9), torch.tensor([True, True]), PATCH, mirror=mirror)
+
+
+@pytest.mark.parametrize(("shape", "overlap", "batch"), [((25, 21, 17), 0.25, 2), ((9, 30, 8), 0.5, 3)])
+def test_equals_a_plain_loop_over_single_windows(network, shape, overlap, batch):
+    image, present = torch.randn(2, *shape), torch.tensor([True, False])
+    grown = [max(s, p) for s, p in zip(shape, PATCH)]
+    before = [(g - s) // 2 for g, s in zip(grown, shape)]
+    padded = torch.stack([torch.full(grown, float(c.min())) for c in image])
+    inner = tuple(slice(b, b + s) for b, s in zip(before, shape))
+    padded[(slice(None), *inner)] = image
+    total, mass = torch.zeros(3, *grown, dtype=torch.double), torch.zeros(grown, dtype=torch.double)
+    for window in window_slices(tuple(grown), PATCH, overlap):
+        with torch.no_grad():
+            logits = network(padded[(slice(None), *window)][None], present[None])[0]
+        total[(slice(None), *window)] += torch.softmax(logits, dim=0).double() * gaussian_weight(PATCH)
+        mass[window] += gaussian_weight(PATCH)
+    want = (total / mass)[(slice(None), *inner)].float()
+    got = predict_windows(network, image, present, PATCH, overlap=overlap, batch=batch)
+    torch.testing.assert_close(got, want, atol=1e-6, rtol=1e-5)
 
 
 @pytest.mark.parametrize(
