@@ -17,6 +17,7 @@ import numpy as np
 from brainfm.data.descriptors import Described, describe_all, table
 from brainfm.data.store import SessionEntry, Store
 from brainfm.specs import ConfigError, TaskSpec
+from brainfm.tasks.linear import logistic
 from brainfm.tasks.metrics import Interval
 from brainfm.training.predictability import aurocs, crossed, holm, permutation_p, resampled_counts, shuffles
 
@@ -260,6 +261,8 @@ def examine(
         1983 (J. Bus. Econ. Stat. 1:292).
         Differs: the residuals come from cross-validated regressions.
     """
+    from threadpoolctl import threadpool_limits
+
     truth, answers = np.asarray(truth, np.float64), np.asarray(answers, np.float64)
     if len({len(truth), len(answers), len(groups), *(len(e.values) for e in evidence)}) != 1:
         raise ValueError(f"{len(truth)} labels, {len(answers)} answers, {len(groups)} subjects and the evidence differ")
@@ -268,20 +271,12 @@ def examine(
     findings: list[Finding] = []
     models: dict[str, Interval] = {}
     chances: dict[str, float] = {}
-    for question in questions:
-        rows = question.rows
-        who = [group for group, known in zip(groups, rows) if known]
-        asked: _Classes | _Values = (_Classes if classes else _Values)(question, who, seed, rounds)
-        models[question.label], chances[question.label] = asked.model, asked.model_p
-        for one in evidence:
-            part = Evidence(
-                one.name,
-                one.values[rows],
-                None if one.words is None else tuple(w for w, r in zip(one.words, rows) if r),
-                one.anatomy,
-                one.absent,
-            )
-            findings.append(_asked(part, question, asked, who, seed))
+    with threadpool_limits(1):  # sums must not depend on the number of cores
+        for question in questions:
+            who = [group for group, known in zip(groups, question.rows) if known]
+            asked: _Classes | _Values = (_Classes if classes else _Values)(question, who, seed, rounds)
+            models[question.label], chances[question.label] = asked.model, asked.model_p
+            findings += [_asked(_part(one, question.rows), question, asked, who, seed) for one in evidence]
     told = tuple(_told(findings, models, chances, "AUROC" if classes else "skill"))
     known = np.any([question.rows for question in questions], axis=0)
     return Audit(
@@ -339,6 +334,11 @@ def _questions(truth: np.ndarray, answers: np.ndarray, spec: TaskSpec) -> list[_
     rows = np.isfinite(truth) & np.isfinite(answers)
     varies = bool(rows.any()) and bool(np.ptp(truth[rows]) > 0)
     return [_Question("", rows, truth[rows][:, None], answers[rows][:, None], False, varies)]
+
+
+def _part(evidence: Evidence, rows: np.ndarray) -> Evidence:
+    kinds = None if evidence.words is None else tuple(w for w, known in zip(evidence.words, rows) if known)
+    return replace(evidence, values=evidence.values[rows], words=kinds)
 
 
 def _asked(
@@ -521,10 +521,8 @@ def _quantile_bins(score: np.ndarray) -> np.ndarray:
 
 def _overlap_weights(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
     """Of each case the probability of the other class as the shortcut has it: both classes then look alike in it."""
-    from sklearn.linear_model import LogisticRegression
-
     x = ((score - score.mean()) / (score.std() + 1e-12))[:, None]
-    p = LogisticRegression().fit(x, truth).predict_proba(x)[:, 1]
+    p = logistic(x, truth.astype(np.int64), x, 2, balanced=False)[0, :, 1]
     return np.where(truth == 1, 1 - p, p)
 
 

@@ -47,25 +47,22 @@ class Crossed:
 
         Source: for the leave-one-out error Golub, Heath & Wahba 1979 (Technometrics 21:215), section 2.
         """
-        from threadpoolctl import threadpool_limits
-
         y = np.asarray(y, np.float64)
         total = np.zeros_like(y)
-        with threadpool_limits(1):
-            for away, paths in self.parts:
-                known = y[~away]
-                mean = known.mean(axis=0)
-                known = known - mean
-                errors = np.stack(
-                    [(((known - hat @ known) / (1 - leverage)[:, None]) ** 2).sum(axis=0) for _, hat, leverage in paths]
-                )
-                chosen = errors.argmin(axis=0)
-                found = np.zeros((int(away.sum()), y.shape[1]))
-                for place, (held, _, _) in enumerate(paths):
-                    columns = chosen == place
-                    if columns.any():
-                        found[:, columns] = held @ known[:, columns]
-                total[away] += found if centred else found + mean
+        for away, paths in self.parts:
+            known = y[~away]
+            mean = known.mean(axis=0)
+            known = known - mean
+            errors = np.stack(
+                [(((known - hat @ known) / (1 - leverage)[:, None]) ** 2).sum(axis=0) for _, hat, leverage in paths]
+            )
+            chosen = errors.argmin(axis=0)
+            found = np.zeros((int(away.sum()), y.shape[1]))
+            for place, (held, _, _) in enumerate(paths):
+                columns = chosen == place
+                if columns.any():
+                    found[:, columns] = held @ known[:, columns]
+            total[away] += found if centred else found + mean
         return total / self.repeats
 
     def baseline(self, y: np.ndarray) -> np.ndarray:
@@ -90,17 +87,14 @@ def crossed(x: np.ndarray, groups: Sequence[str], seed: int, repeats: int = 2) -
     Raises:
         ValueError: where there are fewer than two subjects.
     """
-    from threadpoolctl import threadpool_limits
-
     subjects = sorted(set(groups))
     if len(subjects) < 2:
         raise ValueError(f"{len(subjects)} subjects: expected at least two to hold one out")
     parts = []
-    with threadpool_limits(1):
-        for repeat in range(repeats):
-            for fold in folds(subjects, min(_FOLDS, len(subjects)), seed * 1000 + repeat):
-                away = np.isin(groups, fold)
-                parts.append((away, _paths(x[~away], x[away])))
+    for repeat in range(repeats):
+        for fold in folds(subjects, min(_FOLDS, len(subjects)), seed * 1000 + repeat):
+            away = np.isin(groups, fold)
+            parts.append((away, _paths(x[~away], x[away])))
     return Crossed(tuple(parts), repeats)
 
 
