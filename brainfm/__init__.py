@@ -1,6 +1,6 @@
 """brainfm: compact 3D brain-MRI foundation models, from NIfTI files to masks on the original scans.
 
-Three functions and one type are the Python face of the package; everything else is reached through its module.
+Four functions and one type are the Python face of the package; everything else is reached through its module.
 They are imported when first used, so that ``import brainfm`` stays quick.
 """
 
@@ -10,15 +10,17 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 __version__ = "0.1.0"
-__all__ = ["Volume", "__version__", "load", "predict"]
+__all__ = ["Volume", "__version__", "embed", "load", "predict"]
 
 _HOME = {
     "Volume": "brainfm.volume",
+    "embed": "brainfm.inference.embed",
     "load": "brainfm.nets.weights",
     "predict": "brainfm.inference.predict",
 }
 
 if TYPE_CHECKING:
+    from brainfm.inference.embed import embed
     from brainfm.inference.predict import predict
     from brainfm.nets.weights import load
     from brainfm.volume import Volume

@@ -24,13 +24,16 @@ VERBS = {
     "pretrain": "pre-train a backbone without labels",
     "finetune": "fine-tune a backbone on labelled cases; leaves a bundle",
     "predict": "apply a bundle; masks lie on the scans that came in",
+    "embed": "frozen features of whole heads, a row a scan",
+    "probe": "what frozen features know of a column: kNN, logistic and ridge regression",
     "evaluate": "compare masks with labels: Dice, surface Dice, volumes, intervals",
+    "explain": "where in the head a bundle's answer comes from: a map on the scan, and a picture",
     "report": "write the report of a finished fine-tuning again",
 }
 
 # Values of these keys are text as it stands: a path may hold blanks, brackets or '=' without quoting for hydra.
 _TEXT = re.compile(
-    r"^(root|out|store|run|manifest|bundle|participants|predictions|backbone_from|data\.targets\.(volumes|lesion_shapes)|(masks|labels|input)\..+)$"
+    r"^(root|class|out|store|run|manifest|bundle|participants|predictions|backbone_from|backbone|features|target|data\.targets\.(volumes|lesion_shapes)|(masks|labels|input)\..+)$"
 )
 _OPEN = ("masks.", "labels.", "input.")  # groups whose keys the user names
 
@@ -115,8 +118,7 @@ def _verb_help(verb: str) -> str:
     """The verb's YAML as it stands, comments included, and the options of each group it uses."""
     text = (configs() / f"{verb}.yaml").read_text()
     lines = [line for line in text.splitlines() if not line.startswith("debug:")]
-    groups = re.findall(r"^  - (?:optional )?(\w+): (\w+)", text, flags=re.MULTILINE)
-    for group, chosen in groups:
+    for group, chosen in _groups(verb).items():
         lines.append(f"\n{group}={'|'.join(options(group))}   (default {chosen})")
         if chosen != "null":
             lines += [
@@ -124,6 +126,12 @@ def _verb_help(verb: str) -> str:
                 for line in (configs() / group / f"{chosen}.yaml").read_text().splitlines()
             ]
     return "\n".join([f"usage: brainfm {verb} key=value ...   (??? must be given)", "", *lines])
+
+
+def _groups(verb: str) -> dict[str, str]:
+    """The groups that a verb chooses from, with its choice."""
+    text = (configs() / f"{verb}.yaml").read_text()
+    return dict(re.findall(r"^  - (?:optional )?(\w+): (\w+)", text, flags=re.MULTILINE))
 
 
 def options(group: str) -> list[str]:
@@ -145,7 +153,7 @@ def resolve(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
         if key in seen:
             raise ConfigError(f"{key} is given twice ({seen[key]} and {value}), expected once")
         seen[key] = value
-        if (configs() / key).is_dir() and value not in [*options(key), "null"]:
+        if key in _groups(verb) and value not in [*options(key), "null"]:
             raise ConfigError(f"{key}={value}: expected one of {', '.join(options(key))}")
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
@@ -359,6 +367,72 @@ def _evaluate(config: dict[str, Any]) -> int:
     return 0
 
 
+def _embed(config: dict[str, Any]) -> int:
+    from brainfm.inference.embed import check_format, embed, write
+    from brainfm.training.monitor import Progress
+
+    if bool(config["input"]) == bool(config["store"]):
+        raise ConfigError("brainfm embed: expected either store=DIR or input.CONTRAST=FILE")
+    out = check_format(config["out"])
+    with Progress("embed", 0) as bar:
+        found = embed(
+            config["backbone"], config["store"] or config["input"], contrasts=config["contrasts"],
+            parts=config["parts"], extent=_extent(config), device=config["device"],
+            progress=lambda done, total: _move(bar, done, total),
+        )  # fmt: skip
+    if "note" in found.about:
+        print(f"note: {found.about['note']}")
+    files = write(found, out)
+    parts = ", ".join(f"{part} {values.shape[1]}" for part, values in found.parts.items())
+    print(f"{', '.join(map(str, files))}: {len(found.rows)} scans; features: {parts}")
+    return 0
+
+
+def _probe(config: dict[str, Any]) -> int:
+    from brainfm.inference.probe import ProbeSpec, describe, probe
+    from brainfm.training.monitor import Progress
+
+    spec = ProbeSpec(
+        target=str(config["target"]), kind=config["kind"], folds=int(config["folds"]), repeats=int(config["repeats"]),
+        seed=int(config["seed"]), random=bool(config["random"]),
+    )  # fmt: skip
+    with Progress("probe", 0) as bar:
+        found = probe(
+            config["store"], config["out"], spec, backbone=config["backbone"], features=config["features"],
+            contrasts=config["contrasts"], parts=config["parts"], extent=_extent(config), device=config["device"],
+            progress=lambda done, total: _move(bar, done, total),
+        )  # fmt: skip
+    print("\n".join(describe(found)))
+    return 0
+
+
+def _extent(config: dict[str, Any]) -> Any:
+    from brainfm.inference.embed import Extent
+
+    x, y, z = config["window_vox"]
+    return Extent(float(config["whole_mvox"]), (int(x), int(y), int(z)))
+
+
+def _explain(config: dict[str, Any]) -> int:
+    from brainfm.inference.explain import describe, explain
+    from brainfm.tasks.bundle import read_bundle
+    from brainfm.training.monitor import Progress
+
+    bundle = read_bundle(config["bundle"])
+    with Progress("explain", 0) as bar:
+        found = explain(
+            bundle, config["input"], config["out"], config["class"],
+            on=config["grid"], method=config["method"], layer=config["layer"], device=config["device"],
+            overlap=float(config["overlap"]), cube_mm=float(config["cube_mm"]),
+            step_mm=None if config["step_mm"] is None else float(config["step_mm"]),
+            progress=lambda done, total: _move(bar, done, total),
+        )  # fmt: skip
+    print(f"{config['out']}: {describe(found, bundle.task)}")
+    if not found.heat.any():
+        print("the map is empty: nothing in these scans speaks for it")
+    return 0
+
+
 def _demo(config: dict[str, Any]) -> int:
     from brainfm.demo import demo
 
@@ -380,7 +454,10 @@ _RUN: dict[str, Callable[[dict[str, Any]], int]] = {
     "pretrain": _pretrain,
     "finetune": _finetune,
     "predict": _predict,
+    "embed": _embed,
+    "probe": _probe,
     "evaluate": _evaluate,
+    "explain": _explain,
     "report": _report,
 }
 
