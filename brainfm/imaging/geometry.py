@@ -248,8 +248,10 @@ def _weights(position: np.ndarray, source_size: int, stretch: float, order: Orde
     moments = np.stack([(hat * distance**k).sum(axis=1) for k in range(3)])
     lack = np.stack([1 - kernel.sum(axis=1), -(kernel * distance).sum(axis=1)])
     determinant = moments[0] * moments[2] - moments[1] ** 2
-    level = (moments[2] * lack[0] - moments[1] * lack[1]) / determinant
-    slope = (moments[0] * lack[1] - moments[1] * lack[0]) / determinant
+    alone = determinant == 0  # the linear kernel on a source voxel's centre: one tap, which is balanced as it is
+    determinant[alone] = 1
+    level = np.where(alone, lack[0], (moments[2] * lack[0] - moments[1] * lack[1]) / determinant)
+    slope = np.where(alone, 0, (moments[0] * lack[1] - moments[1] * lack[0]) / determinant)
     kernel += hat * (level[:, None] + slope[:, None] * distance)
     weights = np.zeros((len(position), source_size))
     np.add.at(weights, (np.arange(len(position))[:, None], np.clip(taps, 0, source_size - 1)), kernel)

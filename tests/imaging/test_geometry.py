@@ -244,3 +244,17 @@ def test_the_extent_of_a_mask_is_that_of_its_voxels_corners() -> None:
         low, high = geometry.extent_between(mask, affine, other)
         np.testing.assert_allclose(low, np.min([box[0] for box in boxes], axis=0))
         np.testing.assert_allclose(high, np.max([box[1] for box in boxes], axis=0))
+
+
+@pytest.mark.parametrize("step", [0.25, 0.5, 1.0])
+def test_smaller_voxels_whose_centres_meet_larger_ones_are_interpolated(step: float) -> None:
+    """Some target voxels lie exactly on a source voxel, the others between two: none of them is undefined."""
+    array = np.arange(24, dtype=np.float32).reshape(6, 4, 1) ** 2
+    target = np.diag([step, 1, 1, 1.0])
+    count = round(5 / step) + 1
+    for shift in (0.0, step / 2):
+        target[1, 3] = shift
+        found = geometry.resample(array, np.eye(4), (count, 3, 1), target, order="linear", fill=-1)
+        x, y = np.meshgrid(np.arange(count) * step, np.arange(3) + shift, indexing="ij")
+        expected = scipy.ndimage.map_coordinates(array[..., 0], [x, y], order=1)
+        np.testing.assert_allclose(found[..., 0], expected, rtol=1e-5)
