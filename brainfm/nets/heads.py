@@ -78,7 +78,7 @@ class Fusion(nn.Module):
 
 
 class GatedAttention(nn.Module):
-    """Tokens -> their weighted mean and weighted standard deviation; the weights are learned and start equal.
+    """Tokens -> weighted mean and standard deviation of what they stand for; the weights are learned and start equal.
 
     The deviation stands beside the mean because backbones end in an instance norm, which makes the plain mean of a map
     nearly the same for every image: what is left of it is the shape of the distribution.
@@ -98,24 +98,29 @@ class GatedAttention(nn.Module):
         self.score = nn.Linear(hidden, 1, bias=False)
         nn.init.zeros_(self.score.weight)
 
-    def forward(self, tokens: Tensor, prior: Tensor) -> tuple[Tensor, Tensor]:
+    def forward(
+        self, tokens: Tensor, squares: Tensor, prior: Tensor, place: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """Computed in float32.
 
         Args:
-            tokens: [B, N, E].
+            tokens: [B, N, E] means over the voxels of each token.
+            squares: [B, N, E] means of their squares.
             prior: [N] positive weights of the tokens before anything is learned.
+            place: [N, E] added to the tokens where they are weighed.
 
         Returns:
             (pooled [B, 2 E], weights [B, N] that sum to 1).
         """
         with torch.autocast(tokens.device.type, enabled=False):
-            tokens = tokens.float()
-            scores = self.score(torch.tanh(self.value(tokens)) * torch.sigmoid(self.gate(tokens))).squeeze(-1)
+            tokens, squares = tokens.float(), squares.float()
+            asked = tokens if place is None else tokens + place
+            scores = self.score(torch.tanh(self.value(asked)) * torch.sigmoid(self.gate(asked))).squeeze(-1)
             weights = torch.softmax(scores + prior.log(), dim=1)
             mean = torch.einsum("bn,bne->be", weights, tokens)
-            variance = torch.einsum("bn,bne->be", weights, (tokens - mean[:, None]).square())
-            # the root's slope is infinite at 0, where all tokens are equal
-            return torch.cat([mean, (variance + 1e-6).sqrt()], dim=1), weights
+            variance = torch.einsum("bn,bne->be", weights, squares) - mean.square()
+            # the root's slope is infinite at 0, below which rounding may lead
+            return torch.cat([mean, variance.clamp(min=1e-6).sqrt()], dim=1), weights
 
 
 def fused_features(backbone: Backbone, fusion: Fusion, image: Tensor, present: Tensor) -> list[Tensor]:

@@ -15,6 +15,7 @@ from brainfm.nets.heads import Fusion, GatedAttention, fused_features
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.task import Task
 
+_LEVELS = 3  # deepest maps that are pooled
 MODES = ("exclusive", "ordinal", "multilabel")
 _MOST_WEIGHT = 100.0  # of a class or label against the others: one case must not decide a run
 
@@ -32,7 +33,10 @@ class ScanOutput(NamedTuple):
 
 
 class ScanTask(Task):
-    """All views of a head pass through the encoder, the deepest maps are pooled by attention, and one layer answers.
+    """All views of a head pass through the encoder, its deepest maps are pooled by attention, and one layer answers.
+
+    A token is a voxel of the deepest map with what lies in its place in the maps above it: after instance norms the
+    deepest map alone says little that a few cases could teach to read.
 
     A view is the whole head on coarse voxels or a window of it. Both scales begin with the same total weight, so the
     answer does not hang on how many windows are given: training shows a few, prediction all that cover the head.
@@ -75,8 +79,9 @@ class ScanTask(Task):
             raise ConfigError(f"task.guidance={guidance}: expected 0 or more")
         self.spec, self.backbone = spec, backbone
         self.guidance, self.label_smoothing, self.balanced = guidance, label_smoothing, balanced
-        width = backbone.widths[-1]
-        self.fusion = Fusion(backbone.widths[-1:], spec.fusion)
+        widths = backbone.widths[-_LEVELS:]
+        width = sum(widths)
+        self.fusion = Fusion(widths, spec.fusion)
         both = spec.view_mm > 0 and spec.crops
         self.scale = nn.Parameter(torch.zeros(2, width)) if both else None  # row 0: whole head, row 1: windows
         self.pool = GatedAttention(width)
@@ -106,28 +111,28 @@ class ScanTask(Task):
             )
         cases, views = image.shape[:2]
         together = views if torch.is_grad_enabled() else 1
-        maps = torch.cat(
-            [self._deepest(image[:, start : start + together], present) for start in range(0, views, together)],
-            dim=1,
-        )  # [B, V, E, x, y, z]
-        tokens = maps.flatten(3).transpose(2, 3).float()  # [B, V, N, E]
-        prior = torch.full((views,), 1.0 / views)
-        if self.scale is not None and views > 1:
-            which = torch.tensor([0] + [1] * (views - 1), device=tokens.device)
-            tokens = tokens + self.scale[which][None, :, None]
-            prior = torch.tensor([0.5] + [0.5 / (views - 1)] * (views - 1))
-        elif self.scale is not None:
-            tokens = tokens + self.scale[0]
-        prior = (prior / tokens.shape[2]).to(tokens.device).repeat_interleave(tokens.shape[2])
-        pooled, weights = self.pool(tokens.flatten(1, 2), prior)
+        parts = [self._tokens(image[:, v : v + together], present) for v in range(0, views, together)]
+        tokens, squares = (torch.cat(moments, dim=1) for moments in zip(*parts))  # [B, V, x, y, z, E]
+        grid = tokens.shape[2:5]
+        prior = torch.full((views,), 1 / views)
+        place = None
+        if self.scale is not None:
+            if views > 1:
+                prior = torch.tensor([0.5] + [0.5 / (views - 1)] * (views - 1))
+            place = self.scale[[0] + [1] * (views - 1)].repeat_interleave(grid.numel(), dim=0)
+        prior = (prior / grid.numel()).to(tokens.device).repeat_interleave(grid.numel())
+        pooled, weights = self.pool(tokens.flatten(1, 4), squares.flatten(1, 4), prior, place)
         logits = self.out(self.dropout(self.norm(pooled)))
-        return ScanOutput(logits, weights.view(cases, views, *maps.shape[3:]))
+        return ScanOutput(logits, weights.view(cases, views, *grid))
 
-    def _deepest(self, image: Tensor, present: Tensor) -> Tensor:
-        """[B, V, M, X, Y, Z] -> [B, V, E, X/s, Y/s, Z/s]."""
-        cases, views = image.shape[:2]
-        there = present.repeat_interleave(views, dim=0)
-        return fused_features(self.backbone, self.fusion, image.flatten(0, 1), there)[0].unflatten(0, (cases, views))
+    def _tokens(self, image: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, V, M, X, Y, Z] -> means and mean squares of all levels on the coarsest grid, [B, V, x, y, z, E]."""
+        there = present.repeat_interleave(image.shape[1], dim=0)
+        maps = [level.float() for level in fused_features(self.backbone, self.fusion, image.flatten(0, 1), there)]
+        grid = maps[-1].shape[2:]
+        means = torch.cat([F.adaptive_avg_pool3d(level, grid) for level in maps], dim=1)
+        squares = torch.cat([F.adaptive_avg_pool3d(level.square(), grid) for level in maps], dim=1)
+        return tuple(m.movedim(1, -1).unflatten(0, image.shape[:2]) for m in (means, squares))  # type: ignore[return-value]
 
     # ---- training ----------------------------------------------------------------------------------------------------
 

@@ -69,6 +69,22 @@ def test_attention_starts_equal_within_a_scale_and_between_scales():
     )
 
 
+def test_equal_attention_gives_means_and_deviations_of_the_deepest_maps():
+    task = ScanTask(replace(SPEC, contrasts=("t1",)), build_backbone("unet", widths=[4, 6, 8, 10])).eval()
+    image = torch.randn(1, 3, 1, 16, 16, 16)
+    pooled = []
+    task.norm.register_forward_pre_hook(lambda module, inputs: pooled.append(inputs[0]))
+    task(image, torch.ones(1, 1, dtype=torch.bool))
+    means, deviations = [], []
+    for level in (1, 2, 3):
+        maps = task.backbone.features(image[0])[level].flatten(2)  # the whole head weighs as much as both windows
+        mean = (maps[0].mean(1) + (maps[1].mean(1) + maps[2].mean(1)) / 2) / 2
+        square = (maps[0] ** 2).mean(1) + ((maps[1] ** 2).mean(1) + (maps[2] ** 2).mean(1)) / 2
+        means.append(mean)
+        deviations.append((square / 2 - mean**2).sqrt())
+    assert torch.allclose(pooled[0][0], torch.cat(means + deviations), atol=1e-4)
+
+
 def test_more_of_the_same_windows_change_nothing():
     task = make_task()
     image, present = views()
