@@ -23,6 +23,7 @@ NEEDED = {
     "finetune": ["store=x", "run=y", "backbone_from=none", "task.target=lesion"],
     "predict": ["bundle=x", "input.t1=y", "out=z"],
     "evaluate": ["predictions=x", "manifest=y", "out=z"],
+    "explain": ["bundle=x", "input.t1=y", "out=z"],
 }
 
 

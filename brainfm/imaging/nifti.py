@@ -185,8 +185,30 @@ def write_labels(path: Path, labels_ras: np.ndarray, like: Path) -> None:
     if not np.issubdtype(labels_ras.dtype, np.integer) and labels_ras.dtype != bool:
         raise ValueError(f"labels are {labels_ras.dtype}, expected whole numbers")
     data = np.asfortranarray(grid.from_ras(labels_ras), dtype=np.uint8)
+    _place(path, _like(source, data), data)
+
+
+def write_map(path: Path, map_ras: np.ndarray, like: Path) -> None:
+    """Write real numbers on the grid of another file, as `write_labels` does with labels: float32.
+
+    Args:
+        path: ``.nii`` or ``.nii.gz``; an existing file is replaced.
+        map_ras: [X, Y, Z] on the axes that `read` returned for `like`.
+        like: the file whose grid is taken.
+
+    Raises:
+        ScanError: as read_header(like).
+        ValueError: the shape is not that of `like`.
+    """
+    source = _parse(_first_bytes(like), like)
+    data = np.asfortranarray(_interpret(source, like).grid.from_ras(map_ras), dtype=np.float32)
+    _place(Path(path), _like(source, data), data)
+
+
+def _like(source: Any, data: np.ndarray) -> Any:
+    """The header of another file for new voxels: its geometry, nothing that it says about its own."""
     header = source.copy()
-    header.set_data_dtype(np.uint8)
+    header.set_data_dtype(data.dtype)
     header.set_data_shape(data.shape)
     header["scl_slope"], header["scl_inter"] = 1, 0
     header["cal_min"], header["cal_max"] = 0, 0
@@ -194,7 +216,7 @@ def write_labels(path: Path, labels_ras: np.ndarray, like: Path) -> None:
     header["intent_code"], header["intent_name"] = 0, b""
     header["magic"] = header.single_magic
     header["vox_offset"] = header.single_vox_offset
-    _place(path, header, data)
+    return header
 
 
 def write(path: Path, volume: Volume, axes: str = "RAS") -> None:

@@ -460,6 +460,24 @@ def restore_labels(labels: np.ndarray, recipe: Recipe) -> np.ndarray:
     return np.ascontiguousarray(recipe.file.from_ras(moved))
 
 
+def restore_map(values: np.ndarray, recipe: Recipe) -> np.ndarray:
+    """Real numbers on the prepared grid to the file's own grid, interpolated linearly.
+
+    Args:
+        values: [X, Y, Z] real, on the grid of `recipe`.
+        recipe: of the scan on whose file's grid they are wanted.
+
+    Returns:
+        float32, in the file's own shape and axis order; 0 outside the crop.
+    """
+    _check_shape(values.shape, recipe)
+    moved = geometry.resample(
+        np.asarray(values, dtype=np.float32), np.array(recipe.affine_mm), recipe.file.ras_shape(), _place(recipe),
+        order="linear", fill=0,
+    )  # fmt: skip
+    return np.ascontiguousarray(recipe.file.from_ras(moved))
+
+
 def _place(recipe: Recipe) -> np.ndarray:
     """[4, 4]: where the file's voxels, on RAS+ axes, lie in the space of the prepared array."""
     affine = recipe.file.ras_affine()

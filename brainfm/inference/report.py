@@ -14,7 +14,7 @@ import re
 import secrets
 import struct
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -206,6 +206,7 @@ class _Tile:
         window: the values shown black and white.
         outlines: (mask [across, up], colour) pairs.
         marks: letters at the left and right edge.
+        heat: [across, up] values from -1 to 1 laid over the picture, clearer the smaller they are; None: nothing.
     """
 
     pixels: np.ndarray
@@ -213,6 +214,7 @@ class _Tile:
     window: tuple[float, float]
     outlines: tuple[tuple[np.ndarray, str], ...] = ()
     marks: tuple[str, str] = ("", "")
+    heat: np.ndarray | None = None
 
     @property
     def size_mm(self) -> tuple[float, float]:
@@ -277,6 +279,9 @@ def _draw_tile(axes: Any, tile: _Tile) -> None:
         cover = np.zeros((*hidden.shape, 4))
         cover[hidden] = (*_HIDDEN, 1)
         axes.imshow(cover, origin="lower", extent=extent, interpolation="nearest")
+    if tile.heat is not None:
+        shades = _heat_colours(np.clip(tile.heat.astype(np.float32), -1, 1))
+        axes.imshow(shades.transpose(1, 0, 2), origin="lower", extent=extent, interpolation="bilinear")
     for mask, colour in tile.outlines:
         if mask.any():
             axes.contour(
@@ -295,8 +300,11 @@ def _grid(
     column_labels: Sequence[str] = (),
     legend: Sequence[tuple[str, str]] = (),
     largest_inch: float = 3.9,
+    heat: tuple[float, float] | None = None,
+    note: str = "",
 ) -> bytes:
-    """A PNG of tiles at one scale in mm, labels at the left and above, (name, colour) pairs below."""
+    """A PNG of tiles at one scale in mm, labels at the left and above; below it (name, colour) pairs, or a bar with the
+    colours of the tiles' heat from one value to another, and a note."""
     from matplotlib.figure import Figure
 
     columns = max(len(row) for row in tiles)
@@ -305,6 +313,7 @@ def _grid(
     left = 0.22 + 0.085 * max((len(line) for label in row_labels for line in label.split("\n")), default=0)
     left = left if any(row_labels) else 0.0
     gap, top, below = 0.07, 0.32 if column_labels else 0.0, 0.42 if legend else 0.0
+    below += (0.5 if heat else 0.0) + (0.3 if note else 0.0)
     room = _WIDTH_INCH - left - gap * (columns - 1)
     scale = min(room / sum(widths), largest_inch / max(heights))  # inches a mm
     full_width = left + scale * sum(widths) + gap * (columns - 1)
@@ -334,7 +343,24 @@ def _grid(
             )
         y -= gap
     _draw_legend(figure, legend, left / full_width)
+    if heat:
+        _draw_bar(figure, heat, (full_width - 2.6, 0.3), full_width, full_height)
+    if note:
+        figure.text(left / full_width, (below - 0.25) / full_height, note, color=INK, fontsize=10.5, va="center")
     return png(figure)
+
+
+def _draw_bar(
+    figure: Any, limits: tuple[float, float], place_inch: tuple[float, float], width: float, height: float
+) -> None:
+    """The colours of `_heat_colours` on black, as they lie on a picture."""
+    axes = figure.add_axes((place_inch[0] / width, place_inch[1] / height, 2.4 / width, 0.12 / height), yticks=[])
+    axes.set_facecolor("black")
+    axes.imshow(_heat_colours(np.linspace(*limits, 256))[None], extent=(*limits, 0, 1), aspect="auto")
+    axes.set_xticks(sorted({limits[0], 0.0, limits[1]}), [f"{v:g}" for v in sorted({limits[0], 0.0, limits[1]})])
+    axes.tick_params(colors=SOFT, labelsize=9.5, length=0, pad=4)
+    for spine in axes.spines.values():
+        spine.set_visible(False)
 
 
 def _draw_legend(figure: Any, entries: Sequence[tuple[str, str]], left: float) -> None:
@@ -443,6 +469,56 @@ def overlay_figure(
     row = [_tile(image[box], plane, _largest(guide, plane), spacing_mm, outlines) for plane in PLANES]
     legend = [(titles[0], TRUTH_COLOUR), (titles[1], PREDICTION_COLOUR)]
     return _grid([row], column_labels=[plane.capitalize() for plane in PLANES], legend=legend)
+
+
+def _heat_colours(values: np.ndarray) -> np.ndarray:
+    """[..., 4]: from nothing over red to yellow above 0, over blue to a light green below it."""
+    from matplotlib import colormaps
+
+    shades = np.where(
+        (values < 0)[..., None],
+        colormaps["winter"](np.abs(values)),
+        colormaps["autumn"](np.abs(values)),
+    )
+    shades[..., 3] = 0.75 * np.minimum(np.abs(values) / 0.6, 1)
+    return shades
+
+
+def heat_figure(
+    image: np.ndarray,
+    heat: np.ndarray,
+    spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0),
+    label: str = "",
+    outline: np.ndarray | None = None,
+    outline_name: str = "Lesion",
+) -> bytes:
+    """A map of what mattered over the head, cut in three planes where it is strongest, the head alone above it.
+
+    Args:
+        image: [X, Y, Z] on RAS+ axes.
+        heat: [X, Y, Z] from 0 to 1, or from -1 to 1.
+        spacing_mm: of the voxels.
+        label: one line below the pictures.
+        outline: mask [X, Y, Z] drawn as a line, such as a known lesion.
+        outline_name: its name in the legend.
+
+    Returns:
+        A PNG.
+    """
+    box = _box(image)
+    strength = np.abs(heat[box])
+    peak = np.unravel_index(int(strength.argmax()), strength.shape)
+    lines = [] if outline is None else [(outline[box], TRUTH_COLOUR)]
+    plain, covered = [], []
+    for plane in PLANES:
+        index = int(peak[_AXES[plane][2]]) if strength.any() else strength.shape[_AXES[plane][2]] // 2
+        tile = _tile(image[box], plane, index, spacing_mm, lines)
+        plain.append(replace(tile, outlines=()))
+        covered.append(replace(tile, heat=_section_of(heat[box], plane, index)))
+    legend = [] if outline is None else [(outline_name, TRUTH_COLOUR)]
+    columns = [plane.capitalize() for plane in PLANES]
+    limits = (-1.0 if (heat < 0).any() else 0.0, 1.0)
+    return _grid([plain, covered], ["scan", "map"], columns, legend, largest_inch=2.9, heat=limits, note=label)
 
 
 def reconstruction_figure(
