@@ -243,7 +243,7 @@ def examine(
 ) -> Audit:
     """Asks every shortcut about the labels and about a model's answers to cases that it was not trained on.
 
-    Memory grows with the square of the number of cases: 2000 cases need some 100 MB.
+    Memory grows with the square of the number of cases: 2000 cases need some 200 MB.
 
     Args:
         evidence: rows in the order of the cases.

@@ -148,6 +148,15 @@ def test_skill_is_the_share_of_the_error_of_the_mean() -> None:
     assert found.verdict == "No shortcut could be tested."
 
 
+def test_volumes_of_a_segmentation_are_compared_on_a_logarithmic_scale() -> None:
+    rng = np.random.default_rng(4)
+    true = np.exp(rng.normal(1, 1.5, 50))
+    found = examine([], true, true * 1.2, people(50), replace(AGE, kind="segmentation"), 0, 99)
+    error = np.log1p(true * 1.2) - np.log1p(true)
+    spread = np.log1p(true) - np.log1p(true).mean()
+    assert found.model[""].mean == pytest.approx(1 - np.abs(error).mean() / np.abs(spread).mean())
+
+
 def test_unknown_labels_are_left_out_and_labels_asked_one_by_one() -> None:
     rng = np.random.default_rng(1)
     n = 80

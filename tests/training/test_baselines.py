@@ -41,19 +41,19 @@ def cohort(seed: int = 0, n: int = 40) -> tuple[np.ndarray, list[str], np.ndarra
 def test_linear_answers_learn_values_classes_and_labels() -> None:
     x, groups, noise = cohort()
     values = 50 + 10 * (x[:, 0] - x[:, 1] + noise)
-    found = baselines.linear_answers(x, values, groups, splits(40, 4), VALUE, 0)
+    found = baselines.linear_answers(x, values, groups, splits(40, 2), VALUE, 0)
     assert found.shape == (40,) and np.corrcoef(found, values)[0, 1] > 0.8
     classes = (x[:, 2] + noise > 0).astype(float)
-    p = baselines.linear_answers(x, classes, groups, splits(40, 4), CLASS, 0)
+    p = baselines.linear_answers(x, classes, groups, splits(40, 2), CLASS, 0)
     assert p.shape == (40, 2) and p.sum(axis=1) == pytest.approx(1)
     assert ((p[:, 1] > 0.5) == classes).mean() > 0.75
     three = np.digitize(x[:, 3], (-0.5, 0.5)).astype(float)
     spec = replace(CLASS, values=("a", "b", "c"), mode="ordinal")
-    assert baselines.linear_answers(x, three, groups, splits(40, 4), spec, 0).shape == (40, 3)
+    assert baselines.linear_answers(x, three, groups, splits(40, 2), spec, 0).shape == (40, 3)
     labels = np.stack([classes, 1 - classes], axis=1)
     labels[:8, 1] = np.nan
     both = replace(spec, mode="multilabel", values=("u", "v"))
-    many = baselines.linear_answers(x, labels, groups, splits(40, 4), both, 0)
+    many = baselines.linear_answers(x, labels, groups, splits(40, 2), both, 0)
     assert many.shape == (40, 2) and np.isfinite(many).all()
     assert many[:, 0] == pytest.approx(p[:, 1]) and np.corrcoef(many[:, 0], many[:, 1])[0, 1] < -0.5
 
