@@ -33,7 +33,7 @@ VERBS = {
 
 # Values of these keys are text as it stands: a path may hold blanks, brackets or '=' without quoting for hydra.
 _TEXT = re.compile(
-    r"^(root|class|out|store|run|manifest|bundle|participants|predictions|backbone_from|backbone|features|target|data\.targets\.(volumes|lesion_shapes)|(masks|labels|input)\..+)$"
+    r"^(root|class|out|store|run|manifest|bundle|participants|predictions|backbone_from|features|target|data\.targets\.(volumes|lesion_shapes)|(masks|labels|input)\..+)$"
 )
 _OPEN = ("masks.", "labels.", "input.")  # groups whose keys the user names
 
@@ -146,6 +146,7 @@ def resolve(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
         ConfigError: for a key given twice, unknown or missing, or an option that does not exist.
     """
     seen: dict[str, str] = {}
+    groups = _groups(verb)
     for word in overrides:
         key, separator, value = word.partition("=")
         if not separator:
@@ -153,16 +154,22 @@ def resolve(verb: str, overrides: Sequence[str]) -> dict[str, Any]:
         if key in seen:
             raise ConfigError(f"{key} is given twice ({seen[key]} and {value}), expected once")
         seen[key] = value
-        if key in _groups(verb) and value not in [*options(key), "null"]:
+        if key in groups and value not in [*options(key), "null"]:
             raise ConfigError(f"{key}={value}: expected one of {', '.join(options(key))}")
     from hydra import compose, initialize_config_dir
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
+    # A key of this verb that elsewhere names a group (backbone=FILE): hydra would look the file up among the options.
+    plain = {key: value for key, value in seen.items() if key not in groups and (configs() / key).is_dir()}
     try:
         with initialize_config_dir(str(configs().resolve()), version_base="1.3"):
-            composed = compose(verb, [_for_hydra(key, value) for key, value in seen.items()])
+            composed = compose(verb, [_for_hydra(key, value) for key, value in seen.items() if key not in plain])
+            for key, value in plain.items():
+                if key not in composed.keys():  # noqa: SIM118 (what must be given is not "in" it)
+                    raise ConfigError(f"brainfm {verb} has no key {key!r}; `brainfm {verb} --help` lists them")
+                composed[key] = None if value == "null" else value
             missing = sorted(OmegaConf.missing_keys(composed))
             if missing:
                 raise ConfigError(f"brainfm {verb}: {', '.join(missing)} must be given, e.g. {missing[0]}=...")

@@ -15,6 +15,7 @@ import json
 import math
 import os
 import re
+import zipfile
 from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -408,7 +409,7 @@ def read(path: PathLike) -> Embedding:
         raise ConfigError(f"features={file}: no such file")
     try:
         ids, names, matrix, about = _READERS[file.suffix](file)
-    except (ValueError, KeyError, OSError, StopIteration) as error:
+    except (ValueError, KeyError, OSError, StopIteration, zipfile.BadZipFile) as error:
         raise ConfigError(f"{file}: cannot be read as features with ids ({error})") from None
     if matrix.ndim != 2 or matrix.shape != (len(ids), len(names)) or not names:
         raise ConfigError(f"{file}: found {matrix.shape} features, expected {len(ids)} rows of {len(names)}")
