@@ -129,10 +129,11 @@ class ScanTask(Task):
         """[B, V, M, X, Y, Z] -> means and mean squares of all levels on the coarsest grid, [B, V, x, y, z, E]."""
         there = present.repeat_interleave(image.shape[1], dim=0)
         maps = [level.float() for level in fused_features(self.backbone, self.fusion, image.flatten(0, 1), there)]
-        grid = maps[-1].shape[2:]
-        means = torch.cat([F.adaptive_avg_pool3d(level, grid) for level in maps], dim=1)
-        squares = torch.cat([F.adaptive_avg_pool3d(level.square(), grid) for level in maps], dim=1)
-        return tuple(m.movedim(1, -1).unflatten(0, image.shape[:2]) for m in (means, squares))  # type: ignore[return-value]
+        x, y, z = maps[-1].shape[2:]
+        means = torch.cat([F.adaptive_avg_pool3d(level, (x, y, z)) for level in maps], dim=1)
+        squares = torch.cat([F.adaptive_avg_pool3d(level.square(), (x, y, z)) for level in maps], dim=1)
+        means, squares = (m.movedim(1, -1).unflatten(0, image.shape[:2]) for m in (means, squares))
+        return means, squares
 
     # ---- training ----------------------------------------------------------------------------------------------------
 
