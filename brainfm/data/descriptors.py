@@ -6,7 +6,8 @@ around it), ``position`` (its place in the file), ``grid`` (voxel size and shape
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -14,6 +15,7 @@ import numpy as np
 from brainfm.data.store import SessionEntry, Store
 from brainfm.imaging import descriptors
 
+_MOST = 1024  # descriptions that a process remembers, some 0.1 MB each
 GROUPS = ("content", "mask", "background", "position", "grid")
 
 
@@ -31,6 +33,9 @@ class Described:
     contrasts: str
 
 
+_remembered: OrderedDict[tuple, Described] = OrderedDict()
+
+
 def describe(
     store: Store,
     session: SessionEntry,
@@ -38,7 +43,8 @@ def describe(
     scans: Sequence[Sequence[str]],
     regions: Sequence[str] = (),
 ) -> Described:
-    """Reads a session in full and describes it.
+    """Reads a session in full and describes it; the last thousand are remembered, since every repeat of a
+    cross-validation, its baselines and the audit ask for the same.
 
     Args:
         contrasts: those of the task.
@@ -51,6 +57,21 @@ def describe(
         StoreError: where a file is missing or damaged.
     """
     names = {contrast: found[0] for contrast, found in zip(contrasts, scans, strict=True) if found}
+    mark = (store.fingerprint(), session.key, tuple(sorted(names.items())))
+    if mark not in _remembered:
+        _remembered[mark] = _describe(store, session, names)
+        if len(_remembered) > _MOST:
+            _remembered.popitem(last=False)
+    plain = _remembered[mark]
+    content = dict(plain.numbers["content"])
+    ml = float(np.prod(store.spec.spacing_mm)) / 1000
+    for region in sorted(set(regions) & {label.name for label in session.labels}):
+        structures, counts = np.unique(store.volume(session, region), return_counts=True)
+        content |= {f"{region}/{v}_ml": float(n) * ml for v, n in zip(structures, counts) if v}
+    return Described(plain.numbers | {"content": content}, plain.contrasts)
+
+
+def _describe(store: Store, session: SessionEntry, names: Mapping[str, str]) -> Described:
     voxels = {contrast: store.volume(session, name).astype(np.float32) for contrast, name in names.items()}
     head = descriptors.head_mask(voxels)
     spacing = store.spec.spacing_mm
@@ -67,11 +88,6 @@ def describe(
         }
         for group, values in found.items():
             numbers[group] |= {f"{contrast}/{k}": v for k, v in values.items()}
-    there = {label.name for label in session.labels}
-    for region in sorted(set(regions) & there):
-        structures, counts = np.unique(store.volume(session, region), return_counts=True)
-        ml = float(np.prod(spacing)) / 1000
-        numbers["content"] |= {f"{region}/{v}_ml": float(n) * ml for v, n in zip(structures, counts) if v}
     return Described(numbers, "+".join(sorted(names)))
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from brainfm.data import descriptors
 from brainfm.data.descriptors import GROUPS, describe, describe_all, table
 from brainfm.data.store import Store
 
@@ -40,6 +41,20 @@ def test_regions_are_the_volumes_of_their_structures(people_store: Store) -> Non
     assert found == pytest.approx({f"tissue_labels/{v}_ml": (label == v).sum() * 8 / 1000 for v in (1, 2, 3)})
     plain = describe(people_store, session, contrasts, scans).numbers["content"]
     assert not any("labels" in name for name in plain)
+
+
+def test_what_was_described_is_remembered_and_regions_are_not_mixed_in(
+    people_store: Store, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    session = people_store.sessions[0]
+    scans, contrasts = tuple((s.name,) for s in session.scans), tuple(s.contrast for s in session.scans)
+    first = describe(people_store, session, contrasts, scans)
+    with_regions = describe(people_store, session, contrasts, scans, ("tissue_labels",))
+    monkeypatch.setattr(descriptors, "_describe", lambda *ignored: pytest.fail("it is described again"))
+    assert describe(people_store, session, contrasts, scans) == first
+    assert len(with_regions.numbers["content"]) == len(first.numbers["content"]) + 3
+    with pytest.raises(pytest.fail.Exception, match="described again"):
+        describe(people_store, session, contrasts[:1], scans[:1])
 
 
 def test_a_table_fills_gaps_with_means_and_drops_what_never_varies() -> None:
