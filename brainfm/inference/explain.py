@@ -147,8 +147,9 @@ def explain_volume(
         image: [M, X, Y, Z] standardised voxels on the prepared grid.
         present: [M] bool.
         target: see `explain`.
-        layer: ``encoder.0`` (finest) and on, where the contrasts have met, or of a segmentation ``decoder.0``
-            (coarsest) and on; by default the deepest of the encoder.
+        layer: ``encoder.0`` (finest) and on, where the contrasts have met, ``encoder`` for the sum of all that reach
+            the head, or of a segmentation ``decoder.0`` (coarsest) and on; by default ``encoder`` of a scan-level
+            task, and of a segmentation the deepest of the encoder.
         spacing_mm: of the grid.
         cube_mm: edge of the cube that occlusion moves over the head.
         step_mm: by which it moves; by default half its edge.
@@ -175,7 +176,7 @@ def explain_volume(
         raw = _occluded(question, case, cube_mm, step_mm, progress)
         name = ""
     else:
-        name = layer or _deepest(members[0])
+        name = layer or _usual(members[0], spec.kind)
         total = np.zeros(case.shape, dtype=np.float32)
         for number, member in enumerate(members):
             progress(number, len(members))
@@ -357,15 +358,18 @@ class _Whole(_Question):
         with _watched(network, layer) as leaves:
             logits = self._output(network, self._views(case.image)).logits.float()[0]
             score = _scan_score(logits, spec, self.index)
-            maps = _cams(leaves, score, how, signed=spec.kind == "regression")
+            heats = _upsampled(_cams(leaves, score, how, signed=spec.kind == "regression"), spec.patch_vox).numpy()
         total = np.zeros(case.shape, dtype=np.float32)
         if spec.view_mm > 0:
-            total += whole_view_to_volume(maps[0].numpy(), case.spacing_mm, spec.view_mm, spec.patch_vox, case.shape)
-            maps = maps[1:]
+            whole = whole_view_to_volume(heats[0], case.spacing_mm, spec.view_mm, spec.patch_vox, case.shape)
+            total += whole * float(
+                np.prod(case.spacing_mm) / spec.view_mm**3
+            )  # its voxels are larger: the same in less
+            heats = heats[1:]
         if spec.crops:
             added, count = np.zeros(case.shape, dtype=np.float32), np.zeros(case.shape, dtype=np.float32)
             corners = covering_corners(case.shape, spec.patch_vox)
-            for corner, heat in zip(corners, _upsampled(maps, spec.patch_vox).numpy(), strict=True):
+            for corner, heat in zip(corners, heats, strict=True):
                 # a corner lies before the volume where that is thinner than the window
                 inside = tuple(slice(max(c, 0), c + p) for c, p in zip(corner, spec.patch_vox))
                 x, y, z = (slice(max(-c, 0), n - c) for c, n in zip(corner, case.shape))
@@ -420,25 +424,27 @@ def _scan_score(logits: Tensor, spec: TaskSpec, index: int) -> Tensor:
 # ---- Grad-CAM --------------------------------------------------------------------------------------------------------
 
 
-def layers_of(network: nn.Module) -> dict[str, tuple[nn.Module, int | None]]:
-    """Name -> (module, which of its outputs) of the maps that can be looked at, in the order of computation.
+def layers_of(network: nn.Module) -> dict[str, tuple[nn.Module, tuple[int, ...]]]:
+    """Name -> (module, which of its outputs; none of them: it has one) of the maps that can be looked at.
 
     An encoder's maps are taken where the contrasts have met: one map stands for the case, however many it has.
     """
     fusion = network.get_submodule("fusion")
-    deepest = len(network.backbone.widths) - 1  # type: ignore[union-attr,arg-type]
     levels = int(fusion.levels)  # type: ignore[arg-type]
-    found: dict[str, tuple[nn.Module, int | None]] = {
-        f"encoder.{deepest - levels + 1 + i}": (fusion, i) for i in range(levels)
-    }
+    finest = len(network.backbone.widths) - levels  # type: ignore[union-attr,arg-type]
+    found: dict[str, tuple[nn.Module, tuple[int, ...]]] = {"encoder": (fusion, tuple(range(levels)))}
+    found |= {f"encoder.{finest + i}": (fusion, (i,)) for i in range(levels)}
     decoder = getattr(network, "decoder", None)
     if decoder is not None:
-        found |= {f"decoder.{i}": (merge, None) for i, merge in enumerate(decoder.merges)}
+        found |= {f"decoder.{i}": (merge, ()) for i, merge in enumerate(decoder.merges)}
     return found
 
 
-def _deepest(network: nn.Module) -> str:
-    return [name for name in layers_of(network) if name.startswith("encoder")][-1]
+def _usual(network: nn.Module, kind: str) -> str:
+    """All maps that a scan-level head pools; of a segmentation the deepest, as finer ones say little but the mask."""
+    if kind != "segmentation":
+        return "encoder"
+    return [name for name in layers_of(network) if name.startswith("encoder.")][-1]
 
 
 @contextmanager
@@ -447,15 +453,14 @@ def _watched(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
 
     Nothing before the layer keeps anything for a backward pass, so that the encoder costs as little as in prediction.
     """
-    module, place = layers_of(network)[layer]
+    module, places = layers_of(network)[layer]
     leaves: list[Tensor] = []
 
     def restart(_: nn.Module, __: Any, output: Any) -> Any:
-        leaf = (output if place is None else output[place]).detach().requires_grad_(True)
-        leaves.append(leaf)
-        if place is None:
-            return leaf
-        return [leaf if i == place else other for i, other in enumerate(output)]
+        fresh = [o.detach() for o in (output if places else [output])]
+        watched = [fresh[i].requires_grad_(True) for i in places or (0,)]
+        leaves.extend(watched)
+        return fresh if places else fresh[0]
 
     learning = [p for p in network.parameters() if p.requires_grad]
     handle = module.register_forward_hook(restart)
@@ -470,20 +475,27 @@ def _watched(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
             parameter.requires_grad_(True)
 
 
-def _cams(leaves: Sequence[Tensor], score: Tensor, how: str, signed: bool) -> Tensor:
-    """[B, x, y, z] on the layer's own grid, on the CPU."""
-    gradients = torch.autograd.grad(score, list(leaves))
+def _cams(leaves: Sequence[Tensor], score: Tensor, how: str, signed: bool) -> list[Tensor]:
+    """[B, x, y, z] for each layer on its own grid, on the CPU."""
     found = []
-    for leaf, gradient in zip(leaves, gradients):
+    for leaf, gradient in zip(leaves, torch.autograd.grad(score, list(leaves))):
         weight = gradient.mean(dim=(2, 3, 4), keepdim=True) if how == "gradcam" else gradient
-        found.append((weight * leaf.detach()).sum(dim=1))
-    maps = torch.cat(found)
-    return (maps if signed else functional.relu(maps)).float().cpu()
+        cam = (weight * leaf.detach()).sum(dim=1).float().cpu()
+        found.append(cam if signed else functional.relu(cam))
+    return found
 
 
-def _upsampled(maps: Tensor, patch_vox: Triple) -> Tensor:
-    """[B, x, y, z] -> [B, X, Y, Z], linear between the centres of the cells."""
-    return functional.interpolate(maps[:, None], size=patch_vox, mode="trilinear", align_corners=False)[:, 0]
+def _upsampled(maps: Sequence[Tensor], patch_vox: Triple) -> Tensor:
+    """[B, x, y, z] for each layer -> their sum [B, X, Y, Z], linear between the centres of the cells.
+
+    A cell of a coarse layer stands for more voxels: its share is spread over them, so that layers can be added.
+    """
+    total = torch.zeros(())
+    for cam in maps:
+        spread = cam[0].numel() / maps[-1][0].numel()
+        fine = functional.interpolate(cam[:, None], size=patch_vox, mode="trilinear", align_corners=False)[:, 0]
+        total = total + spread * fine
+    return total
 
 
 def _normalised(raw: np.ndarray, signed: bool) -> tuple[np.ndarray, float]:

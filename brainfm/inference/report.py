@@ -313,7 +313,7 @@ def _grid(
     left = 0.22 + 0.085 * max((len(line) for label in row_labels for line in label.split("\n")), default=0)
     left = left if any(row_labels) else 0.0
     gap, top, below = 0.07, 0.32 if column_labels else 0.0, 0.42 if legend else 0.0
-    below += (0.5 if heat else 0.0) + (0.3 if note else 0.0)
+    below += 0.55 if heat or note else 0.0
     room = _WIDTH_INCH - left - gap * (columns - 1)
     scale = min(room / sum(widths), largest_inch / max(heights))  # inches a mm
     full_width = left + scale * sum(widths) + gap * (columns - 1)
@@ -346,7 +346,7 @@ def _grid(
     if heat:
         _draw_bar(figure, heat, (full_width - 2.6, 0.3), full_width, full_height)
     if note:
-        figure.text(left / full_width, (below - 0.25) / full_height, note, color=INK, fontsize=10.5, va="center")
+        figure.text(left / full_width, 0.33 / full_height, note, color=INK, fontsize=10.5, va="center")
     return png(figure)
 
 

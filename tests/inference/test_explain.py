@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 from dataclasses import replace
 from pathlib import Path
+from unittest import mock
 
 import nibabel as nib
 import numpy as np
@@ -22,6 +23,7 @@ from brainfm.inference.predict import Engine
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.heads import fused_features
 from brainfm.specs import BundleError, ConfigError, PreprocessSpec, Provenance, TaskSpec
+from brainfm.tasks import scan_level
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.scan_level import ScanOutput, ScanTask
 from brainfm.tasks.segmentation import SegmentationTask
@@ -112,9 +114,8 @@ class Plain(nn.Module):
         if self.inside is not None:
             logits = self.network.decoder(maps)
             return (logits[:, 1] - logits[:, 0])[:, self.inside].sum(dim=1, keepdim=True)
-        tokens = maps[-1].flatten(2).transpose(1, 2)
-        pooled, _ = self.network.pool(tokens, torch.full((tokens.shape[1],), 1 / tokens.shape[1]))
-        logits = self.network.out(self.network.norm(pooled))
+        with mock.patch.object(scan_level, "fused_features", lambda *given: maps):
+            logits = self.network(image[:, None], present).logits
         return logits[:, 1:] - logits[:, :1]
 
 
@@ -134,7 +135,7 @@ def test_gradcam_is_that_of_captum_and_of_monai(spec):
     other = monai.GradCAM(plain, "meet").compute_map(given, class_idx=0).detach()
     assert torch.allclose(theirs, other, rtol=1e-4, atol=1e-7) and theirs.max() > 0
     upsampled = captum.LayerAttribution.interpolate(theirs, PATCH, "trilinear")[0, 0].numpy()
-    ours = explain_volume([network], spec, image, BOTH, spec.values[1], method="gradcam")
+    ours = explain_volume([network], spec, image, BOTH, spec.values[1], method="gradcam", layer="encoder.1")
     assert ours.peak == pytest.approx(upsampled.max(), rel=1e-3)
     assert np.allclose(ours.heat, upsampled / upsampled.max(), atol=2e-3)
 
@@ -341,8 +342,8 @@ def test_an_answer_that_is_not_finite_is_refused():
 
 
 def test_layers_are_named_from_fine_to_coarse_and_back():
-    assert list(layers_of(task(SEGMENTATION))) == ["encoder.0", "encoder.1", "decoder.0"]
-    assert list(layers_of(task(CLASSES))) == ["encoder.1"]
+    assert list(layers_of(task(SEGMENTATION))) == ["encoder", "encoder.0", "encoder.1", "decoder.0"]
+    assert list(layers_of(task(CLASSES))) == ["encoder", "encoder.0", "encoder.1"]
 
 
 # ---- files -----------------------------------------------------------------------------------------------------------
@@ -387,13 +388,16 @@ def test_the_verb(bundle, tmp_path, capsys):
     t1, flair = write(tmp_path / "t1.nii.gz", "oblique"), write(tmp_path / "flair.nii.gz", "thick_slices")
     given = [f"bundle={bundle}", f"input.t1={t1}", f"input.flair={flair}"]
     assert main(["explain", *given, f"out={tmp_path / 'why.nii.gz'}", "class=yes", "grid=flair"]) == 0
-    assert "HiResCAM at encoder.1: lesion yes, probability 0." in capsys.readouterr().out
+    assert "HiResCAM at encoder: lesion yes, probability 0." in capsys.readouterr().out
     assert nib.load(tmp_path / "why.nii.gz").shape == nib.load(flair).shape
     assert (tmp_path / "why.png").is_file()
     for words, sentence in (
         (["class=maybe"], "class=maybe: the bundle of lesion has no such class, expected one of no or yes"),
         (["method=lime"], "method=lime: expected one of hirescam, gradcam or occlusion"),
-        (["layer=encoder.9"], "layer=encoder.9: the network has no such layer, expected encoder.1"),
+        (
+            ["layer=encoder.9"],
+            "layer=encoder.9: the network has no such layer, expected one of encoder, encoder.0 or encoder.1",
+        ),
         (["method=occlusion", "layer=encoder.1"], "layer=encoder.1: occlusion looks at no layer, expected none"),
         (["cube_mm=0"], "cube_mm=0.0, step_mm=None: expected an edge above 0"),
         (["grid=swi"], "no input swi to answer on, expected one of the inputs t1, flair"),
