@@ -23,11 +23,12 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.seeds import stream
 from brainfm.specs import TaskSpec
-from brainfm.tasks.linear import tuned
+from brainfm.tasks.linear import standardised, tuned
 from brainfm.tasks.windows import predict_windows
 
 Split = tuple[Sequence[int], Sequence[int]]  # places of the cases that are learned from, and of those held out
 
+_FARTHEST = 4.0  # deviations from the mean; what lies beyond is put there
 _SMOOTHED_MM = (2.0, 6.0)
 _PER_CASE = 4000  # voxels of a case that are looked at, half of them labelled
 _MOST = 40_000  # voxels in all
@@ -123,12 +124,14 @@ def linear_answers(
             if not rows or not len(held):
                 continue
             who = [groups[r] for r in rows]
-            y, other = columns[rows, t], x[list(held)]
+            # A number that hardly varies among the training rows would throw a held-out row any distance away.
+            near, other = (np.clip(z, -_FARTHEST, _FARTHEST) for z in standardised(x[rows], x[list(held)]))
+            y = columns[rows, t]
             if spec.kind == "regression":
-                answers[list(held), 0] = tuned(x[rows], y, who, other, "ridge", seed).answers
+                answers[list(held), 0] = tuned(near, y, who, other, "ridge", seed).answers
                 continue
             classes = 2 if multilabel else spec.classes
-            given = tuned(x[rows], y.astype(np.int64), who, other, "logistic", seed, classes=classes).answers
+            given = tuned(near, y.astype(np.int64), who, other, "logistic", seed, classes=classes).answers
             if multilabel:
                 answers[list(held), t] = given[:, 1]
             else:

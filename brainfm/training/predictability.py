@@ -13,10 +13,11 @@ import numpy as np
 
 from brainfm.data.splits import folds
 from brainfm.seeds import stream
-from brainfm.tasks.linear import prepared
+from brainfm.tasks.linear import standardised
 
 _PENALTIES = tuple(10.0**e for e in np.arange(4.0, -4.5, -1.0))  # strongest first, of rows of mean square length 1
 _FOLDS = 5
+_FARTHEST = 4.0  # deviations from the mean; what lies beyond is put there
 
 
 @dataclass(frozen=True)
@@ -100,7 +101,9 @@ def crossed(x: np.ndarray, groups: Sequence[str], seed: int, repeats: int = 2) -
 
 def _paths(train: np.ndarray, held: np.ndarray) -> tuple[tuple[np.ndarray, np.ndarray, np.ndarray], ...]:
     scale = np.sqrt(max(1, int((np.ptp(train, axis=0) > 0).sum())))
-    train, held = prepared(train, held)
+    # A number that hardly varies among the training rows would throw a held-out row any distance away.
+    train, held = (np.clip(rows, -_FARTHEST, _FARTHEST) for rows in standardised(train, held))
+    train, held = train - train.mean(axis=0), held - train.mean(axis=0)
     left, singular, right = np.linalg.svd(train / scale, full_matrices=False)
     turned = held / scale @ right.T
     paths = []

@@ -72,6 +72,15 @@ def test_a_held_out_answer_depends_on_training_labels_alone() -> None:
     assert (baselines.linear_answers(x, changed, groups, split, VALUE, 0)[:10] != found[:10]).any()
 
 
+def test_a_rare_number_throws_nobody_far_away() -> None:
+    x, groups, noise = cohort(3)
+    y = 50 + 10 * x[:, 0] + noise
+    x[:, 5] *= 1e-6
+    x[7, 5] = 1.0  # held out, it lies a million deviations from the training rows
+    found = baselines.linear_answers(x, y, groups, splits(40, 4), VALUE, 0)
+    assert abs(found[7] - y[7]) < 15
+
+
 def test_without_any_number_the_answer_is_that_of_the_training_side() -> None:
     y = np.arange(8.0)
     found = baselines.linear_answers(np.zeros((8, 0)), y, [f"p{i}" for i in range(8)], splits(8, 2), VALUE, 0)

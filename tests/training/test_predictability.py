@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from brainfm.data.splits import folds
-from brainfm.tasks.linear import prepared, ridge
+from brainfm.tasks.linear import ridge, standardised
 from brainfm.training import predictability
 from brainfm.training.predictability import aurocs, crossed, holm, permutation_p, resampled_counts, shuffles
 
@@ -25,8 +25,7 @@ def test_closed_form_is_the_loop_over_folds_penalties_and_left_out_rows() -> Non
     expected = np.zeros_like(y)
     for fold in folds(groups, 5, 3000):
         away = np.isin(groups, fold)
-        train, held = prepared(x[~away], x[away])
-        train, held = train / np.sqrt(5), held / np.sqrt(5)
+        train, held = (np.clip(rows, -4, 4) / np.sqrt(5) for rows in standardised(x[~away], x[away]))
         for column in range(2):
             known, errors = y[~away, column], []
             for penalty in predictability._PENALTIES:
@@ -49,6 +48,16 @@ def test_an_answer_never_depends_on_the_own_label() -> None:
     changed[[6, 7]] += 100  # both rows of one subject
     assert fit.answers(changed)[[6, 7]] == pytest.approx(fit.answers(y)[[6, 7]])
     assert not np.allclose(fit.answers(changed), fit.answers(y))
+
+
+def test_a_rare_number_throws_nobody_far_away() -> None:
+    """A column that varies by a millionth among the training rows and by 1 in a held-out one."""
+    rng = np.random.default_rng(3)
+    x, y = rng.normal(size=(30, 2)), rng.normal(size=(30, 1))
+    x[:, 1] = 1e-6 * rng.normal(size=30)
+    plain = crossed(x, people(30), 0).answers(y)
+    x[4, 1] = 1.0
+    assert abs(crossed(x, people(30), 0).answers(y)[4, 0] - plain[4, 0]) < 5 * y.std()
 
 
 def test_areas_agree_with_counting_pairs_and_know_when_there_are_none() -> None:
