@@ -22,6 +22,8 @@ NEEDED = {
     "pretrain": ["store=x", "run=y"],
     "finetune": ["store=x", "run=y", "backbone_from=none", "task.target=lesion"],
     "predict": ["bundle=x", "input.t1=y", "out=z"],
+    "embed": ["backbone=x", "store=y", "out=z"],
+    "probe": ["features=x", "store=y", "target=age", "out=z"],
     "evaluate": ["predictions=x", "manifest=y", "out=z"],
     "explain": ["bundle=x", "input.t1=y", "out=z"],
 }

@@ -54,6 +54,7 @@ class ProbeSpec:
         repeats: cross-validations, each with other folds; scores are means over them.
         seed: of the folds, the bootstrap and the random network.
         random: whether a random network is probed too.
+        resamples: cohorts of an interval's bootstrap.
     """
 
     target: str
@@ -62,6 +63,7 @@ class ProbeSpec:
     repeats: int = 3
     seed: int = 0
     random: bool = True
+    resamples: int = 2000
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
@@ -70,6 +72,8 @@ class ProbeSpec:
             raise ConfigError(f"folds={self.folds}: expected 2 or more")
         if self.repeats < 1:
             raise ConfigError(f"repeats={self.repeats}: expected 1 or more")
+        if self.resamples < 1:
+            raise ConfigError(f"resamples={self.resamples}: expected 1 or more")
         if self.seed < 0:
             raise ConfigError(f"seed={self.seed}: expected 0 or more")
 
@@ -355,7 +359,8 @@ def _rows(question: Question, by_name: Mapping[str, np.ndarray], spec: ProbeSpec
             elif model in random:
                 metric = _over_repeats(scan_score(task, main))
                 pair = (metric, truth, answers, random[model], subjects, spec.seed)
-                row = replace(row, minus_random=paired_bootstrap(*pair, strata), p_random=paired_permutation(*pair))
+                apart = paired_bootstrap(*pair, strata, spec.resamples)
+                row = replace(row, minus_random=apart, p_random=paired_permutation(*pair))
             yield row
 
 
@@ -369,7 +374,7 @@ def _row(
     intervals = {
         what: bootstrap(
             _over_repeats(scan_score(task, what)), truth, answers, groups=question.subjects, seed=spec.seed,
-            strata=strata,
+            strata=strata, resamples=spec.resamples,
         )
         for what in (primary(task)[0], _SECOND[task.kind])
     }  # fmt: skip
