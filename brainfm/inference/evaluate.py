@@ -16,6 +16,7 @@ import numpy as np
 from brainfm.data.manifest import Manifest, read_manifest
 from brainfm.imaging import nifti
 from brainfm.inference.engine import Engine, check_folder, write_table, write_text
+from brainfm.inference.evaluate_scans import evaluate_answers
 from brainfm.inference.predict import (
     LISTING,
     Key,
@@ -59,11 +60,12 @@ def evaluate(
     overlap: float = 0.5,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
-    """Scores a bundle, or masks it made earlier, on the labelled sessions of a manifest.
+    """Scores a bundle, or what it answered earlier, on the labelled sessions of a manifest.
 
-    Per case: Dice, surface Dice at 1 mm and volumes in ml; with several classes each of these per class too, and the
-    first two as the mean over the classes. A labelled case without a mask, because its prediction failed, scores 0 and
-    says so in the column ``note``. Sessions without the label are counted and left out.
+    Of a scan-level question: the scores of tasks/scores.py with intervals by subject. Of a segmentation, per case:
+    Dice, surface Dice at 1 mm and volumes in ml; with several classes each of these per class too, and the first two
+    as the mean over the classes. A labelled case without a mask, because its prediction failed, scores 0 and says so in the
+    column ``note``. Sessions without the label are counted and left out.
 
     Args:
         out: a folder; gets ``cases.csv``, ``summary.json`` and, with a bundle, the masks in ``predictions/``.
@@ -78,19 +80,25 @@ def evaluate(
     """
     if (bundle is None) == (predictions is None):
         raise ConfigError("evaluate needs either bundle= or predictions=, found both or neither")
-    require_monai()  # now, and not after hours of prediction
     folder = Path(out)
     check_folder(folder)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
-    if bundle is not None:
-        engine = Engine.load(bundle, device, precision, overlap)
+    engine = None if bundle is None else Engine.load(bundle, device, precision, overlap)
+    if engine is not None:
         mark, task = engine.fingerprint, engine.task
+    else:
+        mark, task = read_claim(Path(str(predictions)))
+    if task.kind != "segmentation":
+        place = folder / "predictions" if engine is not None else Path(str(predictions))
+        rows, summary = evaluate_answers(engine, manifest, folder, place, task, seed, progress)
+        return Evaluation(rows, summary | {"bundle": mark})
+    require_monai()  # now, and not after hours of prediction
+    if engine is not None:
         labels = _labels(manifest, task.target, check_grids=True)
         masks = folder / "predictions"
         predict_manifest(engine, manifest, masks, sessions=labels, progress=progress)
     else:
         masks = Path(str(predictions))
-        mark, task = read_claim(masks)
         labels = _labels(manifest, task.target, check_grids=False)
     files = _listed(masks)
     rows = [_row(key, label, is_mask, files.get(key), task) for key, (label, is_mask) in labels.items()]
@@ -212,7 +220,10 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
         f"{summary['cases']} cases of {summary['subjects']} subjects, {summary['sessions_without_label']} sessions "
         f"without the label {summary['target']} left out, {summary['without_prediction']} without a prediction"
     ]
-    for name in ("dice", "surface_dice_1mm"):
-        found = summary["metrics"][name]
-        lines.append(f"{name}: {found['mean']:.3f} [{found['low']:.3f}, {found['high']:.3f}]")
+    metrics = summary["metrics"]
+    for name in ("dice", "surface_dice_1mm") if "dice" in metrics else metrics:
+        numbers = [
+            "undefined" if metrics[name][k] is None else f"{metrics[name][k]:.3f}" for k in ("mean", "low", "high")
+        ]
+        lines.append(f"{name}: {numbers[0]} [{numbers[1]}, {numbers[2]}]")
     return lines

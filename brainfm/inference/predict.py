@@ -129,7 +129,7 @@ def _mean_probabilities(engine: Engine, image: torch.Tensor, present: torch.Tens
             batch=1 if engine.device.type == "cpu" else 2,  # more gains no time on a CPU and costs memory
             device=engine.device,
             autocast=engine.autocast,
-            **({"mirror": engine.decisions.mirror} if engine.decisions.mirror else {}),
+            mirror=engine.decisions.mirror,
         )
         total = probabilities if total is None else total.add_(probabilities)
     if total is None:
@@ -246,7 +246,7 @@ def predict_manifest(
     kept = 0
     for number, (key, scans) in enumerate(wanted.items()):
         progress(number, len(wanted))
-        name = mask_name(key, engine.task.target, ".nii.gz" if dense else ".json")
+        name = answer_name(key, engine.task)
         try:
             files, reference, like = _plan(manifest, key, scans, engine.task)
             there = (folder / name).is_file()
@@ -268,6 +268,11 @@ def predict_manifest(
     write_table(folder / LISTING, ["dataset", "subject", "session", *columns, "file"], listed)
     write_table(folder / FAILURES, ["dataset", "subject", "session", "reason"], [[*k, r] for k, r in failures.items()])
     return Report(len(listed) - kept, kept, failures)
+
+
+def answer_name(key: Key, task: TaskSpec) -> str:
+    """The file in which the answer for a session lies."""
+    return mask_name(key, task.target, ".nii.gz" if task.kind == "segmentation" else ".json")
 
 
 def mask_name(key: Key, target: str, ending: str = ".nii.gz") -> str:

@@ -407,11 +407,13 @@ def _audit(found: Mapping[str, Any]) -> Section:
     head = ("from this alone", "predicts the answer", "p", "model's score when equalised", "verdict")
     rows: list[tuple[str, ...]] = [head]
     for s in audit["shortcuts"]:
-        rows.append((s["name"], _maybe(s.get("score")), _number(s.get("p")), _maybe(s.get("equalised")), s["verdict"]))
+        name = f"{s['name']} ({s['label']})" if s["label"] else s["name"]
+        rows.append((name, _maybe(s["score"]), _number(s["p"]), _maybe(s["equalised"]), s["verdict"]))
+    measure = "AUROC" if audit["measure"] == "auroc" else "skill: the share of the mean's error that it takes away"
     text = (
         f"{audit['verdict']}\n\nCan the answer be guessed without looking at the brain? Each line gives a linear model "
-        "one kind of side information, cross-validated on the same folds. Equalised: the model's score among cases "
-        "that the side information cannot tell apart."
+        f"one kind of side information, cross-validated by subject, and measures it by {measure}. Equalised: the "
+        "model's score among cases that the side information cannot tell apart."
     )
     return Section("Shortcuts", text, table=tuple(rows))
 

@@ -68,7 +68,7 @@ class SegmentationTask(Task):
         self.auxiliary = nn.ModuleList()  # last, so that the weights before it are drawn alike with and without
         if deep_supervision or loss.deep_supervision:
             self.auxiliary.extend(Pointwise(width, spec.classes) for width in backbone.widths[1:-1])
-        for head in self._heads():
+        for head in self.heads():
             _set_prior(head)
         self.register_buffer("_values", torch.tensor(spec.values, dtype=torch.uint8), persistent=False)
 
@@ -123,11 +123,12 @@ class SegmentationTask(Task):
         The last weights become 0 as well, since a collapse may sit in them as much as in the bias. They learn again
         from the first step, the layers before them from the second. An optimiser's moments of these layers are stale.
         """
-        for head in self._heads():
+        for head in self.heads():
             nn.init.zeros_(head.weight)
             _set_prior(head)
 
-    def _heads(self) -> list[nn.Conv3d]:
+    def heads(self) -> list[nn.Conv3d]:
+        """The last layers: the answer's, then those of the coarser levels where there are any."""
         return [self.decoder.out, *(cast(Pointwise, head) for head in self.auxiliary)]
 
 

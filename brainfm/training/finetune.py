@@ -1,14 +1,15 @@
-"""Fine-tuning: labelled cases and a backbone in, cross-validated scores and a bundle out."""
+"""Fine-tuning: labelled cases and a backbone in; a bundle, honest scores against baselines, and their reasons out."""
 
 from __future__ import annotations
 
 import csv
+import io
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from lightning.fabric import Fabric
 from safetensors.torch import load_file, save
@@ -16,42 +17,130 @@ from safetensors.torch import load_file, save
 from brainfm.batch import Batch, Terms
 from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw
 from brainfm.data.loader import StepSampler, make_loader
-from brainfm.data.patches import Case, TaskPatches, find_cases, whole_case
-from brainfm.data.splits import folds
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.recompute import set_checkpointing
 from brainfm.nets.weights import load_backbone, write_atomically
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import write_bundle
-from brainfm.tasks.metrics import bootstrap_interval, dice, volume_ml
 from brainfm.tasks.segmentation import SegmentationTask
-from brainfm.tasks.windows import predict_windows
-from brainfm.training.loop import Run, State, train
-from brainfm.training.optim import build_optimizer
+from brainfm.tasks.task import Task
+from brainfm.training import results
+from brainfm.training.adapt import AdaptSpec, adapt_spec, adapted_optimizer
+from brainfm.training.average import WeightAverage
+from brainfm.training.crossval import Split, SplitSpec, split_cases, with_shots
+from brainfm.training.foreground import ForegroundWatch
+from brainfm.training.loop import LoopSpec, Run, State, train
+from brainfm.training.memory import MemoryPlan, plan
 from brainfm.training.pretrain import identity_of, loop_spec, make_fabric, optim_values, provenance_of, say
+from brainfm.training.questions import Engine, Question, Row
 from brainfm.training.speed import settled
 
-BEST = "best.safetensors"
+MEMBER = "member.safetensors"
+HELD = "held.json"
+BASELINES = ("scratch", "random_linear", "features")
+# What may change between two calls that go on with one run.
+_NOT_IN_A_FOLD = ("baselines", "audit", "audit_columns", "report", "command", "mirror", "clean", "protocol")
+_MOST_VOXELS = {"cpu": 64**3, "cuda": 128**3}  # of a patch that is chosen; a CPU's time is the limit there
+
+
+class _Interrupted(Exception):
+    """A fold was broken off and saved; the text says where."""
 
 
 class _Supervised(torch.nn.Module):
-    """(Batch, progress) -> Terms, augmented on the device in training mode."""
+    """(Batch, progress) -> Terms, augmented on the device in training mode; carries the average of the weights and, of
+    a segmentation, what is known of its foreground."""
 
-    def __init__(self, task: SegmentationTask, augment: AugmentSpec | None, seed: int) -> None:
+    def __init__(self, task: Task, augment: AugmentSpec | None, seed: int, decay: float, max_steps: int) -> None:
         super().__init__()
         self.task, self.augment, self.seed = task, augment, seed
+        self.average = WeightAverage(task, decay) if decay else None
+        self.foreground = ForegroundWatch(max_steps) if isinstance(task, SegmentationTask) else None
 
     def forward(self, batch: Batch, progress: float) -> Terms:
         if self.training and self.augment is not None:
-            batch = apply(batch, draw(batch, self.augment, self.seed))
-        return self.task.loss(self.task(batch.image, batch.present), batch)
+            flat, views = _flattened(batch)
+            batch = _unflattened(apply(flat, draw(flat, self.augment, self.seed)), views)
+        output = self.task(batch.image, batch.present)
+        if self.training and self.foreground is not None:
+            assert batch.label is not None
+            self.foreground.add(output, batch.label)
+        return self.task.loss(output, batch)
+
+    @property
+    def answering(self) -> Task:
+        """The network that is scored and shipped: the averaged one, where there is an average."""
+        return self.task if self.average is None else self.average.network  # type: ignore[return-value]
+
+    def member(self) -> bytes:
+        """What goes into the bundle."""
+        state = self.answering.bundle_state()
+        return save({name: value.detach().cpu().clone().contiguous() for name, value in state.items()})
+
+
+def _flattened(batch: Batch) -> tuple[Batch, int]:
+    """Views of a head as samples of their own: all are augmented in the same way, for what is drawn for a sample is
+    drawn from its number."""
+    if batch.image.ndim == 5:
+        return batch, 0
+    views = batch.image.shape[1]
+    lesion = None if batch.lesion is None else batch.lesion.flatten(0, 1)
+    assert batch.present is not None
+    return replace(
+        batch,
+        image=batch.image.flatten(0, 1),
+        sample=batch.sample.repeat_interleave(views),
+        present=batch.present.repeat_interleave(views, dim=0),
+        lesion=lesion,
+    ), views
+
+
+def _unflattened(batch: Batch, views: int) -> Batch:
+    if not views:
+        return batch
+    assert batch.present is not None
+    return replace(
+        batch,
+        image=batch.image.unflatten(0, (-1, views)),
+        sample=batch.sample[::views],
+        present=batch.present[::views],
+        lesion=None if batch.lesion is None else batch.lesion.unflatten(0, (-1, views)),
+    )
+
+
+@dataclass(frozen=True)
+class _Study:
+    """All that the folds of a run share."""
+
+    config: dict[str, Any]
+    store: Store
+    run: Path
+    fabric: Fabric
+    question: Question
+    backbone: Backbone
+    parents: tuple[str, ...]
+    plan: MemoryPlan
+    adapt: AdaptSpec
+
+    @property
+    def chief(self) -> bool:
+        return bool(self.fabric.is_global_zero)
+
+    @property
+    def seed(self) -> int:
+        return int(self.config["seed"])
+
+    def engine(self) -> Engine:
+        return Engine(self.fabric.device, torch.bfloat16 if self.plan.precision == "bf16-mixed" else None)
 
 
 def finetune(config: dict[str, Any]) -> Path | None:
     """Runs or resumes the fine-tuning that the resolved configuration describes (configs/finetune.yaml).
 
-    Leaves in ``run``: a folder per fold, ``cases.csv`` and ``scores.json`` (each case scored by the fold that did not
-    train on it), and ``bundle/`` with one member a fold.
+    Leaves in ``run``: a folder per fold, ``cases.csv`` and ``scores.json`` (each case answered by the fold that did not
+    train on it), ``results.json`` (all that a report needs) and ``bundle/`` with one member a fold of the first repeat.
+    With ``protocol=fewshot`` it leaves ``shots/`` and ``learning_curve.csv`` besides.
 
     Returns:
         The bundle's folder, or None where the run was interrupted.
@@ -59,41 +148,67 @@ def finetune(config: dict[str, Any]) -> Path | None:
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
     """
+    study, splits = _begin(config)
+    try:
+        if config["protocol"] == "fewshot":
+            return _few_shot(study, splits)
+        rows, states = _cross_validate(study, splits, study.run, study.backbone, study.adapt)
+        return _conclude(study, splits, rows, states, None)
+    except _Interrupted as interruption:
+        if study.chief:
+            say(f"stopped in {interruption} and saved; the same command goes on")
+        return None
+
+
+def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
+    """Everything that can be refused is refused here, before any step."""
     store, run = Store.open(Path(config["store"])), Path(config["run"])
     config = config | {"trainer": settled(config["trainer"])}
+    unknown = sorted(set(config["baselines"]) - set(BASELINES))
+    if unknown:
+        raise ConfigError(f"baselines: found {unknown[0]}, expected some of {', '.join(BASELINES)}")
+    if config["protocol"] not in ("cv", "fewshot"):
+        raise ConfigError(f"protocol={config['protocol']}: expected cv or fewshot")
+    adapt = adapt_spec(config["adapt"])
+    if not adapt.pretrained:
+        config = config | {"backbone_from": "none"}
     backbone, parents = _backbone(config, store)
-    task_spec, cases = _task(config["task"], store)
-    backbone.check_patch(task_spec.patch_vox)
+    question = build_question(config, store)
+    say(f"{len(question.cases)} sessions with {question.spec.target}, {len(question.left_out)} left out; "
+        f"contrasts {', '.join(question.spec.contrasts)}")  # fmt: skip
+    for sentence in question.left_out:
+        say(f"left out: {sentence}")
+    spec = SplitSpec(
+        folds=int(config["folds"]), repeats=int(config["repeats"]), inner=float(config["inner"]),
+        sites_apart=bool(config["sites_apart"]), seed=int(config["seed"]),
+    )  # fmt: skip
+    strata = question.strata()
+    splits = split_cases(question.cases, spec, strata, _sites(question, config))
+    if config["protocol"] == "fewshot":  # too many shots are refused now, not after the first hour
+        for shots in _shots(config):
+            for split in splits if shots is not None else []:
+                with_shots(split, shots, int(config["seed"]), strata)  # type: ignore[arg-type]
     run.mkdir(parents=True, exist_ok=True)
     fabric = make_fabric(config["trainer"])
-    splits = split_cases(cases, int(config["folds"]), int(config["seed"]))
-    identity = identity_of(config, store) | {"parents": list(parents)}
-    rows: list[dict[str, Any]] = []
-    states: list[State] = []
-    for fold, (trained, held) in enumerate(splits):
-        folder = run / f"fold{fold}"
-        if fabric.is_global_zero:
-            say(f"fold {fold + 1} of {len(splits)}: {len(trained)} cases to train on, {len(held)} held out")
-        state, scores = _fold(
-            fabric,
-            config,
-            identity | {"fold": fold},
-            folder,
-            store,
-            _fresh(config, backbone, task_spec, fold),
-            trained,
-            held,
-            fold,
-        )
-        if scores is None:
-            if fabric.is_global_zero:
-                say(f"stopped in fold {fold + 1} after step {state.step} and saved; the same command goes on")
-            return None
-        rows += scores
-        states.append(state)
-    if not fabric.is_global_zero:
-        return run / "bundle"
-    return _conclude(run, rows, states, config, store, backbone, task_spec, fabric, parents)
+    patch = question.patch(backbone, _MOST_VOXELS[fabric.device.type])
+    backbone.check_patch(patch)
+    planned = _planned(config, run, question, backbone, patch, fabric)
+    question.settle(planned.patch_vox)
+    return _Study(config, store, run, fabric, question, backbone, parents, planned, adapt), splits
+
+
+def build_question(config: Mapping[str, Any], store: Store) -> Question:
+    """The question that configs/task/*.yaml describes, with the cases that can answer it."""
+    values = config["task"]
+    if values["kind"] == "segmentation":
+        from brainfm.training.segmenting import Segmenting
+
+        return Segmenting(store, values, [int(axis) for axis in config["mirror"]], bool(config["clean"]))
+    if values["kind"] in ("classification", "regression"):
+        from brainfm.training.scanning import Scanning
+
+        return Scanning(store, values)
+    raise ConfigError(f"task.kind={values['kind']}: expected segmentation, classification or regression")
 
 
 def _backbone(config: dict[str, Any], store: Store) -> tuple[Backbone, tuple[str, ...]]:
@@ -111,210 +226,294 @@ def _backbone(config: dict[str, Any], store: Store) -> tuple[Backbone, tuple[str
     return loaded.backbone, (loaded.fingerprint,)
 
 
-def _task(values: dict[str, Any], store: Store) -> tuple[TaskSpec, list[Case]]:
-    """The question with what was left to the data filled in, and the cases that can answer it."""
-    if values["kind"] != "segmentation":
-        raise ConfigError(f"task.kind={values['kind']}: expected segmentation")
-    contrasts = values["contrasts"]
-    if contrasts is None:
-        names = {f"{values['target']}_mask", f"{values['target']}_labels"}
-        labelled = [s for s in store.sessions if any(entry.name in names for entry in s.labels)]
-        contrasts = sorted({scan.contrast for session in labelled for scan in session.scans})
-    cases, left_out = find_cases(store, contrasts, values["target"])
-    say(f"{len(cases)} sessions with {values['target']} labels, {len(left_out)} without; {', '.join(contrasts)}")
-    label_values = values["values"] or _values_of(store, cases)
-    patch_x, patch_y, patch_z = (int(p) for p in values["patch_vox"])
-    spec = TaskSpec(
-        kind="segmentation",
-        target=values["target"],
-        contrasts=tuple(contrasts),
-        values=tuple(label_values),
-        patch_vox=(patch_x, patch_y, patch_z),
-        fusion=values["fusion"],
+def _sites(question: Question, config: Mapping[str, Any]) -> dict[str, str] | None:
+    """Subject key -> site; None where the manifest has no such column or one site only."""
+    column = config["site"]
+    found = {c.session.subject_key: c.session.columns.get(column, "") for c in question.cases} if column else {}
+    if len(set(found.values())) < 2:
+        if config["sites_apart"]:
+            raise ConfigError(f"sites_apart=true: expected a manifest column {column!r} with two values or more")
+        return None
+    return found
+
+
+def _shots(config: Mapping[str, Any]) -> list[int | None]:
+    """``task.shots``; None stands for all."""
+    shots: list[int | None] = []
+    for value in config["task"]["shots"]:
+        if value != "all" and (not isinstance(value, int) or value < 1):
+            raise ConfigError(f"task.shots: found {value}, expected whole numbers from 1 on, or all")
+        shots.append(None if value == "all" else value)
+    if not shots:
+        raise ConfigError("task.shots is empty, expected at least one number of training subjects")
+    return shots
+
+
+def _planned(
+    config: dict[str, Any],
+    run: Path,
+    question: Question,
+    backbone: Backbone,
+    patch: tuple[int, int, int],
+    fabric: Fabric,
+) -> MemoryPlan:
+    """The plan of this run, made once and kept in plan.json: resumed, it has the same whatever memory is free."""
+    trainer = config["trainer"]
+    views = 1 + int(question.values.get("crops", 0))
+    asked: dict[str, Any] = {
+        "backbone": backbone.config, "kind": question.spec.kind, "contrasts": len(question.spec.contrasts),
+        "classes": max(1, question.spec.classes), "patch_vox": list(patch), "batch_size": int(trainer["batch_size"]),
+        "views": views, "trainer": {k: trainer[k] for k in ("accelerator", "precision", "memory_gb")},
+    }  # fmt: skip
+    file = run / "plan.json"
+    if file.exists():
+        there = json.loads(file.read_text())
+        if there["asked"] == asked:
+            return MemoryPlan.from_dict(there["plan"])
+    made = plan(
+        backbone,
+        question.spec.kind,
+        contrasts=asked["contrasts"],
+        classes=asked["classes"],
+        patch_vox=patch,
+        batch_size=asked["batch_size"],
+        trainer=trainer,
+        views=views,
     )
-    return spec, cases
+    if fabric.is_global_zero:
+        for note in made.notes:
+            say(f"memory: {note}")
+        write_atomically(file, (json.dumps({"asked": asked, "plan": made.to_dict()}, indent=1) + "\n").encode())
+    return made
 
 
-def _values_of(store: Store, cases: Sequence[Case]) -> list[int]:
-    if all(case.label.endswith("_mask") for case in cases):
-        return [0, 1]
-    found: set[int] = {0}
-    for case in cases:
-        found.update(np.unique(store.volume(case.session, case.label)).tolist())
-    return sorted(found)
+# ---- training --------------------------------------------------------------------------------------------------------
 
 
-def split_cases(cases: Sequence[Case], k: int, seed: int) -> list[tuple[list[Case], list[Case]]]:
-    """(train, held out) for each fold, by subject.
-
-    Raises:
-        ConfigError: where there are fewer subjects than folds.
-    """
-    subjects = sorted({case.session.subject_key for case in cases})
-    if len(subjects) < max(2, k) or k < 1:
-        raise ConfigError(f"folds={k}: expected at least one and at most the {len(subjects)} labelled subjects")
-    if k > 1:
-        held_sets = [set(fold) for fold in folds(subjects, k, seed)]
-    else:
-        held_sets = [set(folds(subjects, min(5, len(subjects)), seed)[0])]
-    return [
-        ([c for c in cases if c.session.subject_key not in held], [c for c in cases if c.session.subject_key in held])
-        for held in held_sets
-    ]
+def _cross_validate(
+    study: _Study, splits: Sequence[Split], folder: Path, backbone: Backbone | None, adapt: AdaptSpec
+) -> tuple[list[Row], list[State]]:
+    """Trains every split and answers its held-out cases. ``backbone`` None is the same network from fresh weights."""
+    rows: list[Row] = []
+    states: list[State] = []
+    for number, split in enumerate(splits):
+        if study.chief:
+            kept = f", {len(split.inner)} to choose the checkpoint on" if split.inner else ""
+            say(f"{folder.name}: training {number + 1} of {len(splits)}: {len(split.trained)} cases to train on{kept}, "
+                f"{len(split.held)} held out")  # fmt: skip
+        state, found = _fold(study, split, folder / split.name, backbone, adapt)
+        rows += found
+        states.append(state)
+    return rows, states
 
 
-def _fresh(config: dict[str, Any], backbone: Backbone, spec: TaskSpec, fold: int) -> SegmentationTask:
-    """A task whose encoder starts from the backbone and whose decoder starts at random, the same for every resume."""
-    torch.manual_seed(int(config["seed"]) * 1000 + fold)
-    encoder = build_backbone(**backbone.config)
-    if config["backbone_from"] != "none":
+def _fresh(study: _Study, split: Split, backbone: Backbone | None) -> Task:
+    """A task whose encoder starts from the backbone and whose head starts at random, the same for every resume."""
+    torch.manual_seed(study.seed * 1000 + 100 * split.repeat + split.fold)
+    encoder = build_backbone(**study.backbone.config)
+    if backbone is not None and study.config["backbone_from"] != "none":
         encoder.load_state_dict(backbone.state_dict())
-    return SegmentationTask(spec, encoder)
+    task = study.question.task(encoder, split.trained)
+    set_checkpointing(task, study.plan.checkpointing)
+    return task
 
 
 def _fold(
-    fabric: Fabric,
-    config: dict[str, Any],
-    identity: dict[str, Any],
-    folder: Path,
-    store: Store,
-    task: SegmentationTask,
-    trained: Sequence[Case],
-    held: Sequence[Case],
-    fold: int,
-) -> tuple[State, list[dict[str, Any]] | None]:
-    """Trains one fold to its end. Returns its state and the rows of its held-out cases; None if interrupted."""
-    data, trainer, spec = config["data"], config["trainer"], task.spec
-    patches = TaskPatches(
-        store,
-        trained,
-        spec.values,
-        spec.patch_vox,
-        int(config["seed"]) * 1000 + fold,
-        float(data["foreground_share"]),
-        float(data["contrast_dropout"]),
-    )
-    augment = augment_spec(data["augment"])
-    loop = loop_spec(trainer, config["optim"])
+    study: _Study, split: Split, folder: Path, backbone: Backbone | None, adapt: AdaptSpec
+) -> tuple[State, list[Row]]:
+    config, trainer, fabric, question = study.config, study.config["trainer"], study.fabric, study.question
+    task = _fresh(study, split, backbone)
+    seed = study.seed * 1000 + 100 * split.repeat + split.fold
+    patches = question.patches(split.trained, seed, config["data"])
+    loop = replace(loop_spec(trainer, config["optim"]), accumulate=study.plan.accumulate)
+    augment = augment_spec(config["data"]["augment"])
+    module = _Supervised(task, augment, study.seed, float(config["average"]), loop.max_steps)
+    optimizer = adapted_optimizer(task, adapt, max_steps=loop.max_steps, **optim_values(config["optim"]))
 
     def loader_from(step: int) -> Any:
         steps = StepSampler(step, loop.max_steps, int(trainer["batch_size"]), fabric.global_rank, fabric.world_size)
         return make_loader(patches, steps, int(trainer["workers"]), pin_memory=fabric.device.type == "cuda")
 
-    validate = _Validation(fabric, task, store, held, folder, fold, str(trainer["precision"]))
+    identity = identity_of({k: v for k, v in config.items() if k not in _NOT_IN_A_FOLD}, study.store)
+    identity["task"] = {k: v for k, v in identity["task"].items() if k != "shots"}
+    identity |= {"parents": list(study.parents) if backbone is not None else [], "plan": study.plan.to_dict()}
+    identity |= {"fold": split.name, "trained": ["/".join(case.session.key) for case in split.trained]}
     state = train(
         Run(
             fabric=fabric,
             folder=folder,
             identity=identity,
-            module=_Supervised(task, augment, int(config["seed"])),
-            optimizer=build_optimizer(task, **optim_values(config["optim"])),
+            module=module,
+            optimizer=optimizer,
             loader_from=loader_from,
             spec=loop,
-            evaluate=validate,
-            title=f"fold {fold}",
+            evaluate=_watch(study, module, split, folder, loop),
+            after_step=_after_step(module, optimizer, fabric, loop.max_steps),
+            title=folder.name,
         )
     )
-    return state, state.extra["cases"] if state.step == loop.max_steps else None
+    if state.step < loop.max_steps:
+        raise _Interrupted(f"{folder.parent.name}/{folder.name} after step {state.step}")
+    return state, _held(study, module, split, folder)
 
 
-class _Validation:
-    """Dice of the held-out cases over their whole volumes; keeps the weights of the best mean."""
+def _after_step(
+    module: _Supervised, optimizer: torch.optim.Optimizer, fabric: Fabric, max_steps: int
+) -> Callable[[float], None]:
+    def after(progress: float) -> None:
+        step = round(progress * max_steps)
+        if module.average is not None:
+            module.average.update(step)
+        if module.foreground is not None:
+            said = module.foreground.look(module.task, optimizer, fabric, step)  # type: ignore[arg-type]
+            if said is not None:
+                say(f"note: {said}")
 
-    def __init__(
-        self,
-        fabric: Fabric,
-        task: SegmentationTask,
-        store: Store,
-        held: Sequence[Case],
-        folder: Path,
-        fold: int,
-        precision: str,
-    ) -> None:
-        self.autocast = torch.bfloat16 if precision == "bf16-mixed" else None
-        self.fabric, self.task, self.store, self.held, self.folder, self.fold = fabric, task, store, held, folder, fold
+    return after
 
-    @torch.no_grad()
-    def __call__(self, state: State) -> dict[str, float]:
-        rows = [self._score(case) for case in self.held]
-        mean = float(np.mean([row["dice"] for row in rows]))
-        if mean > state.extra.get("best_dice", -1.0):
-            state.extra |= {"best_dice": mean, "best_step": state.step, "cases": rows}
-            if self.fabric.is_global_zero:
-                weights = {k: v.detach().cpu().contiguous() for k, v in self.task.state_dict().items()}
-                write_atomically(self.folder / BEST, save(weights))
-        return {"val_dice": mean, "best_dice": state.extra["best_dice"]}
 
-    def _score(self, case: Case) -> dict[str, Any]:
-        spec = self.task.spec
-        image, present, label = whole_case(self.store, case, spec.values)
-        probabilities = predict_windows(
-            self.task,
-            torch.from_numpy(image),
-            torch.from_numpy(present),
-            spec.patch_vox,
-            device=self.fabric.device,
-            autocast=self.autocast,
-        )
-        predicted = probabilities.argmax(dim=0).numpy()
-        scores = {spec.values[k]: dice(predicted == k, label == k) for k in range(1, spec.classes)}
-        spacing = self.store.spec.spacing_mm
-        dataset, subject, session = case.session.key
-        return {
-            "dataset": dataset,
-            "subject": subject,
-            "session": session,
-            "fold": self.fold,
-            "dice": float(np.mean(list(scores.values()))),
-            **({f"dice_{value}": score for value, score in scores.items()} if len(scores) > 1 else {}),
-            "true_ml": volume_ml(label > 0, spacing),
-            "predicted_ml": volume_ml(predicted > 0, spacing),
-        }
+def _watch(
+    study: _Study, module: _Supervised, split: Split, folder: Path, loop: LoopSpec
+) -> Callable[[State], dict[str, float]] | None:
+    """Scores for the curves; of the inner cases, where there are any, the best step's weights are kept as well."""
+    if not split.inner and not 0 < loop.evaluate_every < loop.max_steps:
+        return None
+    cases, word = (split.inner, "inner") if split.inner else (split.held, "held")
+    question = study.question
+
+    def evaluate(state: State) -> dict[str, float]:
+        with torch.no_grad():
+            score = question.watch(module.answering.eval(), cases, study.engine())
+        if split.inner:
+            sign = 1 if question.larger_is_better else -1
+            best = state.extra.get("best")
+            if best is None or sign * score > sign * best:
+                state.extra |= {"best": score, "best_step": state.step}
+                if study.chief:
+                    write_atomically(folder / MEMBER, module.member())
+        return {f"{word}_{question.primary}": score}
+
+    return evaluate
+
+
+def _held(study: _Study, module: _Supervised, split: Split, folder: Path) -> list[Row]:
+    """The answers to the held-out cases, made once, by the weights that go into the bundle."""
+    if not split.inner and study.chief and not (folder / MEMBER).exists():
+        write_atomically(folder / MEMBER, module.member())
+    study.fabric.barrier()
+    if not (folder / HELD).exists() and study.chief:
+        network = module.answering
+        network.load_state_dict(network.state_dict() | load_file(folder / MEMBER))
+        with torch.no_grad():
+            rows = study.question.answer(network.eval(), split, study.engine(), folder)
+        write_atomically(folder / HELD, (json.dumps(rows) + "\n").encode())
+    study.fabric.barrier()
+    return json.loads((folder / HELD).read_text())
+
+
+# ---- what came of it -------------------------------------------------------------------------------------------------
+
+
+def _baseline_rows(study: _Study, splits: Sequence[Split], folder: Path) -> dict[str, list[Row]]:
+    """Decided rows of each baseline that was asked for; made once and kept."""
+    found: dict[str, list[Row]] = {}
+    for name in study.config["baselines"]:
+        if name == "scratch":
+            if study.config["backbone_from"] == "none":
+                continue  # the model itself is that
+            rows, _ = _cross_validate(study, splits, folder / "scratch", None, AdaptSpec())
+            found[name] = study.question.decide(rows).rows
+            continue
+        file = folder / f"{name}.json"
+        if not file.exists() and study.chief:
+            say(f"baseline {name}")
+            file.parent.mkdir(parents=True, exist_ok=True)
+            torch.manual_seed(study.seed)
+            fresh = build_backbone(**study.backbone.config).eval()
+            made = study.question.baseline(name, fresh, splits, study.seed)
+            write_atomically(file, (json.dumps(made) + "\n").encode())
+        study.fabric.barrier()
+        found[name] = json.loads(file.read_text())
+    return found
 
 
 def _conclude(
-    run: Path,
-    rows: list[dict[str, Any]],
-    states: list[State],
-    config: dict[str, Any],
-    store: Store,
-    backbone: Backbone,
-    spec: TaskSpec,
-    fabric: Fabric,
-    parents: tuple[str, ...],
+    study: _Study,
+    splits: Sequence[Split],
+    rows: list[Row],
+    states: Sequence[State],
+    curve: dict[str, Any] | None,
 ) -> Path:
-    """Scores of all folds and the bundle of their best members."""
-    with (run / "cases.csv").open("w", newline="") as file:
-        writer = csv.DictWriter(file, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    interval = bootstrap_interval([row["dice"] for row in rows], seed=int(config["seed"]))
-    scores = {
-        "dice": interval.mean,
-        "low": interval.low,
-        "high": interval.high,
-        "n_cases": len(rows),
-        "n_subjects": len({(row["dataset"], row["subject"]) for row in rows}),
-        "folds": len(states),
-        "best_steps": [state.extra["best_step"] for state in states],
-        "note": "each case is scored by the fold that did not train on it, but its checkpoint is chosen on the same "
-        "cases: expect less on new ones",
-    }
-    (run / "scores.json").write_text(json.dumps(scores, indent=1) + "\n")
+    """Baselines, decisions, scores, audit and the bundle."""
+    others = _baseline_rows(study, splits, study.run / "baselines")
+    if not study.chief:
+        return study.run / "bundle"
+    decided = study.question.decide(rows)
+    document = results.collect(
+        study.question, study.config, splits, decided, others, study.plan.to_dict(), study.seed, curve
+    )
+    scores = results.headline(document)
+    _write_cases(study.run / "cases.csv", decided.rows)
+    _write_json(study.run / "scores.json", scores)
     total = State(step=sum(s.step for s in states), seconds=sum(s.seconds for s in states))
-    samples = total.step * int(config["trainer"]["batch_size"]) * fabric.world_size
-    members = [load_file(run / f"fold{fold}" / BEST) for fold in range(len(states))]
+    samples = total.step * int(study.config["trainer"]["batch_size"]) * study.fabric.world_size
+    provenance = provenance_of(study.config, study.store, total, samples, study.fabric, study.parents)
+    first = [split for split in splits if split.repeat == 0]
     write_bundle(
-        run / "bundle",
-        task=spec,
-        backbone_config=backbone.config,
-        members=members,
-        preprocess=store.spec,
-        provenance=provenance_of(config, store, total, samples, fabric, parents),
+        study.run / "bundle",
+        task=study.question.spec,
+        backbone_config=study.backbone.config,
+        members=[load_file(study.run / split.name / MEMBER) for split in first],
+        preprocess=study.store.spec,
+        provenance=provenance,
+        decisions=decided.decisions,
         scores=scores,
     )
-    say(
-        f"{run / 'bundle'}: cross-validated Dice {interval.mean:.3f} [{interval.low:.3f}, {interval.high:.3f}], "
-        f"{len(rows)} cases, {len(states)} folds"
-    )
-    return run / "bundle"
+    _write_json(study.run / results.FILE, document | {"provenance": provenance.to_dict()})
+    for line in results.describe(document):
+        say(line)
+    return study.run / "bundle"
+
+
+def _few_shot(study: _Study, splits: list[Split]) -> Path | None:
+    """A learning curve: the same folds and schedule with ever more training subjects, with and without pre-training."""
+    points: list[dict[str, Any]] = []
+    strata, last = study.question.strata(), None
+    for shots in _shots(study.config):
+        name = "all" if shots is None else str(shots)
+        drawn = splits if shots is None else [with_shots(s, shots, study.seed, strata) for s in splits]
+        folder = study.run if shots is None else study.run / "shots" / name
+        rows, states = _cross_validate(study, drawn, folder, study.backbone, study.adapt)
+        others = _baseline_rows(study, drawn, folder / "baselines")
+        if study.chief:
+            points.append(results.point(study.question, shots, drawn, rows, others, study.seed))
+            results.write_curve(study.run / "learning_curve.csv", points)
+        last = (drawn, rows, states, folder) if shots is None else last
+    curve = {"points": points, "primary": study.question.primary}
+    if last is None:
+        if study.chief:
+            document = results.collect_curve(study.question, study.config, splits, study.plan.to_dict(), curve)
+            _write_json(study.run / results.FILE, document)
+            for line in results.describe(document):
+                say(line)
+        return study.run
+    return _conclude(study, last[0], last[1], last[2], curve)
+
+
+def _write_cases(file: Path, rows: Sequence[Row]) -> None:
+    text = io.StringIO(newline="")
+    names = list(dict.fromkeys(name for row in rows for name in row if name != "file"))
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(names)
+    writer.writerows([[_cell(row.get(name)) for name in names] for row in rows])
+    write_atomically(file, text.getvalue().encode())
+
+
+def _cell(value: Any) -> Any:
+    if isinstance(value, list):
+        return " ".join("" if v is None else f"{v:.6g}" for v in value)
+    return f"{value:.6g}" if isinstance(value, float) else value
+
+
+def _write_json(file: Path, document: Mapping[str, Any]) -> None:
+    write_atomically(file, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())

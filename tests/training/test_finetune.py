@@ -17,7 +17,8 @@ from brainfm.data.store import Store
 from brainfm.nets.weights import load_backbone
 from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import read_bundle
-from brainfm.training.finetune import _fresh, finetune, split_cases
+from brainfm.training.crossval import SplitSpec, split_cases
+from brainfm.training.finetune import MEMBER, _begin, _fresh, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.pretrain import pretrain
 
@@ -27,7 +28,7 @@ def words(store: Store, run: Path, backbone: Path | str, *more: str) -> list[str
         f"store={store.path}", f"run={run}", f"backbone_from={backbone}", "backbone=unet_tiny", "trainer=cpu",
         "task=segmentation", "task.target=lesion", "task.patch_vox=[16,16,16]", "folds=2", "trainer.max_steps=8",
         "trainer.batch_size=2", "trainer.workers=0", "trainer.checkpoint_every=2", "trainer.evaluate_every=4",
-        "trainer.threads=1", "trainer.log_every=1",
+        "trainer.threads=1", "trainer.log_every=1", "baselines=[]", "audit=false", "report=false",
     ]  # fmt: skip
     given = dict(word.split("=", 1) for word in (*default, *more))
     return [f"{key}={value}" for key, value in given.items()]
@@ -57,25 +58,27 @@ def test_scores_cover_every_case_once(tuned: Path) -> None:
     assert {row["fold"] for row in rows} == {"0", "1"}
     scores = json.loads((tuned / "scores.json").read_text())
     assert scores["n_cases"] == 6 and scores["low"] <= scores["dice"] <= scores["high"]
-    assert scores["dice"] == pytest.approx(np.mean([float(row["dice"]) for row in rows]))
+    assert scores["dice"] == pytest.approx(np.mean([float(row["dice"]) for row in rows]), abs=1e-5)
 
 
-def test_bundle_holds_the_best_weights_of_each_fold(tuned: Path, backbone: Path) -> None:
+def test_bundle_holds_the_averaged_weights_of_each_fold(tuned: Path, backbone: Path) -> None:
     bundle = read_bundle(tuned / "bundle")
     assert len(bundle.networks) == 2
     assert bundle.provenance.parents == (load_backbone(backbone).fingerprint,)
     assert set(bundle.task.contrasts) == {"t1", "flair"} and bundle.task.values == (0, 1)
     for fold, network in enumerate(bundle.networks):
-        best = load_file(tuned / f"fold{fold}" / "best.safetensors")
-        assert all(torch.equal(value, best[name]) for name, value in network.state_dict().items())
+        member = load_file(tuned / f"fold{fold}" / MEMBER)
+        module = read_checkpoint(tuned / f"fold{fold}" / CHECKPOINT)["module"]
+        for name, value in network.state_dict().items():
+            assert torch.equal(value, member[name]) and torch.equal(value, module[f"average.network.{name}"])
+        weight = "decoder.out.weight"
+        assert not torch.equal(member[weight], module[f"task.{weight}"])  # the average is not the last step
 
 
-def test_encoder_starts_from_the_file_and_scratch_does_not(toy_store: Store, backbone: Path, tuned: Path) -> None:
-    spec = read_bundle(tuned / "bundle").task
+def test_encoder_starts_from_the_file_and_scratch_does_not(toy_store: Store, backbone: Path, tmp_path: Path) -> None:
     loaded = load_backbone(backbone).backbone
-    config = resolve("finetune", words(toy_store, Path("x"), backbone))
-    pretrained = _fresh(config, loaded, spec, fold=0)
-    scratch = _fresh(config | {"backbone_from": "none"}, loaded, spec, fold=0)
+    study, splits = _begin(resolve("finetune", words(toy_store, tmp_path / "run", backbone)))
+    pretrained, scratch = _fresh(study, splits[0], study.backbone), _fresh(study, splits[0], None)
     for name, value in loaded.state_dict().items():
         assert torch.equal(pretrained.backbone.state_dict()[name], value)
     assert not torch.equal(scratch.backbone.blocks()[0][0][0].weight, loaded.blocks()[0][0][0].weight)
@@ -83,9 +86,9 @@ def test_encoder_starts_from_the_file_and_scratch_does_not(toy_store: Store, bac
     assert all(torch.equal(a, b) for a, b in zip(pretrained.decoder.parameters(), scratch.decoder.parameters()))
 
 
-def test_every_parameter_learns(toy_store: Store, backbone: Path, tuned: Path) -> None:
-    config = resolve("finetune", words(toy_store, Path("x"), backbone))
-    start = _fresh(config, load_backbone(backbone).backbone, read_bundle(tuned / "bundle").task, fold=0)
+def test_every_parameter_learns(toy_store: Store, backbone: Path, tuned: Path, tmp_path: Path) -> None:
+    study, splits = _begin(resolve("finetune", words(toy_store, tmp_path / "run", backbone)))
+    start = _fresh(study, splits[0], study.backbone)
     trained = read_checkpoint(tuned / "fold0" / CHECKPOINT)["module"]
     still = [name for name, value in start.state_dict().items() if torch.equal(trained[f"task.{name}"], value)]
     assert not still
@@ -114,7 +117,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     finetune(config)
     assert (run / "cases.csv").read_bytes() == (tuned / "cases.csv").read_bytes()
     for fold in range(2):
-        one, other = (load_file(r / f"fold{fold}" / "best.safetensors") for r in (run, tuned))
+        one, other = (load_file(r / f"fold{fold}" / MEMBER) for r in (run, tuned))
         assert all(torch.equal(one[name], other[name]) for name in one)
         curves = [(r / f"fold{fold}" / "curves.csv").read_bytes() for r in (run, tuned)]
         assert curves[0] == curves[1]
@@ -123,13 +126,16 @@ def test_interrupted_and_resumed_equals_uninterrupted(
 @pytest.mark.parametrize("k", [1, 2, 3, 6])
 def test_no_subject_on_two_sides(toy_store: Store, k: int) -> None:
     cases, _ = find_cases(toy_store, ["t1", "flair"], "lesion")
-    splits = split_cases(cases, k, seed=0)
-    assert len(splits) == k
-    for trained, held in splits:
-        assert trained and held
-        assert not {c.session.subject_key for c in trained} & {c.session.subject_key for c in held}
+    splits = split_cases(cases, SplitSpec(folds=k, repeats=2, inner=0.2 if k > 1 else 0.0))
+    assert len(splits) == 2 * k
+    for split in splits:
+        sides = [{c.session.subject_key for c in side} for side in (split.trained, split.inner, split.held)]
+        assert sides[0] and sides[2] and bool(sides[1]) == (k > 1)
+        assert not (sides[0] & sides[1] or sides[0] & sides[2] or sides[1] & sides[2])
     if k > 1:
-        assert sorted(c.session.subject for _, held in splits for c in held) == [f"{n:02d}" for n in range(6)]
+        held = [c.session.subject for s in splits if s.repeat == 0 for c in s.held]
+        assert sorted(held) == [f"{n:02d}" for n in range(6)]
+        assert k == 6 or [s.held for s in splits[:k]] != [s.held for s in splits[k:]]
 
 
 def test_refusals(toy_store: Store, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -151,13 +157,15 @@ def test_refusals(toy_store: Store, backbone: Path, tmp_path: Path, capsys: pyte
 
 
 def test_a_held_case_is_never_trained_on(tuned: Path, toy_store: Store) -> None:
-    """The rows of a fold name the subjects it held out; the splits say the same."""
-    cases, _ = find_cases(toy_store, ["flair", "t1"], "lesion")
-    splits = split_cases(cases, 2, seed=0)
+    """The rows of a fold name the subjects it held out; results.json says the same, and so does the checkpoint."""
+    results = json.loads((tuned / "results.json").read_text())
+    held = {split["fold"]: {key.split("/")[1] for key in split["held"]} for split in results["splits"]}
     with (tuned / "cases.csv").open() as file:
         for row in csv.DictReader(file):
-            held = {c.session.subject for c in splits[int(row["fold"])][1]}
-            assert row["subject"] in held
+            assert row["subject"] in held[int(row["fold"])]
+    for fold, subjects in held.items():
+        trained = json.loads(read_checkpoint(tuned / f"fold{fold}" / CHECKPOINT)["identity"])["trained"]
+        assert not {key.split("/")[1] for key in trained} & subjects
 
 
 def test_unknown_kind(toy_store: Store, backbone: Path, tmp_path: Path) -> None:

@@ -1,0 +1,118 @@
+"""Who is trained on and who is held out: repeated folds by subject, balanced in the answer and in the sites."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from brainfm.data.splits import draw_shots, stratified_folds
+from brainfm.data.store import SessionEntry
+from brainfm.specs import ConfigError
+
+
+class Labelled(Protocol):
+    """A session with its answer, as data/patches.py and data/scan_cases.py find them."""
+
+    @property
+    def session(self) -> SessionEntry: ...
+
+
+@dataclass(frozen=True)
+class Split:
+    """One training run of a cross-validation.
+
+    Attributes:
+        repeat, fold: its place.
+        trained: cases that the weights are fitted to.
+        inner: cases of other subjects that the checkpoint is chosen on; none: the last weights are taken.
+        held: cases that are scored and nothing else.
+    """
+
+    repeat: int
+    fold: int
+    trained: tuple[Any, ...]
+    inner: tuple[Any, ...]
+    held: tuple[Any, ...]
+
+    @property
+    def name(self) -> str:
+        """Of its folder."""
+        return f"fold{self.fold}" if self.repeat == 0 else f"repeat{self.repeat}_fold{self.fold}"
+
+
+@dataclass(frozen=True)
+class SplitSpec:
+    """How cases are split.
+
+    Attributes:
+        folds: 1 is one split with a fifth held out.
+        repeats: of the whole cross-validation, each with other folds.
+        inner: share of the training subjects that is kept to choose the checkpoint on.
+        sites_apart: whether a site is never on both sides.
+        seed: of the folds.
+    """
+
+    folds: int
+    repeats: int = 1
+    inner: float = 0.0
+    sites_apart: bool = False
+    seed: int = 0
+
+    def __post_init__(self) -> None:
+        if self.folds < 1 or self.repeats < 1:
+            raise ConfigError(f"folds={self.folds}, repeats={self.repeats}: expected 1 or more of each")
+        if not 0 <= self.inner < 0.5:
+            raise ConfigError(f"inner={self.inner}: expected a share from 0 to below 0.5 of the training subjects")
+
+
+def split_cases(
+    cases: Sequence[Labelled],
+    spec: SplitSpec,
+    strata: Mapping[str, str] | None = None,
+    sites: Mapping[str, str] | None = None,
+) -> list[Split]:
+    """Every split of the cross-validation, by subject.
+
+    Args:
+        strata: subject key -> class, or quantile of the value, that the folds are balanced in.
+        sites: subject key -> site.
+
+    Raises:
+        ConfigError: where there are fewer subjects (or sites, where these are kept apart) than folds.
+    """
+    subjects = sorted({case.session.subject_key for case in cases})
+    if len(subjects) < max(2, spec.folds):
+        raise ConfigError(
+            f"folds={spec.folds}: expected at least one and at most the {len(subjects)} labelled subjects"
+        )
+    count = spec.folds if spec.folds > 1 else min(5, len(subjects))
+    splits = []
+    for repeat in range(spec.repeats):
+        seed = spec.seed + 7919 * repeat
+        parts = stratified_folds(subjects, count, seed, strata=strata, sites=sites, apart=spec.sites_apart)
+        for fold, held in enumerate(parts if spec.folds > 1 else parts[:1]):
+            rest = [s for s in subjects if s not in set(held)]
+            inner = _inner(rest, spec, seed + 1 + fold, strata)
+            sides = [set(rest) - set(inner), set(inner), set(held)]
+            trained, chosen, away = (tuple(c for c in cases if c.session.subject_key in side) for side in sides)
+            splits.append(Split(repeat, fold, trained, chosen, away))
+    return splits
+
+
+def with_shots(split: Split, shots: int, seed: int, strata: Mapping[str, str] | None) -> Split:
+    """The split with the cases of that many of its training subjects. Raises: ConfigError where there are fewer."""
+    subjects = sorted({case.session.subject_key for case in (*split.trained, *split.inner)})
+    drawn = set(draw_shots(subjects, shots, seed + 104729 * split.repeat + split.fold, strata))
+    trained = tuple(c for c in (*split.trained, *split.inner) if c.session.subject_key in drawn)
+    return Split(split.repeat, split.fold, trained, (), split.held)
+
+
+def _inner(subjects: Sequence[str], spec: SplitSpec, seed: int, strata: Mapping[str, str] | None) -> list[str]:
+    wanted = round(spec.inner * len(subjects))
+    if spec.inner == 0:
+        return []
+    if wanted < 1 or len(subjects) - wanted < 1:
+        raise ConfigError(f"inner={spec.inner}: {len(subjects)} training subjects leave none on one side")
+    parts = min(len(subjects), max(2, round(1 / spec.inner)))
+    return stratified_folds(subjects, parts, seed, strata=strata)[0]

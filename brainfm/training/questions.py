@@ -1,0 +1,176 @@
+"""What fine-tuning must know of a question: its cases, its patches, how held-out cases are answered and scored."""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import Dataset
+
+from brainfm.data.store import SessionEntry, Store
+from brainfm.nets.backbone import Backbone
+from brainfm.specs import ConfigError, Decisions, TaskSpec
+from brainfm.tasks.metrics import Interval
+from brainfm.tasks.task import Task
+from brainfm.training.crossval import Split
+
+Row = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Engine:
+    """Where and how precisely held-out cases are answered; ``autocast`` None is float32."""
+
+    device: torch.device
+    autocast: torch.dtype | None
+
+
+@dataclass(frozen=True)
+class Scored:
+    """A set of out-of-fold answers in numbers.
+
+    Attributes:
+        metrics: name -> value over cases with its interval, by subject.
+        rows: the cases as they are reported, after what was decided.
+    """
+
+    metrics: dict[str, Interval]
+    rows: list[Row]
+
+
+@dataclass(frozen=True)
+class Decided:
+    """What cross-validation decided.
+
+    Attributes:
+        decisions: for the bundle, from all held-out cases.
+        rows: the held-out rows, each under what the OTHER folds decided: so they can be scored honestly.
+        said: a sentence for each thing that was tried.
+        calibration: numbers of the reliability plot or of the prediction intervals; JSON-able.
+    """
+
+    decisions: Decisions
+    rows: list[Row]
+    said: tuple[str, ...] = ()
+    calibration: dict[str, Any] | None = None
+
+
+class Question(ABC):
+    """A supervised question put to a store.
+
+    Attributes:
+        store: where the scans are.
+        spec: of the task; ``settle`` replaces it once patch and view are known.
+        cases: the sessions that can answer.
+        left_out: a sentence for each session that cannot.
+        values: of the configuration group ``task``.
+        primary: name of the score that decides; ``larger_is_better`` says which way.
+    """
+
+    store: Store
+    spec: TaskSpec
+    cases: tuple[Any, ...]
+    left_out: tuple[str, ...]
+    values: Mapping[str, Any]
+    primary: str
+    larger_is_better: bool
+
+    @abstractmethod
+    def patch(self, backbone: Backbone, most_voxels: int) -> tuple[int, int, int]:
+        """The patch asked for, or chosen from the data with at most this many voxels."""
+
+    @abstractmethod
+    def settle(self, patch_vox: tuple[int, int, int]) -> None:
+        """Completes ``spec`` for this patch."""
+
+    @abstractmethod
+    def task(self, backbone: Backbone, trained: Sequence[Any]) -> Task:
+        """A fresh task around the backbone, with the statistics of the cases it will be trained on."""
+
+    @abstractmethod
+    def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
+        """What it is trained on."""
+
+    @abstractmethod
+    def watch(self, task: Task, cases: Sequence[Any], engine: Engine) -> float:
+        """The primary score of some cases, as the task stands; for curves and for choosing a checkpoint."""
+
+    @abstractmethod
+    def answer(self, task: Task, split: Split, engine: Engine, folder: Path) -> list[Row]:
+        """A JSON-able row for each held-out case, with all that deciding and scoring needs; larger things go into
+        files of the folder."""
+
+    @abstractmethod
+    def decide(self, rows: Sequence[Row]) -> Decided:
+        """Chooses what is done to the answers."""
+
+    @abstractmethod
+    def score(self, rows: Sequence[Row], seed: int) -> Scored:
+        """The scores of decided rows."""
+
+    @abstractmethod
+    def baseline(self, name: str, backbone: Backbone, splits: Sequence[Split], seed: int) -> list[Row]:
+        """Decided rows of a baseline without training of a network: ``random_linear`` or ``features``."""
+
+    @abstractmethod
+    def audit(self, rows: Sequence[Row], columns: Sequence[str], seed: int) -> dict[str, Any] | None:
+        """What can be told of the answer without looking at the brain (training/audit.py), from decided rows of the
+        first repeat; None where that cannot be asked."""
+
+    @abstractmethod
+    def strata(self) -> dict[str, str] | None:
+        """Subject key -> what the folds are balanced in."""
+
+    def compare(self, rows: Sequence[Row], others: Sequence[Row], seed: int) -> dict[str, Any]:
+        """Model against a baseline on the same cases: paired difference with interval and p of the primary score."""
+        mine, theirs = paired(rows, others)
+        return self._compare(mine, theirs, seed)
+
+    @abstractmethod
+    def _compare(self, mine: Sequence[Row], theirs: Sequence[Row], seed: int) -> dict[str, Any]: ...
+
+
+def identity(session: SessionEntry, split: Split) -> Row:
+    """The columns that every row begins with."""
+    dataset, subject, name = session.key
+    return {
+        "dataset": dataset, "subject": subject, "session": name, "repeat": split.repeat, "fold": split.fold,
+    }  # fmt: skip
+
+
+def key_of(row: Row) -> tuple[Any, ...]:
+    return row["dataset"], row["subject"], row["session"], row["repeat"]
+
+
+def subjects_of(rows: Sequence[Row]) -> list[str]:
+    return [f"{row['dataset']}/{row['subject']}" for row in rows]
+
+
+def paired(rows: Sequence[Row], others: Sequence[Row]) -> tuple[list[Row], list[Row]]:
+    """The rows of the cases that both have, in one order."""
+    there = {key_of(row): row for row in others}
+    mine = [row for row in rows if key_of(row) in there]
+    return mine, [there[key_of(row)] for row in mine]
+
+
+def cases_of(rows: Sequence[Row], cases: Sequence[Any]) -> list[Any]:
+    """The case of each row."""
+    there = {case.session.key: case for case in cases}
+    return [there[row["dataset"], row["subject"], row["session"]] for row in rows]
+
+
+def fold_key(row: Row) -> str:
+    return f"{row['repeat']}/{row['fold']}"
+
+
+def triple(values: Any, key: str) -> tuple[int, int, int]:
+    """Three whole numbers out of a configuration. Raises: ConfigError."""
+    try:
+        x, y, z = (int(v) for v in values)
+    except (TypeError, ValueError):
+        raise ConfigError(f"{key}={values}: expected auto or three whole numbers of voxels") from None
+    return x, y, z

@@ -1,0 +1,224 @@
+"""What a fine-tuning found, as one JSON document: cohort, splits, scores against baselines, decisions, audit."""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainfm.nets.weights import write_atomically
+from brainfm.tasks.metrics import Interval
+from brainfm.training.crossval import Split
+from brainfm.training.questions import Decided, Question, Row, subjects_of
+
+FILE = "results.json"
+FORMAT = 1
+_MOST_VALUES = 12  # of a column that is shown value by value
+
+
+def collect(
+    question: Question,
+    config: Mapping[str, Any],
+    splits: Sequence[Split],
+    decided: Decided,
+    baselines: Mapping[str, Sequence[Row]],
+    plan: Mapping[str, Any],
+    seed: int,
+    curve: Mapping[str, Any] | None = None,
+) -> dict[str, Any]:
+    """The document; numbers that are not finite become null.
+
+    Args:
+        decided: of the model's held-out rows.
+        baselines: decided rows by name.
+        curve: of the few-shot protocol.
+    """
+    scored = question.score(decided.rows, seed)
+    scores = {"model": _intervals(scored.metrics)}
+    comparisons = []
+    for name, rows in baselines.items():
+        scores[name] = _intervals(question.score(rows, seed).metrics)
+        comparisons.append({"against": name, **question.compare(decided.rows, rows, seed)})
+    document = _header(question, config, splits, plan) | {
+        "scores": scores,
+        "comparisons": comparisons,
+        "decisions": decided.decisions.to_dict(),
+        "decided": list(decided.said),
+        "calibration": decided.calibration,
+        "cases": scored.rows,
+        "audit": question.audit(decided.rows, list(config["audit_columns"]), seed) if config["audit"] else None,
+        "learning_curve": curve,
+    }
+    return finite(document)
+
+
+def collect_curve(
+    question: Question, config: Mapping[str, Any], splits: Sequence[Split], plan: Mapping[str, Any], curve: Any
+) -> dict[str, Any]:
+    """The document of a learning curve that has no point with all cases, and so no bundle."""
+    return finite(_header(question, config, splits, plan) | {"learning_curve": curve})
+
+
+def _header(
+    question: Question, config: Mapping[str, Any], splits: Sequence[Split], plan: Mapping[str, Any]
+) -> dict[str, Any]:
+    return {
+        "format": FORMAT,
+        "task": question.spec.to_dict(),
+        "preprocess": question.store.spec.to_dict(),
+        "store": str(question.store.path),
+        "config": {k: v for k, v in config.items() if k != "command"},
+        "command": config.get("command") or "brainfm finetune, called from Python",
+        "primary": question.primary,
+        "larger_is_better": question.larger_is_better,
+        "cohort": cohort(question),
+        "plan": dict(plan),
+        "splits": [
+            {
+                "repeat": s.repeat, "fold": s.fold, "folder": s.name, "trained": len(s.trained), "inner": len(s.inner),
+                "held": ["/".join(case.session.key) for case in s.held],
+            } for s in splits
+        ],
+    }  # fmt: skip
+
+
+def cohort(question: Question) -> dict[str, Any]:
+    """Who was there: counts, contrasts, the manifest's columns, who was left out and why."""
+    sessions = [case.session for case in question.cases]
+    contrasts = Counter(contrast for s in sessions for contrast in {scan.contrast for scan in s.scans})
+    columns: dict[str, Any] = {}
+    for name in sorted({column for s in sessions for column in s.columns}):
+        values = [s.columns[name] for s in sessions if s.columns.get(name)]
+        numbers = _numbers(values)
+        if numbers is not None and len(set(values)) > _MOST_VALUES:
+            low, middle, high = np.percentile(numbers, [0, 50, 100])
+            columns[name] = {"n": len(values), "median": float(middle), "smallest": float(low), "largest": float(high)}
+        elif len(set(values)) <= _MOST_VALUES:
+            columns[name] = {"n": len(values), "counts": dict(sorted(Counter(values).items()))}
+    shapes = np.array([s.shape for s in sessions])
+    return {
+        "sessions": len(sessions),
+        "subjects": len({s.subject_key for s in sessions}),
+        "contrasts": dict(sorted(contrasts.items())),
+        "columns": columns,
+        "shape_vox": {"median": np.median(shapes, axis=0).tolist(), "largest": shapes.max(axis=0).tolist()},
+        "left_out": list(question.left_out),
+    }
+
+
+def point(
+    question: Question,
+    shots: int | None,
+    splits: Sequence[Split],
+    rows: Sequence[Row],
+    baselines: Mapping[str, Sequence[Row]],
+    seed: int,
+) -> dict[str, Any]:
+    """One point of a learning curve: the primary score of each condition with its interval."""
+    decided = question.decide(rows).rows
+    conditions = {"model": decided, **baselines}
+    trained = [len({case.session.subject_key for case in (*s.trained, *s.inner)}) for s in splits]
+    return finite({
+        "shots": shots,
+        "subjects": float(np.mean(trained)),
+        "scores": {
+            name: _intervals({question.primary: question.score(found, seed).metrics[question.primary]})[
+                question.primary
+            ]
+            for name, found in conditions.items()
+        },
+        "comparisons": [{"against": n, **question.compare(decided, found, seed)} for n, found in baselines.items()],
+    })  # fmt: skip
+
+
+def write_curve(file: Path, points: Sequence[Mapping[str, Any]]) -> None:
+    """learning_curve.csv: a row for each number of shots and condition."""
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["shots", "training_subjects", "condition", "score", "low", "high", "cases"])
+    for found in points:
+        for name, score in found["scores"].items():
+            shots = "all" if found["shots"] is None else found["shots"]
+            numbers = ["" if score[k] is None else f"{score[k]:.6g}" for k in ("mean", "low", "high")]
+            writer.writerow([shots, f"{found['subjects']:g}", name, *numbers, score["n"]])
+    write_atomically(file, text.getvalue().encode())
+
+
+def headline(document: Mapping[str, Any]) -> dict[str, Any]:
+    """What the model card and scores.json say."""
+    primary = document["primary"]
+    own = document["scores"]["model"]
+    found = {name: value["mean"] for name, value in own.items()}
+    rows = document["cases"]
+    return found | {
+        "low": own[primary]["low"],
+        "high": own[primary]["high"],
+        "n_cases": len(rows),
+        "n_subjects": len(set(subjects_of(rows))),
+        "folds": len(document["splits"]),
+        "baselines": {n: s[primary]["mean"] for n, s in document["scores"].items() if n != "model"},
+        "note": "each case is answered by the fold that did not train on it; nothing was chosen on the cases that are "
+        f"scored; interval of {primary}: bootstrap by subject, 95 %",
+    }
+
+
+def describe(document: Mapping[str, Any]) -> list[str]:
+    """The scores in a few lines."""
+    lines = []
+    primary = document["primary"]
+    for name, found in document.get("scores", {}).items():
+        lines.append(f"{name}: {primary} {_interval_words(found[primary])}, {found[primary]['n']} cases")
+    for c in document.get("comparisons", []):
+        lines.append(f"against {c['against']}: {_signed(c['difference'])} [{_signed(c['low'])}, {_signed(c['high'])}], "
+                     f"p {_number(c['p'])}")  # fmt: skip
+    lines += document.get("decided", [])
+    for found in (document.get("learning_curve") or {}).get("points", []):
+        shots = "all" if found["shots"] is None else found["shots"]
+        said = ", ".join(f"{name} {_interval_words(score)}" for name, score in found["scores"].items())
+        lines.append(f"{shots} shots: {said}")
+    audit = document.get("audit")
+    if audit:
+        lines.append(f"shortcuts: {audit['verdict']}")
+    return lines
+
+
+def finite(value: Any) -> Any:
+    """The same with plain numbers, and None for those that are not finite."""
+    if isinstance(value, Mapping):
+        return {str(k): finite(v) for k, v in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [finite(v) for v in value]
+    if isinstance(value, (np.floating, float)):
+        return float(value) if math.isfinite(value) else None
+    if isinstance(value, np.integer):
+        return int(value)
+    return value
+
+
+def _intervals(metrics: Mapping[str, Interval]) -> dict[str, Any]:
+    return {name: vars(found) for name, found in metrics.items()}
+
+
+def _numbers(values: Sequence[str]) -> list[float] | None:
+    try:
+        return [float(v) for v in values]
+    except ValueError:
+        return None
+
+
+def _interval_words(found: Mapping[str, Any]) -> str:
+    return f"{_number(found['mean'])} [{_number(found['low'])}, {_number(found['high'])}]"
+
+
+def _number(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:.3f}"
+
+
+def _signed(value: float | None) -> str:
+    return "undefined" if value is None else f"{value:+.3f}"

@@ -1,0 +1,291 @@
+"""Questions about a whole session: out-of-fold probabilities or values, calibrated by what the other folds teach."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from brainfm.data import scan_cases
+from brainfm.data.scan_cases import ScanViews, choose_view_mm, find_scan_cases, views_of
+from brainfm.data.splits import strata_of
+from brainfm.data.store import Store
+from brainfm.nets.backbone import Backbone
+from brainfm.specs import Decisions
+from brainfm.tasks import calibration, scores
+from brainfm.tasks.scan_level import ScanTask
+from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
+from brainfm.tasks.task import Task
+from brainfm.training import baselines
+from brainfm.training.audit import audit
+from brainfm.training.crossval import Split
+from brainfm.training.questions import (
+    Decided,
+    Engine,
+    Question,
+    Row,
+    Scored,
+    cases_of,
+    fold_key,
+    identity,
+    subjects_of,
+    triple,
+)
+
+LEVEL = 0.9  # of prediction intervals
+_QUANTILES = 4  # strata of a value
+
+
+class Scanning(Question):
+    """See Question.
+
+    Args:
+        store: prepared scans whose manifest has the target's column.
+        values: configs/task/classification.yaml or regression.yaml.
+    """
+
+    def __init__(self, store: Store, values: Mapping[str, Any]) -> None:
+        self.store, self.values = store, values
+        found = find_scan_cases(store, values)
+        self.cases, self.left_out = tuple(found.cases), tuple(found.left_out)
+        self.spec = found.spec
+        self.primary, self.larger_is_better = scores.primary(self.spec)
+
+    def patch(self, backbone: Backbone, most_voxels: int) -> tuple[int, int, int]:
+        if self.values["patch_vox"] != "auto":
+            return triple(self.values["patch_vox"], "task.patch_vox")
+        return scan_cases.choose_view_patch(self.store, self.cases, backbone.strides[-1], most_voxels)
+
+    def settle(self, patch_vox: tuple[int, int, int]) -> None:
+        view_mm = self.values["view_mm"]
+        if view_mm is None:
+            view_mm = choose_view_mm(self.store, self.cases, patch_vox)
+        self.spec = replace(self.spec, patch_vox=patch_vox, view_mm=float(view_mm), crops=int(self.values["crops"]) > 0)
+
+    def task(self, backbone: Backbone, trained: Sequence[Any]) -> Task:
+        values = self.values
+        task = ScanTask(
+            self.spec,
+            backbone,
+            guidance=float(values["guidance"]),
+            dropout=float(values["dropout"]),
+            label_smoothing=float(values.get("label_smoothing", 0)),
+            balanced=bool(values.get("class_weights", True)),
+        )
+        task.set_statistics(torch.from_numpy(np.stack([case.answer for case in trained])))
+        return task
+
+    def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
+        return ScanViews(
+            self.store,
+            trained,
+            self.spec,
+            seed,
+            crops=int(self.values["crops"]),
+            contrast_dropout=float(data["contrast_dropout"]),
+        )
+
+    def watch(self, task: Task, cases: Sequence[Any], engine: Engine) -> float:
+        outputs = np.stack([self._output(task, case, engine) for case in cases])
+        found = scores.scan_scores(self.spec, self._truth(cases), outputs)
+        return found[self.primary]
+
+    def answer(self, task: Task, split: Split, engine: Engine, folder: Path) -> list[Row]:
+        return [
+            identity(case.session, split)
+            | {"truth": _listed(case.answer), "raw": _listed(np.atleast_1d(self._output(task, case, engine)))}
+            for case in split.held
+        ]
+
+    def decide(self, rows: Sequence[Row]) -> Decided:
+        truth, raw = _arrays(rows)
+        fold = np.array([fold_key(row) for row in rows])
+        several = len(set(fold)) > 1
+        if self.spec.kind == "regression":
+            return self._decide_value(rows, truth[:, 0], raw[:, 0], fold, several)
+        mode = self.spec.mode
+
+        right = self._squeezed(truth)
+
+        def fit(t: np.ndarray, p: np.ndarray) -> float:
+            return calibration.fit_temperature(calibration.logits_of(p, mode), t, mode)
+
+        def fix(p: np.ndarray, temperature: float) -> np.ndarray:
+            return calibration.apply_temperature(p, temperature, mode)
+
+        answers, said = raw, ["nothing is decided on one fold"]
+        kept, temperature = False, 1.0
+        if several:
+            scaled = calibration.cross_fitted(fit, fix, right, raw, fold, groups=subjects_of(rows))
+            # By the likelihood of what happened: the calibration error itself is too noisy in small cohorts.
+            score = scores.scan_score(self.spec, "log_loss")
+            before, after = score(right, raw), score(right, scaled)
+            kept = after < before
+            temperature = fit(right, raw)
+            said = [f"temperature {temperature:.2f}: log loss {before:.3f} before, {after:.3f} after "
+                    f"({'kept' if kept else 'not kept'})"]  # fmt: skip
+            answers, temperature = (scaled, temperature) if kept else (raw, 1.0)
+        confidence, correct = _confidence(answers, right, mode)
+        return Decided(
+            Decisions(temperature=temperature),
+            [row | {"answer": _listed(a)} for row, a in zip(rows, answers)],
+            tuple(said),
+            {
+                "ece_before": _ece(raw, right, mode), "ece_after": _ece(answers, right, mode), "kept": kept,
+                "temperature": temperature,
+                "reliability": [list(row) for row in calibration.reliability(confidence, correct, 10)],
+            },
+        )  # fmt: skip
+
+    def _decide_value(
+        self, rows: Sequence[Row], truth: np.ndarray, raw: np.ndarray, fold: np.ndarray, several: bool
+    ) -> Decided:
+        groups = subjects_of(rows)
+        answers = raw
+        if several:
+            answers = calibration.cross_fitted(
+                calibration.fit_bias, calibration.apply_bias, truth, raw, fold, groups=groups
+            )
+        before, after = (float(np.abs(x - truth).mean()) for x in (raw, answers))
+        kept = several and after < before
+        if not kept:
+            answers = raw
+        bias = calibration.fit_bias(truth, raw) if kept else (0.0, 1.0)
+        residuals, covered = np.abs(answers - truth), None
+        if several:  # each fold's intervals come from the others' errors
+            half = calibration.cross_fitted(_quantile, _everywhere, truth, answers, fold, groups=groups)
+            covered = float(np.mean(residuals <= half)) if np.isfinite(half).all() else None
+        numbers = {
+            "mae_before": before, "mae_after": after if several else before, "bias": list(bias), "kept": kept,
+            "level": LEVEL, "half_width": float(calibration.conformal_quantile(residuals, LEVEL)),
+            "coverage": covered,
+        }  # fmt: skip
+        said = (
+            f"bias correction: mean absolute error {before:.3f} before, {after:.3f} after "
+            f"({'kept' if kept else 'not kept'})" if several else "nothing is decided on one fold"
+        )  # fmt: skip
+        decisions = Decisions(bias=bias, residuals=tuple(float(r) for r in np.sort(residuals)))
+        return Decided(decisions, [row | {"answer": [float(a)]} for row, a in zip(rows, answers)], (said,), numbers)
+
+    def score(self, rows: Sequence[Row], seed: int) -> Scored:
+        truth, answers = _arrays(rows, "answer")
+        right = self._squeezed(truth)
+        given = answers[:, 0] if self.spec.kind == "regression" else answers
+        strata = right.tolist() if self.spec.kind == "classification" and right.ndim == 1 else None
+        groups, metrics = subjects_of(rows), {}
+        for name in scores.scan_scores(self.spec, right, given):
+            metrics[name] = bootstrap(
+                scores.scan_score(self.spec, name), right, given, groups=groups, seed=seed, strata=strata,
+            )  # fmt: skip
+        return Scored(metrics, list(rows))
+
+    def baseline(self, name: str, backbone: Backbone, splits: Sequence[Split], seed: int) -> list[Row]:
+        rows = []
+        for repeat in sorted({split.repeat for split in splits}):
+            of_repeat = [split for split in splits if split.repeat == repeat]
+            parts = [(self._places(s.trained + s.inner), self._places(s.held)) for s in of_repeat]
+            truth = self._truth(self.cases)
+            if name == "features":
+                found = baselines.feature_baseline(self.store, self.cases, truth, parts, self.spec, seed + repeat)
+            else:
+                found = baselines.random_linear_scans(
+                    self.store, self.cases, truth, parts, self.spec, seed + repeat, backbone_config=backbone.config
+                )
+            for split in of_repeat:
+                for place, case in zip(self._places(split.held), split.held):
+                    given = _listed(np.atleast_1d(found[place]))
+                    rows.append(
+                        identity(case.session, split) | {"truth": _listed(case.answer), "raw": given, "answer": given}
+                    )
+        return rows
+
+    def audit(self, rows: Sequence[Row], columns: Sequence[str], seed: int) -> dict[str, Any] | None:
+        first = [row for row in rows if row["repeat"] == 0]
+        truth, answers = _arrays(first, "answer")
+        given = answers[:, 0] if self.spec.kind == "regression" else answers
+        of_rows = cases_of(first, self.cases)
+        return audit(self.store, of_rows, self._squeezed(truth), given, self.spec, seed, columns=columns).to_dict()
+
+    def strata(self) -> dict[str, str] | None:
+        of_subject: dict[str, np.ndarray] = {}
+        for case in self.cases:
+            of_subject.setdefault(case.session.subject_key, case.answer)
+        if self.spec.kind == "regression":
+            return dict(strata_of({s: float(a[0]) for s, a in of_subject.items()}, _QUANTILES))
+        return {s: ",".join(f"{v:g}" for v in a) for s, a in of_subject.items()}
+
+    def _compare(self, mine: Sequence[Row], theirs: Sequence[Row], seed: int) -> dict[str, Any]:
+        truth, a = _arrays(mine, "answer")
+        b = _arrays(theirs, "answer")[1]
+        right, groups = self._squeezed(truth), subjects_of(mine)
+        if self.spec.kind == "regression":
+            a, b = a[:, 0], b[:, 0]
+        strata = right.tolist() if self.spec.kind == "classification" and right.ndim == 1 else None
+
+        metric = scores.scan_score(self.spec, self.primary)
+        difference = paired_bootstrap(metric, right, a, b, groups=groups, seed=seed, strata=strata)
+        p = paired_permutation(metric, right, a, b, groups=groups, seed=seed)
+        return {
+            "metric": self.primary, "difference": difference.mean, "low": difference.low, "high": difference.high,
+            "p": p, "n": len(mine),
+        }  # fmt: skip
+
+    # ---- pieces ------------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _output(self, task: Task, case: Any, engine: Engine) -> np.ndarray:
+        """Probabilities [K], or the value []."""
+        image, present = views_of(self.store, case, self.spec)
+        views = torch.from_numpy(image)[None].to(engine.device)
+        shown = torch.from_numpy(present)[None].to(engine.device)
+        with torch.autocast(engine.device.type, dtype=engine.autocast, enabled=engine.autocast is not None):
+            output = task(views, shown)
+        return task.decode(output)[0].float().cpu().numpy()
+
+    def _truth(self, cases: Sequence[Any]) -> np.ndarray:
+        return self._squeezed(np.stack([case.answer for case in cases]).astype(np.float64))
+
+    def _squeezed(self, truth: np.ndarray) -> np.ndarray:
+        return truth if self.spec.mode == "multilabel" else truth[:, 0]
+
+    def _places(self, cases: Sequence[Any]) -> list[int]:
+        there = {case.session.key: place for place, case in enumerate(self.cases)}
+        return [there[case.session.key] for case in cases]
+
+
+def _quantile(truth: np.ndarray, answers: np.ndarray) -> float:
+    return calibration.conformal_quantile(np.abs(truth - answers), LEVEL)
+
+
+def _everywhere(answers: np.ndarray, value: float) -> np.ndarray:
+    return np.full(len(answers), value)
+
+
+def _arrays(rows: Sequence[Row], name: str = "raw") -> tuple[np.ndarray, np.ndarray]:
+    """[N, T] truth (NaN where unknown) and [N, K] answers."""
+    truth = np.array([[np.nan if v is None else v for v in row["truth"]] for row in rows], dtype=np.float64)
+    return truth, np.array([row[name] for row in rows], dtype=np.float64)
+
+
+def _listed(values: np.ndarray) -> list[float | None]:
+    return [float(v) if np.isfinite(v) else None for v in np.asarray(values, dtype=np.float64)]
+
+
+def _confidence(probabilities: np.ndarray, right: np.ndarray, mode: str) -> tuple[np.ndarray, np.ndarray]:
+    """Of each answer how sure it is, and whether it is right: of class 1 where there are two, else of the top class."""
+    if mode == "multilabel":
+        known = np.isfinite(right)
+        return probabilities[known], right[known]
+    if probabilities.shape[1] == 2:
+        return probabilities[:, 1], right
+    top = probabilities.argmax(axis=1)
+    return probabilities.max(axis=1), (top == right).astype(np.float64)
+
+
+def _ece(probabilities: np.ndarray, right: np.ndarray, mode: str) -> float:
+    return calibration.expected_calibration_error(*_confidence(probabilities, right, mode))

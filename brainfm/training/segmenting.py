@@ -1,0 +1,283 @@
+"""Segmentation as a question: Dice of whole volumes; mirroring and clean-up only where held-out cases gain."""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from torch.utils.data import Dataset
+
+from brainfm.data.fingerprint import choose_patch, fingerprint
+from brainfm.data.patches import Case, TaskPatches, find_cases, whole_case
+from brainfm.data.store import Store
+from brainfm.nets.backbone import Backbone
+from brainfm.nets.weights import write_atomically
+from brainfm.specs import ConfigError, Decisions, TaskSpec
+from brainfm.tasks import postprocess
+from brainfm.tasks.metrics import dice, instance_scores, volume_ml
+from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.segmentation_losses import SegmentationLoss
+from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
+from brainfm.tasks.task import Task
+from brainfm.tasks.windows import predict_windows
+from brainfm.training import baselines
+from brainfm.training.audit import audit
+from brainfm.training.crossval import Split
+from brainfm.training.questions import (
+    Decided,
+    Engine,
+    Question,
+    Row,
+    Scored,
+    cases_of,
+    fold_key,
+    identity,
+    subjects_of,
+    triple,
+)
+
+_WORTH = 0.002  # Dice that a change must bring on held-out cases before it is kept
+_SCORES = ("dice", "lesion_f1", "false_positives", "volume_error_ml")
+
+
+class Segmenting(Question):
+    """See Question.
+
+    Args:
+        store: prepared scans with labels.
+        values: configs/task/segmentation.yaml.
+        mirror: axes along which mirroring is tried; empty: not at all.
+        clean: whether post-processing is tried.
+
+    Raises:
+        BrainfmError: where no session has the label, or a setting is impossible.
+    """
+
+    primary, larger_is_better = "dice", True
+
+    def __init__(self, store: Store, values: Mapping[str, Any], mirror: Sequence[int] = (), clean: bool = True) -> None:
+        self.store, self.values = store, values
+        contrasts = values["contrasts"]
+        if contrasts is None:
+            names = {f"{values['target']}_mask", f"{values['target']}_labels"}
+            labelled = [s for s in store.sessions if any(entry.name in names for entry in s.labels)]
+            contrasts = sorted({scan.contrast for session in labelled for scan in session.scans})
+        cases, left_out = find_cases(store, contrasts, values["target"])
+        self.cases, self.left_out = tuple(cases), tuple(left_out)
+        self.loss = SegmentationLoss(values["loss"])
+        self.deep_supervision = bool(values["deep_supervision"])
+        self.mirror, self.clean = tuple(mirror), clean
+        self.instances = all(case.label.endswith("_mask") for case in cases)
+        self.spec = TaskSpec(
+            kind="segmentation",
+            target=values["target"],
+            contrasts=tuple(contrasts),
+            values=tuple(values["values"] or _values_of(store, cases)),
+            patch_vox=(0, 0, 0),
+            fusion=values["fusion"],
+        )
+
+    def patch(self, backbone: Backbone, most_voxels: int) -> tuple[int, int, int]:
+        if self.values["patch_vox"] != "auto":
+            return triple(self.values["patch_vox"], "task.patch_vox")
+        return choose_patch(fingerprint(self.store, self.cases), backbone.strides[-1], most_voxels)
+
+    def settle(self, patch_vox: tuple[int, int, int]) -> None:
+        self.spec = replace(self.spec, patch_vox=patch_vox)
+
+    def task(self, backbone: Backbone, trained: Sequence[Any]) -> Task:
+        return SegmentationTask(self.spec, backbone, loss=self.loss, deep_supervision=self.deep_supervision)
+
+    def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
+        return TaskPatches(
+            self.store,
+            trained,
+            self.spec.values,
+            self.spec.patch_vox,
+            seed,
+            float(data["foreground_share"]),
+            float(data["contrast_dropout"]),
+        )
+
+    def watch(self, task: Task, cases: Sequence[Any], engine: Engine) -> float:
+        scores = []
+        for case in cases:
+            probabilities, true = self._probabilities(task, case, engine, ())
+            scores.append(self._dice(probabilities.argmax(0), true)[0])
+        return float(np.mean(scores))
+
+    def answer(self, task: Task, split: Split, engine: Engine, folder: Path) -> list[Row]:
+        rows = []
+        for case in split.held:
+            row = identity(case.session, split)
+            variants, indices = [], None
+            for mirror in [(), self.mirror] if self.mirror else [()]:
+                probabilities, true = self._probabilities(task, case, engine, mirror)
+                labels = probabilities.argmax(0)
+                indices = labels if indices is None else indices
+                for candidate in postprocess.candidates() if self.clean else [Decisions()]:
+                    decisions = replace(candidate, mirror=mirror)
+                    cleaned = postprocess.apply(labels, decisions, self.store.spec.spacing_mm)
+                    variants.append({"decisions": decisions.to_dict(), **self._scores(cleaned, true)})
+            assert indices is not None
+            file = folder / "held" / f"{'__'.join(p for p in case.session.key if p)}.npz".replace("/", "-")
+            _save_array(file, np.asarray(indices, np.uint8))
+            rows.append(row | {"variants": variants, "file": f"{folder.name}/held/{file.name}"})
+        return rows
+
+    def decide(self, rows: Sequence[Row]) -> Decided:
+        folds = sorted({fold_key(row) for row in rows})
+        count = len(rows[0]["variants"])
+        table = np.array([[v["dice"] for v in row["variants"]] for row in rows])
+        of_fold = np.array([fold_key(row) for row in rows])
+        chosen = _best(table) if len(folds) > 1 else 0
+        reported = []
+        for row, fold in zip(rows, of_fold):
+            others = table[of_fold != fold]
+            variant = row["variants"][_best(others) if len(others) else 0]
+            plain = {k: v for k, v in row.items() if k != "variants"}
+            reported.append(plain | {k: v for k, v in variant.items() if k != "decisions"})
+        said = []
+        for number in range(1, count):
+            decisions = Decisions.from_dict(rows[0]["variants"][number]["decisions"])
+            gain = float((table[:, number] - table[:, 0]).mean())
+            kept = " (kept)" if number == chosen else ""
+            said.append(f"{_words(decisions)}: {gain:+.4f} Dice on held-out cases{kept}")
+        if len(folds) < 2 and count > 1:
+            said.append("nothing is decided on one fold")
+        return Decided(Decisions.from_dict(rows[0]["variants"][chosen]["decisions"]), reported, tuple(said))
+
+    def score(self, rows: Sequence[Row], seed: int) -> Scored:
+        groups = subjects_of(rows)
+        names = [n for n in rows[0] if n in _SCORES or n.startswith("dice_")]
+        metrics = {}
+        for name in names:
+            values = np.array([np.nan if row[name] is None else row[name] for row in rows], dtype=np.float64)
+            known = np.isfinite(values)
+            if known.any():
+                metrics[name] = bootstrap(
+                    np.mean, values[known], groups=[g for g, k in zip(groups, known) if k], seed=seed
+                )
+        return Scored(metrics, list(rows))
+
+    def baseline(self, name: str, backbone: Backbone, splits: Sequence[Split], seed: int) -> list[Row]:
+        rows = []
+        for split in splits:
+            predict: Callable[[Case], np.ndarray]
+            if name == "features":
+                predict = baselines.voxel_baseline(self.store, split.trained, self.spec, seed)
+            else:
+                predict = baselines.random_linear_voxels(self.store, split.trained, self.spec, backbone.config, seed)
+            for case in split.held:
+                true = whole_case(self.store, case, self.spec.values)[2]
+                rows.append(identity(case.session, split) | self._scores(predict(case), true))
+        return rows
+
+    def audit(self, rows: Sequence[Row], columns: Sequence[str], seed: int) -> dict[str, Any] | None:
+        """Of the volume, as a logarithm: a lesion map has no one answer that a site could tell."""
+        first = [row for row in rows if row["repeat"] == 0]
+        truth, answers = (np.log1p([row[name] for row in first]) for name in ("true_ml", "predicted_ml"))
+        if len(set(truth.tolist())) < 2:
+            return None
+        spec = replace(self.spec, kind="regression", target=f"log volume of {self.spec.target}", values=())
+        return audit(self.store, cases_of(first, self.cases), truth, answers, spec, seed, columns=columns).to_dict()
+
+    def strata(self) -> dict[str, str] | None:
+        """Whether a subject has any labelled voxel, where some have none."""
+        lesions: dict[str, bool] = {}
+        for case in self.cases:
+            has = len(self.store.label_points(case.session, case.label)) > 0
+            lesions[case.session.subject_key] = lesions.get(case.session.subject_key, False) or has
+        if len(set(lesions.values())) < 2:
+            return None
+        return {subject: "lesion" if has else "none" for subject, has in lesions.items()}
+
+    def _compare(self, mine: Sequence[Row], theirs: Sequence[Row], seed: int) -> dict[str, Any]:
+        a, b = (np.array([row["dice"] for row in rows]) for rows in (mine, theirs))
+        groups = subjects_of(mine)
+
+        def mean(truth: np.ndarray, values: np.ndarray) -> float:
+            return float(np.mean(values))
+
+        difference = paired_bootstrap(mean, a, a, b, groups=groups, seed=seed)
+        p = paired_permutation(mean, a, a, b, groups=groups, seed=seed)
+        return {
+            "metric": "dice", "difference": difference.mean, "low": difference.low, "high": difference.high,
+            "p": p, "n": len(mine),
+        }  # fmt: skip
+
+    # ---- pieces ------------------------------------------------------------------------------------------------------
+
+    def _probabilities(
+        self, task: Task, case: Case, engine: Engine, mirror: tuple[int, ...]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        image, present, label = whole_case(self.store, case, self.spec.values)
+        found = predict_windows(
+            task,
+            torch.from_numpy(image),
+            torch.from_numpy(present),
+            self.spec.patch_vox,
+            device=engine.device,
+            autocast=engine.autocast,
+            mirror=mirror,
+        )
+        return found.numpy(), label
+
+    def _dice(self, predicted: np.ndarray, true: np.ndarray) -> tuple[float, dict[str, float]]:
+        each = {f"dice_{self.spec.values[k]}": dice(predicted == k, true == k) for k in range(1, self.spec.classes)}
+        return float(np.mean(list(each.values()))), each if len(each) > 1 else {}
+
+    def _scores(self, predicted: np.ndarray, true: np.ndarray) -> Row:
+        spacing = self.store.spec.spacing_mm
+        mean, each = self._dice(predicted, true)
+        volumes = volume_ml(true > 0, spacing), volume_ml(predicted > 0, spacing)
+        row: Row = {"dice": mean, **each}
+        if self.instances:
+            found = instance_scores(predicted > 0, true > 0, spacing)
+            row |= {f"lesion_{k}" if k == "f1" else k: v for k, v in found.items()}
+        return row | {
+            "true_ml": volumes[0],
+            "predicted_ml": volumes[1],
+            "volume_error_ml": abs(volumes[0] - volumes[1]),
+        }
+
+
+def _best(table: np.ndarray) -> int:
+    """The column with the largest mean, or the first where no other is worth it."""
+    means = table.mean(axis=0)
+    best = int(means.argmax())
+    return best if means[best] >= means[0] + _WORTH else 0
+
+
+def _words(decisions: Decisions) -> str:
+    words = []
+    if decisions.mirror:
+        words.append("mirroring along " + ", ".join("XYZ"[axis] for axis in decisions.mirror))
+    if decisions.largest_component:
+        words.append("largest component only")
+    if decisions.min_ml:
+        words.append(f"components below {decisions.min_ml:g} ml removed")
+    return " and ".join(words) or "as it is"
+
+
+def _values_of(store: Store, cases: Sequence[Case]) -> list[int]:
+    if all(case.label.endswith("_mask") for case in cases):
+        return [0, 1]
+    found: set[int] = {0}
+    for case in cases:
+        found.update(np.unique(store.volume(case.session, case.label)).tolist())
+    if len(found) < 2:
+        raise ConfigError(f"{store.path}: no case has any labelled voxel, expected at least one")
+    return sorted(found)
+
+
+def _save_array(file: Path, array: np.ndarray) -> None:
+    buffer = io.BytesIO()
+    np.savez_compressed(buffer, indices=array)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, buffer.getvalue())
