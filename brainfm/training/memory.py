@@ -28,7 +28,7 @@ GB = 2**30
 _CONTEXT_GB, _GPU_SHARE = 0.6, 0.9
 _RAM_SHARE = 0.8  # of what is free now: loader workers and whole volumes need some as well
 _LEAST_EDGE = 32  # voxels; a smaller patch shows too little of a head to be worth training on
-_FAMILIES = {"unet": "unet_b", "resenc": "resenc_s"}
+_FAMILIES = {"unet": ("unet_b",), "resenc": ("resenc_s", "resenc_l")}  # sizes to scale the others from
 
 
 @dataclass(frozen=True)
@@ -131,10 +131,10 @@ class MemoryTable:
         rows = [r for r in self.rows if r["kind"] == kind and r["checkpointing"] == checkpointing]
         row, scale, said = _on([r for r in rows if r["backbone"] == name], device, precision), 1.0, ""
         if row is None or (device == "cpu" and row["device"] != device):
-            family = _FAMILIES.get(name.split("_")[0], "")
-            near = _on([r for r in rows if r["backbone"] == family], device, precision)
-            if near is not None and family != name:
-                row, said = near, f", scaled from {family} by its widths"
+            family = _FAMILIES.get(name.split("_")[0], ())
+            near = _on([r for r in rows if r["backbone"] in family], device, precision)
+            if near is not None and near["backbone"] != name:
+                row, said = near, f", scaled from {near['backbone']} by its widths"
                 scale = level_weight(backbone) / near["level_weight"]
         if row is None:
             raise LookupError(name)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -17,8 +19,9 @@ from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.training.adapt import AdaptSpec, adapt_spec, adapted_optimizer, parameter_groups
 from brainfm.training.launch import make_fabric
-from brainfm.training.loop import LoopSpec, Run, State, train
+from brainfm.training.loop import CHECKPOINT, LoopSpec, Run, State, read_checkpoint, train
 from brainfm.training.optim import build_optimizer, schedule_factor
+from tests.training.test_ddp import _context, by_torchrun
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "adapt"
 MODES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
@@ -203,3 +206,66 @@ def test_refusals() -> None:
             parameter_groups(task, adapt_spec(values), 1e-3, 0.1, 100)
     with pytest.raises(ConfigError, match=r"optim\.lr=0"):
         parameter_groups(task, AdaptSpec(), 0, 0.1, 100)
+
+
+class VoxelByVoxel(nn.Module):
+    """A loss that is a mean over samples, so that processes and parts of a batch can share it out."""
+
+    def __init__(self, task: SegmentationTask) -> None:
+        super().__init__()
+        self.task = task
+
+    def forward(self, batch: Batch, progress: float) -> Terms:
+        return Terms(nn.functional.cross_entropy(self.task(batch.image, batch.present), batch.label), {})
+
+
+def _one_of(rank: int, world: int, port: int, folder: Path, accumulate: int) -> None:
+    """One process of a run on four samples a step: a block is frozen, two sleep at first."""
+    torch.set_num_threads(1)
+    if world > 1:
+        os.environ |= by_torchrun(rank, world, port)
+    task = new_task()
+    each = 4 // world
+    adapt = AdaptSpec(last_blocks=2, head_fraction=0.3, warmup_fraction=0.1)
+    groups = parameter_groups(task, adapt, 1e-2, 0.0, STEPS)
+
+    def batches(step: int) -> Iterator[Batch]:
+        for number in range(step, STEPS):
+            generator = torch.Generator().manual_seed(number)
+            image = torch.randn(4, 2, 8, 8, 8, generator=generator)[rank * each : (rank + 1) * each]
+            present = torch.ones(each, 2, dtype=torch.bool)
+            yield Batch(image, torch.arange(each), present=present, label=(image[:, 0] > 1).long())
+
+    train(
+        Run(
+            fabric=make_fabric(TRAINER | {"devices": world, "strategy": "ddp" if world > 1 else "auto"}),
+            folder=folder,
+            identity={},
+            module=VoxelByVoxel(task),
+            optimizer=torch.optim.SGD(groups, lr=1e-2, momentum=0.9),
+            loader_from=batches,
+            spec=LoopSpec(STEPS, warmup_steps=2, accumulate=accumulate),
+        )
+    )
+
+
+def test_two_processes_in_parts_are_one_process(tmp_path: Path) -> None:
+    """DDP waits for the gradient of every parameter it knows: frozen ones it never knows, sleeping ones deliver."""
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    processes = [_context.Process(target=_one_of, args=(rank, 2, port, tmp_path / "two", 2)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    _one_of(0, 1, 0, tmp_path / "one", 1)
+    for process in processes:
+        process.join(100)
+        process.kill()
+    assert [process.exitcode for process in processes] == [0, 0]
+    one, two = (read_checkpoint(tmp_path / folder / CHECKPOINT)["module"] for folder in ("one", "two"))
+    before = new_task().state_dict()
+    for key, value in one.items():
+        assert torch.allclose(value, two[key], rtol=1e-4, atol=1e-6), key
+        fixed = torch.equal(two[key], before[key.removeprefix("task.")])
+        frozen = key.startswith("task.backbone.levels.0.")
+        assert fixed == frozen or (fixed and key.endswith("0.bias")), key  # a bias before a norm has no gradient
