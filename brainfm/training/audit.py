@@ -8,6 +8,7 @@ it explains, and what is left of the model's score among cases that are alike in
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any, Protocol
@@ -251,7 +252,8 @@ def examine(
             question; NaN is unknown and left out.
         answers: out of fold: probabilities [N, K] or [N, T], values [N], or predicted volumes [N].
         groups: [N] the subject of each case.
-        rounds: of every permutation test, and of the bootstrap.
+        rounds: of every permutation test, and of the bootstrap; more where the family is so large that its smallest p
+            could not fall below 5 %.
 
     Raises:
         ValueError: where lengths differ.
@@ -268,6 +270,7 @@ def examine(
         raise ValueError(f"{len(truth)} labels, {len(answers)} answers, {len(groups)} subjects and the evidence differ")
     questions = _questions(truth, answers, spec)
     classes = questions[0].classes
+    rounds = max(rounds, math.ceil(2 * len(evidence) * len(questions) / ALPHA))
     findings: list[Finding] = []
     models: dict[str, Interval] = {}
     chances: dict[str, float] = {}

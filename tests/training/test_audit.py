@@ -83,6 +83,11 @@ def test_clean_cohorts_are_rarely_accused() -> None:
     assert alarms <= 4  # the 99th percentile of 20 coins of 5 % is 4
 
 
+def test_few_rounds_cannot_hide_a_shortcut_in_a_large_family() -> None:
+    """With 19 rounds p is never below .05: the family's smallest p must be able to fall below it all the same."""
+    assert named(run(0, 120, 0.8, honest=False, rounds=19), "site").code == "lost"
+
+
 def test_equalised_area_is_that_of_pairs_within_a_site() -> None:
     evidence, y, p, site = cohort(7, 60, 0.7, honest=True)
     found = named(examine(evidence, y, p, people(60), ILL, 0, 99), "site")
