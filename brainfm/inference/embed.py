@@ -1,4 +1,4 @@
-"""Frozen features of whole heads: a row a scan, and the same numbers every time.
+"""Frozen features of whole heads: a row a scan, and the same bits every time on the same number of threads.
 
 The whole head passes the network at once, in float32. Where it has more voxels than `Extent.whole_mvox` it is covered
 with the fewest windows and their cells are pooled together; that rule looks at the scan and never at the machine, so
@@ -182,7 +182,7 @@ def embed(
 
     Returns:
         A row for each scan, sorted by dataset, subject, session and scan; a function of the weights and the voxels
-        alone.
+        alone; another number of threads, or another device, changes the last digits of float32.
 
     Raises:
         WeightsError, StoreError: the backbone or the store cannot be used.
