@@ -184,8 +184,8 @@ def ask(features: Features, seed: int) -> Table:
       nearest neighbours, ``contrast_chance`` of guessing. Contrasts that three subjects or more show.
     - ``subject``: how often the nearest of all scans of ANOTHER contrast, at the same place, is of the same person;
       ``visit``: the same among all scans of other sessions; each with ``_chance``.
-    - ``age_mae`` and ``age_r`` (years; ridge regression, tuned and tested by subject), ``age_mean_mae`` of the training mean;
-      ``sex_auroc`` (logistic regression): where enough subjects have the columns ``age`` and ``sex``.
+    - ``age_mae`` and ``age_r`` (years; ridge regression, tuned and tested by subject), ``age_mean_mae`` of the training
+      mean; ``sex_auroc`` (logistic regression): where enough subjects have the columns ``age`` and ``sex``.
     - ``std``: mean standard deviation of the pooled features over the crops; ``rank``: their effective rank.
     - ``split``, of ``anatomy`` and ``contrast``: see `split_scores`.
     """
