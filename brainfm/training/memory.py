@@ -27,6 +27,7 @@ GB = 2**30
 # Of a GPU's memory: the driver's context, and the share that the allocator loses to gaps and kernels to workspaces.
 _CONTEXT_GB, _GPU_SHARE = 0.6, 0.9
 _RAM_SHARE = 0.8  # of what is free now: loader workers and whole volumes need some as well
+_FEW_CLASSES = 8  # up to here the table's rows know what a class takes
 _LEAST_EDGE = 32  # voxels; a smaller patch shows too little of a head to be worth training on
 _FAMILIES = {"unet": ("unet_b",), "resenc": ("resenc_s", "resenc_l")}  # sizes to scale the others from
 
@@ -77,12 +78,13 @@ class MemoryTable:
     Args:
         content: of the file: ``rows`` with ``fixed`` bytes and bytes per ``voxel``, ``contrast`` (per voxel and
             contrast) and ``class_`` (per voxel and class); ``excess``: what a process really takes over what was
-            counted, by device.
+            counted, by device; ``many``: bytes per voxel of every class beyond the eighth, by device.
     """
 
     def __init__(self, content: Mapping[str, Any]) -> None:
         self.rows: list[dict[str, Any]] = list(content["rows"])
         self.excess: dict[str, float] = dict(content["excess"])
+        self.many: dict[str, float] = dict(content["many"])
 
     @classmethod
     @cache
@@ -103,6 +105,7 @@ class MemoryTable:
         rss = content["rss"] or old["rss"]
         excess = content["excess"] if content["rss"] else old["excess"] or content["excess"]
         lines = [f'"about": {json.dumps(content["about"])}', f'"excess": {json.dumps(excess)}']
+        lines += [f'"many": {json.dumps(content["many"])}']
         for name, values in (("rows", rows), ("rss", rss)):
             inner = ",\n  ".join(json.dumps(value) for value in values)
             lines.append(f'"{name}": [\n  {inner}\n ]' if values else f'"{name}": []')
@@ -144,9 +147,10 @@ class MemoryTable:
             each, said = 2 * each, said + ", doubled for float32"
         if row["device"] != device:
             said += f", as a {row['device'].upper()} takes it"
+        classes_bytes = classes * row["class_"] + max(0, classes - _FEW_CLASSES) * self.many.get(row["device"], 0.0)
         excess = self.excess.get(row["device"], 1.0) if row["how"] == "trace" else 1.0
         how = "tensors counted in a step" if row["how"] == "trace" else "a step measured on a GPU"
-        return (fixed + voxels * (each * scale + classes * row["class_"])) * excess, how + said
+        return (fixed + voxels * (each * scale + classes_bytes)) * excess, how + said
 
 
 def _on(rows: list[dict[str, Any]], device: str, precision: str) -> dict[str, Any] | None:

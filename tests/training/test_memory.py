@@ -40,6 +40,7 @@ def ask(name: str, edge: int, memory_gb: float, **changed: Any) -> MemoryPlan:
 ROUND = MemoryTable(
     {
         "excess": {},
+        "many": {"gpu": 10.0},
         "rows": [
             {"backbone": "unet_tiny", "device": "gpu", "how": "cuda", "precision": "bf16-mixed", "kind": kind,
              "checkpointing": checkpointing, "encoder": 1, "level_weight": 1.0, "fixed": 0, "voxel": 0.0,
@@ -73,6 +74,12 @@ def test_gives_up_recomputation_then_parts_then_the_patch(share: float, expected
 def test_refuses_below_the_floor_in_one_sentence() -> None:
     with pytest.raises(ConfigError, match=r"unet_tiny needs for one patch of 32x32x32 voxels with recomputation"):
         ask("unet_tiny", 64, 0.6 / 0.9, batch_size=4, table=ROUND)
+
+
+def test_many_classes_count() -> None:
+    few, many = (ask("unet_tiny", 64, 80, classes=k, table=ROUND).predicted_gb for k in (8, 108))
+    assert many - few == pytest.approx(2 * 64**3 * 100 * 10 / GB, abs=0.011)
+    assert all(value > 10 for value in MemoryTable.shipped().many.values())
 
 
 @pytest.mark.parametrize("contrasts", [1, 4])
