@@ -81,7 +81,7 @@ def parameter_groups(
         weight_decay: decoupled, >= 0.
         max_steps: of the training; the shares of ``adapt`` become steps.
 
-    Source: layer-wise decay: Clark et al. 2020 (ELECTRA, arXiv 2003.10555), section 3.1; the saw of two teeth: nnU-Net
+    Source: layer-wise decay: Clark et al. 2020 (ELECTRA, arXiv 2003.10555), appendix; the saw of two teeth: nnU-Net
         with pre-trained encoders (Wald et al. 2024, arXiv 2412.17041), trainer "sawtooth". Differs: AdamW and cosines
         instead of SGD and polynomials; the encoder sleeps in the first tooth.
     Raises:

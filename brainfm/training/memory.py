@@ -354,7 +354,7 @@ def _parts(batch_size: int) -> list[int]:
 def _notes(made: MemoryPlan, asked: tuple[int, int, int], how: str) -> tuple[str, ...]:
     notes = [f"a step takes about {made.predicted_gb:.1f} of the {made.budget_gb:.1f} GB it may use ({how})"]
     if made.checkpointing:
-        notes.append("blocks are recomputed in the backward pass: a step takes about a third longer")
+        notes.append("blocks are recomputed in the backward pass: a step costs one forward pass more")
     if made.accumulate > 1:
         notes.append(
             f"{made.batch_size} samples pass in {made.accumulate} parts: a loss over the whole batch sees a part"
