@@ -79,7 +79,8 @@ class Contestant:
 
 def phantoms(folder: Path, subjects: int) -> Store:
     write_cohort(folder / "cohort", subjects, seed=0, spacing_mm=1.0)
-    write_manifest(folder / "manifest.csv", find(folder / "cohort").scans)
+    scans = find(folder / "cohort", masks={"lesion": "*lesion_mask*"}).scans
+    write_manifest(folder / "manifest.csv", scans)
     prepare(read_manifest(folder / "manifest.csv"), folder / "store", PreprocessSpec(), 2)
     return Store.open(folder / "store")
 

@@ -55,8 +55,9 @@ def predict_windows(
         ValueError: where the shapes do not fit, no contrast is present, or the overlap is not in [0, 1), or ``mirror``
             names other axes than 0, 1 and 2 or one twice.
 
-    Source: the weights and positions are those of monai.inferers.sliding_window_inference(mode="gaussian").
-        Differs: probabilities are averaged, not logits, so that no window outvotes the others by its scale.
+    Source: the weights are those of monai.inferers.sliding_window_inference(mode="gaussian"), and so is the number of
+        windows; where they lie, see window_slices. Differs: probabilities are averaged, not logits, so that no window
+        outvotes the others by its scale.
     """
     if image.ndim != 4 or present.shape != image.shape[:1] or not bool(present.any()):
         raise ValueError(f"expected [M, X, Y, Z] and [M] with a contrast present, found {image.shape}, {present}")
@@ -118,12 +119,16 @@ def gaussian_weight(patch_vox: tuple[int, int, int], sigma: float = 0.125) -> Te
 def window_slices(
     shape: tuple[int, ...], patch_vox: tuple[int, int, int], overlap: float
 ) -> Iterator[tuple[slice, slice, slice]]:
-    """Windows that cover a volume which is nowhere thinner than the patch; the last along an axis ends at its end."""
+    """Windows that cover a volume which is nowhere thinner than the patch: the fewest that overlap by at least this
+    share, evenly spread from one end to the other, so that none of them repeats nearly all of another.
+
+    Source: Isensee et al. 2021 (nnU-Net, arXiv:1809.10486), its inference.
+    """
     starts = []
     for size, patch in zip(shape, patch_vox):
         step = max(1, int(patch * (1 - overlap)))
-        count = math.ceil((size - patch) / step) + 1
-        starts.append([min(i * step, size - patch) for i in range(count)])
+        gaps = math.ceil((size - patch) / step)
+        starts.append([round(i * (size - patch) / gaps) for i in range(gaps + 1)] if gaps else [0])
     for corner in itertools.product(*starts):
         x, y, z = (slice(c, c + p) for c, p in zip(corner, patch_vox))
         yield x, y, z

@@ -30,9 +30,11 @@ def network():
     return Tiny().eval()
 
 
-@pytest.mark.parametrize("shape", [(25, 21, 17), (12, 10, 8), (30, 10, 9)])
-@pytest.mark.parametrize(("overlap", "batch"), [(0.5, 2), (0.25, 3), (0.0, 1)])
-def test_equals_monai(network, shape, overlap, batch):
+@pytest.mark.parametrize("shape", [(24, 20, 16), (12, 10, 8), (48, 10, 8)])
+@pytest.mark.parametrize(("overlap", "batch"), [(0.5, 2), (1 / 3, 3), (0.0, 1)])
+def test_equals_monai_where_windows_fit(network, shape, overlap, batch):
+    """Along axes of whole steps both lie at the same places; elsewhere monai's last window is pushed back alone."""
+    shape = tuple(p + int(p * (1 - overlap)) * ((s - p) // p) for s, p in zip(shape, PATCH))
     inferers = pytest.importorskip("monai.inferers")
     image = torch.randn(2, *shape)
     present = torch.tensor([True, True])
@@ -68,12 +70,25 @@ def test_a_thin_volume_is_padded_with_each_contrasts_minimum(network):
             assert (patches[:, contrast, 9:] == image[contrast].min()).all()
 
 
-def test_windows_cover_and_stay_inside():
-    covered = torch.zeros(25, 21, 17, dtype=torch.bool)
-    for window in window_slices((25, 21, 17), PATCH, 0.5):
+@pytest.mark.parametrize("overlap", [0.0, 0.2, 0.5, 0.75])
+@pytest.mark.parametrize("shape", [(25, 21, 17), (12, 11, 23), (40, 10, 9)])
+def test_windows_cover_evenly_and_are_no_more_than_needed(shape, overlap):
+    covered = torch.zeros(shape, dtype=torch.bool)
+    windows = list(window_slices(shape, PATCH, overlap))
+    for window in windows:
         assert tuple(s.stop - s.start for s in window) == PATCH and all(s.start >= 0 for s in window)
         covered[window] = True
     assert covered.all()
+    count = 1
+    for axis, (size, patch) in enumerate(zip(shape, PATCH)):
+        starts = sorted({window[axis].start for window in windows})
+        steps = [b - a for a, b in itertools.pairwise(starts)]
+        most = int(patch * (1 - overlap))
+        assert starts[0] == 0 and starts[-1] == size - patch
+        assert not steps or (max(steps) <= most and max(steps) - min(steps) <= 1)
+        assert (len(starts) - 2) * most < size - patch or len(starts) == 1  # one window fewer would leave larger steps
+        count *= len(starts)
+    assert len(windows) == count
     assert len(list(window_slices(PATCH, PATCH, 0.5))) == 1
 
 
