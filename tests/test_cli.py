@@ -26,6 +26,7 @@ NEEDED = {
     "probe": ["features=x", "store=y", "target=age", "out=z"],
     "evaluate": ["predictions=x", "manifest=y", "out=z"],
     "explain": ["bundle=x", "input.t1=y", "out=z"],
+    "report": ["run=x"],
 }
 
 
@@ -51,10 +52,21 @@ def test_every_verb_resolves_and_has_help(verb: str, capsys: pytest.CaptureFixtu
 def test_every_group_option_composes() -> None:
     for group, verb in (("backbone", "pretrain"), ("objective", "pretrain"), ("optim", "pretrain"),
                         ("trainer", "pretrain"), ("experiment", "pretrain"), ("preprocess", "prepare"),
-                        ("task", "finetune")):  # fmt: skip
+                        ("task", "finetune"), ("adapt", "finetune"), ("trainer", "finetune")):  # fmt: skip
         assert options(group)
         for option in options(group):
             resolve(verb, [*NEEDED[verb], f"{group}={option}"])
+
+
+def test_every_adaptation_of_the_configurations_is_legal() -> None:
+    from dataclasses import fields
+
+    from brainfm.training.adapt import AdaptSpec, adapt_spec
+
+    for option in options("adapt"):
+        values = resolve("finetune", [*NEEDED["finetune"], f"adapt={option}"])["adapt"]
+        assert set(values) == {f.name for f in fields(AdaptSpec)}, "the YAML lists every key, with no stale one"
+        assert adapt_spec(values).name == option
 
 
 def test_every_objective_and_backbone_of_the_configurations_builds() -> None:
