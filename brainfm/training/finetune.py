@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import io
 import json
+import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -21,6 +22,7 @@ from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.recompute import set_checkpointing
 from brainfm.nets.weights import load_backbone, write_atomically
+from brainfm.seeds import torch_stream
 from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.segmentation import SegmentationTask
@@ -62,6 +64,8 @@ class _Supervised(torch.nn.Module):
         if self.training and self.augment is not None:
             flat, views = _flattened(batch)
             batch = _unflattened(apply(flat, draw(flat, self.augment, self.seed)), views)
+        if self.training:  # dropout draws from torch's own stream: begun anew, a resumed run draws the same
+            torch.manual_seed(torch_stream(self.seed, "dropout", int(batch.sample[0])).initial_seed())
         output = self.task(batch.image, batch.present)
         if self.training and self.foreground is not None:
             assert batch.label is not None
@@ -387,7 +391,8 @@ def _watch(
         if split.inner:
             sign = 1 if question.larger_is_better else -1
             best = state.extra.get("best")
-            if best is None or sign * score > sign * best:
+            # A score that is undefined (of one class among the inner cases) chooses nothing: the last weights stay.
+            if best is None or math.isnan(best) or sign * score > sign * best:
                 state.extra |= {"best": score, "best_step": state.step}
                 if study.chief:
                     write_atomically(folder / MEMBER, module.member())
@@ -450,8 +455,9 @@ def _conclude(
         return study.run / "bundle"
     decided = study.question.decide(rows)
     document = results.collect(
-        study.question, study.config, splits, decided, others, study.plan.to_dict(), study.seed, curve
-    )
+        study.question, study.config, splits, decided, others, study.plan.to_dict(), study.seed, curve,
+        results.training_curves(study.run, splits),
+    )  # fmt: skip
     scores = results.headline(document)
     _write_cases(study.run / "cases.csv", decided.rows)
     _write_json(study.run / "scores.json", scores)

@@ -15,11 +15,13 @@ import numpy as np
 from brainfm.nets.weights import write_atomically
 from brainfm.tasks.metrics import Interval
 from brainfm.training.crossval import Split
+from brainfm.training.monitor import read_curves
 from brainfm.training.questions import Decided, Question, Row, subjects_of
 
 FILE = "results.json"
 FORMAT = 1
 _MOST_VALUES = 12  # of a column that is shown value by value
+_MOST_POINTS = 200  # of a curve that is drawn
 
 
 def collect(
@@ -31,6 +33,7 @@ def collect(
     plan: Mapping[str, Any],
     seed: int,
     curve: Mapping[str, Any] | None = None,
+    curves: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The document; numbers that are not finite become null.
 
@@ -38,6 +41,7 @@ def collect(
         decided: of the model's held-out rows.
         baselines: decided rows by name.
         curve: of the few-shot protocol.
+        curves: see `training_curves`.
     """
     scored = question.score(decided.rows, seed)
     scores = {"model": _intervals(scored.metrics)}
@@ -54,8 +58,32 @@ def collect(
         "cases": scored.rows,
         "audit": question.audit(decided.rows, list(config["audit_columns"]), seed) if config["audit"] else None,
         "learning_curve": curve,
+        "curves": curves,
     }
     return finite(document)
+
+
+def training_curves(folder: Path, splits: Sequence[Split]) -> dict[str, dict[str, list[tuple[float, float]]]]:
+    """Losses and scores while training: run -> name -> (step, value) pairs, at most 200 a curve.
+
+    Longer curves are thinned to the means of neighbouring steps.
+
+    Args:
+        folder: holds a folder for each split.
+    """
+    found: dict[str, dict[str, list[tuple[float, float]]]] = {}
+    for split in splits:
+        points: dict[str, list[tuple[float, float]]] = {}
+        for step, name, value in read_curves(folder / split.name / "curves.csv"):
+            if name not in ("lr", "grad_norm"):
+                points.setdefault(name, []).append((float(step), value))
+        found[split.name] = {name: _thinned(values) for name, values in points.items()}
+    return found
+
+
+def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    parts = np.array_split(np.array(points, dtype=np.float64), min(len(points), _MOST_POINTS))
+    return [(float(step), float(value)) for step, value in (part.mean(axis=0) for part in parts)]
 
 
 def collect_curve(
