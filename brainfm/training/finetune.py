@@ -174,8 +174,9 @@ def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
     if config["protocol"] not in ("cv", "fewshot"):
         raise ConfigError(f"protocol={config['protocol']}: expected cv or fewshot")
     adapt = adapt_spec(config["adapt"])
-    if not adapt.pretrained:
-        config = config | {"backbone_from": "none"}
+    if not adapt.pretrained and config["backbone_from"] != "none":  # the file's network without what it learned
+        network = dict(load_backbone(config["backbone_from"]).backbone.config)
+        config = config | {"backbone": network, "backbone_from": "none"}
     backbone, parents = _backbone(config, store)
     question = build_question(config, store)
     say(f"{len(question.cases)} sessions with {question.spec.target}, {len(question.left_out)} left out; "
@@ -270,25 +271,25 @@ def _planned(
         "views": views, "trainer": {k: trainer[k] for k in ("accelerator", "precision", "memory_gb")},
     }  # fmt: skip
     file = run / "plan.json"
-    if file.exists():
-        there = json.loads(file.read_text())
-        if there["asked"] == asked:
-            return MemoryPlan.from_dict(there["plan"])
-    made = plan(
-        backbone,
-        question.spec.kind,
-        contrasts=asked["contrasts"],
-        classes=asked["classes"],
-        patch_vox=patch,
-        batch_size=asked["batch_size"],
-        trainer=trainer,
-        views=views,
-    )
-    if fabric.is_global_zero:
-        for note in made.notes:
-            say(f"memory: {note}")
-        write_atomically(file, (json.dumps({"asked": asked, "plan": made.to_dict()}, indent=1) + "\n").encode())
-    return made
+    there = json.loads(file.read_text()) if file.exists() else {}
+    if there.get("asked") == asked:
+        made = MemoryPlan.from_dict(there["plan"])
+    else:
+        made = plan(
+            backbone,
+            question.spec.kind,
+            contrasts=asked["contrasts"],
+            classes=asked["classes"],
+            patch_vox=patch,
+            batch_size=asked["batch_size"],
+            trainer=trainer,
+            views=views,
+        )
+        if fabric.is_global_zero:
+            for note in made.notes:
+                say(f"memory: {note}")
+            write_atomically(file, (json.dumps({"asked": asked, "plan": made.to_dict()}, indent=1) + "\n").encode())
+    return MemoryPlan.from_dict(fabric.broadcast(made.to_dict()))  # each process finds another amount of memory free
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

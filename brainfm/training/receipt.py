@@ -42,14 +42,15 @@ class Meter:
 
     def saw(self, batch: Batch) -> None:
         """Counts a batch, while it still lies on the CPU."""
-        patches = int(batch.image.shape[0] * batch.image.shape[1])
+        views = batch.image.shape[1] if batch.image.ndim == 6 else 1
+        patches = int(batch.image.shape[0] * batch.image.shape[-4]) * views
         if batch.present is not None:
-            patches = int(batch.present.sum())
+            patches = int(batch.present.sum()) * views
         if batch.partner is not None:
             patches += len(batch) if batch.paired is None else int(batch.paired.sum())
         self._samples += len(batch)
         self._patches += patches
-        self._voxels += patches * math.prod(batch.image.shape[2:])
+        self._voxels += patches * math.prod(batch.image.shape[-3:])
 
     @contextmanager
     def probing(self) -> Iterator[None]:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 
 from brainfm.cli import main, resolve
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
@@ -154,6 +155,33 @@ def test_resumed_equals_uninterrupted(store: Store, tmp_path: Path, monkeypatch:
     monkeypatch.undo()
     assert main(["finetune", *broken]) == 0
     for name in ("cases.csv", "scores.json"):
+        assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
+
+
+def test_a_training_broken_off_between_checkpoints_is_resumed_exactly(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With dropout and augmentation, which draw from streams of the samples."""
+    import brainfm.training.finetune as module
+
+    more = ("folds=1", "trainer.max_steps=7", "data.augment=light", "task.dropout=0.5")
+    assert main(["finetune", *words(store, tmp_path / "whole", "classification", "lesion", *more)]) == 0
+    original, calls = module.draw, []
+
+    def failing(*args, **kwargs):
+        calls.append(1)
+        if len(calls) == 6:  # checkpoints follow every third step
+            raise RuntimeError("power cut")
+        return original(*args, **kwargs)
+
+    monkeypatch.setattr(module, "draw", failing)
+    broken = words(store, tmp_path / "broken", "classification", "lesion", *more)
+    with pytest.raises(RuntimeError, match="power cut"):
+        main(["finetune", *broken])
+    monkeypatch.undo()
+    torch.manual_seed(12345)  # whatever another part of the program has drawn
+    assert main(["finetune", *broken]) == 0
+    for name in ("cases.csv", "fold0/member.safetensors", "fold0/curves.csv"):
         assert (tmp_path / "whole" / name).read_bytes() == (tmp_path / "broken" / name).read_bytes()
 
 
