@@ -74,8 +74,8 @@ code { font: .9em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mon
   border-radius: 4px; padding: .1em .35em; }
 footer { border-top: 1px solid #e4e7ec; margin-top: 48px; background: #f9fafb; color: #566173; font-size: 14px; }
 footer .column { padding-top: 26px; padding-bottom: 40px; }
-pre { background: #1c2430; color: #f2f4f7; border-radius: 8px; padding: 14px 18px; overflow-x: auto;
-  margin: 8px 0 18px; }
+pre { background: #1c2430; color: #f2f4f7; border-radius: 8px; padding: 14px 18px; white-space: pre-wrap;
+  overflow-wrap: anywhere; margin: 8px 0 18px; }
 pre code { background: none; padding: 0; font-size: 14px; }
 @media (max-width: 640px) { .column { padding: 0 18px; } h1 { font-size: 28px; } }
 @media print { nav { display: none; } figure, table { break-inside: avoid; } }
@@ -88,10 +88,12 @@ class Section:
 
     Attributes:
         title: its heading.
-        text: paragraphs, an empty line between them; `words in backticks` are set as code.
+        text: paragraphs, an empty line between them; `words in backticks` are set as code, a paragraph of nothing else
+            as a block of it.
         figures: (caption, PNG) pairs.
-        table: rows of cells, the first row being the heads of the columns.
+        table: rows of cells, the first row being the heads of the columns; heads that are all empty are not shown.
         tables: more of them, each with a caption above it.
+        figures_first: whether the figures stand above the tables.
     """
 
     title: str
@@ -99,6 +101,7 @@ class Section:
     figures: tuple[tuple[str, bytes], ...] = ()
     table: tuple[tuple[str, ...], ...] | None = None
     tables: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
+    figures_first: bool = False
 
 
 def write_report(
@@ -156,7 +159,8 @@ def _section(number: int, section: Section) -> str:
     table += "".join(f"<h3>{_inline(caption)}</h3>{_table(rows)}" for caption, rows in section.tables)
     return (
         f'<section id="s{number}"><h2><i>{number}</i>{html.escape(section.title)}</h2>\n'
-        f"{_paragraphs(section.text)}\n{table}\n{figures}</section>"
+        f"{_paragraphs(section.text)}\n"
+        + (f"{figures}\n{table}</section>" if section.figures_first else f"{table}\n{figures}</section>")
     )
 
 
@@ -165,7 +169,10 @@ def _inline(text: str) -> str:
 
 
 def _paragraphs(text: str) -> str:
-    return "\n".join(f"<p>{_inline(part.strip())}</p>" for part in re.split(r"\n\s*\n", text) if part.strip())
+    parts = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
+    return "\n".join(
+        f"<pre>{_inline(part)}</pre>" if re.fullmatch(r"`[^`]+`", part) else f"<p>{_inline(part)}</p>" for part in parts
+    )
 
 
 def _figure(caption: str, png: bytes) -> str:
@@ -179,10 +186,7 @@ def _figure(caption: str, png: bytes) -> str:
 
 def _table(rows: Sequence[Sequence[str]]) -> str:
     head, *body = rows
-    numeric = [
-        bool(body) and all(re.match(r"^[-+−±\[(]?\d|^[–—-]?$", r[c].strip()) for r in body if c < len(r))
-        for c in range(len(head))
-    ]
+    numeric = [bool(body) and all(_is_number(r[c].strip()) for r in body if c < len(r)) for c in range(len(head))]
 
     right_aligned = ' class="number"'
 
@@ -193,7 +197,14 @@ def _table(rows: Sequence[Sequence[str]]) -> str:
         )
 
     lines = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in body)
-    return f'<div class="wide"><table><thead><tr>{cells(head, "th")}</tr></thead>\n<tbody>{lines}</tbody></table></div>'
+    heads = f"<thead><tr>{cells(head, 'th')}</tr></thead>\n" if any(head) else ""
+    return f'<div class="wide"><table>{heads}<tbody>{lines}</tbody></table></div>'
+
+
+def _is_number(cell: str) -> bool:
+    """Numbers, intervals, numbers with a unit, or nothing; a sentence that begins with a number is none."""
+    begins = re.match(r"[-+−±\[(<]?\s?\d|[–—-]?$", cell)
+    return begins is not None and re.search(r"[^\W\d_]{4,}", cell) is None
 
 
 @dataclass(frozen=True)
@@ -262,13 +273,16 @@ def _tile(
     outlines: Sequence[tuple[np.ndarray, str]] = (),
 ) -> _Tile:
     across, up, _ = _AXES[plane]
-    lines = tuple((_section_of(np.asarray(mask, dtype=bool), plane, index), colour) for mask, colour in outlines)
+    cuts = [(_section_of(np.asarray(mask), plane, index), colour) for mask, colour in outlines]
+    lines = tuple((cut == value, colour) for cut, colour in cuts for value in np.unique(cut) if value)
     pixel_mm = (spacing_mm[across], spacing_mm[up])
     return _Tile(_section_of(volume, plane, index), pixel_mm, _window(volume), lines, _MARKS[plane])
 
 
 def _draw_tile(axes: Any, tile: _Tile) -> None:
     """Fill an axes with a tile: the picture, its hidden part, outlines, marks."""
+    from matplotlib.patheffects import withStroke
+
     width, height = tile.size_mm
     extent = (0, width, 0, height)
     low, high = tile.window
@@ -290,7 +304,8 @@ def _draw_tile(axes: Any, tile: _Tile) -> None:
                 mask.T.astype(np.float32), levels=[0.5], colors=[colour], linewidths=1.25,
             )  # fmt: skip
     for mark, place, side in ((tile.marks[0], 0.025, "left"), (tile.marks[1], 0.975, "right")):
-        axes.text(place, 0.975, mark, transform=axes.transAxes, ha=side, va="top", color="#e7ecef", fontsize=8.5)
+        axes.text(place, 0.975, mark, transform=axes.transAxes, ha=side, va="top", color="#e7ecef", fontsize=8.5,
+                  path_effects=[withStroke(linewidth=1.8, foreground="#10161f")])  # fmt: skip
     axes.set_aspect("equal")
 
 
@@ -455,7 +470,8 @@ def overlay_figure(
 
     Args:
         image: [X, Y, Z] on RAS+ axes.
-        truth, prediction: [X, Y, Z] masks. Where truth is empty, the predicted mask chooses the planes.
+        truth, prediction: [X, Y, Z] masks or label maps, of which every label is outlined. Where truth is empty, the
+            predicted mask chooses the planes.
         titles: their names in the legend.
         spacing_mm: of the voxels.
 
@@ -463,7 +479,7 @@ def overlay_figure(
         A PNG.
     """
     box = _box(image)
-    true, predicted = np.asarray(truth[box], dtype=bool), np.asarray(prediction[box], dtype=bool)
+    true, predicted = np.asarray(truth[box]), np.asarray(prediction[box])
     guide = true if true.any() else predicted
     outlines = [(true, TRUTH_COLOUR), (predicted, PREDICTION_COLOUR)]
     row = [_tile(image[box], plane, _largest(guide, plane), spacing_mm, outlines) for plane in PLANES]
@@ -499,7 +515,7 @@ def heat_figure(
         heat: [X, Y, Z] from 0 to 1, or from -1 to 1.
         spacing_mm: of the voxels.
         label: one line below the pictures.
-        outline: mask [X, Y, Z] drawn as a line, such as a known lesion.
+        outline: mask or label map [X, Y, Z] drawn as lines, such as a known lesion.
         outline_name: its name in the legend.
 
     Returns:
