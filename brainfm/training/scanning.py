@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -129,7 +129,8 @@ class Scanning(Question):
             temperature = fit(right, raw)
             said = [f"temperature {temperature:.2f}: log loss {before:.3f} before, {after:.3f} after "
                     f"({'kept' if kept else 'not kept'})"]  # fmt: skip
-            answers, temperature = (scaled, temperature) if kept else (raw, 1.0)
+            temperature = temperature if kept else 1.0
+            answers = _as_others_choose(fit, fix, score, right, raw, fold, subjects_of(rows))
         confidence, correct = _confidence(answers, right, mode)
         return Decided(
             Decisions(temperature=temperature),
@@ -151,10 +152,12 @@ class Scanning(Question):
             answers = calibration.cross_fitted(
                 calibration.fit_bias, calibration.apply_bias, truth, raw, fold, groups=groups
             )
-        before, after = (float(np.abs(x - truth).mean()) for x in (raw, answers))
+        before, after = (_mean_error(truth, x) for x in (raw, answers))
         kept = several and after < before
-        if not kept:
-            answers = raw
+        if several:
+            answers = _as_others_choose(
+                calibration.fit_bias, calibration.apply_bias, _mean_error, truth, raw, fold, groups
+            )
         bias = calibration.fit_bias(truth, raw) if kept else (0.0, 1.0)
         residuals, covered = np.abs(answers - truth), None
         if several:  # each fold's intervals come from the others' errors
@@ -256,6 +259,44 @@ class Scanning(Question):
     def _places(self, cases: Sequence[Any]) -> list[int]:
         there = {case.session.key: place for place, case in enumerate(self.cases)}
         return [there[case.session.key] for case in cases]
+
+
+def _as_others_choose(
+    fit: Callable[[np.ndarray, np.ndarray], Any],
+    apply: Callable[[np.ndarray, Any], np.ndarray],
+    loss: Callable[[np.ndarray, np.ndarray], float],
+    truth: np.ndarray,
+    answers: np.ndarray,
+    fold: np.ndarray,
+    groups: Sequence[str],
+) -> np.ndarray:
+    """The answers of each fold, corrected or left alone as the subjects outside it would have it: neither the
+    correction nor the choice to make one knows the cases that it is scored on.
+
+    Args:
+        loss: (truth, answers) -> what a correction must lower on subjects held out among those that choose.
+    """
+    subject, found = np.asarray(groups), answers.copy()
+    for name in np.unique(fold):
+        held = fold == name
+        others = ~np.isin(subject, subject[held])
+        t, raw, part = truth[others], answers[others], _parts(truth[others], subject[others])
+        if len(np.unique(part)) < 2:
+            continue
+        if loss(t, calibration.cross_fitted(fit, apply, t, raw, part)) < loss(t, raw):
+            found[held] = apply(answers[held], fit(t, raw))
+    return found
+
+
+def _parts(truth: np.ndarray, subject: np.ndarray) -> np.ndarray:
+    """A part for each case: at most five parts of whole subjects, balanced in the truth."""
+    first = {s: tuple(np.nan_to_num(np.atleast_1d(truth[np.argmax(subject == s)]), nan=-1.0)) for s in set(subject)}
+    place = {s: number % 5 for number, s in enumerate(sorted(first, key=lambda s: (first[s], s)))}
+    return np.array([place[s] for s in subject])
+
+
+def _mean_error(truth: np.ndarray, answers: np.ndarray) -> float:
+    return float(np.abs(answers - truth).mean())
 
 
 def _quantile(truth: np.ndarray, answers: np.ndarray) -> float:

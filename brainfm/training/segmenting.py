@@ -134,11 +134,11 @@ class Segmenting(Question):
         folds = sorted({fold_key(row) for row in rows})
         count = len(rows[0]["variants"])
         table = np.array([[v["dice"] for v in row["variants"]] for row in rows])
-        of_fold = np.array([fold_key(row) for row in rows])
+        of_fold, subject = np.array([fold_key(row) for row in rows]), np.array(subjects_of(rows))
         chosen = _best(table) if len(folds) > 1 else 0
         reported = []
         for row, fold in zip(rows, of_fold):
-            others = table[of_fold != fold]
+            others = table[~np.isin(subject, subject[of_fold == fold])]  # nor its subjects in another repeat
             variant = row["variants"][_best(others) if len(others) else 0]
             plain = {k: v for k, v in row.items() if k != "variants"}
             reported.append(plain | {k: v for k, v in variant.items() if k != "decisions"})
