@@ -43,7 +43,7 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.weights import load_backbone
 from brainfm.objectives.objective import build_objective
-from brainfm.tasks.metrics import bootstrap_interval
+from brainfm.tasks.statistics import bootstrap, mean_score
 from brainfm.training.pretrain import commit_of_code, split_sessions
 from brainfm.training.probes import ages_of, probe, sexes_of
 
@@ -219,7 +219,7 @@ def auroc_interval(y: np.ndarray, scores: np.ndarray) -> list[float]:
 
 
 def interval(values: np.ndarray) -> list[float]:
-    found = bootstrap_interval(values, 0)
+    found = bootstrap(mean_score, values, values, groups=[str(n) for n in range(len(values))], seed=0)
     return [found.mean, found.low, found.high]
 
 

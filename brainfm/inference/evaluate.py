@@ -28,7 +28,8 @@ from brainfm.inference.predict import (
 )
 from brainfm.specs import ConfigError, ManifestError, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle
-from brainfm.tasks.metrics import bootstrap_interval, dice, require_monai, surface_dice, volume_ml
+from brainfm.tasks.metrics import dice, require_monai, surface_dice, volume_ml
+from brainfm.tasks.statistics import bootstrap, mean_score
 
 CASES = "cases.csv"
 SUMMARY = "summary.json"
@@ -64,8 +65,8 @@ def evaluate(
 
     Of a scan-level question: the scores of tasks/scores.py with intervals by subject. Of a segmentation, per case:
     Dice, surface Dice at 1 mm and volumes in ml; with several classes each of these per class too, and the first two
-    as the mean over the classes. A labelled case without a mask, because its prediction failed, scores 0 and says so in the
-    column ``note``. Sessions without the label are counted and left out.
+    as the mean over the classes. A labelled case without a mask, because its prediction failed, scores 0 and says so
+    in the column ``note``. Sessions without the label are counted and left out.
 
     Args:
         out: a folder; gets ``cases.csv``, ``summary.json`` and, with a bundle, the masks in ``predictions/``.
@@ -189,8 +190,10 @@ def _summary(rows: list[dict[str, Any]], task: TaskSpec, bundle: str, unlabelled
     """Means over cases with 95 % bootstrap intervals; a case without a number (no predicted volume) does not count."""
     metrics = {}
     for name in (n for n in rows[0] if n.startswith(_SCORES)):
-        values = [row[name] for row in rows if math.isfinite(row[name])]
-        metrics[name] = vars(bootstrap_interval(values, seed)) if values else None
+        known = [row for row in rows if math.isfinite(row[name])]
+        values = np.array([row[name] for row in known])
+        who = [f"{row['dataset']}/{row['subject']}" for row in known]
+        metrics[name] = vars(bootstrap(mean_score, values, values, groups=who, seed=seed)) if known else None
     return {
         "target": task.target,
         "values": list(task.values),
@@ -200,7 +203,7 @@ def _summary(rows: list[dict[str, Any]], task: TaskSpec, bundle: str, unlabelled
         "without_prediction": sum(row["note"] != "" for row in rows),
         "both_empty": sum(row["both_empty"] for row in rows),
         "sessions_without_label": unlabelled,
-        "interval": "percentile bootstrap of the mean over cases, 95 %, 10000 resamples",
+        "interval": "bootstrap of the mean over cases by subject, expanded percentiles, 95 %, 2000 resamples",
         "conventions": "both masks empty: dice 1, surface dice 0; one empty: 0; no prediction: 0 (FOMO26)",
         "seed": seed,
         "metrics": metrics,

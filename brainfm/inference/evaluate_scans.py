@@ -126,7 +126,7 @@ def _summary(
         "without_prediction": sum(row["note"] != "" for row in rows),
         "sessions_without_label": len(left_out),
         "left_out": left_out,
-        "interval": "percentile bootstrap by subject, 95 %, 2000 resamples",
+        "interval": "bootstrap by subject, expanded percentiles, 95 %, 2000 resamples",
         "seed": seed,
         "metrics": metrics,
     }

@@ -9,16 +9,12 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
 
-from brainfm.seeds import stream
 from brainfm.specs import ConfigError
-
-_RESAMPLED_AT_ONCE = 10_000_000  # values drawn in one block of the bootstrap: 80 MB of indices
 
 
 def dice(predicted: np.ndarray, true: np.ndarray) -> float:
@@ -153,33 +149,6 @@ class Interval:
     low: float
     high: float
     n: int
-
-
-def bootstrap_interval(values: Iterable[float], seed: int, resamples: int = 10_000) -> Interval:
-    """The mean and the 2.5th and 97.5th percentiles of the means of resampled cases.
-
-    Args:
-        values: one number a case, at least one. A single case gives an interval without width.
-        seed: >= 0; the same seed and values give the same interval.
-
-    Raises:
-        ValueError: where there is no value or one of them is not finite: a NaN is a score that was never decided.
-
-    Source: Efron & Tibshirani, An Introduction to the Bootstrap (1993), section 13.3 (percentile interval).
-    """
-    cases = np.asarray(list(values), dtype=np.float64)
-    if cases.ndim != 1 or cases.size == 0:
-        raise ValueError(f"a bootstrap needs one number a case and at least one case, found shape {cases.shape}")
-    if not np.isfinite(cases).all():
-        raise ValueError(f"{int((~np.isfinite(cases)).sum())} of {cases.size} values are not finite")
-    generator = stream(seed, "bootstrap")
-    rows = max(1, _RESAMPLED_AT_ONCE // cases.size)
-    means = [
-        cases[generator.integers(cases.size, size=(min(rows, resamples - start), cases.size))].mean(axis=1)
-        for start in range(0, resamples, rows)
-    ]
-    low, high = np.percentile(np.concatenate(means), [2.5, 97.5])
-    return Interval(float(cases.mean()), float(low), float(high), int(cases.size))
 
 
 def _masks(predicted: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from brainfm.specs import ConfigError
-from brainfm.tasks.metrics import bootstrap_interval, dice, instance_scores, surface_dice, volume_ml
+from brainfm.tasks.metrics import dice, instance_scores, surface_dice, volume_ml
 
 
 def blob(shape, spacing, shift=(0.0, 0.0, 0.0), radius=5.5):
@@ -194,30 +194,3 @@ def test_volume():
     mask = np.zeros((10, 10, 10), np.uint8)
     mask[:5, :4, :2] = 7
     assert volume_ml(mask, (0.5, 0.5, 4.0)) == pytest.approx(0.04)
-
-
-def test_bootstrap():
-    rng = np.random.default_rng(5)
-    values = rng.normal(0.7, 0.1, 200)
-    interval = bootstrap_interval(values, seed=3)
-    half = 1.96 * values.std() / np.sqrt(200)
-    assert interval.n == 200 and interval.mean == pytest.approx(values.mean())
-    assert interval.low == pytest.approx(values.mean() - half, abs=0.15 * half)
-    assert interval.high == pytest.approx(values.mean() + half, abs=0.15 * half)
-    assert bootstrap_interval(values, seed=3) == interval != bootstrap_interval(values, seed=4)
-
-
-def test_bootstrap_in_blocks_is_the_same_kind_of_answer(monkeypatch):
-    values = [0.1, 0.5, 0.6, 0.9, 0.3]
-    whole = bootstrap_interval(values, seed=1)
-    monkeypatch.setattr("brainfm.tasks.metrics._RESAMPLED_AT_ONCE", 37)
-    parts = bootstrap_interval(values, seed=1)
-    assert parts == whole  # the stream is read in the same order, whatever the block
-
-
-def test_bootstrap_of_one_and_of_nothing():
-    assert bootstrap_interval([0.4], seed=0).low == pytest.approx(0.4)
-    with pytest.raises(ValueError, match="at least one case"):
-        bootstrap_interval([], seed=0)
-    with pytest.raises(ValueError, match="1 of 2 values"):
-        bootstrap_interval([0.4, float("nan")], seed=0)
