@@ -30,7 +30,7 @@ from brainfm.nets.weights import load_backbone, transfer
 from brainfm.objectives.objective import build_objective
 from brainfm.specs import TrainingError
 from brainfm.synthesis.phantom import write_cohort
-from brainfm.tasks.metrics import bootstrap_interval
+from brainfm.tasks.statistics import bootstrap, mean_score
 from brainfm.training.monitor import read_curves
 
 ARMS = {"pretrained": "pre-trained", "scratch": "from scratch"}
@@ -83,7 +83,7 @@ def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dic
             f"run={out / arm}", f"backbone_from={source}", "backbone=unet_b", f"task.patch_vox={patch}", "folds=1",
             f"trainer.max_steps={config['finetune_steps']}", "trainer.batch_size=1", "optim.lr=1e-3",
             "data.foreground_share=0.9", "trainer.evaluate_every=40", "trainer.checkpoint_every=40",
-            "trainer.log_every=2",
+            "trainer.log_every=2", "baselines=[]", "mirror=[]", "clean=false", "audit=false", "report=false",
             f"seed={config['seed']}")  # fmt: skip
         run(f"predict {arm}", "predict", f"bundle={out / arm / 'bundle'}", f"manifest={out / 'test.csv'}",
             f"out={out / arm / 'predictions'}", "overlap=0.25")  # fmt: skip
@@ -120,7 +120,8 @@ def _cases(out: Path, arm: str) -> list[dict[str, str]]:
 def _summary(out: Path, config: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
     scores = {arm: json.loads((out / arm / "scores" / "summary.json").read_text())["metrics"] for arm in ARMS}
     rows = {arm: {row["subject"]: float(row["dice"]) for row in _cases(out, arm)} for arm in ARMS}
-    difference = bootstrap_interval([rows["pretrained"][s] - rows["scratch"][s] for s in rows["scratch"]], seed=0)
+    pairs = np.array([rows["pretrained"][s] - rows["scratch"][s] for s in rows["scratch"]])
+    difference = bootstrap(mean_score, pairs, pairs, groups=list(rows["scratch"]), seed=0)
     loaded = load_backbone(out / "pretrain" / "backbone.safetensors")
     in_objective = sum(value.numel() for value in loaded.extra.values())
     return {
@@ -200,7 +201,7 @@ def _curves_section(out: Path) -> report.Section:
         return {name: [(step, value) for step, found, value in rows if found == name] for name in names}
 
     tuned = {label: of(out / arm / "fold0", "total")["total"] for arm, label in ARMS.items()}
-    dice = {label: of(out / arm / "fold0", "val_dice")["val_dice"] for arm, label in ARMS.items()}
+    dice = {label: of(out / arm / "fold0", "held_dice")["held_dice"] for arm, label in ARMS.items()}
     return report.Section(
         "Learning",
         "Pre-training never sees a label. Fine-tuning sees the same cases in the same order with and without it.",
