@@ -333,7 +333,7 @@ def _is_first() -> bool:
 def _report(config: dict[str, Any]) -> int:
     from brainfm.inference.study_report import write_study_report
 
-    print(write_study_report(config["run"]))
+    print(write_study_report(config["run"], store=config["store"]))
     return 0
 
 

@@ -41,11 +41,14 @@ def scatter_figure(
     return png(figure)
 
 
-def reliability_figure(rows: Sequence[Sequence[float]]) -> bytes:
+def reliability_figure(
+    rows: Sequence[Sequence[float | None]], x_label: str = "confidence", y_label: str = "share that is right"
+) -> bytes:
     """How often what is said with some confidence is right.
 
     Args:
         rows: (mean confidence, share right, number of answers) of each bin; empty bins are left out.
+        x_label, y_label: of what, in words.
 
     Returns:
         A PNG; the area of a point is the number of answers.
@@ -62,8 +65,8 @@ def reliability_figure(rows: Sequence[Sequence[float]]) -> bytes:
     axes.set_ylim(-0.04, 1.04)
     axes.set_aspect("equal")
     axes.grid(color=LINE, linewidth=0.9)
-    axes.set_xlabel("confidence", color=SOFT, fontsize=10.5)
-    axes.set_ylabel("share that is right", color=SOFT, fontsize=10.5)
+    axes.set_xlabel(x_label, color=SOFT, fontsize=10.5)
+    axes.set_ylabel(y_label, color=SOFT, fontsize=10.5)
     return png(figure)
 
 

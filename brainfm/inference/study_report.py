@@ -12,7 +12,7 @@ import torch
 
 from brainfm.data.store import SessionEntry, Store
 from brainfm.inference import charts, report
-from brainfm.inference.explain import explain_volume
+from brainfm.inference.explain import explain_volume, share_inside
 from brainfm.inference.report import Section
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.bundle import Bundle, read_bundle
@@ -23,25 +23,56 @@ _NAMES = {
     "model": "this model",
     "scratch": "same schedule from scratch",
     "random_linear": "random frozen encoder + linear",
-    "features": "intensities and volumes + linear",
+    "features": "simple measurements + linear",
+}
+_EXPLAINED = {
+    "scratch": "the same network and schedule from fresh weights",
+    "random_linear": "a linear model on the maps of a network that never learned anything",
+    "features": "a linear model on simple measurements such as intensities and volumes",
 }
 _SHOWN_FIRST = ("flair", "dwi", "t2", "t1c", "t1")  # the contrast a case is shown on, where it has it
-_MOST_ROWS = 60  # of the table of cases
+_MOST_ROWS = 25  # of the table of cases
 _MOST_LEFT_OUT = 20
+_MOST_NAMES = 8  # of held-out sessions in a line of the splits
 _WORDS = {
     "dice": "Dice",
+    "lesion_f1": "lesion F1",
+    "false_positives": "false lesions per case",
+    "volume_error_ml": "volume error (ml)",
     "auroc": "AUROC",
+    "average_precision": "average precision",
+    "f1": "F1",
+    "log_loss": "log loss",
+    "brier": "Brier score",
+    "quadratic_kappa": "quadratic weighted kappa",
+    "mae_steps": "mean error in steps",
     "mae": "mean absolute error",
-    "balanced_accuracy": "balanced accuracy",
-    "qwk": "quadratic weighted kappa",
+    "rmse": "root mean square error",
+    "r": "correlation (r)",
+    "r2": "explained variance (R²)",
+    "bias": "mean error, signed",
+    "slope": "slope of answers on truth",
+}
+_IN_UNIT = ("mae", "rmse", "bias")
+_FOUND = {  # what training/audit.py calls its findings
+    "untestable": "cannot be tested",
+    "harmless": "does not tell the label",
+    "survives": "tells the label; the score holds up without it",
+    "weakened": "tells the label; less than half of the effect is left without it",
+    "lost": "tells the label; nothing above chance is left without it",
+    "undecided": "tells the label; too few cases to say what is left without it",
+    "inseparable": "tells the label; too few alike cases differ in it to compare",
+    "nothing to lose": "tells the label; the model itself is no better than chance",
 }
 
 
-def write_study_report(run: str | Path, out: Path | None = None) -> Path:
+def write_study_report(run: str | Path, out: Path | None = None, store: str | Path | None = None) -> Path:
     """Writes ``report.html`` into the run's folder, or to ``out``; nothing in it is loaded from elsewhere.
 
     Args:
         run: the folder of a finished fine-tuning.
+        out: where else to write it.
+        store: where the scans are now; None: where they were then.
 
     Returns:
         The file.
@@ -51,27 +82,29 @@ def write_study_report(run: str | Path, out: Path | None = None) -> Path:
     """
     run = Path(run)
     found = _read(run / RESULTS)
-    store = Store.open(found["store"])
+    opened = Store.open(store or found["store"])
     bundle = read_bundle(run / "bundle") if (run / "bundle").is_dir() else None
     spec = TaskSpec.from_dict(found["task"])
     sections = [_cohort(found), _splits(found)]
     if "scores" in found:
-        sections.append(_scores(found))
+        sections.append(_scores(found, spec))
     if found.get("learning_curve"):
-        sections.append(_learning_curve(found))
-    if found.get("curves"):
-        sections.append(_curves(found))
-    if "cases" in found:
-        sections += [_cases(run, found, store, spec), *_calibration(found, spec)]
+        sections.append(_learning_curve(found, spec))
+    if found.get("cases"):
+        sections += [_cases(run, found, opened, spec), *_calibration(found, spec)]
         if bundle is not None:
-            sections.append(_saliency(found, store, spec, bundle))
+            sections += _saliency(found, opened, spec, bundle)
     if found.get("audit"):
-        sections.append(_audit(found))
+        sections.append(_audit(found, spec))
+    if found.get("decided"):
+        sections.append(_decisions(found))
+    if found.get("curves"):
+        sections.append(_curves(found, spec))
     sections.append(_reproduce(found))
     path = out or run / FILE
     report.write_report(
-        path, title=_title(spec), lead=_lead(found, spec), sections=sections, command=found["command"],
-        numbers=_numbers(found),
+        path, title=_title(spec), lead=_lead(found, spec), sections=sections, command=f"brainfm report run={run}",
+        numbers=_numbers(found, spec),
     )  # fmt: skip
     return path
 
@@ -92,8 +125,15 @@ def _title(spec: TaskSpec) -> str:
     return f"{spec.kind.capitalize()} of {spec.target}"
 
 
-def _word(name: str) -> str:
-    return _WORDS.get(name, name.replace("_", " "))
+def _word(name: str, spec: TaskSpec) -> str:
+    """A score as it is told."""
+    if name.startswith("dice_"):
+        return f"Dice of label {name.removeprefix('dice_')}"
+    score, _, label = name.partition("/")
+    word = _WORDS.get(score, score.replace("_", " "))
+    if score in _IN_UNIT and spec.unit:
+        word += f" ({spec.unit})"
+    return f"{word} of {label}" if label else word
 
 
 # ---- what was found --------------------------------------------------------------------------------------------------
@@ -102,14 +142,17 @@ def _word(name: str) -> str:
 def _lead(found: Mapping[str, Any], spec: TaskSpec) -> str:
     cohort = found["cohort"]
     text = (
-        f"{cohort['sessions']} sessions of {cohort['subjects']} subjects. Every number below comes from cases that the "
-        "network answering them was not trained on, and nothing was chosen on the cases that are scored."
+        f"{_count(cohort['sessions'], 'session')} of {_count(cohort['subjects'], 'subject')}, {_begun(found)}. Every "
+        "score below comes from cases that the network answering them was not trained on, and nothing was chosen on "
+        "the cases that are scored."
     )
     if "scores" not in found:
         return text
     primary = found["primary"]
     own = found["scores"]["model"][primary]
-    text += f"\n\n{_word(primary)[0].upper() + _word(primary)[1:]}: {_interval(own)} (95 % bootstrap by subject)."
+    word = _word(primary, spec)
+    text += f"\n\n{word[0].upper() + word[1:]} {_interval(own)}, with its 95 % interval by subject. "
+    text += "Larger is better." if found["larger_is_better"] else "Smaller is better."
     for c in found["comparisons"]:
         text += f" {_verdict(c, found['larger_is_better'])}"
     if found.get("audit"):
@@ -117,22 +160,31 @@ def _lead(found: Mapping[str, Any], spec: TaskSpec) -> str:
     return text
 
 
+def _begun(found: Mapping[str, Any]) -> str:
+    """From which weights training began."""
+    config = found["config"]
+    given = config.get("backbone_from", "none")
+    if given == "none" or not config.get("adapt", {}).get("pretrained", True):
+        return "trained from fresh weights"
+    return f"fine-tuned from pre-trained weights ({Path(str(given)).name})"
+
+
 def _verdict(c: Mapping[str, Any], larger_is_better: bool) -> str:
     name = _NAMES.get(c["against"], c["against"])
     if c["difference"] is None or c["low"] is None or c["high"] is None:
-        return f"Against {name}: not to be decided on these cases."
+        return f"Against {name}: these cases cannot tell."
     better, worse = (c["low"] > 0, c["high"] < 0) if larger_is_better else (c["high"] < 0, c["low"] > 0)
-    said = "better" if better else "worse" if worse else "no clear difference"
-    return f"Against {name}: {said} ({c['difference']:+.3f} [{c['low']:+.3f}, {c['high']:+.3f}])."
+    said = "Better than" if better else "Worse than" if worse else "No clear difference to"
+    return f"{said} {name}: {_signed(c['difference'])} [{_signed(c['low'])}, {_signed(c['high'])}]."
 
 
-def _numbers(found: Mapping[str, Any]) -> list[tuple[str, str]]:
+def _numbers(found: Mapping[str, Any], spec: TaskSpec) -> list[tuple[str, str]]:
     cards = [(str(found["cohort"]["subjects"]), "subjects")]
     if "scores" in found:
         own = found["scores"]["model"][found["primary"]]
-        cards.insert(0, (_number(own["mean"]), f"{_word(found['primary'])}, held-out cases"))
+        cards.insert(0, (_number(own["mean"]), f"{_word(found['primary'], spec)}, held-out cases"))
         cards.insert(1, (f"{_number(own['low'])} to {_number(own['high'])}", "95 % interval"))
-    cards.append((str(len(found["splits"])), "training runs"))
+    cards.append((str(len(found["splits"])), "held-out parts, a network each"))
     return cards
 
 
@@ -140,107 +192,175 @@ def _cohort(found: Mapping[str, Any]) -> Section:
     cohort = found["cohort"]
     rows: list[tuple[str, ...]] = [("", "sessions", "")]
     for contrast, count in cohort["contrasts"].items():
-        rows.append((f"contrast {contrast}", str(count), f"{count / cohort['sessions']:.0%} of the sessions"))
+        share = "all" if count == cohort["sessions"] else f"in {count / cohort['sessions']:.0%}"
+        rows.append((f"contrast {contrast}", str(count), share))
     for name, column in cohort["columns"].items():
         if "counts" in column:
             values = ", ".join(f"{value}: {count}" for value, count in column["counts"].items())
         else:
-            values = f"median {column['median']:g}, {column['smallest']:g} to {column['largest']:g}"
+            values = f"median {column['median']:g}, from {column['smallest']:g} to {column['largest']:g}"
         rows.append((name, str(column["n"]), values))
     spacing = " x ".join(f"{s:g}" for s in found["preprocess"]["spacing_mm"])
-    shape = " x ".join(f"{s:g}" for s in cohort["shape_vox"]["median"])
-    text = f"Scans prepared at {spacing} mm; the median head takes {shape} voxels."
+    shape = " x ".join(f"{s:.0f}" for s in cohort["shape_vox"]["median"])
+    text = f"Scans prepared at {spacing} mm; the median volume has {shape} voxels."
     left = cohort["left_out"]
     if left:
         shown = "\n\n".join(left[:_MOST_LEFT_OUT])
         more = f"\n\nand {len(left) - _MOST_LEFT_OUT} more." if len(left) > _MOST_LEFT_OUT else ""
-        text += f"\n\n{len(left)} sessions could not answer and were left out:\n\n{shown}{more}"
+        text += f"\n\n{_count(len(left), 'session')} could not answer and "
+        text += f"{'were' if len(left) > 1 else 'was'} left out:\n\n{shown}{more}"
+    else:
+        text += " No session with a label was left out."
     return Section("The cohort", text, table=tuple(rows))
 
 
 def _splits(found: Mapping[str, Any]) -> Section:
-    config = found["config"]
-    rows: list[tuple[str, ...]] = [("run", "trained on", "checkpoint chosen on", "held out", "held-out sessions")]
-    for s in found["splits"]:
-        names = ", ".join(key.split("/", 1)[1].rstrip("/") for key in s["held"])
-        shown = names if len(names) < 90 else names[:87] + "..."
-        rows.append((s["folder"], str(s["trained"]), str(s["inner"] or "-"), str(len(s["held"])), shown))
-    apart = " No site is on both sides." if config["sites_apart"] else ""
-    text = (
-        f"Cases are split by subject, balanced in the answer (seed {config['seed']}).{apart} A fold's weights are "
-        + (
-            "those of the step that was best on its inner cases." if config["inner"]
-            else "the moving average at the last step: no checkpoint was chosen."
-        )
+    config, splits = found["config"], found["splits"]
+    chosen = any(s["inner"] for s in splits)
+    extra = ("checkpoint chosen on",) if chosen else ()
+    rows: list[tuple[str, ...]] = [("run", "trained on", *extra, "held out", "held-out sessions")]
+    for s in splits:
+        names = [key.split("/", 1)[1].rstrip("/") for key in s["held"]]
+        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+        inner = (str(s["inner"]),) if chosen else ()
+        cells = (s["folder"], str(s["trained"]), *inner, str(len(names)))
+        rows.append((*cells, ", ".join(names[:_MOST_NAMES]) + more))
+    sites = found["cohort"]["columns"].get(config["site"] or "", {}).get("counts", {})
+    balanced = [] if found["task"]["kind"] == "segmentation" else ["the answer"]
+    balanced += ["site"] if len(sites) > 1 and not config["sites_apart"] else []
+    text = "Cases are split by subject" + (f", balanced in {' and '.join(balanced)}" if balanced else "")
+    text += f" (seed {config['seed']}); each case is held out once" + (
+        f" in each of {config['repeats']} repeats." if config["repeats"] > 1 else "." if config["folds"] > 1 else
+        ", but for those of the other four fifths, which are trained on only."
     )  # fmt: skip
+    text += " No site is on both sides." if config["sites_apart"] else ""
+    if chosen:
+        text += " A run's weights are those of the step that was best on its inner cases, which are neither trained on "
+        text += "nor scored."
+    else:
+        text += " No checkpoint was chosen: a run's weights are those of its last step"
+        text += ", averaged over the steps before it." if config["average"] else "."
     return Section("Splits", text, table=tuple(rows))
 
 
-def _scores(found: Mapping[str, Any]) -> Section:
-    metrics = list(found["scores"]["model"])
+def _scores(found: Mapping[str, Any], spec: TaskSpec) -> Section:
+    primary, others = found["primary"], [name for name in found["scores"] if name != "model"]
+    word = _word(primary, spec)
+    metrics = [primary, *(name for name in found["scores"]["model"] if name != primary)]
     rows = [("", *(_NAMES.get(name, name) for name in found["scores"]))]
     for metric in metrics:
-        rows.append((_word(metric), *(_interval(s[metric]) if metric in s else "-" for s in found["scores"].values())))
-    primary = found["primary"]
+        cells = (_interval(s[metric]) if metric in s else "-" for s in found["scores"].values())
+        rows.append((_word(metric, spec), *cells))
     bars = [
         (_NAMES.get(name, name), s[primary]["mean"], s[primary]["low"], s[primary]["high"], s[primary]["n"])
         for name, s in found["scores"].items() if s[primary]["mean"] is not None and s[primary]["low"] is not None
     ]  # fmt: skip
     tables = []
     if found["comparisons"]:
-        compared: list[tuple[str, ...]] = [("against", "difference", "95 % interval", "p", "cases")]
+        compared: list[tuple[str, ...]] = [("this model against", "difference", "95 % interval", "p", "cases")]
         for c in found["comparisons"]:
             between = f"{_signed(c['low'])} to {_signed(c['high'])}"
-            cells = (_NAMES.get(c["against"], c["against"]), _signed(c["difference"]), between, _number(c["p"]))
+            cells = (_NAMES.get(c["against"], c["against"]), _signed(c["difference"]), between, _p(c["p"]))
             compared.append((*cells, str(c["n"])))
-        tables.append((f"Paired differences in {_word(primary)}", tuple(compared)))
-    if found["decided"]:
-        tables.append(("What was tried on held-out cases", (("",), *((said,) for said in found["decided"]))))
-    limits = (0.0, 1.0) if found["larger_is_better"] and all(b[2] >= 0 for b in bars) else None
-    figure = report.interval_figure(bars, f"{_word(primary)}, mean and 95 % interval", limits, _NAMES["model"])
+        good = "above" if found["larger_is_better"] else "below"
+        tables.append((f"Paired differences in {word}: {good} 0 this model is better", tuple(compared)))
+    text = "Intervals: 95 %, bootstrap over subjects."
+    if others:
+        named = "; ".join(f"“{_NAMES.get(name, name)}” is {_EXPLAINED.get(name, name)}" for name in others)
+        text += f" Baselines answer the same held-out cases in the same folds: {named}. p: two-sided, by permuting the "
+        text += "two methods' answers by subject."
+    if "scratch" in found["config"]["baselines"] and "scratch" not in others:
+        text += " There is no baseline from fresh weights, for this model began from these itself."
+    whole = found["larger_is_better"] and all(b[2] >= 0 and b[3] <= 1 for b in bars)
+    figure = report.interval_figure(bars, f"{word} and 95 % interval", (0.0, 1.0) if whole else None, _NAMES["model"])
     return Section(
-        "Scores against baselines",
-        "Intervals: bootstrap over subjects. p: permutation of the two methods' answers by subject, two-sided. "
-        "Baselines have the same folds: the same network and schedule from fresh weights, a linear model on a network "
-        "that never learned anything, and a linear model on simple measurements.",
+        "Scores against baselines" if others else "Scores",
+        text,
+        figures=((f"{word[0].upper() + word[1:]} on held-out cases, {_better(found)}", figure),) if bars else (),
         table=tuple(rows),
         tables=tuple(tables),
-        figures=((f"{_word(primary)} on held-out cases", figure),) if bars else (),
+        figures_first=True,
     )
 
 
-def _learning_curve(found: Mapping[str, Any]) -> Section:
+def _better(found: Mapping[str, Any]) -> str:
+    return "larger is better" if found["larger_is_better"] else "smaller is better"
+
+
+def _learning_curve(found: Mapping[str, Any], spec: TaskSpec) -> Section:
     points = found["learning_curve"]["points"]
     names = list(dict.fromkeys(name for p in points for name in p["scores"]))
+    word = _word(found["primary"], spec)
     rows = [("training subjects", *(_NAMES.get(n, n) for n in names))]
     curves: dict[str, list[Any]] = {_NAMES.get(n, n): [] for n in names}
+    compared: list[tuple[str, ...]] = [("training subjects", "this model against", "difference", "95 % interval", "p")]
     for p in points:
         rows.append((f"{p['subjects']:g}", *(_interval(p["scores"][n]) if n in p["scores"] else "-" for n in names)))
         for n in names:
             if n in p["scores"]:
                 s = p["scores"][n]
                 curves[_NAMES.get(n, n)].append((p["subjects"], s["mean"], s["low"], s["high"]))
-    figure = charts.learning_curve_figure(curves, _word(found["primary"]))
+        for c in p["comparisons"]:
+            between = f"{_signed(c['low'])} to {_signed(c['high'])}"
+            name = _NAMES.get(c["against"], c["against"])
+            compared.append((f"{p['subjects']:g}", name, _signed(c["difference"]), between, _p(c["p"])))
+    figure = charts.learning_curve_figure(curves, word)
+    good = "above" if found["larger_is_better"] else "below"
     return Section(
         "How many cases it takes",
-        "The same folds, held-out cases and steps with fewer training subjects; a smaller draw is part of the larger "
-        "ones. Bands: 95 % bootstrap over the held-out subjects; they do not hold the luck of the draw.",
+        "The same folds, held-out cases and number of steps with fewer training subjects (the mean over folds is "
+        "given); a smaller draw is part of the larger ones. Intervals and bands: 95 % bootstrap over the held-out "
+        "subjects; they do not hold the luck of the draw.",
+        figures=((f"{word[0].upper() + word[1:]} over the number of training subjects, {_better(found)}", figure),),
         table=tuple(rows),
-        figures=(("Score over the number of training subjects", figure),),
-    )
+        tables=(
+            ((f"Paired differences in {word}: {good} 0 this model is better", tuple(compared)),)
+            if len(compared) > 1 else ()
+        ),
+        figures_first=True,
+    )  # fmt: skip
 
 
-def _curves(found: Mapping[str, Any]) -> Section:
-    losses = {run: curves["total"] for run, curves in found["curves"].items() if curves.get("total")}
-    figures = [("Loss on training patches, one curve a training run", report.curves_figure(losses))]
+def _curves(found: Mapping[str, Any], spec: TaskSpec) -> Section:
+    def known(points: Sequence[Sequence[float | None]]) -> list[tuple[float, float]]:
+        return [(step, value) for step, value in points if step is not None and value is not None]
+
+    curves = {run: {name: known(points) for name, points in each.items()} for run, each in found["curves"].items()}
+    losses = {run: each["total"] for run, each in curves.items() if each.get("total")}
+    figures = [("Loss on training cases, one curve a run", report.curves_figure(losses))] if losses else []
     watched = {
-        f"{run}: {name.replace('_', ' ')}": values
-        for run, curves in found["curves"].items() for name, values in curves.items()
-        if name.startswith(("held_", "inner_"))
+        run: points for run, each in curves.items() for name, points in each.items()
+        if name.startswith(("held_", "inner_")) and points
     }  # fmt: skip
+    text = f"{found['provenance']['steps']} steps in all." if "provenance" in found else ""
     if watched:
-        figures.append(("Scores while training, for the eye only", report.curves_figure(watched, y_label="score")))
-    return Section("Learning", "", figures=tuple(figures))
+        chosen = any(name.startswith("inner_") for each in curves.values() for name in each)
+        where = "inner cases, by which the step is chosen" if chosen else "held-out cases, only to look at"
+        word = _word(found["primary"], spec)
+        figures.append((f"{word} while training, on {where}", report.curves_figure(watched, y_label=word)))
+    return Section("How training went", text, figures=tuple(figures))
+
+
+def _decisions(found: Mapping[str, Any]) -> Section:
+    rows = [("tried", "on held-out cases")]
+    for said in found["decided"]:
+        what, _, came = said.partition(": ")
+        rows.append((what, came.removesuffix(" on held-out cases")))
+    d = found["decisions"]
+    kept = []
+    if d["mirror"]:
+        kept.append("the mean over mirrored volumes (" + ", ".join("XYZ"[axis] for axis in d["mirror"]) + ")")
+    if d["largest_component"]:
+        kept.append("only the largest connected part of each label")
+    if d["min_ml"]:
+        kept.append(f"no connected part below {d['min_ml']:g} ml")
+    if d["temperature"] != 1:
+        kept.append(f"a temperature of {d['temperature']:.2f}")
+    if list(d["bias"]) != [0, 1]:
+        kept.append(f"the correction (answer {_signed(-d['bias'][0])}) / {d['bias'][1]:.3f}")
+    text = "A change of the answers is kept only where it helps on held-out cases; a case is scored under what the "
+    text += f"other folds chose. The bundle ships {' and '.join(kept) or 'the answers as the networks give them'}."
+    return Section("What is done to the answers", text, table=tuple(rows) if any(r[1] for r in rows[1:]) else None)
 
 
 # ---- cases -----------------------------------------------------------------------------------------------------------
@@ -273,23 +393,37 @@ def _cases(run: Path, found: Mapping[str, Any], store: Store, spec: TaskSpec) ->
     for word, row in _picked(ranked):
         entry = _entry(store, row)
         volume, contrast = _shown(store, entry, spec)
-        caption = f"{word} of {len(ranked)} held-out cases: {_who(row)}, {_said(row, spec)}, on {contrast}"
+        caption = f"{word} of {len(ranked)} held-out cases: {_who(row)}, {_said(row, spec)}; on {contrast}"
         if spec.kind == "segmentation":
-            truth, answer = _masks(run, store, entry, row, spec)
+            truth, answer = _true(store, entry, spec), _predicted(run, row, spec)
+            assert truth is not None
             figures.append((caption, report.overlay_figure(volume, truth, answer, spacing_mm=store.spec.spacing_mm,
                                                            titles=("True", "Predicted"))))  # fmt: skip
         else:
-            figures.append((caption, report.slices_figure([("", volume)], spacing_mm=store.spec.spacing_mm)))
-    head = ("case", "fold", "true", "answered", "error" if spec.kind != "segmentation" else "Dice")
-    if spec.kind == "segmentation":
-        head = ("case", "fold", "true, ml", "predicted, ml", "Dice")
+            outline = _guide(found, store, entry)
+            figures.append((caption, report.slices_figure([("", volume)], contours=[outline],
+                                                          spacing_mm=store.spec.spacing_mm)))  # fmt: skip
+    unit = f", {spec.unit}" if spec.unit else ""
+    head = {
+        "segmentation": ("case", "fold", "true, ml", "predicted, ml", "Dice"),
+        "regression": ("case", "fold", f"true{unit}", f"answered{unit}", f"error{unit}"),
+        "classification": ("case", "fold", "true", "answered (probability)", "probability missed"),
+    }[spec.kind]
     rows: list[tuple[str, ...]] = [head]
     for row in ranked[:_MOST_ROWS]:
         rows.append((_who(row), str(row["fold"]), *_cells(row, spec)))
-    more = f" The table holds the {_MOST_ROWS} worst." if len(ranked) > _MOST_ROWS else ""
-    text = f"Each by the network that did not train on it, worst first.{more} Radiological convention: the patient's "
-    text += "left is on the right side of axial and coronal pictures."
-    return Section("Case by case", text, figures=tuple(figures), table=tuple(rows))
+    repeats = " of the first repeat" if len({row["repeat"] for row in found["cases"]}) > 1 else ""
+    text = f"Each case{repeats} is answered by the network that did not train on it. Radiological convention: the "
+    text += "patient's left is on the right side of axial and coronal pictures."
+    if spec.kind == "segmentation" and len(spec.values) > 2:
+        text += " Every label is outlined; Dice is the mean over labels, volumes are of all labels together."
+    if spec.kind == "classification":
+        text += " Probability missed: 1 less the probability of the true class" + (
+            ", the mean over labels." if spec.mode == "multilabel" else "."
+        )
+    more = f"The {_MOST_ROWS} worst of {len(ranked)}; `cases.csv` in the run's folder holds them all"
+    caption = more if len(ranked) > _MOST_ROWS else "All cases, worst first"
+    return Section("Case by case", text, tuple(figures), tables=((caption, tuple(rows)),), figures_first=True)
 
 
 def _entry(store: Store, row: Mapping[str, Any]) -> SessionEntry:
@@ -307,13 +441,24 @@ def _shown(store: Store, entry: SessionEntry, spec: TaskSpec) -> tuple[np.ndarra
     return store.volume(entry, scan.name).astype(np.float32), scan.contrast
 
 
-def _masks(
-    run: Path, store: Store, entry: SessionEntry, row: Mapping[str, Any], spec: TaskSpec
-) -> tuple[np.ndarray, np.ndarray]:
-    label = next(e.name for e in entry.labels if e.name in (f"{spec.target}_mask", f"{spec.target}_labels"))
+def _true(store: Store, entry: SessionEntry, spec: TaskSpec) -> np.ndarray | None:
+    """[X, Y, Z] label values of a segmentation's target; what the task does not know is 0."""
+    label = next((e.name for e in entry.labels if e.name in (f"{spec.target}_mask", f"{spec.target}_labels")), None)
+    if label is None:
+        return None
+    volume = store.volume(entry, label)
+    return (volume != 0) if label.endswith("_mask") else np.where(np.isin(volume, spec.values), volume, 0)
+
+
+def _predicted(run: Path, row: Mapping[str, Any], spec: TaskSpec) -> np.ndarray:
     with np.load(run / row["file"], allow_pickle=False) as saved:
-        answer = saved["indices"]
-    return store.volume(entry, label) != 0, answer != 0
+        return np.asarray(spec.values)[saved["indices"]]
+
+
+def _guide(found: Mapping[str, Any], store: Store, entry: SessionEntry) -> np.ndarray | None:
+    """The mask that guided a scan-level task, where the session has one."""
+    name = f"{found['config']['task'].get('lesion')}_mask"
+    return store.volume(entry, name) != 0 if any(e.name == name for e in entry.labels) else None
 
 
 def _who(row: Mapping[str, Any]) -> str:
@@ -349,29 +494,49 @@ def _calibration(found: Mapping[str, Any], spec: TaskSpec) -> list[Section]:
     if not c:
         return []
     if spec.kind == "regression":
+        unit = f" {spec.unit}" if spec.unit else ""
         pairs = [(row["truth"][0], row["answer"][0]) for row in found["cases"]]
-        coverage = "too few cases to check" if c["coverage"] is None else f"{c['coverage']:.0%} of held-out cases"
-        half = "unknown" if c["half_width"] is None else f"{c['half_width']:.3g} {spec.unit}".strip()
-        kept = "kept" if c["kept"] else "not kept"
+        coverage = (
+            "there are too few cases to check how often it holds the truth" if c["coverage"] is None else
+            f"intervals made from the other folds' errors held the truth in {c['coverage']:.0%} of the held-out cases"
+        )  # fmt: skip
         text = (
-            f"A prediction interval of {c['level']:.0%} is the answer ± {half}; with intervals made from the other "
-            f"folds it held the truth in {coverage}. Correcting the pull towards the mean (answer = a + b · truth, "
-            f"fitted on the other folds) moved the mean absolute error from {c['mae_before']:.3g} to "
-            f"{c['mae_after']:.3g} and was {kept}."
-        )
+            f"Too few cases for a prediction interval of {c['level']:.0%}." if c["half_width"] is None else
+            f"The {c['level']:.0%} prediction interval is the answer ± {c['half_width']:.3g}{unit} (conformal); "
+            f"{coverage}."
+        )  # fmt: skip
+        if len({row["fold"] for row in found["cases"]}) > 1:
+            did = "was kept" if c["kept"] else "was not kept"
+            text += (
+                "\n\nPredictions are pulled towards the mean of the training cases. Undoing that (answer = a + b · "
+                f"truth, fitted on the other folds) moved the mean absolute error from {c['mae_before']:.3g} to "
+                f"{c['mae_after']:.3g}{unit} and {did}."
+            )
         truth, answers = [t for t, _ in pairs], [a for _, a in pairs]
         figure = charts.scatter_figure(truth, answers, unit=spec.unit, half_width=c["half_width"])
-        return [Section("How far off", text, figures=(("Held-out answers; band: prediction interval", figure),))]
+        return [Section("How far off", text, figures=(("Held-out cases; line: equality, band: prediction interval",
+                                                       figure),))]  # fmt: skip
     text = (
-        f"Expected calibration error {c['ece_before']:.3f} before and {c['ece_after']:.3f} after scaling with a "
-        f"temperature fitted on the other folds; the bundle ships {c['temperature']:.2f}. On the diagonal, what is "
-        "said with 70 % is right 7 times in 10."
+        "On the diagonal of the plot, what is said with a probability of 70 % is right 7 times in 10. Expected "
+        f"calibration error: {_number(c['ece_before'])} as the networks answer"
     )
-    figure = charts.reliability_figure(c["reliability"])
-    return [Section("How sure it is", text, figures=(("Reliability of held-out answers; numbers: answers", figure),))]
+    text += (
+        f", {_number(c['ece_after'])} after a temperature fitted on the other folds, which was kept (the bundle ships "
+        f"{c['temperature']:.2f})." if c["kept"] else "; scaling with a temperature was not kept."
+    )  # fmt: skip
+    two = spec.mode != "multilabel" and len(spec.values) == 2
+    said = (
+        f"probability of {spec.values[1]}" if two else
+        "probability of a label" if spec.mode == "multilabel" else "probability of the class that is answered"
+    )  # fmt: skip
+    right = f"share that is {spec.values[1]}" if two else "share that has it" if spec.mode == "multilabel" else (
+        "share that is right"
+    )  # fmt: skip
+    figure = charts.reliability_figure(c["reliability"], said, right)
+    return [Section("How sure it is", text, figures=(("Held-out answers in bins; beside a point: how many", figure),))]
 
 
-def _saliency(found: Mapping[str, Any], store: Store, spec: TaskSpec, bundle: Bundle) -> Section:
+def _saliency(found: Mapping[str, Any], store: Store, spec: TaskSpec, bundle: Bundle) -> list[Section]:
     figures = []
     for word, row in _picked(_ranked(found, spec)):
         if row["fold"] >= len(bundle.networks):
@@ -382,14 +547,26 @@ def _saliency(found: Mapping[str, Any], store: Store, spec: TaskSpec, bundle: Bu
         heat = explain_volume([bundle.networks[row["fold"]]], spec, image, present, method=method,
                               spacing_mm=store.spec.spacing_mm)  # fmt: skip
         volume, contrast = _shown(store, entry, spec)
-        caption = f"{word} case: {_who(row)}, {_said(row, spec)}; what speaks for {heat.target}, on {contrast}"
-        figures.append((caption, report.heat_figure(volume, heat.heat, spacing_mm=store.spec.spacing_mm)))
-    return Section(
-        "What it looks at",
-        "Gradient maps of the network that did not train on the case. They show what the answer reacted to, not that "
-        "it was right to. `brainfm explain method=occlusion` checks a map without gradients.",
-        figures=tuple(figures),
+        caption = f"{word} case: {_who(row)}, {_said(row, spec)}; {_about(heat.target, spec)}, on {contrast}"
+        if spec.kind == "segmentation":
+            outline = _true(store, entry, spec)
+            if outline is not None and outline.dtype != bool:
+                outline = outline == int(heat.target)
+        else:
+            outline = _guide(found, store, entry)
+        if outline is not None and outline.any() and heat.heat.any():
+            part = outline.sum() / (volume > volume.min()).sum()
+            caption += f"; {share_inside(heat.heat, outline):.0%} of the map lies inside the outline, which takes "
+            caption += f"{part:.1%} of the volume shown"
+        figures.append((caption, report.heat_figure(volume, heat.heat, spacing_mm=store.spec.spacing_mm,
+                                                    outline=outline, outline_name="True")))  # fmt: skip
+    name = "Grad-CAM" if spec.kind == "segmentation" else "HiResCAM"
+    text = (
+        f"Gradient maps ({name}) of the network that did not train on the case, each scaled to its own maximum. They "
+        "show what the answer reacted to, not that it was right to. `brainfm explain method=occlusion` checks a map "
+        "without gradients."
     )
+    return [Section("What it looks at", text, figures=tuple(figures))] if figures else []
 
 
 def _contrasts(store: Store, entry: SessionEntry, spec: TaskSpec) -> tuple[torch.Tensor, torch.Tensor]:
@@ -402,20 +579,54 @@ def _contrasts(store: Store, entry: SessionEntry, spec: TaskSpec) -> tuple[torch
     return image, present
 
 
-def _audit(found: Mapping[str, Any]) -> Section:
+def _about(target: str, spec: TaskSpec) -> str:
+    """What the map of a target shows."""
+    if spec.kind == "regression":
+        return f"red raises the answer ({target}), blue lowers it"
+    if spec.kind == "segmentation":
+        return f"what speaks for {spec.target}" + (f" label {target}" if len(spec.values) > 2 else "")
+    return f"what speaks for {spec.target} {target}"
+
+
+def _audit(found: Mapping[str, Any], spec: TaskSpec) -> Section:
     audit = found["audit"]
-    head = ("from this alone", "predicts the answer", "p", "model's score when equalised", "verdict")
+    auroc = audit["measure"] == "auroc"
+    asked = "log volume of the label, in ml" if spec.kind == "segmentation" else spec.target
+    head = ("from this alone", "AUROC" if auroc else "skill", "p", "noticed from", "explains of the answers",
+            "model's score without it", "effect left", "verdict")  # fmt: skip
     rows: list[tuple[str, ...]] = [head]
+    untested = []
     for s in audit["shortcuts"]:
-        name = f"{s['name']} ({s['label']})" if s["label"] else s["name"]
-        rows.append((name, _maybe(s["score"]), _number(s["p"]), _maybe(s["equalised"]), s["verdict"]))
-    measure = "AUROC" if audit["measure"] == "auroc" else "skill: the share of the mean's error that it takes away"
-    text = (
-        f"{audit['verdict']}\n\nCan the answer be guessed without looking at the brain? Each line gives a linear model "
-        f"one kind of side information, cross-validated by subject, and measures it by {measure}. Equalised: the "
-        "model's score among cases that the side information cannot tell apart."
+        name = (f"{s['name']} ({s['label']})" if s["label"] else s["name"]) + ("*" if s["anatomy"] else "")
+        if s["code"] == "untestable":
+            untested.append((name, s["verdict"].removeprefix("cannot be tested: ")))
+            continue
+        verdict = _FOUND.get(s["code"], s["code"])
+        cells = (_maybe(s["score"]), _p(s["p_family"]), _number(s["noticed_from"]), _percent(s["explained"]))
+        rows.append((name, *cells, _maybe(s["equalised"]), _percent(s["kept"]), verdict))
+    own = "; ".join(
+        (f"{label}: " if label else "") + f"{_maybe(score)}, p {_p(audit['model_p'][label])}"
+        for label, score in audit["model"].items()
     )
-    return Section("Shortcuts", text, table=tuple(rows))
+    measure = (
+        "AUROC: .5 is a guess" if auroc else
+        "skill: the share of the error of always answering the mean that it takes away; 0 is a guess, 1 no error"
+    )  # fmt: skip
+    text = (
+        f"{audit['verdict']}\n\nCan the {'volume' if spec.kind == 'segmentation' else 'answer'} be guessed without "
+        f"looking at the brain? Each line lets a linear model tell the {asked} from one kind of side information, "
+        "cross-validated by subject in folds of the audit's own (not those of the training), and measures it by "
+        f"{measure}. The model's own, by the same measure: {own}, "
+        f"{_count(audit['cases'], 'case')} of {_count(audit['subjects'], 'subject')}.\n\n"
+        "p: by permutation, for all lines together (Holm). Noticed from: in so few cases a weaker shortcut stays below "
+        "the line of chance, so no line is a proof of absence. Explains: share of the variance of the model's answers. "
+        "Without it: the model's score among cases that are alike in it; effect left: how much of the model's effect "
+        "remains there."
+    )
+    if any(s["anatomy"] and s["code"] != "untestable" for s in audit["shortcuts"]):
+        text += " * size and shape of a head are anatomy too: by themselves no proof of a shortcut."
+    tables = (("Could not be tested", (("", ""), *untested)),) if untested else ()
+    return Section("Shortcuts", text, table=tuple(rows) if len(rows) > 1 else None, tables=tables)
 
 
 def _maybe(value: Any) -> str:
@@ -426,16 +637,20 @@ def _reproduce(found: Mapping[str, Any]) -> Section:
     provenance = found.get("provenance", {})
     plan = found["plan"]
     patch = " x ".join(str(p) for p in found["task"]["patch_vox"])
+    parts = f" in {plan['accumulate']} parts" if plan.get("accumulate", 1) > 1 else ""
+    hours = provenance.get("hours", 0)
     rows = [
         ("", ""),
         ("brainfm", f"{provenance.get('version', '')}, commit {provenance.get('commit') or 'unknown'}"),
-        ("data", f"fingerprint {provenance.get('data', 'unknown')}"),
+        ("data", f"fingerprint {provenance.get('data') or 'unknown'}"),
         ("pre-trained weights", ", ".join(provenance.get("parents", [])) or "none"),
-        ("training", f"{provenance.get('steps', 0)} steps in all, {provenance.get('hours', 0):.2f} h on "
+        ("training", f"{provenance.get('steps', 0)} steps in all, "
+                     f"{f'{hours:.1f} h' if hours >= 1 else f'{60 * hours:.0f} min'} on "
                      f"{provenance.get('device', 'unknown')}"),
-        ("patch", f"{patch} voxels, {plan.get('precision', '')}, batch {plan.get('batch_size', '')} in "
-                  f"{plan.get('accumulate', 1)} part(s)"),
+        ("window", f"{patch} voxels, {plan.get('precision', '')}, {plan.get('batch_size', '')} a step{parts}"),
     ]  # fmt: skip
+    if not provenance:
+        rows = [rows[0], rows[-1]]
     return Section(
         "To make it again",
         f"`{found['command']}`\n\nFor research. Not a medical device: no diagnosis or treatment may rest on it.",
@@ -446,13 +661,33 @@ def _reproduce(found: Mapping[str, Any]) -> Section:
 # ---- words -----------------------------------------------------------------------------------------------------------
 
 
+def _count(number: int, noun: str) -> str:
+    return f"{number} {noun}{'' if number == 1 else 's'}"
+
+
 def _number(value: float | None) -> str:
-    return "-" if value is None else f"{value:.3f}" if abs(value) < 100 else f"{value:.4g}"
+    """Three decimals, whole numbers from 1000 on; a minus sign that is as wide as the digits."""
+    if value is None:
+        return "-"
+    shown = f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:.1f}"
+    shown = f"{value:.0f}" if abs(value) >= 1000 else shown
+    return shown.replace("-", "−") if float(shown) else shown.removeprefix("-")
 
 
 def _signed(value: float | None) -> str:
-    return "-" if value is None else f"{value:+.3f}"
+    shown = _number(value)
+    return shown if value is None or shown.startswith("−") or not float(shown) else f"+{shown}"
+
+
+def _percent(value: float | None) -> str:
+    return "-" if value is None else f"{value:.0%}".replace("-", "−")
+
+
+def _p(value: float | None) -> str:
+    return "-" if value is None else f"{value:.3f}" if value >= 0.001 else "< 0.001"
 
 
 def _interval(found: Mapping[str, Any]) -> str:
+    if found["low"] is None or found["high"] is None:
+        return _number(found["mean"])
     return f"{_number(found['mean'])} [{_number(found['low'])}, {_number(found['high'])}]"

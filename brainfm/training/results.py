@@ -100,7 +100,7 @@ def _header(
         "format": FORMAT,
         "task": question.spec.to_dict(),
         "preprocess": question.store.spec.to_dict(),
-        "store": str(question.store.path),
+        "store": str(question.store.path.resolve()),
         "config": {k: v for k, v in config.items() if k != "command"},
         "command": config.get("command") or "brainfm finetune, called from Python",
         "primary": question.primary,
