@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save
 from brainfm.batch import Batch, Terms
 from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw
 from brainfm.data.loader import StepSampler, make_loader
+from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.recompute import set_checkpointing
@@ -33,7 +34,7 @@ from brainfm.training.average import WeightAverage
 from brainfm.training.crossval import Split, SplitSpec, split_cases, with_shots
 from brainfm.training.foreground import ForegroundWatch
 from brainfm.training.loop import LoopSpec, Run, State, train
-from brainfm.training.memory import MemoryPlan, plan
+from brainfm.training.memory import MemoryPlan, plan, settle
 from brainfm.training.pretrain import identity_of, loop_spec, make_fabric, optim_values, provenance_of, say
 from brainfm.training.questions import Engine, Question, Row
 from brainfm.training.speed import settled
@@ -285,11 +286,39 @@ def _planned(
             trainer=trainer,
             views=views,
         )
+        if fabric.device.type == "cuda":
+            made = settle(lambda tried: dry_step(config, question, backbone, fabric, tried), made, backbone.strides[-1])
         if fabric.is_global_zero:
             for note in made.notes:
                 say(f"memory: {note}")
             write_atomically(file, (json.dumps({"asked": asked, "plan": made.to_dict()}, indent=1) + "\n").encode())
     return MemoryPlan.from_dict(fabric.broadcast(made.to_dict()))  # each process finds another amount of memory free
+
+
+def dry_step(
+    config: Mapping[str, Any], question: Question, backbone: Backbone, fabric: Fabric, tried: MemoryPlan
+) -> None:
+    """One training step of a plan on the device, on the first samples there are; leaves nothing behind.
+
+    Raises:
+        torch.OutOfMemoryError: where there is no room for it.
+    """
+    asked = question.spec
+    try:
+        question.settle(tried.patch_vox)
+        patches = question.patches(question.cases, 0, config["data"])
+        batch = collate([patches[i] for i in range(tried.micro_batch)]).to(fabric.device)
+        task = question.task(build_backbone(**backbone.config), question.cases).to(fabric.device)
+        set_checkpointing(task, tried.checkpointing)
+        values = optim_values(config["optim"])
+        optimizer = adapted_optimizer(task, adapt_spec(config["adapt"]), max_steps=10, **values)
+        half = tried.precision == "bf16-mixed"
+        with torch.autocast(fabric.device.type, dtype=torch.bfloat16, enabled=half):
+            total = task.loss(task(batch.image, batch.present), batch).total
+        total.backward()
+        optimizer.step()
+    finally:
+        question.spec = asked
 
 
 # ---- training --------------------------------------------------------------------------------------------------------

@@ -18,8 +18,9 @@ from brainfm.nets.weights import load_backbone
 from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import read_bundle
 from brainfm.training.crossval import SplitSpec, split_cases
-from brainfm.training.finetune import MEMBER, _begin, _fresh, finetune
+from brainfm.training.finetune import MEMBER, _begin, _fresh, dry_step, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
+from brainfm.training.memory import MemoryPlan, settle
 from brainfm.training.pretrain import pretrain
 
 
@@ -171,3 +172,25 @@ def test_a_held_case_is_never_trained_on(tuned: Path, toy_store: Store) -> None:
 def test_unknown_kind(toy_store: Store, backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"task.kind"):
         finetune(resolve("finetune", words(toy_store, tmp_path / "run", backbone, "task.kind=guess")))
+
+
+def test_a_plan_that_the_device_refuses_is_lowered(
+    toy_store: Store, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a GPU every plan is tried; here the step itself runs on the CPU, and the device's refusal is played."""
+    import dataclasses
+
+    study, _ = _begin(resolve("finetune", words(toy_store, tmp_path / "run", backbone)))
+    spec = study.question.spec
+    tried = []
+
+    def step(made: MemoryPlan) -> None:
+        tried.append((made.checkpointing, made.accumulate))
+        if len(tried) < 3:
+            raise torch.OutOfMemoryError("no room")
+        dry_step(study.config, study.question, study.backbone, study.fabric, made)
+
+    settled = settle(step, dataclasses.replace(study.plan, checkpointing=False, accumulate=1), stride=8)
+    assert tried == [(False, 1), (True, 1), (True, 2)] and settled.micro_batch == 1
+    assert len(settled.notes) == len(study.plan.notes) + 2
+    assert study.question.spec == spec and not (tmp_path / "run" / "fold0").exists()
