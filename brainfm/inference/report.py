@@ -67,8 +67,10 @@ table { border-collapse: collapse; font-size: 15px; min-width: 480px; font-varia
 th { text-align: left; font-size: 13px; font-weight: 600; color: #566173; border-bottom: 2px solid #1c2430;
   padding: 6px 28px 6px 0; vertical-align: bottom; }
 td { border-bottom: 1px solid #e4e7ec; padding: 8px 28px 8px 0; }
+td:first-child { min-width: 110px; }
 tr > :last-child { padding-right: 4px; }
-.number { text-align: right; white-space: nowrap; }
+.number { text-align: right; }
+td.number { white-space: nowrap; }
 tbody tr:hover { background: #f7faf9; }
 code { font: .9em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; background: #f2f4f7;
   border-radius: 4px; padding: .1em .35em; }
@@ -507,8 +509,9 @@ def heat_figure(
     label: str = "",
     outline: np.ndarray | None = None,
     outline_name: str = "Lesion",
+    at_vox: tuple[int, int, int] | None = None,
 ) -> bytes:
-    """A map of what mattered over the head, cut in three planes where it is strongest, the head alone above it.
+    """A map of what mattered over the head, in three planes, the head alone above it.
 
     Args:
         image: [X, Y, Z] on RAS+ axes.
@@ -517,6 +520,7 @@ def heat_figure(
         label: one line below the pictures.
         outline: mask or label map [X, Y, Z] drawn as lines, such as a known lesion.
         outline_name: its name in the legend.
+        at_vox: where to cut; else where the map is strongest.
 
     Returns:
         A PNG.
@@ -524,10 +528,12 @@ def heat_figure(
     box = _box(image)
     strength = np.abs(heat[box])
     peak = np.unravel_index(int(strength.argmax()), strength.shape)
+    if at_vox is not None:
+        peak = tuple(min(max(at - s.start, 0), n - 1) for at, s, n in zip(at_vox, box, strength.shape))  # type: ignore[assignment]
     lines = [] if outline is None else [(outline[box], TRUTH_COLOUR)]
     plain, covered = [], []
     for plane in PLANES:
-        index = int(peak[_AXES[plane][2]]) if strength.any() else strength.shape[_AXES[plane][2]] // 2
+        index = int(peak[_AXES[plane][2]]) if strength.any() or at_vox else strength.shape[_AXES[plane][2]] // 2
         tile = _tile(image[box], plane, index, spacing_mm, lines)
         plain.append(replace(tile, outlines=()))
         covered.append(replace(tile, heat=_section_of(heat[box], plane, index)))
@@ -618,6 +624,13 @@ def curves_figure(
     return png(figure)
 
 
+def number(value: float) -> str:
+    """Three decimals, fewer from 10 on and none from 1000 on; a minus sign that is as wide as the digits."""
+    size = abs(value)
+    shown = f"{value:.{3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0}f}"
+    return shown.replace("-", "−") if float(shown) else shown.removeprefix("-")
+
+
 def interval_figure(
     rows: Sequence[tuple[str, float, float, float, int]],
     x_label: str = "Dice, mean and 95 % interval",
@@ -640,7 +653,7 @@ def interval_figure(
         colour = COLOURS[0] if emphasised in (None, name) else SOFT
         axes.plot([low, high], [place, place], color=colour, linewidth=3.2, solid_capstyle="round", alpha=0.45)
         axes.plot([mean], [place], marker="o", markersize=9, color=colour, markeredgecolor="white")
-        numbers = f"{mean:.3f}   [{low:.3f}, {high:.3f}]   n = {n}"
+        numbers = f"{number(mean)}   [{number(low)}, {number(high)}]   n = {n}"
         axes.text(1.02, place, numbers, transform=axes.get_yaxis_transform(), va="center", color=INK, fontsize=10.5)
     axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=INK, fontsize=10.5)
     axes.set_ylim(len(rows) - 0.4, -0.6)

@@ -11,10 +11,11 @@ import numpy as np
 import torch
 
 from brainfm.data.store import SessionEntry, Store
+from brainfm.imaging.descriptors import head_mask
 from brainfm.inference import charts, report
 from brainfm.inference.explain import explain_volume, share_inside
 from brainfm.inference.report import Section
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.specs import ConfigError, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle, read_bundle
 
 RESULTS = "results.json"
@@ -32,8 +33,7 @@ _EXPLAINED = {
 }
 _SHOWN_FIRST = ("flair", "dwi", "t2", "t1c", "t1")  # the contrast a case is shown on, where it has it
 _MOST_ROWS = 25  # of the table of cases
-_MOST_LEFT_OUT = 20
-_MOST_NAMES = 8  # of held-out sessions in a line of the splits
+_MOST_NAMES = 8  # of sessions in a line
 _WORDS = {
     "dice": "Dice",
     "lesion_f1": "lesion F1",
@@ -184,7 +184,7 @@ def _numbers(found: Mapping[str, Any], spec: TaskSpec) -> list[tuple[str, str]]:
         own = found["scores"]["model"][found["primary"]]
         cards.insert(0, (_number(own["mean"]), f"{_word(found['primary'], spec)}, held-out cases"))
         cards.insert(1, (f"{_number(own['low'])} to {_number(own['high'])}", "95 % interval"))
-    cards.append((str(len(found["splits"])), "held-out parts, a network each"))
+    cards.append((str(len(found["splits"])), "folds, each answered by its own network"))
     return cards
 
 
@@ -192,8 +192,9 @@ def _cohort(found: Mapping[str, Any]) -> Section:
     cohort = found["cohort"]
     rows: list[tuple[str, ...]] = [("", "sessions", "")]
     for contrast, count in cohort["contrasts"].items():
-        share = "all" if count == cohort["sessions"] else f"in {count / cohort['sessions']:.0%}"
-        rows.append((f"contrast {contrast}", str(count), share))
+        share = "all" if count == cohort["sessions"] else f"{count / cohort['sessions']:.0%} of them"
+        unused = "" if contrast in found["task"]["contrasts"] else "; the model is not shown it"
+        rows.append((f"contrast {contrast}", str(count), share + unused))
     for name, column in cohort["columns"].items():
         if "counts" in column:
             values = ", ".join(f"{value}: {count}" for value, count in column["counts"].items())
@@ -204,14 +205,22 @@ def _cohort(found: Mapping[str, Any]) -> Section:
     shape = " x ".join(f"{s:.0f}" for s in cohort["shape_vox"]["median"])
     text = f"Scans prepared at {spacing} mm; the median volume has {shape} voxels."
     left = cohort["left_out"]
-    if left:
-        shown = "\n\n".join(left[:_MOST_LEFT_OUT])
-        more = f"\n\nand {len(left) - _MOST_LEFT_OUT} more." if len(left) > _MOST_LEFT_OUT else ""
-        text += f"\n\n{_count(len(left), 'session')} could not answer and "
-        text += f"{'were' if len(left) > 1 else 'was'} left out:\n\n{shown}{more}"
-    else:
-        text += " No session with a label was left out."
-    return Section("The cohort", text, table=tuple(rows))
+    if not left:
+        text += " No session was left out."
+        return Section("The cohort", text, table=tuple(rows))
+    reasons: dict[str, list[str]] = {}
+    for sentence in left:
+        session, _, reason = sentence.partition(": ")
+        reasons.setdefault(reason, []).append(session)
+    lost: list[tuple[str, ...]] = [("why", "sessions", "")]
+    lost += [(reason, str(len(sessions)), _names(sessions)) for reason, sessions in reasons.items()]
+    caption = f"{_count(len(left), 'session')} could not answer and {'were' if len(left) > 1 else 'was'} left out"
+    return Section("The cohort", text, table=tuple(rows), tables=((caption, tuple(lost)),))
+
+
+def _names(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
+    return ", ".join(name for name in names[:_MOST_NAMES] if name) + more
 
 
 def _splits(found: Mapping[str, Any]) -> Section:
@@ -221,10 +230,9 @@ def _splits(found: Mapping[str, Any]) -> Section:
     rows: list[tuple[str, ...]] = [("run", "trained on", *extra, "held out", "held-out sessions")]
     for s in splits:
         names = [key.split("/", 1)[1].rstrip("/") for key in s["held"]]
-        more = f" and {len(names) - _MOST_NAMES} more" if len(names) > _MOST_NAMES else ""
         inner = (str(s["inner"]),) if chosen else ()
         cells = (s["folder"], str(s["trained"]), *inner, str(len(names)))
-        rows.append((*cells, ", ".join(names[:_MOST_NAMES]) + more))
+        rows.append((*cells, _names(names)))
     sites = found["cohort"]["columns"].get(config["site"] or "", {}).get("counts", {})
     balanced = [] if found["task"]["kind"] == "segmentation" else ["the answer"]
     balanced += ["site"] if len(sites) > 1 and not config["sites_apart"] else []
@@ -357,7 +365,8 @@ def _decisions(found: Mapping[str, Any]) -> Section:
     if d["temperature"] != 1:
         kept.append(f"a temperature of {d['temperature']:.2f}")
     if list(d["bias"]) != [0, 1]:
-        kept.append(f"the correction (answer {_signed(-d['bias'][0])}) / {d['bias'][1]:.3f}")
+        shift = f"{'−' if d['bias'][0] >= 0 else '+'} {_number(abs(d['bias'][0]))}"
+        kept.append(f"the correction (answer {shift}) / {d['bias'][1]:.3f}")
     text = "A change of the answers is kept only where it helps on held-out cases; a case is scored under what the "
     text += f"other folds chose. The bundle ships {' and '.join(kept) or 'the answers as the networks give them'}."
     return Section("What is done to the answers", text, table=tuple(rows) if any(r[1] for r in rows[1:]) else None)
@@ -469,7 +478,8 @@ def _said(row: Mapping[str, Any], spec: TaskSpec) -> str:
     if spec.kind == "segmentation":
         return f"Dice {row['dice']:.3f}, {row['true_ml']:.1f} ml true, {row['predicted_ml']:.1f} ml predicted"
     true, answered, _ = _cells(row, spec)
-    return f"true {true}, answered {answered}"
+    unit = f" {spec.unit}" if spec.unit else ""
+    return f"true {true}{unit}, answered {answered}{unit}"
 
 
 def _cells(row: Mapping[str, Any], spec: TaskSpec) -> tuple[str, str, str]:
@@ -477,7 +487,8 @@ def _cells(row: Mapping[str, Any], spec: TaskSpec) -> tuple[str, str, str]:
         return f"{row['true_ml']:.2f}", f"{row['predicted_ml']:.2f}", f"{row['dice']:.3f}"
     error = _error(row, spec)
     if spec.kind == "regression":
-        return f"{row['truth'][0]:.4g}", f"{row['answer'][0]:.4g}", f"{error:.3g}"
+        decimals = 1 if max(abs(row["truth"][0]), abs(row["answer"][0])) >= 10 else 3
+        return f"{row['truth'][0]:.{decimals}f}", f"{row['answer'][0]:.{decimals}f}", f"{error:.{decimals}f}"
     if spec.mode == "multilabel":
         true = ", ".join(v for v, t in zip(spec.values, row["truth"]) if t) or "none"
         answered = ", ".join(f"{v} {a:.2f}" for v, a in zip(spec.values, row["answer"]))
@@ -508,9 +519,9 @@ def _calibration(found: Mapping[str, Any], spec: TaskSpec) -> list[Section]:
         if len({row["fold"] for row in found["cases"]}) > 1:
             did = "was kept" if c["kept"] else "was not kept"
             text += (
-                "\n\nPredictions are pulled towards the mean of the training cases. Undoing that (answer = a + b · "
-                f"truth, fitted on the other folds) moved the mean absolute error from {c['mae_before']:.3g} to "
-                f"{c['mae_after']:.3g}{unit} and {did}."
+                "\n\nAnswers of a regression are pulled towards the mean of its training cases. Undoing that (answer = "
+                f"a + b · truth, fitted on the other folds) moved the mean absolute error from {c['mae_before']:.3g} "
+                f"to {c['mae_after']:.3g}{unit} and {did}."
             )
         truth, answers = [t for t, _ in pairs], [a for _, a in pairs]
         figure = charts.scatter_figure(truth, answers, unit=spec.unit, half_width=c["half_width"])
@@ -521,8 +532,8 @@ def _calibration(found: Mapping[str, Any], spec: TaskSpec) -> list[Section]:
         f"calibration error: {_number(c['ece_before'])} as the networks answer"
     )
     text += (
-        f", {_number(c['ece_after'])} after a temperature fitted on the other folds, which was kept (the bundle ships "
-        f"{c['temperature']:.2f})." if c["kept"] else "; scaling with a temperature was not kept."
+        f", {_number(c['ece_after'])} after a temperature fitted on the other folds, which was kept (the bundle "
+        f"divides its logits by {c['temperature']:.2f})." if c["kept"] else "; scaling with a temperature was not kept."
     )  # fmt: skip
     two = spec.mode != "multilabel" and len(spec.values) == 2
     said = (
@@ -558,7 +569,13 @@ def _saliency(found: Mapping[str, Any], store: Store, spec: TaskSpec, bundle: Bu
             part = outline.sum() / (volume > volume.min()).sum()
             caption += f"; {share_inside(heat.heat, outline):.0%} of the map lies inside the outline, which takes "
             caption += f"{part:.1%} of the volume shown"
-        figures.append((caption, report.heat_figure(volume, heat.heat, spacing_mm=store.spec.spacing_mm,
+        place = None
+        if spec.kind != "segmentation" and heat.heat.any():
+            head = _head(volume)
+            caption += f"; {1 - share_inside(heat.heat, head):.0%} of the map lies outside the head"
+            x, y, z = np.unravel_index(int((np.abs(heat.heat) * head).argmax()), head.shape)
+            place = int(x), int(y), int(z)  # where the head has nothing to show there is nothing to see
+        figures.append((caption, report.heat_figure(volume, heat.heat, spacing_mm=store.spec.spacing_mm, at_vox=place,
                                                     outline=outline, outline_name="True")))  # fmt: skip
     name = "Grad-CAM" if spec.kind == "segmentation" else "HiResCAM"
     text = (
@@ -566,6 +583,9 @@ def _saliency(found: Mapping[str, Any], store: Store, spec: TaskSpec, bundle: Bu
         "show what the answer reacted to, not that it was right to. `brainfm explain method=occlusion` checks a map "
         "without gradients."
     )
+    if spec.kind != "segmentation":
+        text += " The planes cut the head where the map is strongest. What lies outside the head is no anatomy: "
+        text += f"compare it with {'the shortcuts' if found.get('audit') else 'what else could tell the answer'}."
     return [Section("What it looks at", text, figures=tuple(figures))] if figures else []
 
 
@@ -577,6 +597,13 @@ def _contrasts(store: Store, entry: SessionEntry, spec: TaskSpec) -> tuple[torch
         if name is not None:
             image[m], present[m] = torch.from_numpy(store.volume(entry, name).astype(np.float32)), True
     return image, present
+
+
+def _head(volume: np.ndarray) -> np.ndarray:
+    try:
+        return head_mask({"": volume})
+    except ScanError:  # one value everywhere
+        return np.ones(volume.shape, dtype=bool)
 
 
 def _about(target: str, spec: TaskSpec) -> str:
@@ -592,8 +619,9 @@ def _audit(found: Mapping[str, Any], spec: TaskSpec) -> Section:
     audit = found["audit"]
     auroc = audit["measure"] == "auroc"
     asked = "log volume of the label, in ml" if spec.kind == "segmentation" else spec.target
-    head = ("from this alone", "AUROC" if auroc else "skill", "p", "noticed from", "explains of the answers",
-            "model's score without it", "effect left", "verdict")  # fmt: skip
+    word = "AUROC" if auroc else "skill"
+    head = ("from this alone", word, "p", "noticed from", "answers explained", f"model's {word} without it",
+            "p without it", "effect left", "verdict")  # fmt: skip
     rows: list[tuple[str, ...]] = [head]
     untested = []
     for s in audit["shortcuts"]:
@@ -602,10 +630,10 @@ def _audit(found: Mapping[str, Any], spec: TaskSpec) -> Section:
             untested.append((name, s["verdict"].removeprefix("cannot be tested: ")))
             continue
         verdict = _FOUND.get(s["code"], s["code"])
-        cells = (_maybe(s["score"]), _p(s["p_family"]), _number(s["noticed_from"]), _percent(s["explained"]))
-        rows.append((name, *cells, _maybe(s["equalised"]), _percent(s["kept"]), verdict))
+        cells = (_short(s["score"]), _p(s["p_family"]), _short(s["noticed_from"]), _percent(s["explained"]))
+        rows.append((name, *cells, _short(s["equalised"]), _p(s["equalised_p"]), _percent(s["kept"]), verdict))
     own = "; ".join(
-        (f"{label}: " if label else "") + f"{_maybe(score)}, p {_p(audit['model_p'][label])}"
+        (f"{label}: " if label else "") + f"{_short(score)}, p {_p(audit['model_p'][label])}"
         for label, score in audit["model"].items()
     )
     measure = (
@@ -620,17 +648,29 @@ def _audit(found: Mapping[str, Any], spec: TaskSpec) -> Section:
         f"{_count(audit['cases'], 'case')} of {_count(audit['subjects'], 'subject')}.\n\n"
         "p: by permutation, for all lines together (Holm). Noticed from: in so few cases a weaker shortcut stays below "
         "the line of chance, so no line is a proof of absence. Explains: share of the variance of the model's answers. "
-        "Without it: the model's score among cases that are alike in it; effect left: how much of the model's effect "
-        "remains there."
+        "Without it: the model's score among cases that are alike in it, p against chance there, and how much of the "
+        "model's effect is left"
     )
+    text += (
+        " (of AUROC − .5)." if auroc else
+        " (of the slope of the answers on the truth, which decides: skill falls already because alike cases differ "
+        "less)."
+    )  # fmt: skip
     if any(s["anatomy"] and s["code"] != "untestable" for s in audit["shortcuts"]):
         text += " * size and shape of a head are anatomy too: by themselves no proof of a shortcut."
     tables = (("Could not be tested", (("", ""), *untested)),) if untested else ()
     return Section("Shortcuts", text, table=tuple(rows) if len(rows) > 1 else None, tables=tables)
 
 
-def _maybe(value: Any) -> str:
-    return _interval(value) if isinstance(value, Mapping) else _number(value)
+def _short(value: Any) -> str:
+    """A number or an interval with two decimals."""
+
+    def two(number: float | None) -> str:
+        return "-" if number is None else f"{number:.2f}".replace("-", "−")
+
+    if not isinstance(value, Mapping):
+        return two(value)
+    return f"{two(value['mean'])} [{two(value['low'])}, {two(value['high'])}]"
 
 
 def _reproduce(found: Mapping[str, Any]) -> Section:
@@ -666,12 +706,7 @@ def _count(number: int, noun: str) -> str:
 
 
 def _number(value: float | None) -> str:
-    """Three decimals, whole numbers from 1000 on; a minus sign that is as wide as the digits."""
-    if value is None:
-        return "-"
-    shown = f"{value:.3f}" if abs(value) < 10 else f"{value:.2f}" if abs(value) < 100 else f"{value:.1f}"
-    shown = f"{value:.0f}" if abs(value) >= 1000 else shown
-    return shown.replace("-", "−") if float(shown) else shown.removeprefix("-")
+    return "-" if value is None else report.number(value)
 
 
 def _signed(value: float | None) -> str:
