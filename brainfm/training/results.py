@@ -204,7 +204,7 @@ def describe(document: Mapping[str, Any]) -> list[str]:
         lines.append(f"{name}: {primary} {_interval_words(found[primary])}, {found[primary]['n']} cases")
     for c in document.get("comparisons", []):
         lines.append(f"against {c['against']}: {_signed(c['difference'])} [{_signed(c['low'])}, {_signed(c['high'])}], "
-                     f"p {_number(c['p'])}")  # fmt: skip
+                     f"p {'below 0.001' if (c['p'] or 1) < 0.001 else _number(c['p'])}")  # fmt: skip
     lines += document.get("decided", [])
     for found in (document.get("learning_curve") or {}).get("points", []):
         shots = "all" if found["shots"] is None else found["shots"]
