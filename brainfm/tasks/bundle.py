@@ -96,7 +96,9 @@ def write_bundle(
         "preprocess.json": _json(preprocess.to_dict()),
         "provenance.json": _json(provenance.to_dict()),
         "backbone.json": _json(dict(backbone_config)),
-        "README.md": model_card(task, preprocess, provenance, len(members), scores or {}, licence).encode(),
+        "README.md": model_card(
+            task, preprocess, provenance, len(members), scores or {}, licence, decisions or Decisions()
+        ).encode(),
     }
     if decisions is not None:
         contents[DECISIONS] = _json(decisions.to_dict())
@@ -234,22 +236,24 @@ def model_card(
     members: int,
     scores: Mapping[str, Any],
     licence: str,
+    decisions: Decisions,
 ) -> str:
     """README.md of a bundle: what it is, what it saw, how it scored, how to run it, what it is not for."""
-    spacing = " x ".join(f"{s:g}" for s in preprocess.spacing_mm)
-    patch = " x ".join(str(p) for p in task.patch_vox)
-    values = ", ".join(str(v) for v in task.values)
+    averaged = "values" if task.kind == "regression" else "probabilities"
+    out = f"{task.target}.nii.gz" if task.kind == "segmentation" else f"{task.target}.json"
+    done = _done(decisions, task.unit)
     rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in scores.items() if name != "note")
     note = f"\n{scores['note']}\n" if scores.get("note") else ""
     table = f"| | |\n|---|---|\n{rows}\n{note}" if rows else "None were recorded; evaluate it on your own data first.\n"
     inputs = " ".join(f"input.{contrast}={contrast}.nii.gz" for contrast in task.contrasts)
     return f"""# {task.target}: {task.kind}
 
-A brainfm bundle: {members} network{"s" if members != 1 else ""} whose probabilities are averaged.
+A brainfm bundle: {members} network{"s" if members != 1 else ""}{f" whose {averaged} are averaged" * (members > 1)}.
 
-- Answers: `{task.target}`, label values {values} (0 is the background).
+- Answers: {_answers(task)}.
 - Reads: {", ".join(task.contrasts)}. Any of them may be missing; what is given must lie in one scanner space.
-- Works at {spacing} mm in windows of {patch} voxels; the answer comes back on the grid of the scan that went in.
+- Looks: {_looks(task, preprocess)}.
+- What is done to the answers, as held-out cases decided: {done or "nothing"}.
 - Made by brainfm {provenance.version}, commit {provenance.commit or "unknown"}, data {provenance.data or "unknown"}, \
 {provenance.steps} steps, seed {provenance.seed}, {provenance.hours:.2f} h on {provenance.device}.
 - Licence: {licence}
@@ -259,7 +263,8 @@ A brainfm bundle: {members} network{"s" if members != 1 else ""} whose probabili
 {table}
 ## Use
 
-    brainfm predict bundle=THIS_FOLDER {inputs} out={task.target}.nii.gz
+    brainfm predict bundle=THIS_FOLDER {inputs} out={out}
+    brainfm explain bundle=THIS_FOLDER {inputs} out=why.nii.gz
     brainfm evaluate bundle=THIS_FOLDER manifest=manifest.csv out=scores
 
 Files are checked against `checksums.json`; an edited or incomplete bundle is refused.
@@ -271,7 +276,47 @@ sequences, ages and diseases that its training data did not hold, and evaluate i
 """
 
 
+def _answers(task: TaskSpec) -> str:
+    values = ", ".join(str(v) for v in task.values)
+    if task.kind == "segmentation":
+        return f"where `{task.target}` is, label values {values} (0 is the background), on the grid of the scan given"
+    if task.kind == "regression":
+        unit = f" in {task.unit}" if task.unit else ""
+        return f"`{task.target}`{unit}, one value for the session, with a prediction interval where enough cases allow"
+    if task.mode == "multilabel":
+        return f"which of {values} the session shows, with a probability for each (`{task.target}`)"
+    ordered = " (in this order)" if task.mode == "ordinal" else ""
+    return f"`{task.target}`, one of {values}{ordered} for the session, with a probability for each"
+
+
+def _looks(task: TaskSpec, preprocess: PreprocessSpec) -> str:
+    spacing = " x ".join(f"{s:g}" for s in preprocess.spacing_mm)
+    patch = " x ".join(str(p) for p in task.patch_vox)
+    windows = f"at windows of {patch} voxels that cover the head, at {spacing} mm"
+    if not task.view_mm:
+        return windows
+    whole = f"at the whole head in {patch} voxels of {task.view_mm:g} mm, made from {spacing} mm"
+    return f"{whole}, and {windows}" if task.crops else whole
+
+
+def _done(decisions: Decisions, unit: str) -> str:
+    a, b = decisions.bias
+    parts = [
+        ("the mean over volumes mirrored along " + ", ".join("XYZ"[axis] for axis in decisions.mirror))
+        if decisions.mirror else "",
+        "only the largest connected part of each label" if decisions.largest_component else "",
+        f"no connected part below {decisions.min_ml:g} ml" if decisions.min_ml else "",
+        f"logits divided by a temperature of {decisions.temperature:.3g}" if decisions.temperature != 1 else "",
+        f"(answer - {a:.4g}{f' {unit}' if unit else ''}) / {b:.4g}" if (a, b) != (0, 1) else "",
+    ]  # fmt: skip
+    return "; ".join(part for part in parts if part)
+
+
 def _shown(value: Any) -> str:
+    if value is None:
+        return "undefined"
+    if isinstance(value, Mapping):
+        return ", ".join(f"{name} {_shown(v)}" for name, v in value.items()) or "none"
     if isinstance(value, float):
         return f"{value:.4g}"
     return ", ".join(_shown(v) for v in value) if isinstance(value, (list, tuple)) else str(value)

@@ -6,13 +6,14 @@ import hashlib
 import json
 import os
 import pickle
+from dataclasses import replace
 
 import pytest
 import torch
 
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import BundleError, PreprocessSpec, Provenance, TaskSpec
-from brainfm.tasks.bundle import CHECKSUMS, read_bundle, write_bundle
+from brainfm.specs import BundleError, Decisions, PreprocessSpec, Provenance, TaskSpec
+from brainfm.tasks.bundle import CHECKSUMS, model_card, read_bundle, write_bundle
 from brainfm.tasks.segmentation import SegmentationTask
 
 TASK = TaskSpec("segmentation", "lesion", ("t1", "flair"), (0, 1), (16, 16, 16))
@@ -60,6 +61,38 @@ def test_the_card_says_what_matters(folder):
     for text in ("lesion", "t1, flair", "1.5 x 1.5 x 2 mm", "0.7123", "4, 5", "cross-validated", "Licence:",
                  "Not a medical device", "brainfm predict bundle="):  # fmt: skip
         assert text in card
+
+
+@pytest.mark.parametrize(
+    ("changes", "decisions", "said"),
+    [
+        ({"kind": "classification", "values": ("F", "M"), "mode": "exclusive", "view_mm": 3.0},
+         Decisions(temperature=0.5),
+         ["`sex`, one of F, M for the session", "whole head in 16 x 16 x 16 voxels of 3 mm, made from 1.5 x 1.5 x 2 mm",
+          "temperature of 0.5", "whose probabilities are averaged", "out=sex.json", "baselines | features 0.6"]),
+        ({"kind": "classification", "values": ("low", "high"), "mode": "ordinal", "view_mm": 3.0}, Decisions(),
+         ["one of low, high (in this order)", "decided: nothing"]),
+        ({"kind": "classification", "values": ("a", "b"), "mode": "multilabel", "crops": True}, Decisions(),
+         ["which of a, b the session shows", "Looks: at windows of 16 x 16 x 16 voxels that cover the head"]),
+        ({"kind": "regression", "values": (), "unit": "years", "view_mm": 3.0, "crops": True},
+         Decisions(bias=(2.0, 0.5)),
+         ["`sex` in years, one value", "(answer - 2 years) / 0.5", "whose values are averaged", "and at windows"]),
+    ],
+)  # fmt: skip
+def test_the_card_of_a_question_about_the_session(changes, decisions, said):
+    task = replace(TASK, target="sex", **changes)
+    scores = {"auroc": 0.7, "slope": None, "baselines": {"features": 0.6}}
+    card = model_card(task, PREPROCESS, PROVENANCE, 2, scores, "free", decisions)
+    for words in (*said, "slope | undefined", "brainfm explain bundle="):
+        assert words in card
+    assert "background" not in card and "None" not in card and "{" not in card
+
+
+def test_the_card_tells_what_is_done_to_masks():
+    decisions = Decisions(mirror=(0, 2), largest_component=True, min_ml=0.1)
+    card = model_card(TASK, PREPROCESS, PROVENANCE, 1, {}, "free", decisions)
+    for words in ("1 network.", "mirrored along X, Z", "largest connected part", "below 0.1 ml", "out=lesion.nii.gz"):
+        assert words in card
 
 
 def test_the_same_content_gives_the_same_fingerprint(tmp_path):
