@@ -527,13 +527,14 @@ def heat_figure(
     """
     box = _box(image)
     strength = np.abs(heat[box])
-    peak = np.unravel_index(int(strength.argmax()), strength.shape)
+    cut = [int(place) for place in np.unravel_index(int(strength.argmax()), strength.shape)]
     if at_vox is not None:
-        peak = tuple(min(max(at - s.start, 0), n - 1) for at, s, n in zip(at_vox, box, strength.shape))  # type: ignore[assignment]
+        cut = [min(max(at - side.start, 0), n - 1) for at, side, n in zip(at_vox, box, strength.shape)]
     lines = [] if outline is None else [(outline[box], TRUTH_COLOUR)]
     plain, covered = [], []
     for plane in PLANES:
-        index = int(peak[_AXES[plane][2]]) if strength.any() or at_vox else strength.shape[_AXES[plane][2]] // 2
+        axis = _AXES[plane][2]
+        index = cut[axis] if strength.any() or at_vox else strength.shape[axis] // 2
         tile = _tile(image[box], plane, index, spacing_mm, lines)
         plain.append(replace(tile, outlines=()))
         covered.append(replace(tile, heat=_section_of(heat[box], plane, index)))

@@ -53,6 +53,13 @@ _WORDS = {
     "bias": "mean error, signed",
     "slope": "slope of answers on truth",
 }
+_MEANING = {
+    "dice": "Dice: overlap of what is predicted and what is true; 1 is the same, 0 apart.",
+    "auroc": "AUROC: how often, of a case that has it and one that has not, the first gets the higher answer; 0.5 is a "
+    "guess.",
+    "quadratic_kappa": "Quadratic weighted kappa: agreement beyond chance, where far misses count more; 0 is a guess.",
+    "mae": "Mean absolute error: by how much an answer is off on average.",
+}
 _IN_UNIT = ("mae", "rmse", "bias")
 _FOUND = {  # what training/audit.py calls its findings
     "untestable": "cannot be tested",
@@ -257,8 +264,9 @@ def _scores(found: Mapping[str, Any], spec: TaskSpec) -> Section:
     metrics = [primary, *(name for name in found["scores"]["model"] if name != primary)]
     rows = [("", *(_NAMES.get(name, name) for name in found["scores"]))]
     for metric in metrics:
-        cells = (_interval(s[metric]) if metric in s else "-" for s in found["scores"].values())
-        rows.append((_word(metric, spec), *cells))
+        rows.append(
+            (_word(metric, spec), *(_interval(s[metric]) if metric in s else "-" for s in found["scores"].values()))
+        )
     bars = [
         (_NAMES.get(name, name), s[primary]["mean"], s[primary]["low"], s[primary]["high"], s[primary]["n"])
         for name, s in found["scores"].items() if s[primary]["mean"] is not None and s[primary]["low"] is not None
@@ -272,7 +280,7 @@ def _scores(found: Mapping[str, Any], spec: TaskSpec) -> Section:
             compared.append((*cells, str(c["n"])))
         good = "above" if found["larger_is_better"] else "below"
         tables.append((f"Paired differences in {word}: {good} 0 this model is better", tuple(compared)))
-    text = "Intervals: 95 %, bootstrap over subjects."
+    text = f"{_MEANING.get(primary, '')} Intervals: 95 %, bootstrap over subjects."
     if others:
         named = "; ".join(f"“{_NAMES.get(name, name)}” is {_EXPLAINED.get(name, name)}" for name in others)
         text += f" Baselines answer the same held-out cases in the same folds: {named}. p: two-sided, by permuting the "
@@ -426,6 +434,9 @@ def _cases(run: Path, found: Mapping[str, Any], store: Store, spec: TaskSpec) ->
     text += "patient's left is on the right side of axial and coronal pictures."
     if spec.kind == "segmentation" and len(spec.values) > 2:
         text += " Every label is outlined; Dice is the mean over labels, volumes are of all labels together."
+    decisions = found["decisions"]
+    if decisions["mirror"] or decisions["largest_component"] or decisions["min_ml"]:
+        text += " Outlines show the network's own answer, scores count after what is done to the answers."
     if spec.kind == "classification":
         text += " Probability missed: 1 less the probability of the true class" + (
             ", the mean over labels." if spec.mode == "multilabel" else "."
@@ -569,6 +580,10 @@ def _saliency(found: Mapping[str, Any], store: Store, spec: TaskSpec, bundle: Bu
             part = outline.sum() / (volume > volume.min()).sum()
             caption += f"; {share_inside(heat.heat, outline):.0%} of the map lies inside the outline, which takes "
             caption += f"{part:.1%} of the volume shown"
+        if not heat.heat.any():
+            caption += "; the map is empty, for nothing speaks for it" + (
+                " where nothing is predicted" if spec.kind == "segmentation" else ""
+            )
         place = None
         if spec.kind != "segmentation" and heat.heat.any():
             head = _head(volume)
