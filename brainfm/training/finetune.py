@@ -44,6 +44,7 @@ HELD = "held.json"
 BASELINES = ("scratch", "random_linear", "features")
 # What may change between two calls that go on with one run.
 _NOT_IN_A_FOLD = ("baselines", "audit", "audit_columns", "report", "command", "mirror", "clean", "protocol")
+_MOST_SAID = 20  # sessions that are left out, one by one
 _MOST_VOXELS = {"cpu": 64**3, "cuda": 128**3}  # of a patch that is chosen; a CPU's time is the limit there
 
 
@@ -182,8 +183,10 @@ def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
     question = build_question(config, store)
     say(f"{len(question.cases)} sessions with {question.spec.target}, {len(question.left_out)} left out; "
         f"contrasts {', '.join(question.spec.contrasts)}")  # fmt: skip
-    for sentence in question.left_out:
+    for sentence in question.left_out[:_MOST_SAID]:
         say(f"left out: {sentence}")
+    if len(question.left_out) > _MOST_SAID:
+        say(f"left out: {len(question.left_out) - _MOST_SAID} more; results.json will name them all")
     spec = SplitSpec(
         folds=int(config["folds"]), repeats=int(config["repeats"]), inner=float(config["inner"]),
         sites_apart=bool(config["sites_apart"]), seed=int(config["seed"]),

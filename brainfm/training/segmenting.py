@@ -17,7 +17,7 @@ from brainfm.data.patches import Case, TaskPatches, find_cases, whole_case
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.weights import write_atomically
-from brainfm.specs import ConfigError, Decisions, TaskSpec
+from brainfm.specs import ConfigError, Decisions, ManifestError, TaskSpec
 from brainfm.tasks import postprocess
 from brainfm.tasks.metrics import dice, instance_scores, volume_ml
 from brainfm.tasks.segmentation import SegmentationTask
@@ -77,7 +77,7 @@ class Segmenting(Question):
             kind="segmentation",
             target=values["target"],
             contrasts=tuple(contrasts),
-            values=tuple(values["values"] or _values_of(store, cases)),
+            values=_values_of(store, cases, values["values"]),
             patch_vox=(0, 0, 0),
             fusion=values["fusion"],
         )
@@ -265,15 +265,29 @@ def _words(decisions: Decisions) -> str:
     return " and ".join(words) or "as it is"
 
 
-def _values_of(store: Store, cases: Sequence[Case]) -> list[int]:
+def _values_of(store: Store, cases: Sequence[Case], given: Sequence[int] | None) -> tuple[int, ...]:
+    """The label values of the classes, background first: those given, 0 and 1 for masks, or those found.
+
+    Raises:
+        ManifestError: where a case has another value than those given.
+        ConfigError: where no case has any labelled voxel.
+    """
     if all(case.label.endswith("_mask") for case in cases):
-        return [0, 1]
+        return tuple(given or (0, 1))
     found: set[int] = {0}
     for case in cases:
-        found.update(np.unique(store.volume(case.session, case.label)).tolist())
+        there = set(np.unique(store.volume(case.session, case.label)).tolist())
+        strange = sorted(there - set(given or there))
+        if strange:  # now, and not in the middle of a training
+            expected = ", ".join(map(str, given or ()))
+            raise ManifestError(
+                f"session {'/'.join(p for p in case.session.key if p)}: {case.label} has the value {strange[0]}, "
+                f"expected one of task.values={expected}"
+            )
+        found |= there
     if len(found) < 2:
         raise ConfigError(f"{store.path}: no case has any labelled voxel, expected at least one")
-    return sorted(found)
+    return tuple(given or sorted(found))
 
 
 def _save_array(file: Path, array: np.ndarray) -> None:

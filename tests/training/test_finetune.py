@@ -169,6 +169,19 @@ def test_a_held_case_is_never_trained_on(tuned: Path, toy_store: Store) -> None:
         assert not {key.split("/")[1] for key in trained} & subjects
 
 
+def test_a_label_that_is_no_class_is_told_before_any_step(
+    people_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "run"
+    more = ("task.target=tissue", "task.values=[0,1,2]")
+    assert main(["finetune", *words(people_store, run, "none", *more)]) == 2
+    said = capsys.readouterr().err.strip().splitlines()[-1]
+    assert said.startswith(
+        "brainfm: session d/p0/1: tissue_labels has the value 3, expected one of task.values=0, 1, 2"
+    )
+    assert not run.exists()
+
+
 def test_unknown_kind(toy_store: Store, backbone: Path, tmp_path: Path) -> None:
     with pytest.raises(ConfigError, match=r"task.kind"):
         finetune(resolve("finetune", words(toy_store, tmp_path / "run", backbone, "task.kind=guess")))
