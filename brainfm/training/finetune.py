@@ -494,7 +494,10 @@ def _conclude(
     scores = results.headline(document)
     _write_cases(study.run / "cases.csv", decided.rows)
     _write_json(study.run / "scores.json", scores)
-    total = State(step=sum(s.step for s in states), seconds=sum(s.seconds for s in states))
+    total = State(
+        step=sum(s.step for s in states), seconds=sum(s.seconds for s in states),
+        receipt=_summed([s.receipt for s in states]),
+    )  # fmt: skip
     samples = total.step * int(study.config["trainer"]["batch_size"]) * study.fabric.world_size
     provenance = provenance_of(study.config, study.store, total, samples, study.fabric, study.parents)
     first = [split for split in splits if split.repeat == 0]
@@ -537,6 +540,19 @@ def _few_shot(study: _Study, splits: list[Split]) -> Path | None:
                 say(line)
         return study.run
     return _conclude(study, last[0], last[1], last[2], curve)
+
+
+def _summed(receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The cost of all folds: numbers added up, peaks the highest, words as they are."""
+    total: dict[str, Any] = {}
+    for receipt in receipts:
+        for name, value in receipt.items():
+            known = total.get(name)
+            if known is None or value is None or isinstance(value, str):
+                total[name] = value if known is None else known
+            else:
+                total[name] = max(known, value) if name.startswith("peak_") else known + value
+    return total
 
 
 def _write_cases(file: Path, rows: Sequence[Row]) -> None:

@@ -67,6 +67,7 @@ def test_bundle_holds_the_averaged_weights_of_each_fold(tuned: Path, backbone: P
     assert len(bundle.networks) == 2
     assert bundle.provenance.parents == (load_backbone(backbone).fingerprint,)
     assert set(bundle.task.contrasts) == {"t1", "flair"} and bundle.task.values == (0, 1)
+    assert bundle.provenance.receipt["samples"] == 2 * 8 * 2  # folds, steps, samples a step
     for fold, network in enumerate(bundle.networks):
         member = load_file(tuned / f"fold{fold}" / MEMBER)
         module = read_checkpoint(tuned / f"fold{fold}" / CHECKPOINT)["module"]
