@@ -47,11 +47,12 @@ class ScanAnswer:
         return json.dumps(asdict(self), indent=2) + "\n"
 
     def to_text(self) -> str:
-        """One number a line: the value; the probability of the second of two classes; else of each class."""
+        """One number a line: the value; the probability of the second of two classes; else of each class or label."""
         if self.probabilities is None:
             return f"{self.answer}\n"
         values = list(self.probabilities.values())
-        return "".join(f"{value}\n" for value in (values[1:] if len(values) == 2 else values))
+        two_classes = len(values) == 2 and not isinstance(self.answer, list)  # two labels are two answers
+        return "".join(f"{value}\n" for value in (values[1:] if two_classes else values))
 
     def cells(self) -> dict[str, Any]:
         """A row of a table."""
