@@ -31,6 +31,7 @@ _EXPLAINED = {
     "random_linear": "a linear model on the maps of a network that never learned anything",
     "features": "a linear model on simple measurements such as intensities and volumes",
 }
+_EXPLAINED_VOXELS = {"features": "a logistic regression, voxel by voxel, on intensities and position"}
 _SHOWN_FIRST = ("flair", "dwi", "t2", "t1c", "t1")  # the contrast a case is shown on, where it has it
 _MOST_ROWS = 25  # of the table of cases
 _MOST_NAMES = 8  # of sessions in a line
@@ -282,7 +283,8 @@ def _scores(found: Mapping[str, Any], spec: TaskSpec) -> Section:
         tables.append((f"Paired differences in {word}: {good} 0 this model is better", tuple(compared)))
     text = f"{_MEANING.get(primary, '')} Intervals: 95 %, bootstrap over subjects."
     if others:
-        named = "; ".join(f"“{_NAMES.get(name, name)}” is {_EXPLAINED.get(name, name)}" for name in others)
+        words = _EXPLAINED | (_EXPLAINED_VOXELS if spec.kind == "segmentation" else {})
+        named = "; ".join(f"“{_NAMES.get(name, name)}” is {words.get(name, name)}" for name in others)
         text += f" Baselines answer the same held-out cases in the same folds: {named}. p: two-sided, by permuting the "
         text += "two methods' answers by subject."
     if "scratch" in found["config"]["baselines"] and "scratch" not in others:
@@ -633,7 +635,9 @@ def _about(target: str, spec: TaskSpec) -> str:
 def _audit(found: Mapping[str, Any], spec: TaskSpec) -> Section:
     audit = found["audit"]
     auroc = audit["measure"] == "auroc"
-    asked = "log volume of the label, in ml" if spec.kind == "segmentation" else spec.target
+    voxels = spec.kind == "segmentation"
+    asked = "A map of voxels cannot be asked for, so the label here is the logarithm of the volume of "
+    asked = f"{asked}{spec.target} in ml. " if voxels else ""
     word = "AUROC" if auroc else "skill"
     head = ("from this alone", word, "p", "noticed from", "answers explained", f"model's {word} without it",
             "p without it", "effect left", "verdict")  # fmt: skip
@@ -656,11 +660,11 @@ def _audit(found: Mapping[str, Any], spec: TaskSpec) -> Section:
         "skill: the share of the error of always answering the mean that it takes away; 0 is a guess, 1 no error"
     )  # fmt: skip
     text = (
-        f"{audit['verdict']}\n\nCan the {'volume' if spec.kind == 'segmentation' else 'answer'} be guessed without "
-        f"looking at the brain? Each line lets a linear model tell the {asked} from one kind of side information, "
-        "cross-validated by subject in folds of the audit's own (not those of the training), and measures it by "
-        f"{measure}. The model's own, by the same measure: {own}, "
-        f"{_count(audit['cases'], 'case')} of {_count(audit['subjects'], 'subject')}.\n\n"
+        f"{audit['verdict']}\n\nCan the {'volume' if voxels else 'answer'} be guessed without looking at the brain? "
+        f"{asked}Each line lets a linear model tell the label from one kind of side information, cross-validated by "
+        f"subject in folds of the audit's own (not those of the training), and measures it by {measure}. The model's "
+        f"own, by the same measure: {own}, {_count(audit['cases'], 'case')} of "
+        f"{_count(audit['subjects'], 'subject')}.\n\n"
         "p: by permutation, for all lines together (Holm). Noticed from: in so few cases a weaker shortcut stays below "
         "the line of chance, so no line is a proof of absence. Explains: share of the variance of the model's answers. "
         "Without it: the model's score among cases that are alike in it, p against chance there, and how much of the "
