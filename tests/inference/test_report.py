@@ -110,6 +110,30 @@ def test_columns_of_numbers_are_aligned_as_numbers() -> None:
     assert text.count('<td class="number">') == 4 and '<th class="number">Mixed' not in text
 
 
+def test_what_begins_with_a_number_is_not_always_one() -> None:
+    for cell in ("", "-", "−0.1", "< 0.001", "0.5 [0.4, 0.6]", "−0.268 to −0.152", "12 ml", "47%", "±3"):
+        assert report._is_number(cell), cell
+    for cell in ("x", "17% of them; not shown", "F: 54, M: 53", "107 cases share one", "3 hours"):
+        assert not report._is_number(cell), cell
+
+
+def test_tables_without_heads_and_blocks_of_code(tmp_path: Path) -> None:
+    png = report.curves_figure({"a": [(0, 1.0), (1, 0.5)]})
+    table = (("", ""), ("commit", "abc"))
+    for first in (False, True):
+        section = Section("S", "`brainfm finetune a=1`\n\nNot `only` code.", (("F", png),), table, figures_first=first)
+        write_report(tmp_path / "r.html", "T", "L", [section], "c")
+        raw = (tmp_path / "r.html").read_text(encoding="utf-8")
+        assert "<thead>" not in raw and "<pre><code>brainfm finetune a=1</code></pre>" in raw
+        assert "<p>Not <code>only</code> code.</p>" in raw
+        assert (raw.index("<figure>") < raw.index("<table>")) == first
+
+
+def test_numbers_have_three_decimals_and_a_minus_of_their_width() -> None:
+    given = (0.5, -0.5, -0.0001, 9.9996, 12.346, 123.46, -1234.6)
+    assert [report.number(v) for v in given] == ["0.500", "−0.500", "0.000", "10.000", "12.35", "123.5", "−1235"]
+
+
 @pytest.mark.parametrize("plane", report.PLANES)
 def test_sides_are_where_the_marks_say(plane: str) -> None:
     volume = np.zeros((5, 6, 7))
@@ -145,6 +169,40 @@ def test_an_overlay_without_a_lesion_is_drawn_too(head: np.ndarray, lesion: np.n
     truth = lesion if empty == "prediction" else nothing
     prediction = lesion if empty == "truth" else nothing
     assert _pixels(report.overlay_figure(head, truth, prediction)).size
+
+
+def test_every_label_of_a_map_is_outlined(head: np.ndarray) -> None:
+    labels = np.zeros(head.shape, np.uint8)
+    labels[6:18, 8:22, 8:18] = 1
+    labels[12:18, 8:22, 8:18] = 7
+    nothing = np.zeros_like(labels)
+
+    def drawn(truth: np.ndarray) -> int:
+        pixels = _pixels(report.overlay_figure(head, truth, nothing))
+        wanted = [int(report.TRUTH_COLOUR[i : i + 2], 16) / 255 for i in (1, 3, 5)]
+        return int((np.abs(pixels[: int(0.85 * len(pixels)), :, :3] - wanted).max(-1) < 0.1).sum())
+
+    border = drawn(labels) - drawn(labels > 0)
+    assert border > 200  # the line between the two
+
+
+def test_a_map_is_cut_where_it_is_strongest_or_where_one_says(
+    head: np.ndarray, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    cuts: list[int] = []
+    tile = report._tile
+    monkeypatch.setattr(report, "_tile", lambda v, plane, index, *a: cuts.append(index) or tile(v, plane, index, *a))
+    heat = np.zeros_like(head)
+    heat[7, 14, 12] = 1
+    report.heat_figure(head, heat)
+    corner = [side.start for side in report._box(head)]
+    assert [c + corner[a] for c, a in zip(cuts, (2, 1, 0))] == [12, 14, 7]
+    cuts.clear()
+    report.heat_figure(head, heat, at_vox=(10, 11, 13))
+    assert [c + corner[a] for c, a in zip(cuts, (2, 1, 0))] == [13, 11, 10]
+    cuts.clear()
+    report.heat_figure(head, heat, at_vox=(-5, 99, 0))  # within the picture all the same
+    assert cuts == [0, report._box(head)[1].stop - 1 - corner[1], 0]
 
 
 def test_slices_cut_where_they_are_told(head: np.ndarray, lesion: np.ndarray) -> None:

@@ -16,6 +16,7 @@ import pytest
 from brainfm.specs import Decisions, PreprocessSpec, TaskSpec
 from brainfm.training import results
 from brainfm.training.crossval import Split
+from brainfm.training.monitor import Curves
 from brainfm.training.questions import Decided
 from brainfm.training.segmenting import Segmenting
 
@@ -135,3 +136,17 @@ def test_an_undefined_score_is_empty_in_the_table(tmp_path: Path) -> None:
 def test_finite() -> None:
     value = {"a": math.inf, 1: (np.float32(0.5), np.int64(3), [math.nan, "x", None, True])}
     assert results.finite(value) == {"a": None, "1": [0.5, 3, [None, "x", None, True]]}
+
+
+def test_training_curves_are_thinned_to_means(tmp_path: Path) -> None:
+    curves = Curves(tmp_path / "fold0", 0)
+    for step in range(1, 1001):
+        curves.add(step, {"total": 1000.0 - step, "lr": 0.1, "grad_norm": 2.0})
+    curves.add(1000, {"held_dice": 0.5})
+    curves.close()
+    found = results.training_curves(tmp_path, SPLITS)
+    assert set(found) == {"fold0", "fold1"} and found["fold1"] == {}  # one that left no curves
+    assert set(found["fold0"]) == {"total", "held_dice"} and found["fold0"]["held_dice"] == [(1000.0, 0.5)]
+    total = found["fold0"]["total"]
+    assert len(total) == 200 and total[0] == (3.0, 997.0) and total[-1] == (998.0, 2.0)
+    assert all(value == 1000 - step for step, value in total)
