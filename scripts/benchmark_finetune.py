@@ -56,7 +56,6 @@ from brainfm.synthesis.phantom import write_cohort
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.training.optim import build_optimizer
 from brainfm.training.pretrain import commit_of_code
-from brainfm.training.speed import keep_freed_memory
 
 PHASES = ("data", "network", "optimiser")  # network: forward, loss and gradient
 VALUES = (0, 1)
@@ -286,7 +285,7 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     args = parser.parse_args()
     torch.set_num_threads(args.threads)
-    keep_freed_memory()
+    cpu.keep_freed_memory()
     with tempfile.TemporaryDirectory() as name:
         store = Store.open(args.store) if args.store else phantoms(Path(name), 4)
         cases = find_cases(store, args.contrasts, "lesion")[0]

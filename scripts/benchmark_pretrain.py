@@ -46,7 +46,7 @@ from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import build_objective
 from brainfm.training.optim import build_optimizer
 from brainfm.training.pretrain import commit_of_code
-from brainfm.training.speed import keep_freed_memory, quicken, settled
+from brainfm.training.speed import quicken, settled
 
 PHASES = ("data", "to_device", "forward", "backward", "optimiser")
 
@@ -307,7 +307,7 @@ def main() -> None:
     device = torch.device(args.device)
     if device.type == "cpu":
         torch.set_num_threads(args.threads)
-        keep_freed_memory()
+        cpu.keep_freed_memory()
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else processor()
     most = ceilings(device)
     about = {"device": name, "torch": torch.__version__, "commit": commit_of_code(), "threads": args.threads, **most}

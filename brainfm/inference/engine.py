@@ -12,6 +12,7 @@ from pathlib import Path
 
 import torch
 
+from brainfm.nets.cpu import keep_freed_memory
 from brainfm.specs import ConfigError, Decisions, PreprocessSpec, TaskSpec
 from brainfm.tasks.bundle import Bundle, read_bundle
 from brainfm.tasks.windows import Network
@@ -54,12 +55,14 @@ class Engine:
         place = settle_device(device)
         dtype = settle_precision(precision, place)
         read = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+        if place.type == "cpu":
+            keep_freed_memory()
         networks = tuple(network.to(place) for network in read.networks)
         return cls(networks, read.task, read.preprocess, place, dtype, read.fingerprint, overlap, read.decisions)
 
 
 def in_order(contrasts: Iterable[str], task: TaskSpec) -> list[str]:
-    """Those of the task in its order, then the others: sums then do not depend on the order in which files were given."""
+    """Those of the task in its order, then the others: sums do not depend on the order in which files were given."""
     given = set(contrasts)
     return [c for c in task.contrasts if c in given] + sorted(given - set(task.contrasts))
 

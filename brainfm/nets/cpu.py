@@ -9,6 +9,7 @@ convolution of one channel takes seven times as long as matrix products over sla
 
 from __future__ import annotations
 
+import ctypes
 import math
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
@@ -20,6 +21,19 @@ from torch import Tensor, nn
 _VOXELS = (2, 3, 4)
 _MOST_CHANNELS_LAST = 128
 _SLAB_VOXELS = 2**14
+_MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8  # of glibc's mallopt
+
+
+def keep_freed_memory() -> None:
+    """Lets the C library keep what is freed: maps as large as these are not faulted in again, page by page.
+
+    It holds for the process and all of its threads. Changes nothing where the C library is not glibc.
+    """
+    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
+    if mallopt is not None:
+        mallopt(_MMAP_MAX, 0)
+        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(_ARENA_MAX, 1)  # a thread's own arena would hold no block above 64 MB
 
 
 def is_for(features: Tensor) -> bool:

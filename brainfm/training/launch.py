@@ -22,6 +22,7 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
 
 from brainfm.data.store import Store
+from brainfm.nets.cpu import keep_freed_memory
 from brainfm.specs import ConfigError, TrainingError
 
 _STRATEGIES = ("auto", "ddp")
@@ -61,6 +62,8 @@ def make_fabric(trainer: Mapping[str, Any]) -> Fabric:
     fabric.launch()
     if trainer.get("threads"):  # after the launch, which shares out the cores as it sees fit
         torch.set_num_threads(int(trainer["threads"]))
+    if fabric.device.type == "cpu":
+        keep_freed_memory()
     return fabric
 
 

@@ -33,7 +33,7 @@ from brainfm.training.loop import LoopSpec, Run, State, train
 from brainfm.training.monitor import save_pictures
 from brainfm.training.optim import build_optimizer
 from brainfm.training.probes import OnlineProbe, ProbeSpec, describe, with_whole
-from brainfm.training.speed import keep_freed_memory, quicken, settled
+from brainfm.training.speed import quicken, settled
 
 BACKBONE_FILE = "backbone.safetensors"
 # Of the configuration: what moves no weight. A run may go on with other guards, or be asked more or less.
@@ -79,8 +79,6 @@ def pretrain(config: dict[str, Any]) -> State:
     trainer, data = config["trainer"], config["data"]
     folder.mkdir(parents=True, exist_ok=True)
     fabric = make_fabric(trainer)
-    if fabric.device.type == "cpu":
-        keep_freed_memory()
     torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
     backbone = build_backbone(**config["backbone"])
     sides = split_sessions(store, float(data["validation"]), int(data["split_seed"]))

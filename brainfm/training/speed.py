@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import ctypes
 from collections.abc import Mapping
 from typing import Any
 
@@ -13,7 +12,6 @@ from brainfm.nets.backbone import Backbone
 from brainfm.specs import ConfigError
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
-_MMAP_MAX, _TRIM_THRESHOLD = -4, -1  # of glibc's mallopt
 
 
 def settled(trainer: Mapping[str, Any]) -> dict[str, Any]:
@@ -60,17 +58,6 @@ def quicken(module: nn.Module, trainer: Mapping[str, Any]) -> None:
             child.features = torch.compile(child.features, mode=trainer["compile"])  # type: ignore[method-assign]
         else:
             child.compile(mode=trainer["compile"])
-
-
-def keep_freed_memory() -> None:
-    """Lets the C library keep what is freed: a step on a CPU then does not fault in the same pages again.
-
-    Changes nothing where the C library is not glibc.
-    """
-    mallopt = getattr(ctypes.CDLL(None), "mallopt", None)
-    if mallopt is not None:
-        mallopt(_MMAP_MAX, 0)
-        mallopt(_TRIM_THRESHOLD, 2**31 - 1)
 
 
 def _has_matrix_units() -> bool:

@@ -1,5 +1,9 @@
 """The quick layers of the CPU against torch's own."""
 
+import ctypes
+import subprocess
+import sys
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -169,3 +173,34 @@ def test_a_backbone_without_gradients_leaves_its_image_and_answers_the_same(name
     assert torch.equal(image, before)
     for one, two in zip(got, want, strict=True):
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.skipif(not hasattr(ctypes.CDLL(None), "mallopt"), reason="the C library has no mallopt")
+def test_freed_memory_is_not_faulted_in_again_by_any_thread() -> None:
+    code = """
+import ctypes, resource, threading
+from brainfm.nets.cpu import keep_freed_memory
+
+c = ctypes.CDLL(None)
+c.malloc.restype, c.malloc.argtypes, c.free.argtypes = ctypes.c_void_p, [ctypes.c_size_t], [ctypes.c_void_p]
+
+def faults():
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+    for _ in range(8):
+        block = c.malloc(80_000_000)
+        ctypes.memset(block, 1, 80_000_000)
+        c.free(block)
+    found.append(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+
+found = []
+faults()
+keep_freed_memory()
+faults()
+thread = threading.Thread(target=faults)
+thread.start()
+thread.join()
+print(*found)
+"""
+    words = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
+    before, after, in_thread = map(int, words)
+    assert after < before / 3 and in_thread < before / 3

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import itertools
+import threading
+import time
 
 import pytest
 import torch
@@ -157,3 +159,85 @@ def test_equals_a_plain_loop_over_single_windows(network, shape, overlap, batch)
 def test_refusals(network, shape, present, overlap, text):
     with pytest.raises(ValueError, match=text):
         predict_windows(network, torch.zeros(shape), torch.tensor(present), PATCH, overlap=overlap)
+
+
+# ---- several windows at once -----------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def two_threads():
+    """What torch may use, whatever the rest of the tests allow it."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(2)
+    yield
+    torch.set_num_threads(before)
+
+
+class Watched:
+    """A network that waits for a second one at its side, and answers later windows sooner."""
+
+    def __init__(self, network, together=2):
+        self.network, self.barrier = network, threading.Barrier(together, timeout=20)
+        self.lock, self.running, self.most, self.calls = threading.Lock(), 0, 0, 0
+        self.seen = []
+
+    def __call__(self, patches, present):
+        with self.lock:
+            self.calls, self.running = self.calls + 1, self.running + 1
+            call, self.most = self.calls, max(self.most, self.running)
+            self.seen.append((torch.get_num_threads(), torch.is_grad_enabled(), torch.is_autocast_enabled("cpu")))
+        self.barrier.wait()
+        time.sleep(0.02 * (call % 2))
+        logits = self.network(patches, present)
+        with self.lock:
+            self.running -= 1
+        return logits
+
+
+@pytest.mark.parametrize("batch", [1, 2])
+def test_two_at_once_sum_up_as_one_after_the_other(network, two_threads, batch):
+    image, present = torch.randn(2, 24, 15, 12), torch.tensor([True, True])  # 12 windows
+    watched = Watched(network)
+    got = predict_windows(watched, image, present, PATCH, batch=batch)
+    assert watched.calls == 12 // batch and watched.most == 2
+    assert set(watched.seen) == {(1, False, False)} and torch.get_num_threads() == 2
+    torch.set_num_threads(1)
+    assert torch.equal(got, predict_windows(network, image, present, PATCH, batch=batch))
+
+
+def test_a_thread_of_the_caller_is_enough_for_one_thread_or_one_window(network, two_threads):
+    who = set()
+
+    def spy(patches, present):
+        who.add(threading.get_ident())
+        return network(patches, present)
+
+    present = torch.tensor([True, True])
+    predict_windows(spy, torch.randn(2, *PATCH), present, PATCH)
+    torch.set_num_threads(1)
+    predict_windows(spy, torch.randn(2, 24, 20, 16), present, PATCH)
+    assert who == {threading.get_ident()}
+
+
+def test_other_threads_compute_in_the_precision_around_them(network, two_threads):
+    image, present = torch.randn(2, 24, 10, 8), torch.tensor([True, True])
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        got = predict_windows(network, image, present, PATCH)
+        torch.set_num_threads(1)
+        assert torch.equal(got, predict_windows(network, image, present, PATCH))
+    assert not torch.equal(got, predict_windows(network, image, present, PATCH))
+
+
+def test_what_a_network_raises_is_raised_and_threads_are_as_before(network, two_threads):
+    calls = []
+
+    def broken(patches, present):
+        calls.append(len(patches))
+        if len(calls) == 3:
+            raise MemoryError("no room for the third window")
+        return network(patches, present)
+
+    with pytest.raises(MemoryError, match="the third window"):
+        predict_windows(broken, torch.randn(2, 60, 20, 16), torch.tensor([True, True]), PATCH, batch=1)
+    assert len(calls) <= 6  # of 81: it stops
+    assert torch.get_num_threads() == 2 and threading.active_count() == 1
