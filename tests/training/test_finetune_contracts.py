@@ -32,10 +32,9 @@ SEGMENTATION = ("task=segmentation", "task.target=lesion")
 CLASSIFICATION = ("task=classification", "task.target=ill")
 
 
-@pytest.fixture(scope="module")
-def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+def small_store(root: Path) -> Store:
     """Eight heads of 16 voxels an edge in two contrasts, all with a lesion, every second one ill, from four sites."""
-    root, edge, scans = tmp_path_factory.mktemp("small"), 16, []
+    edge, scans = 16, []
     grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, edge)] * 3, indexing="ij"))
     head = (grid**2).sum(0) < 0.9
     lesion = ((grid - np.array([0.4, 0, 0])[:, None, None, None]) ** 2).sum(0) < 0.1
@@ -51,6 +50,11 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     write_manifest(root / "m.csv", scans)
     prepare(read_manifest(root / "m.csv"), root / "store", PreprocessSpec(spacing_mm=(8, 8, 8)), 1)
     return Store.open(root / "store")
+
+
+@pytest.fixture(scope="module")
+def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
+    return small_store(tmp_path_factory.mktemp("small"))
 
 
 @pytest.fixture(scope="module")
