@@ -49,7 +49,10 @@ class Engine:
     def load(
         cls, bundle: PathLike | Bundle, device: str = "auto", precision: str = "auto", overlap: float = 0.5
     ) -> Engine:
-        """Raises: BundleError where the bundle is not whole; ConfigError for impossible values."""
+        """On a CPU the process keeps from here on what memory it frees (nets/cpu.keep_freed_memory).
+
+        Raises: BundleError where the bundle is not whole; ConfigError for impossible values.
+        """
         if not 0 <= overlap < 1:
             raise ConfigError(f"overlap={overlap}: expected 0 or more and less than 1")
         place = settle_device(device)
