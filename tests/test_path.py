@@ -30,7 +30,8 @@ def walk(root: Path, out: Path, masks: str, spacing_mm: int, contrasts: dict[str
         "data.patch_vox=[16,16,16]", "objective.latent_channels=16")  # fmt: skip
     backbone = out / "pretrain" / "backbone.safetensors"
     run("finetune", f"store={store}", f"run={out / 'finetune'}", "task.target=lesion", *tiny,
-        f"backbone_from={backbone}", "task.patch_vox=[16,16,16]", *finetune)  # fmt: skip
+        f"backbone_from={backbone}", "task.patch_vox=[16,16,16]", "audit=false", *finetune)  # fmt: skip
+    assert (out / "finetune" / "report.html").is_file()
     inputs = [f"input.{contrast}={path}" for contrast, path in contrasts.items()]
     run("predict", f"bundle={bundle}", *inputs, f"out={out / 'mask.nii.gz'}")
     run("evaluate", f"bundle={bundle}", f"manifest={manifest}", f"out={out / 'scores'}")
@@ -49,7 +50,7 @@ def test_from_files_to_scores_on_phantoms(tmp_path: Path) -> None:
     (root / write_subjects(root, 6, contrasts=("t1", "flair")).name).unlink()
     contrasts = {"flair": root / "sub-03" / "flair.nii.gz", "t1": root / "sub-03" / "t1.nii.gz"}
     mask = walk(root, tmp_path, "lesion_mask*", 2, contrasts, "trainer.max_steps=60", "folds=2", "optim.lr=5e-3",
-                "trainer.evaluate_every=30", "data.contrast_dropout=0")  # fmt: skip
+                "data.contrast_dropout=0", "data.augment=null", "baselines=[]", "mirror=[]")  # fmt: skip
     assert same_grid(mask, contrasts["flair"])
     summary = json.loads((tmp_path / "scores" / "summary.json").read_text())
     assert summary["cases"] == 6 and summary["metrics"]["dice"]["n"] == 6
@@ -66,7 +67,7 @@ def test_from_files_to_scores_on_real_scans(data3d: Path, tmp_path: Path) -> Non
         shutil.copytree(data3d / folder, root / folder)
     flair = data3d / "openms_cross" / "patient19" / "patient19_FLAIR.nii.gz"
     mask = walk(root, tmp_path, "*lesion_mask*|*seg-tumour*", 4, {"flair": flair}, "trainer.max_steps=4", "folds=1",
-                "trainer.evaluate_every=0")  # fmt: skip
+                "baselines=[features]", "clean=false")  # fmt: skip
     assert same_grid(mask, flair)
     with (tmp_path / "scores" / "cases.csv").open() as file:
         rows = list(csv.DictReader(file))
