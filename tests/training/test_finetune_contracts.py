@@ -167,9 +167,9 @@ def test_deep_supervision_leaves_no_trace_in_the_bundle(store: Store, backbone: 
 
 
 def test_little_memory_is_planned_for(
-    store: Store, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+    store: Store, backbone: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The batch passes in parts and blocks are recomputed; the run ends with the same weights but for rounding."""
+    """The batch passes in parts, the run ends, and what was given up is said and written."""
 
     trainer, network = config(store, tmp_path, backbone, *SEGMENTATION)["trainer"], build_backbone("unet_tiny")
 
@@ -183,10 +183,13 @@ def test_little_memory_is_planned_for(
     more = ("trainer.batch_size=4", *SEGMENTATION)
     finetune(config(store, tmp_path / "large", backbone, *more, "trainer.memory_gb=64"))
     capsys.readouterr()
+    original, parts = module.train, []
+    monkeypatch.setattr(module, "train", lambda run: parts.append(run.spec.accumulate) or original(run))
     finetune(config(store, tmp_path / "small", backbone, *more, f"trainer.memory_gb={memory_gb}"))
     said = capsys.readouterr().err
     written = json.loads((tmp_path / "small" / "plan.json").read_text())["plan"]
-    assert written["accumulate"] > 1 and written["batch_size"] == 4 and written["predicted_gb"] <= written["budget_gb"]
+    assert parts == [written["accumulate"]] and parts[0] > 1, "as it was planned, so it was done"
+    assert written["batch_size"] == 4 and written["predicted_gb"] <= written["budget_gb"]
     assert json.loads((tmp_path / "large" / "plan.json").read_text())["plan"]["accumulate"] == 1
     assert any("4 samples pass in" in note for note in written["notes"])
     assert all(f"memory: {note}" in said for note in written["notes"])

@@ -68,6 +68,7 @@ def test_a_temperature_is_not_kept_where_they_lose() -> None:
     raw = np.where((np.arange(60) % 2 == 0)[:, None], shy, sure)
     decided = ILL.decide(rows_of(truth, raw, folds=2))
     assert decided.decisions.temperature == 1.0 and not decided.calibration["kept"]
+    assert not np.allclose(answers(decided.rows), raw), "scored as each other fold, at one with itself, would have it"
     assert "not kept" in decided.said[0]
 
 
