@@ -39,10 +39,10 @@ def predict_windows(
     """Class probabilities of a whole volume: the Gaussian-weighted mean over overlapping windows.
 
     The volume and the sums stay in main memory; only ``batch`` windows at a time are on a GPU. On a CPU of which torch
-    may use several threads two such groups are computed at once, each by half of the threads: one thread gets more out
-    of a core than several do together. The result does not depend on which is done first. A volume thinner
-    than the patch is padded on both sides with each contrast's minimum, as the training patches are, and the padding
-    is cut off again. No window is skipped: prepared volumes are cropped to the head, so that empty ones are rare.
+    may use several threads two such groups are computed at once, each by half of the threads, which then wait less for
+    one another, in up to twice the memory. The result does not depend on which is done first. A volume thinner than the
+    patch is padded on both sides with each contrast's minimum, as the training patches are, and the padding is cut off
+    again. No window is skipped: prepared volumes are cropped to the head, so that empty ones are rare.
 
     Args:
         network: gives logits; it must already be on ``device`` and in evaluation mode. On a CPU it is called from
