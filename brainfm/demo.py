@@ -86,7 +86,7 @@ def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dic
             "trainer.log_every=2", "baselines=[]", "mirror=[]", "clean=false", "audit=false", "report=false",
             f"seed={config['seed']}")  # fmt: skip
         run(f"predict {arm}", "predict", f"bundle={out / arm / 'bundle'}", f"manifest={out / 'test.csv'}",
-            f"out={out / arm / 'predictions'}", "overlap=0.25")  # fmt: skip
+            f"out={out / arm / 'predictions'}")  # fmt: skip
         run(f"evaluate {arm}", "evaluate", f"predictions={out / arm / 'predictions'}",
             f"manifest={out / 'test.csv'}", f"out={out / arm / 'scores'}")  # fmt: skip
     seconds["in all"] = time.perf_counter() - began

@@ -36,13 +36,13 @@ from brainfm.tasks.statistics import bootstrap, mean_score, paired_bootstrap, pa
 
 QUESTIONS: dict[str, dict[str, Any]] = {
     "age": {"store": "ixi", "words": ["task=regression", "task.target=age"], "shots": "[10,20,50,all]", "folds": 3},
-    "sex": {"store": "ixi", "words": ["task=classification", "task.target=sex"], "shots": "[10,20,50,all]", "folds": 3},
+    "sex": {"store": "ixi", "words": ["task=classification", "task.target=sex"], "shots": "[10,20,50]", "folds": 2},
     "regions": {"store": "regions", "words": ["task=segmentation", "task.target=regions"], "shots": "[1,5,10]",
                 "folds": 2},
     "hippocampus": {"store": "hippocampus", "words": ["task=segmentation", "task.target=hippocampus"],
                     "shots": "[5,10,40]", "folds": 3},
 }  # fmt: skip
-PATCH = {"ixi": "[48,64,64]", "regions": "[48,48,48]", "hippocampus": "[32,48,32]"}
+PATCH = {"ixi": "[32,48,48]", "regions": "[48,48,48]", "hippocampus": "[32,48,32]"}
 SCRATCH = "scratch"
 
 
@@ -116,12 +116,13 @@ def finetune(args: argparse.Namespace, question: str, start: str, source: str) -
     steps = args.steps if asked["store"] == "ixi" else args.dense_steps
     baselines = "[random_linear,features]" if start == SCRATCH and asked["store"] == "ixi" else "[]"
     batch = 4 if asked["store"] == "ixi" else 2
+    lr = args.scan_lr if asked["store"] == "ixi" else args.lr
     run_verb(
         "finetune", *asked["words"], f"store={args.out / asked['store']}", f"run={run}", f"backbone_from={source}",
         f"backbone={args.backbone}", "protocol=fewshot", f"task.shots={asked['shots']}", f"folds={asked['folds']}",
         f"task.patch_vox={PATCH[asked['store']]}", f"trainer.max_steps={steps}", f"trainer.batch_size={batch}",
         "trainer=cpu", f"trainer.threads={args.threads}", "trainer.workers=0", "trainer.checkpoint_every=0",
-        f"optim.lr={args.lr}", f"baselines={baselines}", "audit=false", "report=false", "mirror=[]", "clean=false",
+        f"optim.lr={lr}", f"baselines={baselines}", "audit=false", "report=false", "mirror=[]", "clean=false",
         "data.augment={flip: 0, affine: 0.3, rotate_deg: 10, scale: 0.0, intensity: 0.3}", f"seed={args.seed}",
         log=args.out / "runs" / f"{question}_{start}.log",
     )  # fmt: skip
@@ -189,7 +190,8 @@ def main() -> None:
     parser.add_argument("--start", action="append", default=[], metavar="NAME=FILE")
     parser.add_argument("--questions", nargs="+", default=list(QUESTIONS), choices=list(QUESTIONS))
     parser.add_argument("--backbone", default="unet")
-    parser.add_argument("--steps", type=int, default=60, help="of age and sex")
+    parser.add_argument("--steps", type=int, default=30, help="of age and sex")
+    parser.add_argument("--scan-lr", type=float, default=3e-4, help="of age and sex")
     parser.add_argument("--dense-steps", type=int, default=120, help="of the segmentations")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument("--region-subjects", type=int, default=24)

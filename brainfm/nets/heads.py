@@ -157,3 +157,37 @@ def _encode(backbone: Backbone, scans: Tensor, cases: list[int]) -> list[Tensor]
     index = torch.tensor(cases, device=scans.device)
     maps = backbone.features(scans.index_select(0, index))
     return [m.new_zeros(len(scans), *m.shape[1:]).index_copy(0, index, m) for m in maps]
+
+
+class Standardise(nn.Module):
+    """Each feature less its mean over the training cases, in units of its deviation there: [B, E] -> [B, E].
+
+    Pooled features differ little between heads, against what they have in common; a layer after an ordinary norm has to
+    learn that difference up first. Fresh, it changes nothing. What lies beyond five deviations is cut off.
+
+    Args:
+        features: E.
+    """
+
+    mean: Tensor
+    scale: Tensor
+    bound: Tensor
+
+    def __init__(self, features: int) -> None:
+        super().__init__()
+        self.register_buffer("mean", torch.zeros(features))
+        self.register_buffer("scale", torch.ones(features))
+        self.register_buffer("bound", torch.tensor(float("inf")))
+
+    @torch.no_grad()
+    def fit(self, values: Tensor) -> None:
+        """Takes mean and deviation from [N, E]; a deviation below a tenth of the median one counts as that, for few
+        cases know little about it."""
+        deviation = values.std(dim=0, correction=0)
+        self.mean.copy_(values.mean(dim=0))
+        self.scale.copy_(deviation.clamp(min=max(0.1 * float(deviation.median()), 1e-6)))
+        self.bound.fill_(5.0)
+
+    def forward(self, values: Tensor) -> Tensor:
+        z = (values - self.mean) / self.scale
+        return torch.minimum(torch.maximum(z, -self.bound), self.bound)

@@ -15,6 +15,7 @@ import numpy as np
 from scipy.special import expit
 
 from brainfm import seeds
+from brainfm.specs import TaskSpec
 
 KINDS = ("logistic", "ridge", "knn")
 # Strengths are those of rows scaled to a mean square length of 1, strongest penalty first: they mean the same for
@@ -24,6 +25,7 @@ _RIDGE = tuple(10.0 ** (e / 2) for e in range(8, -9, -1))
 _NEIGHBOURS = (41, 25, 15, 9, 5, 3, 1)
 _INNER = 5
 _BINS = 5
+_ENOUGH = 5  # cases, before a penalty can be chosen among them
 _NEWTON = 50  # steps at most
 _LEAST = 1e-6  # a probability, where its logarithm is taken
 
@@ -105,9 +107,7 @@ def tuned(
     The other arguments and what is raised are `nested`'s.
     """
     y, classes = _answers_of(y, kind, classes)
-    return _tuned(
-        _matrix(x, len(y)), y, list(groups), _matrix(other, len(other)), kind, seed, classes, balanced, inner
-    )
+    return _tuned(_matrix(x, len(y)), y, list(groups), _matrix(other, len(other)), kind, seed, classes, balanced, inner)
 
 
 def crossed(
@@ -262,6 +262,73 @@ def rotated(train: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarra
         axes = np.linalg.svd(train, full_matrices=False)[2].T
         train, other = train @ axes, other @ axes
     return train, other
+
+
+# ----------------------------------------------------------------------------------------------------- as last layers
+
+
+def linear_head(
+    x: np.ndarray, answers: np.ndarray, spec: TaskSpec, mean: float = 0.0, std: float = 1.0, balanced: bool = True
+) -> tuple[np.ndarray, np.ndarray]:
+    """Weights [T', F] and biases [T'] of a last layer whose logits are those of a regularised linear model.
+
+    A ridge regression of the standardised value; a logistic regression of the classes, of each threshold between
+    ordered classes, or of each label. The penalty is chosen by cross-validation where every class has two cases or
+    more, and is strong where not.
+
+    Args:
+        x: [N, F] standardised features.
+        answers: [N, T], NaN where unknown.
+        spec: of a scan-level question.
+        mean, std: of a regression's values.
+        balanced: whether every class counts alike.
+    """
+    from threadpoolctl import threadpool_limits  # sums must not depend on the number of cores
+
+    y = np.asarray(answers, dtype=np.float64)
+    with threadpool_limits(1), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of convergence: a fit that stops early is a start too
+        if spec.kind == "regression":
+            return _value_head(x, (y[:, 0] - mean) / std)
+        if spec.mode == "multilabel":
+            heads = [_event_head(x, y[:, t], balanced) for t in range(y.shape[1])]
+        elif spec.mode == "ordinal":
+            heads = [_event_head(x, (y[:, 0] > k).astype(np.float64), balanced) for k in range(spec.classes - 1)]
+        elif spec.classes == 2:
+            weight, bias = _event_head(x, y[:, 0], balanced)
+            heads = [(-weight / 2, -bias / 2), (weight / 2, bias / 2)]
+        else:
+            heads = [_event_head(x, (y[:, 0] == k).astype(np.float64), balanced) for k in range(spec.classes)]
+    return np.stack([weight for weight, _ in heads]), np.array([bias for _, bias in heads])
+
+
+def _value_head(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    from sklearn.linear_model import Ridge, RidgeCV
+
+    penalties = x.shape[1] * np.logspace(-3, 3, 13)
+    model = RidgeCV(penalties).fit(x, y) if len(y) > _ENOUGH else Ridge(float(x.shape[1])).fit(x, y)
+    return np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
+
+
+def _event_head(x: np.ndarray, y: np.ndarray, balanced: bool) -> tuple[np.ndarray, float]:
+    """Of whether something is so; where all known cases agree, the answer is their share whatever the features."""
+    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
+
+    known = np.isfinite(y)
+    x, y = x[known], y[known]
+    yes, no = int((y == 1).sum()), int((y == 0).sum())
+    if not yes or not no:
+        return np.zeros(x.shape[1]), float(np.log((yes + 0.5) / (no + 0.5)))
+    weights = "balanced" if balanced else None
+    if min(yes, no) < 2:
+        model = LogisticRegression(C=1 / x.shape[1], class_weight=weights, max_iter=500)
+    else:
+        model = LogisticRegressionCV(
+            Cs=np.logspace(-3, 3, 7) / x.shape[1], cv=min(5, yes, no), scoring="neg_log_loss", class_weight=weights,
+            max_iter=500,
+        )  # fmt: skip
+    model.fit(x, y)
+    return model.coef_[0], float(model.intercept_[0])
 
 
 # ------------------------------------------------------------------------------------------------------------ tuning

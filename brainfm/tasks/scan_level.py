@@ -11,8 +11,9 @@ from torch.nn import functional as F
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.heads import Fusion, GatedAttention, fused_features
+from brainfm.nets.heads import Fusion, GatedAttention, Standardise, fused_features
 from brainfm.specs import ConfigError, TaskSpec
+from brainfm.tasks.linear import linear_head
 from brainfm.tasks.task import Task
 
 _LEVELS = 3  # deepest maps that are pooled
@@ -85,7 +86,7 @@ class ScanTask(Task):
         both = spec.view_mm > 0 and spec.crops
         self.scale = nn.Parameter(torch.zeros(2, width)) if both else None  # row 0: whole head, row 1: windows
         self.pool = GatedAttention(width)
-        self.norm = nn.LayerNorm(2 * width)
+        self.norm = Standardise(2 * width)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(2 * width, _outputs(spec))
         nn.init.normal_(self.out.weight, std=0.01)  # a fresh network is undecided, or answers the training mean
@@ -105,6 +106,11 @@ class ScanTask(Task):
         Raises:
             ValueError: where the shapes do not fit or a case has no contrast.
         """
+        pooled, weights = self.pooled(image, present)
+        return ScanOutput(self.out(self.dropout(self.norm(pooled))), weights)
+
+    def pooled(self, image: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+        """What the last layers see of each case, [B, E], and the attention that made it; see ``forward``."""
         if image.ndim != 6 or present.shape != (image.shape[0], image.shape[2]):
             raise ValueError(
                 f"expected [B, V, M, X, Y, Z] and [B, M], found {tuple(image.shape)} and {tuple(present.shape)}"
@@ -122,8 +128,7 @@ class ScanTask(Task):
             place = self.scale[[0] + [1] * (views - 1)].repeat_interleave(grid.numel(), dim=0)
         prior = (prior / grid.numel()).to(tokens.device).repeat_interleave(grid.numel())
         pooled, weights = self.pool(tokens.flatten(1, 4), squares.flatten(1, 4), prior, place)
-        logits = self.out(self.dropout(self.norm(pooled)))
-        return ScanOutput(logits, weights.view(cases, views, *grid))
+        return pooled, weights.view(cases, views, *grid)
 
     def _tokens(self, image: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """[B, V, M, X, Y, Z] -> means and mean squares of all levels on the coarsest grid, [B, V, x, y, z, E]."""
@@ -136,6 +141,25 @@ class ScanTask(Task):
         return means, squares
 
     # ---- training ----------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def start_linear(self, features: Tensor, answers: np.ndarray) -> None:
+        """Begins the last layer as the linear model that tells most from the features as they are.
+
+        Few steps then go on from a linear probe instead of from nothing, and the encoder is not distorted by the
+        gradients of a head that knows nothing yet. Call ``set_statistics`` before.
+
+        Args:
+            features: [N, E] of ``pooled``, of the cases that will be trained on.
+            answers: [N, T] as in ``Batch.answer``.
+
+        Source: Kumar et al. 2022 (arXiv:2202.10054), linear probing, then fine-tuning.
+        """
+        self.norm.fit(features)
+        x = self.norm(features).double().cpu().numpy()
+        weight, bias = linear_head(x, answers, self.spec, float(self.mean), float(self.std), self.balanced)
+        self.out.weight.copy_(torch.from_numpy(weight))
+        self.out.bias.copy_(torch.from_numpy(bias))
 
     def set_statistics(self, answers: np.ndarray | Tensor) -> None:
         """Takes from the cases trained on what the loss needs; it travels with the weights.

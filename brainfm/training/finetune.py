@@ -13,31 +13,27 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from safetensors.torch import load_file, save
+from safetensors.torch import load_file
 
-from brainfm.batch import Batch, Terms
-from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw
+from brainfm.data.augment import augment_spec
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.recompute import set_checkpointing
 from brainfm.nets.weights import load_backbone, write_atomically
-from brainfm.seeds import torch_stream
 from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import write_bundle
-from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.tasks.task import Task
 from brainfm.training import results
 from brainfm.training.adapt import AdaptSpec, adapt_spec, adapted_optimizer
-from brainfm.training.average import WeightAverage
 from brainfm.training.crossval import Split, SplitSpec, split_cases, with_shots
-from brainfm.training.foreground import ForegroundWatch
-from brainfm.training.loop import LoopSpec, Run, State, train
+from brainfm.training.loop import CHECKPOINT, LoopSpec, Run, State, train
 from brainfm.training.memory import MemoryPlan, plan, settle
 from brainfm.training.pretrain import identity_of, loop_spec, make_fabric, optim_values, provenance_of, say
 from brainfm.training.questions import Engine, Question, Row
 from brainfm.training.speed import settled
+from brainfm.training.supervised import Supervised
 
 MEMBER = "member.safetensors"
 HELD = "held.json"
@@ -50,69 +46,6 @@ _MOST_VOXELS = {"cpu": 64**3, "cuda": 128**3}  # of a patch that is chosen; a CP
 
 class _Interrupted(Exception):
     """A fold was broken off and saved; the text says where."""
-
-
-class _Supervised(torch.nn.Module):
-    """(Batch, progress) -> Terms, augmented on the device in training mode; carries the average of the weights and, of
-    a segmentation, what is known of its foreground."""
-
-    def __init__(self, task: Task, augment: AugmentSpec | None, seed: int, decay: float, max_steps: int) -> None:
-        super().__init__()
-        self.task, self.augment, self.seed = task, augment, seed
-        self.average = WeightAverage(task, decay) if decay else None
-        self.foreground = ForegroundWatch(max_steps) if isinstance(task, SegmentationTask) else None
-
-    def forward(self, batch: Batch, progress: float) -> Terms:
-        if self.training and self.augment is not None:
-            flat, views = _flattened(batch)
-            batch = _unflattened(apply(flat, draw(flat, self.augment, self.seed)), views)
-        if self.training:  # dropout draws from torch's own stream: begun anew, a resumed run draws the same
-            torch.manual_seed(torch_stream(self.seed, "dropout", int(batch.sample[0])).initial_seed())
-        output = self.task(batch.image, batch.present)
-        if self.training and self.foreground is not None:
-            assert batch.label is not None
-            self.foreground.add(output, batch.label)
-        return self.task.loss(output, batch)
-
-    @property
-    def answering(self) -> Task:
-        """The network that is scored and shipped: the averaged one, where there is an average."""
-        return self.task if self.average is None else self.average.network  # type: ignore[return-value]
-
-    def member(self) -> bytes:
-        """What goes into the bundle."""
-        state = self.answering.bundle_state()
-        return save({name: value.detach().cpu().clone().contiguous() for name, value in state.items()})
-
-
-def _flattened(batch: Batch) -> tuple[Batch, int]:
-    """Views of a head as samples of their own: all are augmented in the same way, for what is drawn for a sample is
-    drawn from its number."""
-    if batch.image.ndim == 5:
-        return batch, 0
-    views = batch.image.shape[1]
-    lesion = None if batch.lesion is None else batch.lesion.flatten(0, 1)
-    assert batch.present is not None
-    return replace(
-        batch,
-        image=batch.image.flatten(0, 1),
-        sample=batch.sample.repeat_interleave(views),
-        present=batch.present.repeat_interleave(views, dim=0),
-        lesion=lesion,
-    ), views
-
-
-def _unflattened(batch: Batch, views: int) -> Batch:
-    if not views:
-        return batch
-    assert batch.present is not None
-    return replace(
-        batch,
-        image=batch.image.unflatten(0, (-1, views)),
-        sample=batch.sample[::views],
-        present=batch.present[::views],
-        lesion=None if batch.lesion is None else batch.lesion.unflatten(0, (-1, views)),
-    )
 
 
 @dataclass(frozen=True)
@@ -344,13 +277,16 @@ def _cross_validate(
     return rows, states
 
 
-def _fresh(study: _Study, split: Split, backbone: Backbone | None) -> Task:
-    """A task whose encoder starts from the backbone and whose head starts at random, the same for every resume."""
+def _fresh(study: _Study, split: Split, backbone: Backbone | None, begun: bool = False) -> Task:
+    """A task whose encoder starts from the backbone and whose head starts at random, the same for every resume; with
+    ``begun`` its weights will come from a checkpoint, and nothing is spent on a good start."""
     torch.manual_seed(study.seed * 1000 + 100 * split.repeat + split.fold)
     encoder = build_backbone(**study.backbone.config)
     if backbone is not None and study.config["backbone_from"] != "none":
         encoder.load_state_dict(backbone.state_dict())
     task = study.question.task(encoder, split.trained)
+    if not begun:
+        study.question.start(task, split.trained, study.fabric.device)
     set_checkpointing(task, study.plan.checkpointing)
     return task
 
@@ -359,12 +295,12 @@ def _fold(
     study: _Study, split: Split, folder: Path, backbone: Backbone | None, adapt: AdaptSpec
 ) -> tuple[State, list[Row]]:
     config, trainer, fabric, question = study.config, study.config["trainer"], study.fabric, study.question
-    task = _fresh(study, split, backbone)
+    task = _fresh(study, split, backbone, (folder / CHECKPOINT).exists())
     seed = study.seed * 1000 + 100 * split.repeat + split.fold
     patches = question.patches(split.trained, seed, config["data"])
     loop = replace(loop_spec(trainer, config["optim"]), accumulate=study.plan.accumulate)
     augment = augment_spec(config["data"]["augment"])
-    module = _Supervised(task, augment, study.seed, float(config["average"]), loop.max_steps)
+    module = Supervised(task, augment, study.seed, float(config["average"]), loop.max_steps)
     optimizer = adapted_optimizer(task, adapt, max_steps=loop.max_steps, **optim_values(config["optim"]))
 
     def loader_from(step: int) -> Any:
@@ -395,7 +331,7 @@ def _fold(
 
 
 def _after_step(
-    module: _Supervised, optimizer: torch.optim.Optimizer, fabric: Fabric, max_steps: int
+    module: Supervised, optimizer: torch.optim.Optimizer, fabric: Fabric, max_steps: int
 ) -> Callable[[float], None]:
     def after(progress: float) -> None:
         step = round(progress * max_steps)
@@ -410,7 +346,7 @@ def _after_step(
 
 
 def _watch(
-    study: _Study, module: _Supervised, split: Split, folder: Path, loop: LoopSpec
+    study: _Study, module: Supervised, split: Split, folder: Path, loop: LoopSpec
 ) -> Callable[[State], dict[str, float]] | None:
     """Scores for the curves; of the inner cases, where there are any, the best step's weights are kept as well."""
     if not split.inner and not 0 < loop.evaluate_every < loop.max_steps:
@@ -434,7 +370,7 @@ def _watch(
     return evaluate
 
 
-def _held(study: _Study, module: _Supervised, split: Split, folder: Path) -> list[Row]:
+def _held(study: _Study, module: Supervised, split: Split, folder: Path) -> list[Row]:
     """The answers to the held-out cases, made once, by the weights that go into the bundle."""
     if not split.inner and study.chief and not (folder / MEMBER).exists():
         write_atomically(folder / MEMBER, module.member())

@@ -29,7 +29,8 @@ class ForegroundWatch(nn.Module):
     def __init__(self, max_steps: int) -> None:
         super().__init__()
         self.max_steps, self.every = max_steps, max(1, max_steps // _LOOKS)
-        self.register_buffer("shares", torch.zeros(3, dtype=torch.float64))  # predicted, true, batches since the last look
+        # predicted, true, batches since the last look
+        self.register_buffer("shares", torch.zeros(3, dtype=torch.float64))
         self.register_buffer("memory", torch.tensor([-1.0, 0.0], dtype=torch.float64))  # none since; how often lifted
 
     shares: Tensor

@@ -92,6 +92,10 @@ class Question(ABC):
         """A fresh task around the backbone, with the statistics of the cases it will be trained on."""
 
     @abstractmethod
+    def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
+        """What is learned in one go before the first step, if anything."""
+
+    @abstractmethod
     def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
         """What it is trained on."""
 

@@ -16,7 +16,7 @@ from brainfm.data.scan_cases import ScanViews, choose_view_mm, find_scan_cases, 
 from brainfm.data.splits import strata_of
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone
-from brainfm.specs import Decisions
+from brainfm.specs import ConfigError, Decisions
 from brainfm.tasks import calibration, scores
 from brainfm.tasks.scan_level import ScanTask
 from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
@@ -37,6 +37,7 @@ from brainfm.training.questions import (
     triple,
 )
 
+_LEAST_SLOPE = 0.3  # of answers on the truth; stretching those below would stretch little else than noise
 LEVEL = 0.9  # of prediction intervals
 _QUANTILES = 4  # strata of a value
 
@@ -79,6 +80,23 @@ class Scanning(Question):
         )
         task.set_statistics(torch.from_numpy(np.stack([case.answer for case in trained])))
         return task
+
+    @torch.no_grad()
+    def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
+        """The last layer begins as a linear probe of the encoder as it is."""
+        if self.values["head_start"] not in ("linear", "fresh"):
+            raise ConfigError(f"task.head_start={self.values['head_start']}: expected linear or fresh")
+        if self.values["head_start"] == "fresh":
+            return
+        assert isinstance(task, ScanTask)
+        task.eval().to(device)
+        rows = []
+        for case in trained:
+            image, present = (
+                torch.from_numpy(array)[None].to(device) for array in views_of(self.store, case, self.spec)
+            )
+            rows.append(task.pooled(image, present)[0][0])
+        task.start_linear(torch.stack(rows), np.stack([case.answer for case in trained]))
 
     def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
         return ScanViews(
@@ -149,16 +167,12 @@ class Scanning(Question):
         groups = subjects_of(rows)
         answers = raw
         if several:
-            answers = calibration.cross_fitted(
-                calibration.fit_bias, calibration.apply_bias, truth, raw, fold, groups=groups
-            )
+            answers = calibration.cross_fitted(_line, calibration.apply_bias, truth, raw, fold, groups=groups)
         before, after = (_mean_error(truth, x) for x in (raw, answers))
         kept = several and after < before
         if several:
-            answers = _as_others_choose(
-                calibration.fit_bias, calibration.apply_bias, _mean_error, truth, raw, fold, groups
-            )
-        bias = calibration.fit_bias(truth, raw) if kept else (0.0, 1.0)
+            answers = _as_others_choose(_line, calibration.apply_bias, _mean_error, truth, raw, fold, groups)
+        bias = _line(truth, raw) if kept else (0.0, 1.0)
         residuals, covered = np.abs(answers - truth), None
         if several:  # each fold's intervals come from the others' errors
             half = calibration.cross_fitted(_quantile, _everywhere, truth, answers, fold, groups=groups)
@@ -297,6 +311,12 @@ def _parts(truth: np.ndarray, subject: np.ndarray) -> np.ndarray:
 
 def _mean_error(truth: np.ndarray, answers: np.ndarray) -> float:
     return float(np.abs(answers - truth).mean())
+
+
+def _line(truth: np.ndarray, answers: np.ndarray) -> tuple[float, float]:
+    """The correction, or none where it would stretch the answers too much."""
+    line = calibration.fit_bias(truth, answers)
+    return line if line[1] >= _LEAST_SLOPE else (0.0, 1.0)
 
 
 def _quantile(truth: np.ndarray, answers: np.ndarray) -> float:

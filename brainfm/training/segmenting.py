@@ -93,6 +93,9 @@ class Segmenting(Question):
     def task(self, backbone: Backbone, trained: Sequence[Any]) -> Task:
         return SegmentationTask(self.spec, backbone, loss=self.loss, deep_supervision=self.deep_supervision)
 
+    def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
+        """Nothing: every weight of the decoder is learned by steps."""
+
     def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
         return TaskPatches(
             self.store,

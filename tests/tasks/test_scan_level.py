@@ -342,3 +342,47 @@ def test_refused_images():
         task(image[:, 0], present)
     with pytest.raises(ValueError, match=r"batch\.answer"):
         task.loss(output_of([[0.0, 0, 0]]), Batch(image, torch.arange(2)))
+
+
+@pytest.mark.parametrize("mode", ["value", "exclusive", "three", "ordinal", "multilabel"])
+def test_a_linear_start_tells_what_the_features_tell(mode: str) -> None:
+    """The last layer answers as a linear model fitted to the features: here, one direction of them is the answer."""
+    values = {"value": (), "exclusive": ("a", "b"), "three": ("a", "b", "c"), "ordinal": ("1", "2", "3"),
+              "multilabel": ("u", "v")}[mode]  # fmt: skip
+    spec = TaskSpec(
+        "regression" if mode == "value" else "classification", "x", ("t1",), values, (16, 16, 16), view_mm=4.0,
+        mode="" if mode == "value" else mode if mode in ("ordinal", "multilabel") else "exclusive",
+    )  # fmt: skip
+    task = ScanTask(spec, build_backbone("unet_tiny"))
+    rng = np.random.default_rng(0)
+    hidden = rng.normal(size=60)
+    features = rng.normal(size=(60, task.out.in_features)) * 0.3 + 50.0  # much in common, little that differs
+    features[:, ::2] += 0.5 * hidden[:, None]
+    cut = np.searchsorted([-0.5, 0.5], hidden)
+    answers = {
+        "value": 40 + 10 * hidden[:, None], "exclusive": (hidden > 0)[:, None], "three": cut[:, None],
+        "ordinal": cut[:, None], "multilabel": np.stack([hidden > 0, hidden < -0.5], axis=1),
+    }[mode].astype(np.float32)  # fmt: skip
+    task.set_statistics(answers[:40])
+    task.start_linear(torch.from_numpy(features[:40]).float(), answers[:40])
+    logits = task.out(task.norm(torch.from_numpy(features).float()))
+    found = task.decode(ScanOutput(logits, torch.zeros(60, 1, 1, 1, 1))).detach().numpy()[40:]
+    true = answers[40:]
+    if mode == "value":
+        assert np.abs(found - true[:, 0]).mean() < 3 < np.abs(true[:, 0] - answers[:40].mean()).mean()
+    elif mode == "multilabel":
+        assert ((found > 0.5) == true).mean() > 0.9
+    else:
+        assert (found.argmax(axis=1) == true[:, 0]).mean() > (0.9 if mode == "exclusive" else 0.8)
+
+
+def test_a_linear_start_with_a_single_case_of_a_class_or_one_class_only() -> None:
+    spec = TaskSpec("classification", "x", ("t1",), ("u", "v"), (16, 16, 16), view_mm=4.0, mode="multilabel")
+    task = ScanTask(spec, build_backbone("unet_tiny"))
+    features = torch.randn(4, task.out.in_features, generator=torch.Generator().manual_seed(0))
+    answers = np.array([[1, 1], [0, 1], [0, 1], [0, np.nan]], np.float32)
+    task.set_statistics(answers)
+    task.start_linear(features, answers)
+    found = task.decode(ScanOutput(task.out(task.norm(features)), torch.zeros(4, 1, 1, 1, 1))).detach()
+    assert torch.isfinite(found).all() and found[0, 0] > found[1:, 0].max()
+    assert torch.allclose(found[:, 1], torch.full((4,), 7 / 8))  # three of three, and half a case more on either side

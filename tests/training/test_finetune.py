@@ -100,7 +100,7 @@ def test_interrupted_and_resumed_equals_uninterrupted(
     toy_store: Store, backbone: Path, tuned: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Breaks off in the second fold between two checkpoints, as a crash would."""
-    import brainfm.training.finetune as module
+    import brainfm.training.supervised as module
 
     run, config = tmp_path / "run", resolve("finetune", words(toy_store, tmp_path / "run", backbone))
     calls = []

@@ -162,7 +162,7 @@ def test_a_training_broken_off_between_checkpoints_is_resumed_exactly(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """With dropout and augmentation, which draw from streams of the samples."""
-    import brainfm.training.finetune as module
+    import brainfm.training.supervised as module
 
     more = ("folds=1", "trainer.max_steps=7", "data.augment=light", "task.dropout=0.5")
     assert main(["finetune", *words(store, tmp_path / "whole", "classification", "lesion", *more)]) == 0
