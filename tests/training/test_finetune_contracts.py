@@ -22,6 +22,7 @@ from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.bundle import read_bundle
 from brainfm.tasks.segmentation_losses import LOSSES
 from brainfm.training import finetune as module
+from brainfm.training.average import WeightAverage
 from brainfm.training.finetune import MEMBER, _begin, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.memory import MemoryPlan, plan
@@ -119,14 +120,14 @@ def test_every_adaptation_resumes_exactly(
 ) -> None:
     more = (f"adapt={adapt}", "adapt.head_fraction=0.4", "trainer.max_steps=8", *task)
     finetune(config(store, tmp_path / "whole", backbone, *more))
-    original = module.WeightAverage.update
+    original = WeightAverage.update
 
     def failing(self: Any, step: int) -> None:
         if step == 6:  # the last checkpoint is of step 4, in the second tooth of the saw
             raise RuntimeError("power cut")
         original(self, step)
 
-    monkeypatch.setattr(module.WeightAverage, "update", failing)
+    monkeypatch.setattr(WeightAverage, "update", failing)
     with pytest.raises(RuntimeError, match="power cut"):
         finetune(config(store, tmp_path / "broken", backbone, *more))
     monkeypatch.undo()
