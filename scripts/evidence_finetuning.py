@@ -8,7 +8,7 @@ intervals by subject, and starts are compared pairwise with the same network fro
 
 Questions (choose some with --questions):
     age, sex       one answer a head, IXI T1 at 2 mm
-    regions        seven regions of the brain, IXI T1 at 2 mm, of --region-subjects people
+    tissues        CSF, grey and white matter, IXI T1 at 2 mm, of --tissue-subjects people
     hippocampus    MSD task 4, at 1 mm
 --ixi is a manifest with T1 scans, columns age, sex and dseg_labels (a DLMUSE parcellation). With --only the scores are
 those of the subjects named in a file, e.g. those that pre-training never saw. Interrupted, the same command goes on.
@@ -37,12 +37,12 @@ from brainfm.tasks.statistics import bootstrap, mean_score, paired_bootstrap, pa
 QUESTIONS: dict[str, dict[str, Any]] = {
     "age": {"store": "ixi", "words": ["task=regression", "task.target=age"], "shots": "[10,20,50,all]", "folds": 3},
     "sex": {"store": "ixi", "words": ["task=classification", "task.target=sex"], "shots": "[10,20,50]", "folds": 2},
-    "regions": {"store": "regions", "words": ["task=segmentation", "task.target=regions"], "shots": "[1,5,10]",
+    "tissues": {"store": "tissues", "words": ["task=segmentation", "task.target=tissues"], "shots": "[1,5,10]",
                 "folds": 2},
     "hippocampus": {"store": "hippocampus", "words": ["task=segmentation", "task.target=hippocampus"],
                     "shots": "[5,10,40]", "folds": 3},
 }  # fmt: skip
-PATCH = {"ixi": "[32,48,48]", "regions": "[48,48,48]", "hippocampus": "[32,48,32]"}
+PATCH = {"ixi": "[32,48,48]", "tissues": "[32,32,32]", "hippocampus": "[32,48,32]"}
 SCRATCH = "scratch"
 
 
@@ -61,8 +61,8 @@ def make_stores(args: argparse.Namespace) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if {"age", "sex"} & set(args.questions):
         ixi(args.ixi, out / "ixi.csv", None, out)
-    if "regions" in args.questions:
-        ixi(args.ixi, out / "regions.csv", args.region_subjects, out)
+    if "tissues" in args.questions:
+        ixi(args.ixi, out / "tissues.csv", args.tissue_subjects, out)
     if "hippocampus" in args.questions:
         hippocampus(args.hippocampus, out / "hippocampus.csv", out)
     for question in args.questions:
@@ -74,27 +74,27 @@ def make_stores(args: argparse.Namespace) -> None:
 
 
 def ixi(manifest: Path, to: Path, most: int | None, out: Path) -> None:
-    """T1 scans of a manifest with age, sex and a DLMUSE map; with ``most``, the first so many, with their regions."""
+    """T1 scans of a manifest with age, sex and a DLMUSE map; with ``most``, the first so many, with their tissues."""
     with manifest.open(newline="") as file:
         rows = [r for r in csv.DictReader(file) if r["contrast"] == "t1" and r["age"]]
     scans = []
     for row in rows[:most]:
         columns = {"age": row["age"], "sex": row["sex"]}
         if most is not None:
-            columns = {"regions_labels": str(regions_of(manifest.parent / row["dseg_labels"], row["subject"], out))}
+            columns = {"tissues_labels": str(tissues_of(manifest.parent / row["dseg_labels"], row["subject"], out))}
         scans.append(Scan("ixi", row["subject"], "", "t1", str((manifest.parent / row["path"]).resolve()), columns))
     write_manifest(to, scans)
 
 
-def regions_of(labels: Path, subject: str, out: Path) -> Path:
-    """The parcellation as the regions of data/schemes.py."""
-    path = out.resolve() / "regions" / f"{subject}.nii.gz"
+def tissues_of(labels: Path, subject: str, out: Path) -> Path:
+    """The parcellation as the tissues of data/schemes.py."""
+    path = out.resolve() / "tissues" / f"{subject}.nii.gz"
     if not path.exists():
         path.parent.mkdir(exist_ok=True)
         image = nib.load(labels)
         ids = np.asarray(image.dataobj).astype(np.int64)
-        groups = to_groups(ids, guess_scheme(np.unique(ids)), str(labels))
-        nib.save(nib.Nifti1Image(np.maximum(groups, 0).astype(np.uint8), image.affine), path)
+        tissues = to_groups(ids, guess_scheme(np.unique(ids)), str(labels), level="tissues")
+        nib.save(nib.Nifti1Image(np.maximum(tissues, 0).astype(np.uint8), image.affine), path)
     return path
 
 
@@ -194,7 +194,7 @@ def main() -> None:
     parser.add_argument("--scan-lr", type=float, default=3e-4, help="of age and sex")
     parser.add_argument("--dense-steps", type=int, default=120, help="of the segmentations")
     parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--region-subjects", type=int, default=24)
+    parser.add_argument("--tissue-subjects", type=int, default=24)
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--tables-only", action="store_true")
