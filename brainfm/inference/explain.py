@@ -8,6 +8,7 @@ reacted to. It does not show that they were right, and not that the same place w
 from __future__ import annotations
 
 import itertools
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -230,7 +231,7 @@ class _Case:
         return grown, (before[0], before[1], before[2])
 
 
-class _Question:
+class _Question(ABC):
     """One answer of an ensemble for one case.
 
     Attributes:
@@ -241,17 +242,17 @@ class _Question:
     name: str
     answer: float
 
+    @abstractmethod
     def cam(self, network: nn.Module, layer: str, how: str) -> np.ndarray:
         """[X, Y, Z], one member's map before it is normalised."""
-        raise NotImplementedError
 
+    @abstractmethod
     def places(self, start: Triple, stop: Triple) -> bool:
         """Whether covering these voxels can change the answer."""
-        raise NotImplementedError
 
+    @abstractmethod
     def without(self, start: Triple, stop: Triple) -> float:
         """By how much the answer falls when these voxels are background."""
-        raise NotImplementedError
 
 
 class _Voxels(_Question):

@@ -39,7 +39,7 @@ MEMBER = "member.safetensors"
 HELD = "held.json"
 BASELINES = ("scratch", "random_linear", "features")
 # What may change between two calls that go on with one run.
-_NOT_IN_A_FOLD = ("baselines", "audit", "audit_columns", "report", "command", "mirror", "clean", "protocol")
+_NOT_IN_A_FOLD = ("baselines", "audit", "audit_columns", "report", "command", "protocol")
 _MOST_SAID = 20  # sessions that are left out, one by one
 _MOST_VOXELS = {"cpu": 64**3, "cuda": 128**3}  # of a patch that is chosen; a CPU's time is the limit there
 

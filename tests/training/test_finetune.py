@@ -158,6 +158,15 @@ def test_refusals(toy_store: Store, backbone: Path, tmp_path: Path, capsys: pyte
     assert "fusion" in said("task.fusion=sum")
 
 
+def test_what_was_tried_on_held_out_cases_cannot_change_on_the_way(
+    toy_store: Store, backbone: Path, tuned: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The answers of a fold hold every variant that was tried: those of another setting must not be mixed in."""
+    for changed in ("mirror=[1]", "clean=false"):
+        assert main(["finetune", *words(toy_store, tuned, backbone, changed)]) == 2
+        assert f"found {changed.split('=')[0]}=" in capsys.readouterr().err
+
+
 def test_a_held_case_is_never_trained_on(tuned: Path, toy_store: Store) -> None:
     """The rows of a fold name the subjects it held out; results.json says the same, and so does the checkpoint."""
     results = json.loads((tuned / "results.json").read_text())
