@@ -37,12 +37,12 @@ from brainfm.tasks.statistics import bootstrap, mean_score, paired_bootstrap, pa
 QUESTIONS: dict[str, dict[str, Any]] = {
     "age": {"store": "ixi", "words": ["task=regression", "task.target=age"], "shots": "[10,20,50,all]", "folds": 3},
     "sex": {"store": "ixi", "words": ["task=classification", "task.target=sex"], "shots": "[10,20,50]", "folds": 2},
-    "tissues": {"store": "tissues", "words": ["task=segmentation", "task.target=tissues"], "shots": "[1,5]",
+    "tissues": {"store": "tissues", "words": ["task=segmentation", "task.target=tissues"], "shots": "[1,5,10]",
                 "folds": 2},
     "hippocampus": {"store": "hippocampus", "words": ["task=segmentation", "task.target=hippocampus"],
                     "shots": "[5,10,40]", "folds": 3},
 }  # fmt: skip
-PATCH = {"ixi": "[32,48,48]", "tissues": "[48,64,64]", "hippocampus": "[32,48,32]"}
+PATCH = {"ixi": "[32,48,48]", "tissues": "[48,48,48]", "hippocampus": "[32,48,32]"}
 SCRATCH = "scratch"
 
 

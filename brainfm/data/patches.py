@@ -344,6 +344,21 @@ class TaskPatches(Dataset):
         return len(self.cases)
 
     def __getitem__(self, i: int) -> Sample:
+        case, names, corner = self._drawn(i)
+        image = np.zeros((len(names), *self.patch_vox), np.float16)
+        for m, name in enumerate(names):
+            if name is not None:
+                image[m] = self.store.block(case.session, name, corner, self.patch_vox)
+        present = np.array([name is not None for name in names])
+        return Sample(i, image, present=present, label=self._label(case, corner))
+
+    def label(self, i: int) -> np.ndarray:
+        """[X, Y, Z] the class indices of a sample, without its scans."""
+        case, _, corner = self._drawn(i)
+        return self._label(case, corner)
+
+    def _drawn(self, i: int) -> tuple[Case, list[str | None], Triple]:
+        """The case of a sample, its scan of each contrast, and the corner of its patch."""
         rng = seeds.stream(self.seed, "patch", i)
         place = self._shuffled[i]
         case = self.cases[place]
@@ -354,14 +369,10 @@ class TaskPatches(Dataset):
             points, share = classes[rng.integers(len(classes)) if len(classes) > 1 else 0], 1.0
         else:
             points, share = self.store.foreground(case.session), 0.9
-        corner = draw_corner(rng, case.session.shape, self.patch_vox, points, share)
-        image = np.zeros((len(names), *self.patch_vox), np.float16)
-        for m, name in enumerate(names):
-            if name is not None:
-                image[m] = self.store.block(case.session, name, corner, self.patch_vox)
-        label = self.store.block(case.session, case.label, corner, self.patch_vox)
-        present = np.array([name is not None for name in names])
-        return Sample(i, image, present=present, label=class_indices(label, self.values))
+        return case, names, draw_corner(rng, case.session.shape, self.patch_vox, points, share)
+
+    def _label(self, case: Case, corner: Triple) -> np.ndarray:
+        return class_indices(self.store.block(case.session, case.label, corner, self.patch_vox), self.values)
 
     def _labelled(self, place: int) -> list[np.ndarray]:
         """Random labelled voxels of a case, [N, 3] for each class that it shows. A label is read once for it."""
@@ -374,6 +385,18 @@ class TaskPatches(Dataset):
                 found = self.store.volume(case.session, case.label)[tuple(points.T)]
                 self._points[place] = [points[found == value] for value in np.unique(found)]
         return self._points[place]
+
+
+def class_shares(
+    store: Store, cases: Sequence[Case], values: Sequence[int], patch_vox: Triple, draws: int = 32
+) -> list[float]:
+    """The shares of the voxels of a training patch that belong to each class: of patches drawn as TaskPatches does with
+    its own settings, always the same ones."""
+    patches = TaskPatches(store, cases, values, patch_vox, seed=0)
+    counts = np.zeros(len(values))
+    for i in range(draws):
+        counts += np.bincount(patches.label(i).ravel(), minlength=len(values))
+    return (counts / counts.sum()).tolist()
 
 
 def drop_contrasts(names: list[str | None], rng: np.random.Generator, probability: float) -> list[str | None]:

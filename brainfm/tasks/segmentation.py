@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple, cast
 
 import torch
@@ -16,7 +16,7 @@ from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.segmentation_losses import SegmentationLoss, deep_loss, segmentation_loss
 from brainfm.tasks.task import Task
 
-_PRIOR = 0.01  # share of foreground that a fresh network answers
+_PRIOR = 0.01  # least share of foreground, and of background, that a fresh network answers
 _AUXILIARY = "auxiliary."
 _DEFAULT = SegmentationLoss()
 
@@ -42,9 +42,13 @@ class SegmentationTask(Task):
         loss: what training minimises.
         deep_supervision: whether the coarser levels of the decoder get heads of their own while training; the same as
             ``loss.deep_supervision``. Prediction and bundles know nothing of them.
+        shares: of the voxels of a training patch that belong to each class (data/patches.class_shares): what the fresh
+            network answers everywhere, but never less than 1 % for the foreground, evenly divided, or the background.
+            None: 1 % of foreground.
 
     Source: for the bias of the last layer: Lin et al. 2017 (arXiv:1708.02002), section 4.1.
     Raises:
+        ValueError: where ``shares`` does not have one number a class.
         ConfigError: where the spec is not a segmentation, lists a contrast twice or none, its values are not
             0 followed by distinct values up to 255 (masks are uint8), or the patch does not pass the backbone.
     """
@@ -56,9 +60,11 @@ class SegmentationTask(Task):
         *,
         loss: SegmentationLoss = _DEFAULT,
         deep_supervision: bool = False,
+        shares: Sequence[float] | None = None,
     ) -> None:
         super().__init__()
         _check(spec)
+        self.prior = _prior(spec.classes, shares)
         backbone.check_patch(spec.patch_vox)
         self.spec = spec
         self.backbone = backbone
@@ -69,7 +75,7 @@ class SegmentationTask(Task):
         if deep_supervision or loss.deep_supervision:
             self.auxiliary.extend(Pointwise(width, spec.classes) for width in backbone.widths[1:-1])
         for head in self.heads():
-            _set_prior(head)
+            _answer(head, self.prior)
         self.register_buffer("_values", torch.tensor(spec.values, dtype=torch.uint8), persistent=False)
 
     def forward(self, image: Tensor, present: Tensor) -> Any:
@@ -117,15 +123,15 @@ class SegmentationTask(Task):
         return {name: value for name, value in super().bundle_state().items() if not name.startswith(_AUXILIARY)}
 
     def lift_foreground(self) -> None:
-        """Lets a network that answers background everywhere begin anew: its last layers answer the fresh share of
-        foreground in every voxel, whatever the features; all other weights stay.
+        """Lets a network that answers background everywhere begin anew: its last layers answer the fresh shares of
+        the classes in every voxel, whatever the features; all other weights stay.
 
         The last weights become 0 as well, since a collapse may sit in them as much as in the bias. They learn again
         from the first step, the layers before them from the second. An optimiser's moments of these layers are stale.
         """
         for head in self.heads():
             nn.init.zeros_(head.weight)
-            _set_prior(head)
+            _answer(head, self.prior)
 
     def heads(self) -> list[nn.Conv3d]:
         """The last layers: the answer's, then those of the coarser levels where there are any."""
@@ -148,14 +154,21 @@ def foreground_shares(output: Any, label: Tensor) -> Tensor:
     return torch.stack([predicted.float().mean(), (label > 0).float().mean()])
 
 
-def _set_prior(head: nn.Conv3d) -> None:
-    """Else the first steps go into learning that most voxels are background."""
-    classes = head.out_channels
-    bias = torch.zeros(classes)
-    bias[0] = math.log((1 - _PRIOR) / _PRIOR * (classes - 1))
+def _prior(classes: int, shares: Sequence[float] | None) -> Tensor:
+    """[K] what a fresh network answers; else the first steps go into learning how frequent the classes are."""
+    if shares is not None and len(shares) != classes:
+        raise ValueError(f"expected a share for each of {classes} classes, found {list(shares)}")
+    least = torch.tensor([_PRIOR] + [_PRIOR / (classes - 1)] * (classes - 1), dtype=torch.float64)
+    known = torch.tensor([1.0] + [0.0] * (classes - 1) if shares is None else list(shares), dtype=torch.float64)
+    # what is lifted to its least is taken from the others in proportion to what they have above theirs
+    above = (known - least).clamp(min=0)
+    return (least + above * (1 - least.sum()) / above.sum()).float()
+
+
+def _answer(head: nn.Conv3d, prior: Tensor) -> None:
     assert head.bias is not None
     with torch.no_grad():
-        head.bias.copy_(bias)
+        head.bias.copy_((prior / prior[0]).log())
 
 
 def _check(spec: TaskSpec) -> None:

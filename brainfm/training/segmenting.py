@@ -13,7 +13,7 @@ import torch
 from torch.utils.data import Dataset
 
 from brainfm.data.fingerprint import choose_patch, fingerprint
-from brainfm.data.patches import Case, TaskPatches, find_cases, whole_case
+from brainfm.data.patches import Case, TaskPatches, class_shares, find_cases, whole_case
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.weights import write_atomically
@@ -91,7 +91,10 @@ class Segmenting(Question):
         self.spec = replace(self.spec, patch_vox=patch_vox)
 
     def task(self, backbone: Backbone, trained: Sequence[Any]) -> Task:
-        return SegmentationTask(self.spec, backbone, loss=self.loss, deep_supervision=self.deep_supervision)
+        shares = class_shares(self.store, trained, self.spec.values, self.spec.patch_vox)
+        return SegmentationTask(
+            self.spec, backbone, loss=self.loss, deep_supervision=self.deep_supervision, shares=shares
+        )
 
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
         """Nothing: every weight of the decoder is learned by steps."""
