@@ -26,7 +26,8 @@ from brainfm.imaging.views import covering_corners, views_of_volumes, whole_view
 from brainfm.inference.engine import Engine, PathLike
 from brainfm.inference.predict import check_inputs, check_output
 from brainfm.inference.report import heat_figure
-from brainfm.specs import BundleError, ConfigError, ScanError, TaskSpec
+from brainfm.inference.scan_answers import joined
+from brainfm.specs import BundleError, ConfigError, Decisions, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from brainfm.tasks.windows import gaussian_weight, predict_windows, window_slices
 
@@ -45,8 +46,8 @@ class Explanation:
         peak: what 1 stands for: of occlusion the change of the answer, as a probability or in the regression's unit;
             of the other methods a number without a unit.
         target: the class, label or column that is explained.
-        answer: what the networks answer for it, before calibration: a probability, a value in the unit, or of a
-            segmentation the volume in ml.
+        answer: what a bundle answers for it: a probability or a value in the unit, calibrated; of a segmentation the
+            volume in ml before mirroring and clean-up. Of bare networks, what they answer.
         method: one of METHODS.
         layer: whose maps were used; empty for occlusion.
     """
@@ -172,7 +173,11 @@ def explain_volume(
     overlap = engine.overlap if engine else 0.5
     case = _Case(torch.as_tensor(image).float(), torch.as_tensor(present).bool(), spec, spacing_mm, device, overlap)
     asked = _index(spec, target)
-    question: _Question = (_Voxels if spec.kind == "segmentation" else _Whole)(members, case, asked)
+    question: _Question
+    if spec.kind == "segmentation":
+        question = _Voxels(members, case, asked)
+    else:
+        question = _Whole(members, case, asked, engine.decisions if engine else Decisions())
     if method == "occlusion":
         raw = _occluded(question, case, cube_mm, step_mm, progress)
         name = ""
@@ -344,8 +349,8 @@ class _Voxels(_Question):
 class _Whole(_Question):
     """A class's log odds or probability, or a regression's value, for the whole session."""
 
-    def __init__(self, members: Sequence[nn.Module], case: _Case, index: int | None) -> None:
-        self.members, self.case = members, case
+    def __init__(self, members: Sequence[nn.Module], case: _Case, index: int | None, decisions: Decisions) -> None:
+        self.members, self.case, self.decisions = members, case, decisions
         spec = case.spec
         answers = self._answers(case.image)
         if index is None:
@@ -388,12 +393,13 @@ class _Whole(_Question):
         covered[:, x, y, z] = self.case.background
         return self.answer - float(self._answers(covered)[self.index])
 
-    def _answers(self, image: Tensor) -> Tensor:
-        """[K] probabilities, or [1] value: the mean over the members."""
+    def _answers(self, image: Tensor) -> np.ndarray:
+        """[K] probabilities, or [1] value: of all members."""
         views = self._views(image)
         with torch.no_grad():
             found = [member.decode(self._output(member, views)).float().cpu()[0] for member in self.members]  # type: ignore[operator]
-        return torch.stack(found).mean(dim=0).reshape(-1)
+        raw = torch.stack(found).reshape(len(found), -1).numpy().astype(np.float64)
+        return joined(raw, self.case.spec, self.decisions)
 
     def _views(self, image: Tensor) -> Tensor:
         return torch.from_numpy(views_of_volumes(image.numpy(), self.case.spacing_mm, self.case.spec))
@@ -614,7 +620,7 @@ def describe(found: Explanation, spec: TaskSpec) -> str:
     if spec.kind == "regression":
         about = f"{spec.target} {found.answer:.3g} {spec.unit}".rstrip()
     elif spec.kind == "classification":
-        about = f"{spec.target} {found.target}, probability {found.answer:.2f} before calibration"
+        about = f"{spec.target} {found.target}, probability {found.answer:.2f}"
         if spec.mode == "multilabel":
             about = about.removeprefix(f"{spec.target} ")
     else:

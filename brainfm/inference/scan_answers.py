@@ -15,7 +15,7 @@ import torch
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.imaging.views import views_of_volumes
 from brainfm.inference.engine import Engine, in_order, write_text
-from brainfm.specs import ConfigError, ScanError, TaskSpec
+from brainfm.specs import ConfigError, Decisions, ScanError, TaskSpec
 from brainfm.tasks.calibration import apply_bias, apply_temperature, conformal_quantile
 
 LEVEL = 0.9  # of prediction intervals
@@ -94,16 +94,24 @@ def raw_answers(engine: Engine, views: torch.Tensor) -> np.ndarray:
     return np.stack(found).astype(np.float64)
 
 
-def decided(engine: Engine, raw: np.ndarray, contrasts: tuple[str, ...]) -> ScanAnswer:
-    """The members' answers joined, after what cross-validation decided: calibrated probabilities, a corrected value."""
-    task, decisions = engine.task, engine.decisions
+def joined(raw: np.ndarray, task: TaskSpec, decisions: Decisions) -> np.ndarray:
+    """The members' answers [members, K] as one [K], after what cross-validation decided: calibrated probabilities, or a
+    corrected value."""
     if task.kind == "regression":
-        value = float(apply_bias(raw[:, 0].mean(), decisions.bias))
+        return np.atleast_1d(apply_bias(raw.mean(axis=0), decisions.bias))
+    return apply_temperature(raw, decisions.temperature, task.mode).mean(axis=0)
+
+
+def decided(engine: Engine, raw: np.ndarray, contrasts: tuple[str, ...]) -> ScanAnswer:
+    """The answer of `joined` with its words, and an interval where there is one."""
+    task, decisions = engine.task, engine.decisions
+    found = joined(raw, task, decisions)
+    if task.kind == "regression":
+        value = float(found[0])
         half = conformal_quantile(np.asarray(decisions.residuals), LEVEL) if decisions.residuals else math.inf
         low, high = (value - half, value + half) if math.isfinite(half) else (None, None)
         return ScanAnswer(task.target, value, None, task.unit, low, high, contrasts)
-    mean = apply_temperature(raw, decisions.temperature, task.mode).mean(axis=0)
-    named = {str(name): float(p) for name, p in zip(task.values, mean, strict=True)}
+    named = {str(name): float(p) for name, p in zip(task.values, found, strict=True)}
     answer: str | list[str] = max(named, key=lambda name: named[name])
     if task.mode == "multilabel":
         answer = [name for name, p in named.items() if p > 0.5]

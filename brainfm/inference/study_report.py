@@ -15,7 +15,8 @@ from brainfm.imaging.descriptors import head_mask
 from brainfm.inference import charts, report
 from brainfm.inference.explain import explain_volume, share_inside
 from brainfm.inference.report import Section
-from brainfm.specs import ConfigError, ScanError, TaskSpec
+from brainfm.specs import ConfigError, Decisions, ScanError, TaskSpec
+from brainfm.tasks import postprocess
 from brainfm.tasks.bundle import Bundle, read_bundle
 
 RESULTS = "results.json"
@@ -124,7 +125,7 @@ def _read(file: Path) -> dict[str, Any]:
         raise ConfigError(f"{file} is missing; expected the folder of a finished brainfm finetune") from None
     except ValueError as error:
         raise ConfigError(f"{file} is not JSON ({error}); expected what brainfm finetune wrote") from None
-    if not isinstance(found, dict) or found.get("format") != 1:
+    if not isinstance(found, dict) or found.get("format") != 2:
         raise ConfigError(f"{file} is not a result that this brainfm reads")
     return found
 
@@ -414,7 +415,7 @@ def _cases(run: Path, found: Mapping[str, Any], store: Store, spec: TaskSpec) ->
         volume, contrast = _shown(store, entry, spec)
         caption = f"{word} of {len(ranked)} held-out cases: {_who(row)}, {_said(row, spec)}; on {contrast}"
         if spec.kind == "segmentation":
-            truth, answer = _true(store, entry, spec), _predicted(run, row, spec)
+            truth, answer = _true(store, entry, spec), _predicted(run, row, store, spec)
             assert truth is not None
             figures.append((caption, report.overlay_figure(volume, truth, answer, spacing_mm=store.spec.spacing_mm,
                                                            titles=("True", "Predicted"))))  # fmt: skip
@@ -436,9 +437,6 @@ def _cases(run: Path, found: Mapping[str, Any], store: Store, spec: TaskSpec) ->
     text += "patient's left is on the right side of axial and coronal pictures."
     if spec.kind == "segmentation" and len(spec.values) > 2:
         text += " Every label is outlined; Dice is the mean over labels, volumes are of all labels together."
-    decisions = found["decisions"]
-    if decisions["mirror"] or decisions["largest_component"] or decisions["min_ml"]:
-        text += " Outlines show the network's own answer, scores count after what is done to the answers."
     if spec.kind == "classification":
         text += " Probability missed: 1 less the probability of the true class" + (
             ", the mean over labels." if spec.mode == "multilabel" else "."
@@ -472,9 +470,12 @@ def _true(store: Store, entry: SessionEntry, spec: TaskSpec) -> np.ndarray | Non
     return (volume != 0) if label.endswith("_mask") else np.where(np.isin(volume, spec.values), volume, 0)
 
 
-def _predicted(run: Path, row: Mapping[str, Any], spec: TaskSpec) -> np.ndarray:
+def _predicted(run: Path, row: Mapping[str, Any], store: Store, spec: TaskSpec) -> np.ndarray:
+    """What the row's scores are of."""
+    decisions = Decisions.from_dict(row["decisions"])
     with np.load(run / row["file"], allow_pickle=False) as saved:
-        return np.asarray(spec.values)[saved["indices"]]
+        indices = saved["indices"][1 if decisions.mirror else 0]
+    return np.asarray(spec.values)[postprocess.apply(indices, decisions, store.spec.spacing_mm)]
 
 
 def _guide(found: Mapping[str, Any], store: Store, entry: SessionEntry) -> np.ndarray | None:

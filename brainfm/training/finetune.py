@@ -493,7 +493,7 @@ def _summed(receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _write_cases(file: Path, rows: Sequence[Row]) -> None:
     text = io.StringIO(newline="")
-    names = list(dict.fromkeys(name for row in rows for name in row if name != "file"))
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("file", "decisions")))
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     writer.writerows([[_cell(row.get(name)) for name in names] for row in rows])

@@ -19,7 +19,7 @@ from brainfm.training.monitor import read_curves
 from brainfm.training.questions import Decided, Question, Row, subjects_of
 
 FILE = "results.json"
-FORMAT = 1
+FORMAT = 2
 _MOST_VALUES = 12  # of a column that is shown value by value
 _MOST_POINTS = 200  # of a curve that is drawn
 

@@ -121,18 +121,17 @@ class Segmenting(Question):
         rows = []
         for case in split.held:
             row = identity(case.session, split)
-            variants, indices = [], None
+            variants, indices = [], []
             for mirror in [(), self.mirror] if self.mirror else [()]:
                 probabilities, true = self._probabilities(task, case, engine, mirror)
                 labels = probabilities.argmax(0)
-                indices = labels if indices is None else indices
+                indices.append(labels.astype(np.uint8))
                 for candidate in postprocess.candidates() if self.clean else [Decisions()]:
                     decisions = replace(candidate, mirror=mirror)
                     cleaned = postprocess.apply(labels, decisions, self.store.spec.spacing_mm)
                     variants.append({"decisions": decisions.to_dict(), **self._scores(cleaned, true)})
-            assert indices is not None
             file = folder / "held" / f"{'__'.join(p for p in case.session.key if p)}.npz".replace("/", "-")
-            _save_array(file, np.asarray(indices, np.uint8))
+            _save_array(file, np.stack(indices))  # [1 | 2, X, Y, Z]: as it stands, and with mirroring
             rows.append(row | {"variants": variants, "file": f"{folder.name}/held/{file.name}"})
         return rows
 
@@ -146,8 +145,7 @@ class Segmenting(Question):
         for row, fold in zip(rows, of_fold):
             others = table[~np.isin(subject, subject[of_fold == fold])]  # nor its subjects in another repeat
             variant = row["variants"][_best(others) if len(others) else 0]
-            plain = {k: v for k, v in row.items() if k != "variants"}
-            reported.append(plain | {k: v for k, v in variant.items() if k != "decisions"})
+            reported.append({k: v for k, v in row.items() if k != "variants"} | variant)
         said = []
         for number in range(1, count):
             decisions = Decisions.from_dict(rows[0]["variants"][number]["decisions"])

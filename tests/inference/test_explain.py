@@ -16,13 +16,14 @@ from torch import nn
 
 from brainfm.batch import Batch
 from brainfm.cli import main
-from brainfm.imaging.views import covering_corners
+from brainfm.imaging.views import covering_corners, views_of_volumes
 from brainfm.inference import explain as module
 from brainfm.inference.explain import explain, explain_volume, layers_of, saliency, share_inside
 from brainfm.inference.predict import Engine
+from brainfm.inference.scan_answers import decided, raw_answers
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.heads import fused_features
-from brainfm.specs import BundleError, ConfigError, PreprocessSpec, Provenance, TaskSpec
+from brainfm.specs import BundleError, ConfigError, Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks import scan_level
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.scan_level import ScanOutput, ScanTask
@@ -282,6 +283,20 @@ def test_a_regression_has_a_sign():
     assert np.allclose(turned.heat, -found.heat, atol=1e-5) and turned.answer == pytest.approx(-found.answer, abs=1e-4)
 
 
+def test_the_answer_of_a_bundle_is_the_one_that_predict_gives():
+    image, decisions = head(np.random.default_rng(4), 24)[0], Decisions(temperature=3.0, bias=(-2.0, 0.5))
+    for asked in (CLASSES, AGE):
+        members = (task(asked, 0), task(asked, 1))
+        engine = Engine(members, asked, PreprocessSpec(), torch.device("cpu"), None, "", 0.5, decisions)
+        views = torch.from_numpy(views_of_volumes(image, (1, 1, 1), asked))
+        with torch.no_grad():
+            given = decided(engine, raw_answers(engine, views), asked.contrasts)
+        explained = explain_volume(engine, asked, image, BOTH)
+        bare = explain_volume(members, asked, image, BOTH)
+        expected = given.answer if given.probabilities is None else given.probabilities[explained.target]
+        assert explained.answer == pytest.approx(expected) and explained.answer != pytest.approx(bare.answer)
+
+
 def test_ordered_classes_and_labels():
     image = head(np.random.default_rng(4), 24)[0]
     ordinal, logits = replace(CLASSES, values=("0", "1", "2"), mode="ordinal"), torch.tensor([3.0, 0.5])
@@ -319,7 +334,8 @@ def test_occlusion_is_a_naive_loop():
     case = module._Case(
         torch.from_numpy(image), torch.from_numpy(BOTH), spec, (2.0, 2.0, 2.0), torch.device("cpu"), 0.5
     )
-    found = module._occluded(module._Whole([Bright(), Bright()], case, None), case, 12.0, 8.0, lambda done, total: None)
+    asked = module._Whole([Bright(), Bright()], case, None, Decisions())
+    found = module._occluded(asked, case, 12.0, 8.0, lambda done, total: None)
 
     def answer(volume):
         return np.mean([volume[x : x + 16, y : y + 16, z : z + 16].mean()

@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from dataclasses import replace
 from html import unescape
 from importlib import util
 from pathlib import Path
@@ -20,7 +21,7 @@ from brainfm.data.store import Store
 from brainfm.inference import charts, report, study_report
 from brainfm.inference.study_report import write_study_report
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import ConfigError, Provenance, TaskSpec
+from brainfm.specs import ConfigError, Decisions, Provenance, TaskSpec
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.task import build_task
 
@@ -68,7 +69,7 @@ def make_run(folder: Path, store: Store, spec: TaskSpec, rows: list[dict[str, An
     }  # fmt: skip
     sessions = [s for s in store.sessions if any(scan.contrast in spec.contrasts for scan in s.scans)]
     found = {
-        "format": 1, "task": spec.to_dict(), "preprocess": store.spec.to_dict(), "store": str(store.path),
+        "format": 2, "task": spec.to_dict(), "preprocess": store.spec.to_dict(), "store": str(store.path),
         "config": config, "command": "brainfm finetune task=x", "primary": primary, "larger_is_better": larger,
         "cohort": {
             "sessions": 6, "subjects": 6, "contrasts": {"t1": 6, "flair": 1}, "left_out": [],
@@ -113,8 +114,9 @@ def masks(folder: Path, store: Store, rows: list[dict[str, Any]]) -> list[dict[s
     for number, (row, session) in enumerate(zip(rows, store.sessions)):
         indices = np.zeros(session.shape, np.uint8)
         indices[8:14, 8:14, 8 : 10 + number] = 1
-        np.savez_compressed(folder / f"{number}.npz", indices=indices)
-        row |= {"file": f"{number}.npz", "dice": 0.1 * number, "true_ml": 2.0, "predicted_ml": 1.0 + number}
+        np.savez_compressed(folder / f"{number}.npz", indices=indices[None])
+        row |= {"file": f"{number}.npz", "decisions": Decisions().to_dict()}
+        row |= {"dice": 0.1 * number, "true_ml": 2.0, "predicted_ml": 1.0 + number}
     return rows
 
 
@@ -151,6 +153,18 @@ def pages(toy_store: Store, people_store: Store, tmp_path_factory: pytest.TempPa
     return {name: write_study_report(root / name) for name in ("lesion", "ill", "age")}
 
 
+def test_a_mask_is_shown_as_it_was_scored(toy_store: Store, tmp_path: Path) -> None:
+    indices = np.zeros((2, 12, 12, 12), np.uint8)
+    indices[0, 2:4, 2, 2] = indices[1, 5:9, 5, 5] = indices[1, 11, 11, 11] = 1
+    np.savez_compressed(tmp_path / "m.npz", indices=indices)
+    spec = replace(LESION, values=(0, 7))
+    chosen = [Decisions(), Decisions(mirror=(0,)), Decisions(mirror=(0,), largest_component=True)]
+    shown = [
+        study_report._predicted(tmp_path, {"file": "m.npz", "decisions": d.to_dict()}, toy_store, spec) for d in chosen
+    ]
+    assert [int((s == 7).sum()) for s in shown] == [2, 5, 4] and set(np.unique(shown)) == {0, 7}
+
+
 def test_no_report_loads_anything_from_elsewhere(pages: dict[str, Path]) -> None:
     for page in pages.values():
         raw = page.read_text(encoding="utf-8")
@@ -164,7 +178,7 @@ def test_no_report_loads_anything_from_elsewhere(pages: dict[str, Path]) -> None
     [
         ("lesion", ["Segmentation of lesion", "Dice 0.700 [0.650, 0.750]", "what speaks for lesion",
                     "Worst of 6 held-out cases: 00/1, Dice 0.000", "Best of 6 held-out cases: 05/1, Dice 0.500",
-                    "the logarithm of the volume of lesion in ml", "Outlines show the network's own answer",
+                    "the logarithm of the volume of lesion in ml",
                     "ships the mean over mirrored volumes (X) and only the largest connected part"]),
         ("ill", ["Classification of ill", "AUROC 0.700", "Expected calibration error: 0.200",
                  "0.100 after a temperature", "divides its logits by 0.50", "true yes, answered no (0.90)",
