@@ -15,6 +15,7 @@ from brainfm.data.patches import (
     PretrainPatches,
     TaskPatches,
     class_indices,
+    class_shares,
     draw_corner,
     drop_contrasts,
     find_cases,
@@ -188,6 +189,16 @@ def test_small_classes_are_met_as_often_as_large_ones(unequal_store: Store) -> N
     small = [bool((dataset[i].label == 1).any()) for i in range(200)]
     assert 0.4 < np.mean(small) < 0.6  # of 4096 points one is of class 3: drawn by voxel it would hardly be met
     assert all(dataset[i].label.any() for i in range(50))
+
+
+def test_shares_are_those_of_the_patches_that_training_draws(unequal_store: Store) -> None:
+    cases, _ = find_cases(unequal_store, ["t1"], "x")
+    dataset = TaskPatches(unequal_store, cases, (0, 3, 7), (8, 8, 8), seed=0)
+    assert all(np.array_equal(dataset.label(i), dataset[i].label) for i in range(10))
+    drawn = np.concatenate([dataset[i].label.ravel() for i in range(12)])
+    shares = class_shares(unequal_store, cases, (0, 3, 7), (8, 8, 8), draws=12)
+    assert shares == pytest.approx([float((drawn == k).mean()) for k in range(3)]) and sum(shares) == pytest.approx(1)
+    assert 0 < shares[1] < 0.01 < shares[2]
 
 
 def test_a_class_that_a_case_lacks_is_not_drawn(unequal_store: Store) -> None:

@@ -201,6 +201,29 @@ def test_a_fresh_network_begins_near_one_percent_of_foreground(values):
 # ---- deep supervision, and what leaves it behind ---------------------------------------------------------------------
 
 
+@pytest.mark.parametrize(
+    ("shares", "answered"),
+    [
+        ([0.4, 0.1, 0.5], [0.4, 0.1, 0.5]),
+        ([0.2, 0.8, 0.0], [0.199, 0.796, 0.005]),  # what is lifted is taken from the others
+        ([1.0, 0.0, 0.0], [0.99, 0.005, 0.005]),
+        ([0.0, 0.5, 0.5], [0.01, 0.495, 0.495]),
+    ],
+)
+def test_a_fresh_network_answers_the_shares_of_the_classes(shares, answered):
+    task = make_deep(shares=shares)
+    for head in task.heads():
+        torch.nn.init.zeros_(head.weight)
+    logits = task(torch.randn(1, 3, 16, 8, 8), torch.ones(1, 3, dtype=torch.bool))
+    for level in (logits.finest, *logits.coarser):
+        assert torch.softmax(level.detach(), 1).mean((0, 2, 3, 4)).tolist() == pytest.approx(answered, abs=2e-3)
+
+
+def test_shares_are_one_a_class():
+    with pytest.raises(ValueError, match="a share for each of 3 classes"):
+        make_deep(shares=[0.5, 0.5])
+
+
 def make_deep(**kwargs):
     torch.manual_seed(0)
     return SegmentationTask(SPEC, build_backbone("unet_tiny"), deep_supervision=True, **kwargs)
@@ -287,7 +310,7 @@ def test_foreground_shares_count_voxels():
 
 
 def test_lifting_brings_a_collapsed_network_back():
-    task, batch = make_deep(), drawn_batch()
+    task, batch = make_deep(shares=[0.7, 0.2, 0.1]), drawn_batch()
     with torch.no_grad():
         task.decoder.out.bias[0] += 50
         before = {name: value.clone() for name, value in task.named_parameters()}
@@ -295,8 +318,8 @@ def test_lifting_brings_a_collapsed_network_back():
     task.lift_foreground()
     logits = task(batch.image, batch.present)
     for level in (logits.finest, *logits.coarser):
-        share = torch.softmax(level, 1)[:, 1:].sum(1)
-        assert torch.allclose(share, torch.full_like(share, 0.01), rtol=1e-3)
+        shares = torch.softmax(level, 1).movedim(1, -1)
+        assert torch.allclose(shares, torch.tensor([0.7, 0.2, 0.1]).expand_as(shares), atol=1e-3)
     changed = {name for name, value in task.named_parameters() if not torch.equal(value, before[name])}
     assert changed and all(name.startswith(("decoder.out.", "auxiliary.")) for name in changed)
     optimizer = torch.optim.Adam(task.parameters(), 1e-2)

@@ -11,8 +11,11 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from brainfm.data.patches import class_shares
 from brainfm.data.store import Store
+from brainfm.nets.backbone import build_backbone
 from brainfm.specs import ConfigError, Decisions
+from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.training.crossval import SplitSpec, split_cases
 from brainfm.training.questions import Engine, Row
 from brainfm.training.segmenting import Segmenting
@@ -137,6 +140,13 @@ def test_held_out_cases_are_answered_in_every_way_that_is_tried(toy_store: Store
     assert kept[0, 0, 0, 0] == 1 and kept[1, 0, 0, 0] == 0, "as it stands, and the mean with the mirrored volume"
     bare = question(toy_store, clean=False).answer(Bright(False), split, engine, tmp_path)  # type: ignore[arg-type]
     assert len(bare[0]["variants"]) == 1
+
+
+def test_a_fresh_task_knows_how_frequent_the_classes_are(toy_store: Store) -> None:
+    asked = question(toy_store)
+    task = asked.task(build_backbone("unet_tiny"), asked.cases[:3])
+    assert isinstance(task, SegmentationTask)
+    assert task.prior.tolist() == pytest.approx(class_shares(toy_store, asked.cases[:3], (0, 1), (32, 32, 32)), abs=0.01)
 
 
 def test_folds_are_balanced_in_who_has_a_lesion(toy_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
