@@ -146,7 +146,8 @@ def test_a_fresh_task_knows_how_frequent_the_classes_are(toy_store: Store) -> No
     asked = question(toy_store)
     task = asked.task(build_backbone("unet_tiny"), asked.cases[:3])
     assert isinstance(task, SegmentationTask)
-    assert task.prior.tolist() == pytest.approx(class_shares(toy_store, asked.cases[:3], (0, 1), (32, 32, 32)), abs=0.01)
+    shares = class_shares(toy_store, asked.cases[:3], (0, 1), (32, 32, 32))
+    assert task.prior.tolist() == pytest.approx(shares, abs=0.01)
 
 
 def test_folds_are_balanced_in_who_has_a_lesion(toy_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
