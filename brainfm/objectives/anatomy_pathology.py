@@ -109,6 +109,7 @@ class AnatomyPathology(Objective):
     """
 
     name = "anatomy_pathology"
+    latents: Latents
 
     def __init__(
         self,

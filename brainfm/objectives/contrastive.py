@@ -88,6 +88,7 @@ class MAEContrastive(Objective):
     """
 
     name = "mae+contrastive"
+    latents: Latents
 
     def __init__(
         self,

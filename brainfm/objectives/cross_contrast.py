@@ -79,6 +79,7 @@ class CrossContrast(Objective):
     """
 
     name = "cross_contrast"
+    latents: Latents
 
     def __init__(
         self,

@@ -34,6 +34,7 @@ class MAE(Objective):
     """
 
     name = "mae"
+    latents: Latents
 
     def __init__(
         self,

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.dense import DenseDecoder
 from brainfm.nets.latents import Latents
 from brainfm.specs import ConfigError, ViewSpec
 
@@ -31,11 +32,15 @@ class Objective(nn.Module, ABC):
         views: what the loader must supply.
         config: its settings, complete, JSON-able; with the name they make the same objective again.
         seed: of the draws; each is a function of (seed, purpose, the sample's number).
-        latents: between backbone and whatever answers; set by the subclass.
+        latents: between backbone and whatever answers; None where nothing lies between.
+        dense: a skip decoder that is trained with the backbone and travels in its file; None for most.
+        heads: what reads the dense decoder's parts and travels with it, by name; None for most.
     """
 
     name: ClassVar[str]
-    latents: Latents
+    latents: Latents | None
+    dense: DenseDecoder | None
+    heads: nn.ModuleDict | None
 
     def __init__(self, backbone: Backbone, views: ViewSpec, seed: int, config: dict[str, Any]) -> None:
         super().__init__()
@@ -44,6 +49,7 @@ class Objective(nn.Module, ABC):
         self.views = views
         self.seed = seed
         self.config = config
+        self.latents = self.dense = self.heads = None  # not on the class, where None would hide a module of that name
 
     @abstractmethod
     def forward(self, batch: Batch, progress: float) -> Terms:
@@ -56,16 +62,19 @@ class Objective(nn.Module, ABC):
     def encode(self, image: Tensor) -> dict[str, Tensor]:
         """The latent of whole, unmasked scans without noise: [B, 1, X, Y, Z] -> part -> [B, E, x, y, z] float32.
 
-        What probes and the embedding read; parts are named as in the objective's configuration.
+        What probes and the embedding read; parts are named as in the objective's configuration. Empty without latents.
         """
+        if self.latents is None:
+            return {}
         return {name: code.mean for name, code in self.latents(self.backbone.features(image)).items()}
 
     def after_step(self, progress: float) -> None:
         """Called after each step of the optimiser: a teacher moves here; most objectives have none."""
 
     def state_for_file(self) -> dict[str, Tensor]:
-        """The tensors that are not the backbone's, for the backbone file."""
-        return {name: value for name, value in self.state_dict().items() if not name.startswith("backbone.")}
+        """The tensors that are neither the backbone's nor of what travels beside it, for the backbone file."""
+        apart = ("backbone.", "dense.", "heads.")
+        return {name: value for name, value in self.state_dict().items() if not name.startswith(apart)}
 
 
 def build_objective(
