@@ -157,7 +157,7 @@ _RENDERED_AS = (
 
 
 def renders_of(scheme: str) -> np.ndarray:
-    """Table [largest id + 1] uint8 for np.take: place in RENDERED, or BY_INTENSITY. Ids that tell nothing are ``other``.
+    """Table [largest id + 1] uint8: place in RENDERED, or BY_INTENSITY; ``other`` for ids that tell nothing.
 
     Raises: ManifestError: no such scheme.
     """

@@ -181,7 +181,7 @@ def read_window(
     low = np.floor(positions.reshape(3, -1).min(axis=1)).astype(int)
     high = np.ceil(positions.reshape(3, -1).max(axis=1)).astype(int)
     # what lies far outside the head is background, however far a turned window reaches
-    shape = np.array([-(-n // 2**level) for n in session.shape])
+    shape = np.array(store.shape(session, level))
     low, high = np.clip(low, -1, shape), np.clip(high, -1, shape)
     size = np.maximum(high - low + 1, 2)
     block = store.block(session, name, tuple(int(c) for c in low), tuple(int(s) for s in size), level=level)
@@ -267,10 +267,10 @@ class WindowPatches(Dataset):
         rendering is standardised by. Zeros where there is no map."""
         key = "/".join(session.key)
         if key not in self._shares:
-            chosen, counts = self.targets.maps.get(session.key), np.zeros(len(regions.RENDERED))
+            chosen, counts = self.targets.maps.get(session.key), np.zeros(len(regions.RENDERED), np.int64)
             if chosen is not None:
                 level = self.store.levels(session)
-                size = tuple(-(-n // 2**level) for n in session.shape)
+                size = self.store.shape(session, level)
                 at = np.stack(np.meshgrid(*[np.arange(n, dtype=np.float32) for n in size], indexing="ij"))
                 coarse = Placed(self.store.spec.spacing_mm[0] * 2**level, True, (at + 0.5) * 2**level - 0.5)
                 image = read_window(self.store, session, session.scans[0].name, coarse)
@@ -295,14 +295,14 @@ class WindowPatches(Dataset):
         partner = image if scans[1] is scans[0] else read_window(self.store, session, scans[1].name, placed)
         target, tissue = self._anatomy(session, placed, image, bool(real))
         weight, lesion, images = self._lesions(i, session, placed, scans, [image, partner], tissue)
-        fields = {"volumes": self.targets.volumes.get(session.subject_key)} if self.targets.regions else {}
-        if self.targets.regions and (fields["volumes"] is None or not placed.whole):
-            fields["volumes"] = np.full(len(self.targets.regions), np.nan, np.float32)
+        unknown = np.full(len(self.targets.regions), np.nan, np.float32)
+        volumes = self.targets.volumes.get(session.subject_key, unknown) if placed.whole else unknown
         return Sample(
             i, images[0][None].astype(np.float16), partner=images[1][None].astype(np.float16),
             paired=scans[1] is not scans[0], same_contrast=same_look(scans, rendered), regions=target, tissue=tissue,
             lesion=lesion, lesion_weight=weight, corners=corners, rendered=rendered, real=bool(real),
-            tissue_shares=self.tissue_shares(session), voxel_mm=placed.voxel_mm, **fields,
+            tissue_shares=self.tissue_shares(session), voxel_mm=placed.voxel_mm,
+            volumes=volumes if len(volumes) else None,
         )  # fmt: skip
 
     def _anatomy(
@@ -319,8 +319,9 @@ class WindowPatches(Dataset):
         target, tissue = self.targets.tables[chosen.scheme], self.targets.renders[chosen.scheme]
         ids = np.where(ids < len(target), ids, 0)
         drawn = tissue[ids]
-        drawn = regions.outside_by_intensity(drawn, image) if real else np.where(drawn == regions.BY_INTENSITY, 0, drawn)
-        return target[ids].astype(np.int16), drawn.astype(np.uint8)
+        if real:
+            return target[ids].astype(np.int16), regions.outside_by_intensity(drawn, image)
+        return target[ids].astype(np.int16), np.where(drawn == regions.BY_INTENSITY, 0, drawn).astype(np.uint8)
 
     def _lesions(
         self,
@@ -369,8 +370,8 @@ def is_brain(tissue: np.ndarray) -> np.ndarray:
 
 
 def source_shares(people: Sequence[int], cap: float) -> np.ndarray:
-    """The share of the samples that each data set gets: by the square root of its people, none above ``cap`` where there
-    are sets enough to take the rest."""
+    """The share of the samples that each data set gets: by the square root of its people, none above ``cap`` where
+    there are sets enough to take the rest."""
     shares = np.sqrt(np.array(people, float))
     shares /= shares.sum()
     for _ in people:

@@ -111,9 +111,9 @@ def blurred(image: Tensor, sigma_vox: float) -> Tensor:
     bell = torch.exp(-0.5 * (steps / sigma_vox) ** 2)
     bell = bell / bell.sum()
     for axis in range(3):
-        padded = F.pad(image[None, None], [reach if axis == a else 0 for a in (2, 2, 1, 1, 0, 0)], mode="replicate")[0, 0]
-        length = image.shape[axis]
-        image = sum(w * padded.narrow(axis, n, length) for n, w in enumerate(bell))  # type: ignore[assignment]
+        sides = [reach if axis == a else 0 for a in (2, 2, 1, 1, 0, 0)]
+        padded = F.pad(image[None, None], sides, mode="replicate")[0, 0]
+        image = torch.stack([w * padded.narrow(axis, n, image.shape[axis]) for n, w in enumerate(bell)]).sum(dim=0)
     return image
 
 
