@@ -42,6 +42,13 @@ class Sample:
     volumes: np.ndarray | None = None
     pathology: float | None = None
     lesion: np.ndarray | None = None
+    corners: np.ndarray | None = None
+    voxel_mm: float | None = None
+    tissue: np.ndarray | None = None
+    tissue_shares: np.ndarray | None = None
+    rendered: np.ndarray | None = None
+    real: bool | None = None
+    lesion_weight: np.ndarray | None = None
     answer: np.ndarray | None = None
 
 

@@ -19,13 +19,17 @@ from brainfm.batch import Batch, Terms
 from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
+from brainfm.data.regions import REGIONS, RENDERED_FAMILIES, merged_members
 from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
+from brainfm.data.windows import WindowPatches, WindowSpec
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import save_backbone, write_atomically
 from brainfm.objectives.objective import Objective, build_objective
-from brainfm.specs import ConfigError, Provenance
+from brainfm.specs import ConfigError, Provenance, ViewSpec
+from brainfm.synthesis.looks import LookSpec
+from brainfm.synthesis.render import render_views
 from brainfm.training import receipt
 from brainfm.training.average import WeightAverage
 from brainfm.training.finish import Finish, branch
@@ -49,15 +53,29 @@ class Augmented(torch.nn.Module):
         decay: of the average of the whole objective; None: none.
     """
 
-    def __init__(self, question: Objective, spec: AugmentSpec | None, seed: int, decay: float | None = None) -> None:
+    def __init__(
+        self,
+        question: Objective,
+        spec: AugmentSpec | None,
+        seed: int,
+        looks: LookSpec,
+        decay: float | None = None,
+    ) -> None:
         super().__init__()
-        self.question, self.spec, self.seed = question, spec, seed
+        self.question, self.spec, self.seed, self.looks = question, spec, seed, looks
         self.average = None if decay is None else WeightAverage(question, decay)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
+        batch = self.shown(batch)
         if self.training and self.spec is not None:
             batch = apply(batch, draw(batch, self.spec, self.seed))
         return self.question(batch, progress)
+
+    def shown(self, batch: Batch) -> Batch:
+        """Windows cut into views, and rendered where they are to be; patches as they are."""
+        if batch.tissue is None:
+            return batch
+        return render_views(batch, RENDERED_FAMILIES, self.looks, self.question.views.patch_vox, self.seed)
 
     @property
     def answering(self) -> Objective:
@@ -114,9 +132,11 @@ def pretrain(config: dict[str, Any]) -> State:
     question, targets = _with_targets(config, store, sides[0])
     objective = build_objective(**question, backbone=backbone, patch_vox=tuple(data["patch_vox"]), seed=seed)
     decay = None if config["average"] is None else float(config["average"])
-    module = Augmented(objective, augment_spec(data["augment"]), seed, decay)
+    artefacts = _artefacts(data["augment"], objective.views)
+    module = Augmented(objective, artefacts, seed, LookSpec(**data["looks"]), decay)
     quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
-    train_set = PretrainPatches(store, sides[0], objective.views, seed, float(data["foreground_share"]), targets)
+    batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
+    train_set = make_patches(config, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
     if fabric.is_global_zero:
         say(
             f"{sum(p.numel() for p in objective.parameters()):,} parameters in pre-training "
@@ -125,7 +145,6 @@ def pretrain(config: dict[str, Any]) -> State:
         )
         for note in targets.notes:
             say(note)
-    batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
     spec, identity, finish = _schedule(config, pretrain_identity(config, store), fabric)
     probe = None
     if config["probe"] is not None:
@@ -159,9 +178,7 @@ def pretrain(config: dict[str, Any]) -> State:
             optimizer=build_optimizer(objective, **optim_values(config["optim"])),
             loader_from=loader_from,
             spec=spec,
-            evaluate=_Validation(
-                fabric, module.answering, store, sides[1], sides[0], targets, batch_size, folder, config
-            ),
+            evaluate=_Validation(fabric, module, store, sides[1], sides[0], targets, batch_size, folder, config),
             after_step=module.after_step,
             saved=file.write if spec.wsd is not None and finish is None else None,
             probe=probe,
@@ -238,6 +255,8 @@ def _with_targets(
 ) -> tuple[dict[str, Any], Targets]:
     """The objective's settings, with the sizes of the anatomical targets as the data have them, and the targets."""
     question = dict(config["objective"])
+    if "classes" in question:
+        return _with_regions(question, config, store, trained)
     if not {"groups", "volumes"} <= set(question):
         return question, Targets()
     targets = find_targets(
@@ -258,6 +277,52 @@ def _with_targets(
     return question, targets
 
 
+def _with_regions(
+    question: dict[str, Any], config: Mapping[str, Any], store: Store, trained: list[SessionEntry]
+) -> tuple[dict[str, Any], Targets]:
+    """The same for an objective that asks for the fine classes of data/regions.py."""
+    targets = find_targets(
+        store,
+        TargetSpec(**(dict(config["data"]["targets"]) | {"level": "regions"})),
+        {session.subject_key for session in trained},
+        pathology=float(question["lesion_weight"]) > 0,
+    )
+    if not targets.maps:
+        note = "no label map: nothing is rendered, and the terms of real scans go on alone (see `brainfm anatomy`)"
+        targets = dataclasses.replace(targets, notes=(*targets.notes, note))
+    question["classes"] = list(REGIONS) if targets.maps else []
+    question["merged"] = merged_members() if targets.maps else []
+    question["volumes"] = len(targets.regions)
+    return question, targets
+
+
+def make_patches(
+    config: Mapping[str, Any],
+    store: Store,
+    sessions: list[SessionEntry],
+    views: ViewSpec,
+    targets: Targets,
+    samples_a_step: int = 1,
+    *,
+    validation: bool = False,
+) -> PretrainPatches | WindowPatches:
+    """The patches of one side, as the objective wants them; ``validation``: of a stream of their own, centred on heads,
+    and of windows as they are once the schedule has settled."""
+    data, seed = config["data"], int(config["seed"]) + validation
+    if not views.windows:
+        share = 1.0 if validation else float(data["foreground_share"])
+        return PretrainPatches(store, sessions, views, seed, share, targets)
+    spec = WindowSpec(**dict(data["windows"]), rendered=float(data["rendered"]))
+    settled = spec.settle_steps if validation else 0
+    return WindowPatches(store, sessions, views, seed, spec, samples_a_step, targets, from_step=settled)
+
+
+def _artefacts(value: Any, views: ViewSpec) -> AugmentSpec | None:
+    """``data.augment``; of windows, which are moved already, what changes intensities alone."""
+    spec = augment_spec(value)
+    return spec if spec is None or not views.windows else dataclasses.replace(spec, flip=0.0, affine=0.0, elastic=0.0)
+
+
 def split_sessions(store: Store, held_fraction: float, seed: int) -> tuple[list[SessionEntry], list[SessionEntry]]:
     """Sessions to train on and sessions held out; a subject is on one side."""
     _, held = holdout(sorted({s.subject_key for s in store.sessions}), held_fraction, seed)
@@ -274,7 +339,7 @@ class _Validation:
     def __init__(
         self,
         fabric: Fabric,
-        objective: Objective,
+        module: Augmented,
         store: Store,
         held: list[SessionEntry],
         trained: list[SessionEntry],
@@ -283,12 +348,12 @@ class _Validation:
         folder: Path,
         config: dict[str, Any],
     ) -> None:
-        self.fabric, self.objective, self.folder = fabric, objective, folder
+        self.fabric, self.module, self.objective, self.folder = fabric, module, module.answering, folder
         self.batches = int(config["data"]["validation_batches"]) if any(s.scans for s in held) else 0
         # With nobody held out the pictures still show something: subjects that were trained on.
         shown = held if self.batches else trained
         self.loader = make_loader(
-            PretrainPatches(store, shown, objective.views, int(config["seed"]) + 1, 1.0, targets),
+            make_patches(config, store, shown, self.objective.views, targets, validation=True),
             StepSampler(0, max(1, self.batches), batch_size),
             workers=0,
         )
@@ -297,7 +362,7 @@ class _Validation:
     def __call__(self, state: State) -> dict[str, float]:
         sums: dict[str, float] = {}
         for number, batch in enumerate(self.loader):
-            batch = batch.to(self.fabric.device)
+            batch = self.module.shown(batch.to(self.fabric.device))
             with self.fabric.autocast():
                 if self.batches:
                     terms = self.objective(batch, 1.0)
