@@ -185,7 +185,8 @@ def read_window(
     low, high = np.clip(low, -1, shape), np.clip(high, -1, shape)
     size = np.maximum(high - low + 1, 2)
     block = store.block(session, name, tuple(int(c) for c in low), tuple(int(s) for s in size), level=level)
-    relative = (positions - low[:, None, None, None]) * (2 / (size - 1)).reshape(3, 1, 1, 1).astype(np.float32) - 1
+    start, step = (value.astype(np.float32).reshape(3, 1, 1, 1) for value in (low, 2 / (size - 1)))
+    relative = (positions - start) * step - 1
     grid = torch.from_numpy(np.ascontiguousarray(np.moveaxis(relative[::-1], 0, -1)))[None]
     values = torch.from_numpy(block.astype(np.float32))[None, None]
     mode = "nearest" if labels else "bilinear"
@@ -259,7 +260,7 @@ class WindowPatches(Dataset):
         key = "/".join(session.key)
         if key not in self._own_mm:
             grid = self.store.recipe(session, session.scans[0].name).file
-            self._own_mm[key] = float(np.median(spacing_of(np.array(grid.affine_mm))))
+            self._own_mm[key] = float(np.median(spacing_of(grid.ras_affine())))
         return self._own_mm[key]
 
     def tissue_shares(self, session: SessionEntry) -> np.ndarray:

@@ -92,7 +92,7 @@ def pretrain(config: dict[str, Any]) -> State:
     fabric = make_fabric(trainer)
     torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
     backbone = build_backbone(**config["backbone"])
-    sides = split_sessions(store, float(data["validation"]), int(data["split_seed"]))
+    sides = sides_of(store, data)
     question, targets = _with_targets(config, store, sides[0])
     objective = build_objective(**question, backbone=backbone, patch_vox=tuple(data["patch_vox"]), seed=seed)
     quicken(objective, trainer)
@@ -244,6 +244,30 @@ def _artefacts(value: Any, views: ViewSpec) -> AugmentSpec | None:
     """``data.augment``; of windows, which are moved already, what changes intensities alone."""
     spec = augment_spec(value)
     return spec if spec is None or not views.windows else dataclasses.replace(spec, flip=0.0, affine=0.0, elastic=0.0)
+
+
+def sides_of(store: Store, data: Mapping[str, Any]) -> tuple[list[SessionEntry], list[SessionEntry]]:
+    """Sessions to train on and held out, by a column of the manifest (``data.side_column``: ``train`` or ``held``)
+    or by hash.
+
+    Raises: ConfigError where the column is missing, says something else, or puts a person on both sides.
+    """
+    column = data["side_column"]
+    if not column:
+        return split_sessions(store, float(data["validation"]), int(data["split_seed"]))
+    sides: dict[str, list[SessionEntry]] = {"train": [], "held": []}
+    for session in store.sessions:
+        word = session.columns.get(column, "")
+        if word not in sides:
+            raise ConfigError(
+                f"{store.path}: session {'/'.join(session.key)} has {word!r} in column {column!r} (data.side_column), "
+                "expected 'train' or 'held'"
+            )
+        sides[word].append(session)
+    both = {s.subject_key for s in sides["train"]} & {s.subject_key for s in sides["held"]}
+    if both:
+        raise ConfigError(f"{store.path}: {min(both)} is on both sides of column {column!r}, expected one side")
+    return sides["train"], sides["held"]
 
 
 def split_sessions(store: Store, held_fraction: float, seed: int) -> tuple[list[SessionEntry], list[SessionEntry]]:
