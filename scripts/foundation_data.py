@@ -26,6 +26,7 @@ from __future__ import annotations
 
 import argparse
 import csv
+import os
 import re
 import shutil
 import sys
@@ -245,7 +246,7 @@ def rendered_heads(folder: Path, out: Path) -> list[Scan]:
             picture.parent.mkdir(parents=True, exist_ok=True)
             labels, _ = nifti.read(file, labels=True)
             nifti.write(picture, Volume(paint(labels.voxels, means, number), labels.affine_mm))
-        columns = {"head_labels": str(file.absolute())}
+        columns = {"head_labels": os.path.abspath(file)}
         scans.append(Scan("synthseg_labels", name, "", "rendered", str(picture.absolute()), columns))
     return scans
 
@@ -367,6 +368,8 @@ def main() -> int:
     if not args.lists and args.out is None:
         parser.error("--out is needed")
     began = time.perf_counter()
+    # Rows of the manifest are part of what makes a prepared session current: one spelling from wherever it is run.
+    args.data = Path(os.path.abspath(args.data))
     try:
         sides, rows, licences = write_lists(args.data, LISTS)
         if args.lists:
