@@ -212,7 +212,8 @@ def levels(files: list[Path], folder: Path, repeats: int) -> None:
             stores[name] = build_store(files, folder / name)
         seconds[name] = time.process_time() - begin
     sizes = {name: sum(f.stat().st_size for f in store.path.rglob("*.b2nd")) for name, store in stores.items()}
-    print(f"{len(files)} scans: {sizes['without'] / 1e6:.1f} MB, with copies {sizes['with'] / sizes['without']:.3f} times")
+    more = sizes["with"] / sizes["without"]
+    print(f"{len(files)} scans: {sizes['without'] / 1e6:.1f} MB, with copies {more:.3f} times that")
     print(f"prepare: {seconds['without']:.1f} s of the processor, with copies {seconds['with']:.1f} s")
     print("copies    level  blocks/processor s  blocks/s")
     for name, store in stores.items():
