@@ -155,7 +155,8 @@ class DenseSplit(Objective):
             "parts": dict(parts), "code": code, "classes": list(classes or ()),
             "merged": [list(of) for of in merged or ()], "volumes": volumes or 0, "mask_unit_vox": mask_unit_vox,
             "mask_ratio": mask_ratio, "mask_share": mask_share, "stride": stride, "points": points,
-            "temperature": temperature, "apart_mm": apart_mm, **{f"{name}_weight": weight for name, weight in weights.items()},
+            "temperature": temperature, "apart_mm": apart_mm,
+            **{f"{name}_weight": weight for name, weight in weights.items()},
         }  # fmt: skip
         _check(parts, code, points, temperature, mask_share, weights)
         if stride < 1 or any(edge % stride for edge in patch_vox):
