@@ -234,6 +234,7 @@ class WindowPatches(Dataset):
         self.shares = source_shares([len(of) for of in self.people.values()], self.spec.source_cap)
         self.subjects = sorted(key for of in people.values() for key in of)
         self._own_mm: dict[str, float] = {}
+        self._middles: dict[str, np.ndarray] = {}
         self._shares: dict[str, np.ndarray] = {}
 
     def __len__(self) -> int:
@@ -250,10 +251,25 @@ class WindowPatches(Dataset):
         edge = self.views.patch_vox[0] + self.spec.shift_vox
         placed = place_window(
             rng, self.spec, edge_vox=edge, voxel_mm=voxel_mm, whole=whole, shape=session.shape,
-            spacing_mm=self.store.spec.spacing_mm[0], points=self.store.foreground(session),
+            spacing_mm=self.store.spec.spacing_mm[0], points=self.middles(session),
         )  # fmt: skip
         corners = rng.integers(0, self.spec.shift_vox + 1, (2, 3))
         return self._sample(i, rng, session, placed, corners)
+
+    def middles(self, session: SessionEntry) -> np.ndarray:
+        """[N, 3] voxels that may be a window's middle: of the brain, as many of each structure as there are, where a
+        map tells it from the rest of the head."""
+        key = "/".join(session.key)
+        if key not in self._middles:
+            chosen, points = self.targets.maps.get(session.key), self.store.foreground(session)
+            if chosen is not None and chosen.session.key == session.key:
+                labelled = self.store.label_points(session, chosen.name)
+                ids = self.store.volume(session, chosen.name)[tuple(labelled.T)]
+                table = self.targets.renders[chosen.scheme]
+                inside = labelled[is_brain(table[np.minimum(ids, len(table) - 1)])]
+                points = inside if len(inside) else points
+            self._middles[key] = points
+        return self._middles[key]
 
     def own_mm(self, session: SessionEntry) -> float:
         """Middle edge of the voxels that the first scan of a session was taken with: what a window can show of it."""

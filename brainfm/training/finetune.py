@@ -321,7 +321,7 @@ def _fold(
             loader_from=loader_from,
             spec=loop,
             evaluate=_watch(study, module, split, folder, loop),
-            after_step=_after_step(module, optimizer, fabric, loop.max_steps),
+            after_step=_after_step(module, optimizer, fabric),
             title=folder.name,
         )
     )
@@ -331,10 +331,9 @@ def _fold(
 
 
 def _after_step(
-    module: Supervised, optimizer: torch.optim.Optimizer, fabric: Fabric, max_steps: int
-) -> Callable[[float], None]:
-    def after(progress: float) -> None:
-        step = round(progress * max_steps)
+    module: Supervised, optimizer: torch.optim.Optimizer, fabric: Fabric
+) -> Callable[[int, float], None]:
+    def after(step: int, progress: float) -> None:
         if module.average is not None:
             module.average.update(step)
         if module.foreground is not None:

@@ -31,25 +31,40 @@ from brainfm.specs import ConfigError, Provenance, ViewSpec
 from brainfm.synthesis.looks import LookSpec
 from brainfm.synthesis.render import render_views
 from brainfm.training import receipt
+from brainfm.training.average import WeightAverage
+from brainfm.training.finish import Finish, branch
 from brainfm.training.guards import GuardSpec
 from brainfm.training.launch import make_fabric
 from brainfm.training.loop import LoopSpec, Run, State, train
 from brainfm.training.monitor import save_pictures
-from brainfm.training.optim import build_optimizer
+from brainfm.training.optim import Wsd, build_optimizer
 from brainfm.training.probes import OnlineProbe, ProbeSpec, describe, with_whole
 from brainfm.training.speed import quicken, settled
 
 BACKBONE_FILE = "backbone.safetensors"
 # Of the configuration: what moves no weight. A run may go on with other guards, or be asked more or less.
-_NOT_IDENTITY = ("run", "store", "debug", "experiment", "launch", "probe", "guard")
+_NOT_IDENTITY = ("run", "store", "debug", "experiment", "launch", "probe", "guard", "finish")
 
 
 class Augmented(torch.nn.Module):
-    """Augments a batch on the device, then asks; outside training mode it only asks."""
+    """Augments a batch on the device, then asks; outside training mode it only asks. Carries the weights' average.
 
-    def __init__(self, question: Objective, spec: AugmentSpec | None, seed: int, looks: LookSpec) -> None:
+    Args:
+        decay: of the average of the whole objective; None: none.
+        looks: how renderings vary, of an objective that wants windows.
+    """
+
+    def __init__(
+        self,
+        question: Objective,
+        spec: AugmentSpec | None,
+        seed: int,
+        decay: float | None = None,
+        looks: LookSpec | None = None,
+    ) -> None:
         super().__init__()
-        self.question, self.spec, self.seed, self.looks = question, spec, seed, looks
+        self.question, self.spec, self.seed, self.looks = question, spec, seed, looks or LookSpec()
+        self.average = None if decay is None else WeightAverage(question, decay)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
         batch = self.shown(batch)
@@ -63,12 +78,34 @@ class Augmented(torch.nn.Module):
             return batch
         return render_views(batch, RENDERED_FAMILIES, self.looks, self.question.views.patch_vox, self.seed)
 
+    @property
+    def answering(self) -> Objective:
+        """What is probed, validated, shown and saved: the averaged objective, where there is an average."""
+        return self.question if self.average is None else self.average.network  # type: ignore[return-value]
+
+    def after_step(self, step: int, progress: float) -> None:
+        """A teacher moves, then the average takes its share of all."""
+        self.question.after_step(progress)
+        if self.average is not None:
+            self.average.update(step)
+
 
 def loop_spec(trainer: Mapping[str, Any], optim: Mapping[str, Any]) -> LoopSpec:
-    max_steps = int(trainer["max_steps"])
+    """Of the configuration. Raises ConfigError where the schedule is unknown or lacks a number."""
+    schedule, max_steps = optim.get("schedule", "cosine"), int(trainer["max_steps"])
+    if schedule not in ("cosine", "wsd"):
+        raise ConfigError(f"optim.schedule={schedule}: expected cosine or wsd")
+    warmup, wsd = optim.get("warmup_steps"), None
+    if schedule == "wsd":
+        if warmup is None:
+            raise ConfigError("optim.schedule=wsd with optim.warmup_steps=null: expected a number of steps, e.g. 1000")
+        wsd = Wsd(int(warmup), int(optim["horizon_steps"]))
+    elif warmup is None:
+        warmup = round(float(optim["warmup_fraction"]) * max_steps)
     return LoopSpec(
         max_steps=max_steps,
-        warmup_steps=round(float(optim["warmup_fraction"]) * max_steps),
+        warmup_steps=int(warmup),
+        wsd=wsd,
         clip_norm=float(trainer["clip_norm"]),
         log_every=int(trainer["log_every"]),
         checkpoint_every=int(trainer["checkpoint_every"]),
@@ -80,7 +117,7 @@ def pretrain(config: dict[str, Any]) -> State:
     """Runs or resumes the pre-training that the resolved configuration describes (configs/pretrain.yaml).
 
     Leaves ``backbone.safetensors``, ``last.ckpt``, ``curves.csv``, ``tensorboard/``, ``pictures/``, ``probes.json`` and
-    ``receipt.json`` in ``run``.
+    ``receipt.json`` in ``run``. With ``finish.from`` the run is a copy of another one, with a decay (finish.py).
 
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
@@ -95,8 +132,11 @@ def pretrain(config: dict[str, Any]) -> State:
     sides = sides_of(store, data)
     question, targets = _with_targets(config, store, sides[0])
     objective = build_objective(**question, backbone=backbone, patch_vox=tuple(data["patch_vox"]), seed=seed)
-    quicken(objective, trainer)
     batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
+    decay = None if config["average"] is None else float(config["average"])
+    artefacts = _artefacts(data["augment"], objective.views)
+    module = Augmented(objective, artefacts, seed, decay, LookSpec(**data["looks"]))
+    quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
     train_set = make_patches(config, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
     if fabric.is_global_zero:
         say(
@@ -106,12 +146,11 @@ def pretrain(config: dict[str, Any]) -> State:
         )
         for note in targets.notes:
             say(note)
-    module = Augmented(objective, _artefacts(data["augment"], objective.views), seed, LookSpec(**data["looks"]))
-    spec = loop_spec(trainer, config["optim"])
+    spec, identity, finish = _schedule(config, pretrain_identity(config, store), fabric)
     probe = None
     if config["probe"] is not None:
         probe = OnlineProbe(
-            with_whole(objective.encode, backbone),
+            with_whole(module.answering.encode, module.answering.backbone),
             store,
             held=sides[1],
             trained=sides[0],
@@ -130,18 +169,19 @@ def pretrain(config: dict[str, Any]) -> State:
         steps = StepSampler(step, spec.max_steps, batch_size, fabric.global_rank, fabric.world_size)
         return make_loader(train_set, steps, workers, pin_memory=fabric.device.type == "cuda")
 
-    validate = _Validation(fabric, module, store, sides[1], sides[0], targets, batch_size, folder, config)
+    file = _BackboneFile(module, store, config, fabric, finish)
     state = train(
         Run(
             fabric=fabric,
             folder=folder,
-            identity=identity_of(config, store),
+            identity=identity,
             module=module,
             optimizer=build_optimizer(objective, **optim_values(config["optim"])),
             loader_from=loader_from,
             spec=spec,
-            evaluate=validate,
-            after_step=objective.after_step,
+            evaluate=_Validation(fabric, module, store, sides[1], sides[0], targets, batch_size, folder, config),
+            after_step=module.after_step,
+            saved=file.write if spec.wsd is not None and finish is None else None,
             probe=probe,
             guard=GuardSpec(**config["guard"]) if config["guard"] is not None else None,
             title="pretrain",
@@ -149,28 +189,66 @@ def pretrain(config: dict[str, Any]) -> State:
     )
     if fabric.is_global_zero:
         write_atomically(folder / receipt.FILE, (json.dumps(state.receipt, indent=1) + "\n").encode())
-    if state.step == spec.max_steps and fabric.is_global_zero:
-        samples = state.step * batch_size * fabric.world_size
-        provenance = provenance_of(config, store, state, samples, fabric)
+        if state.step >= spec.max_steps:
+            say(file.write(state))
+            say(receipt.describe(state.receipt))
+            if probe is not None and probe.table:
+                say("\n".join(describe(probe.table)))
+        else:
+            say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
+    return state
+
+
+def _schedule(
+    config: dict[str, Any], identity: dict[str, Any], fabric: Fabric
+) -> tuple[LoopSpec, dict[str, Any], Finish | None]:
+    """How long and at which rates, the run's identity, and of a finished copy where it comes from."""
+    spec, wanted = loop_spec(config["trainer"], config["optim"]), config["finish"]
+    if wanted["from"] is None:
+        return spec, identity, None
+    if spec.wsd is None:
+        raise ConfigError(f"finish.from={wanted['from']}: a cosine has its own end, expected a run with optim=wsd")
+    steps, shape = int(wanted["steps"]), str(wanted["shape"])
+    dataclasses.replace(spec.wsd, decay=(0, steps), shape=shape)  # refuses values before anything is copied
+    finish, identity = branch(fabric, Path(wanted["from"]), Path(config["run"]), identity, steps, shape)
+    wsd = dataclasses.replace(spec.wsd, decay=(finish.from_step, steps), shape=shape)
+    return dataclasses.replace(spec, max_steps=finish.from_step + steps, wsd=wsd), identity, finish
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackboneFile:
+    """The backbone file of a run as it stands: at its end, and under wsd beside each checkpoint."""
+
+    module: Augmented
+    store: Store
+    config: dict[str, Any]
+    fabric: Fabric
+    finish: Finish | None
+
+    def write(self, state: State) -> str:
+        """Writes it. Returns a sentence about it."""
+        answering, path = self.module.answering, Path(self.config["run"]) / BACKBONE_FILE
+        samples = state.step * int(self.config["trainer"]["batch_size"]) * self.fabric.world_size
+        config = self.config
+        parents: tuple[str, ...] = ()
+        if self.finish is not None:
+            config = config | {"finish": config["finish"] | {"from_step": self.finish.from_step}}
+            parents = (self.finish.parent,)
+        provenance = provenance_of(config, self.store, state, samples, self.fabric, parents)
         save_backbone(
-            folder / BACKBONE_FILE,
-            backbone,
-            objective={"name": objective.name, "config": objective.config},
-            objective_state=objective.state_for_file(),
-            preprocess=store.spec,
-            patch_vox=objective.views.patch_vox,
+            path,
+            answering.backbone,
+            objective={"name": answering.name, "config": answering.config},
+            objective_state=answering.state_for_file(),
+            preprocess=self.store.spec,
+            patch_vox=answering.views.patch_vox,
             provenance=provenance,
         )
-        say(
-            f"{folder / BACKBONE_FILE}: {state.step} steps, {samples:,} samples, {provenance.hours:.2f} h on "
+        branched = f" (decayed from step {self.finish.from_step} on)" if self.finish is not None else ""
+        return (
+            f"{path}: {state.step} steps{branched}, {samples:,} samples, {provenance.hours:.2f} h on "
             f"{provenance.device}, {100 * state.waited / max(state.seconds, 1e-9):.1f} % of it waiting for data"
         )
-        say(receipt.describe(state.receipt))
-        if probe is not None and probe.table:
-            say("\n".join(describe(probe.table)))
-    elif fabric.is_global_zero:
-        say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
-    return state
 
 
 def _with_targets(
@@ -295,7 +373,7 @@ class _Validation:
         folder: Path,
         config: dict[str, Any],
     ) -> None:
-        self.fabric, self.module, self.objective, self.folder = fabric, module, module.question, folder
+        self.fabric, self.module, self.objective, self.folder = fabric, module, module.answering, folder
         self.batches = int(config["data"]["validation_batches"]) if any(s.scans for s in held) else 0
         # With nobody held out the pictures still show something: subjects that were trained on.
         shown = held if self.batches else trained
@@ -328,6 +406,14 @@ def identity_of(config: Mapping[str, Any], store: Store) -> dict[str, Any]:
         k: v for k, v in config["trainer"].items() if k not in ("workers", "log_every", "checkpoint_every")
     }
     return kept | {"store": store.fingerprint()}
+
+
+def pretrain_identity(config: Mapping[str, Any], store: Store) -> dict[str, Any]:
+    """`identity_of`; where no step depends on how many follow, the number of steps is no part of it."""
+    identity = identity_of(config, store)
+    if config["optim"].get("schedule") == "wsd":
+        del identity["trainer"]["max_steps"]
+    return identity
 
 
 def provenance_of(

@@ -47,8 +47,18 @@ def whole(toy_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    a, b = (read_checkpoint(run / CHECKPOINT)["module"] for run in (one, other))
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+    """Of networks and their average, of the optimiser; and the step, from which the numbers of the samples follow."""
+    a, b = (read_checkpoint(run / CHECKPOINT) for run in (one, other))
+    assert any(name.startswith("average.") for name in a["module"])
+    mine, theirs = (flat(content) for content in (a, b))
+    same_step = json.loads(a["state"])["step"] == json.loads(b["state"])["step"]
+    return same_step and list(mine) == list(theirs) and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def flat(content: dict) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name."""
+    moments = content["optimizer"]["state"].items()
+    return content["module"] | {f"{key} {number}": v for number, state in moments for key, v in state.items()}
 
 
 def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
