@@ -237,6 +237,11 @@ class WindowPatches(Dataset):
         self._middles: dict[str, np.ndarray] = {}
         self._shares: dict[str, np.ndarray] = {}
 
+    @property
+    def voxel_mm(self) -> tuple[float, float]:
+        """The smallest and largest edge of a voxel that a settled run shows."""
+        return min(self.spec.low_mm, self.spec.whole_mm[0]), max(self.spec.high_mm, self.spec.whole_mm[1])
+
     def __len__(self) -> int:
         """People; any sample number is legal."""
         return len(self.subjects)

@@ -27,7 +27,8 @@ from brainfm.data.windows import WindowPatches, WindowSpec
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import save_backbone, write_atomically
 from brainfm.objectives.objective import Objective, build_objective
-from brainfm.specs import ConfigError, Provenance, ViewSpec
+from brainfm.seen import SeenSubjects
+from brainfm.specs import ConfigError, PreprocessSpec, Provenance, ViewSpec
 from brainfm.synthesis.looks import LookSpec
 from brainfm.synthesis.render import render_views
 from brainfm.training import receipt
@@ -169,7 +170,7 @@ def pretrain(config: dict[str, Any]) -> State:
         steps = StepSampler(step, spec.max_steps, batch_size, fabric.global_rank, fabric.world_size)
         return make_loader(train_set, steps, workers, pin_memory=fabric.device.type == "cuda")
 
-    file = _BackboneFile(module, store, config, fabric, finish)
+    file = _BackboneFile(module, store, train_set, config, fabric, finish)
     state = train(
         Run(
             fabric=fabric,
@@ -221,6 +222,7 @@ class _BackboneFile:
 
     module: Augmented
     store: Store
+    train_set: PretrainPatches | WindowPatches
     config: dict[str, Any]
     fabric: Fabric
     finish: Finish | None
@@ -235,20 +237,37 @@ class _BackboneFile:
             config = config | {"finish": config["finish"] | {"from_step": self.finish.from_step}}
             parents = (self.finish.parent,)
         provenance = provenance_of(config, self.store, state, samples, self.fabric, parents)
-        save_backbone(
-            path,
-            answering.backbone,
-            objective={"name": answering.name, "config": answering.config},
-            objective_state=answering.state_for_file(),
-            preprocess=self.store.spec,
-            patch_vox=answering.views.patch_vox,
-            provenance=provenance,
-        )
+        write_backbone(path, answering, self.store.spec, self.train_set, int(self.config["seed"]), provenance)
         branched = f" (decayed from step {self.finish.from_step} on)" if self.finish is not None else ""
         return (
             f"{path}: {state.step} steps{branched}, {samples:,} samples, {provenance.hours:.2f} h on "
             f"{provenance.device}, {100 * state.waited / max(state.seconds, 1e-9):.1f} % of it waiting for data"
         )
+
+
+def write_backbone(
+    path: Path,
+    objective: Objective,
+    preprocess: PreprocessSpec,
+    train_set: PretrainPatches | WindowPatches,
+    seed: int,
+    provenance: Provenance,
+) -> str:
+    """The backbone file of an objective, with all that is trained beside it and the people it was trained on, by hash.
+    Returns its fingerprint."""
+    return save_backbone(
+        path,
+        objective.backbone,
+        objective={"name": objective.name, "config": objective.config},
+        objective_state=objective.state_for_file(),
+        preprocess=preprocess,
+        patch_vox=objective.views.patch_vox,
+        provenance=provenance,
+        decoder=objective.dense,
+        heads=objective.heads,
+        voxel_mm=train_set.voxel_mm,
+        subjects=SeenSubjects.of((session.subject_key for session in train_set.sessions), seed),
+    )
 
 
 def _with_targets(
