@@ -135,6 +135,11 @@ class PretrainPatches(Dataset):
             raise StoreError(f"{self.store.path}: no scan to train on, expected at least one prepared session")
         self._shuffled = Shuffled(len(self.subjects), self.seed)
 
+    @property
+    def voxel_mm(self) -> tuple[float, float]:
+        """The smallest and largest edge of a voxel: those of the store."""
+        return min(self.store.spec.spacing_mm), max(self.store.spec.spacing_mm)
+
     def __len__(self) -> int:
         """Samples in an epoch; any larger index is legal and belongs to a later epoch."""
         return len(self.subjects)

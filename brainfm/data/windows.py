@@ -185,7 +185,8 @@ def read_window(
     low, high = np.clip(low, -1, shape), np.clip(high, -1, shape)
     size = np.maximum(high - low + 1, 2)
     block = store.block(session, name, tuple(int(c) for c in low), tuple(int(s) for s in size), level=level)
-    relative = (positions - low[:, None, None, None]) * (2 / (size - 1)).reshape(3, 1, 1, 1).astype(np.float32) - 1
+    start, step = (value.astype(np.float32).reshape(3, 1, 1, 1) for value in (low, 2 / (size - 1)))
+    relative = (positions - start) * step - 1
     grid = torch.from_numpy(np.ascontiguousarray(np.moveaxis(relative[::-1], 0, -1)))[None]
     values = torch.from_numpy(block.astype(np.float32))[None, None]
     mode = "nearest" if labels else "bilinear"
@@ -233,7 +234,13 @@ class WindowPatches(Dataset):
         self.shares = source_shares([len(of) for of in self.people.values()], self.spec.source_cap)
         self.subjects = sorted(key for of in people.values() for key in of)
         self._own_mm: dict[str, float] = {}
+        self._middles: dict[str, np.ndarray] = {}
         self._shares: dict[str, np.ndarray] = {}
+
+    @property
+    def voxel_mm(self) -> tuple[float, float]:
+        """The smallest and largest edge of a voxel that a settled run shows."""
+        return min(self.spec.low_mm, self.spec.whole_mm[0]), max(self.spec.high_mm, self.spec.whole_mm[1])
 
     def __len__(self) -> int:
         """People; any sample number is legal."""
@@ -249,17 +256,32 @@ class WindowPatches(Dataset):
         edge = self.views.patch_vox[0] + self.spec.shift_vox
         placed = place_window(
             rng, self.spec, edge_vox=edge, voxel_mm=voxel_mm, whole=whole, shape=session.shape,
-            spacing_mm=self.store.spec.spacing_mm[0], points=self.store.foreground(session),
+            spacing_mm=self.store.spec.spacing_mm[0], points=self.middles(session),
         )  # fmt: skip
         corners = rng.integers(0, self.spec.shift_vox + 1, (2, 3))
         return self._sample(i, rng, session, placed, corners)
+
+    def middles(self, session: SessionEntry) -> np.ndarray:
+        """[N, 3] voxels that may be a window's middle: of the brain, as many of each structure as there are, where a
+        map tells it from the rest of the head."""
+        key = "/".join(session.key)
+        if key not in self._middles:
+            chosen, points = self.targets.maps.get(session.key), self.store.foreground(session)
+            if chosen is not None and chosen.session.key == session.key:
+                labelled = self.store.label_points(session, chosen.name)
+                ids = self.store.volume(session, chosen.name)[tuple(labelled.T)]
+                table = self.targets.renders[chosen.scheme]
+                inside = labelled[is_brain(table[np.minimum(ids, len(table) - 1)])]
+                points = inside if len(inside) else points
+            self._middles[key] = points
+        return self._middles[key]
 
     def own_mm(self, session: SessionEntry) -> float:
         """Middle edge of the voxels that the first scan of a session was taken with: what a window can show of it."""
         key = "/".join(session.key)
         if key not in self._own_mm:
             grid = self.store.recipe(session, session.scans[0].name).file
-            self._own_mm[key] = float(np.median(spacing_of(np.array(grid.affine_mm))))
+            self._own_mm[key] = float(np.median(spacing_of(grid.ras_affine())))
         return self._own_mm[key]
 
     def tissue_shares(self, session: SessionEntry) -> np.ndarray:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
-from typing import Any, cast
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -27,12 +27,13 @@ _ON_FLOOR = 1e-3  # a voxel this near to the smallest value is air
 
 @dataclass(frozen=True)
 class _Views:
-    """Both views of a batch, one after the other: V = 2 B, the a first."""
+    """Both views of a batch, one after the other: V = 2 B, the a first; V = B where there is no partner."""
 
     image: Tensor  # [V, 1, X, Y, Z] float32
     hidden: Tensor  # [V, 1, X, Y, Z] bool
     regions: Tensor  # [V, X, Y, Z] int64, -1 unknown
     lesion: Tensor  # [V, X, Y, Z] int8, -1 unknown
+    corners: Tensor  # [B, 2, 3] int64 on the host
 
 
 class ContrastCode(nn.Module):
@@ -52,9 +53,8 @@ class ContrastCode(nn.Module):
         self.out = nn.Linear(2 * hidden, code)
 
     def forward(self, dense: Tensor, image: Tensor) -> Tensor:
-        """[V, E, X, Y, Z] and [V, 1, X, Y, Z], every other voxel of which is looked at -> [V, code] float32."""
-        dense, image = dense[..., ::2, ::2, ::2].detach(), image[..., ::2, ::2, ::2]
-        met = F.leaky_relu(self.meet(torch.cat([dense, image.to(dense.dtype)], dim=1).contiguous())).float()
+        """[V, E, X, Y, Z] and [V, 1, X, Y, Z] -> [V, code] float32."""
+        met = F.leaky_relu(self.meet(torch.cat([dense.detach(), image.to(dense.dtype)], dim=1))).float()
         moments = torch.cat([met.mean(dim=(2, 3, 4)), met.square().mean(dim=(2, 3, 4)).clamp(min=1e-6).sqrt()], dim=1)
         code: Tensor = self.out(moments.to(self.out.weight.dtype))
         return code.float()
@@ -105,6 +105,8 @@ class DenseSplit(Objective):
         merged: for each merged label the places of its classes.
         volumes: R, regions of the volume vector, or None.
         mask_unit_vox, mask_ratio, mask_share: edge of a hidden block, share of the blocks, share of the views.
+        stride: every how manyth voxel along each axis (a), (c) and (d) look at, from a random phase in every sample:
+            neighbours say much the same, and a CPU has little time.
         points: voxels of a pair that are matched; 0: none.
         temperature: of (b).
         apart_mm: nearer voxels are no wrong answers.
@@ -134,6 +136,7 @@ class DenseSplit(Objective):
         mask_unit_vox: int = 8,
         mask_ratio: float = 0.3,
         mask_share: float = 0.5,
+        stride: int = 1,
         points: int = 256,
         temperature: float = 0.1,
         apart_mm: float = 8.0,
@@ -151,15 +154,19 @@ class DenseSplit(Objective):
         config: dict[str, Any] = {
             "parts": dict(parts), "code": code, "classes": list(classes or ()),
             "merged": [list(of) for of in merged or ()], "volumes": volumes or 0, "mask_unit_vox": mask_unit_vox,
-            "mask_ratio": mask_ratio, "mask_share": mask_share, "points": points, "temperature": temperature,
-            "apart_mm": apart_mm, **{f"{name}_weight": weight for name, weight in weights.items()},
+            "mask_ratio": mask_ratio, "mask_share": mask_share, "stride": stride, "points": points,
+            "temperature": temperature, "apart_mm": apart_mm,
+            **{f"{name}_weight": weight for name, weight in weights.items()},
         }  # fmt: skip
         _check(parts, code, points, temperature, mask_share, weights)
+        if stride < 1 or any(edge % stride for edge in patch_vox):
+            raise ConfigError(f"objective.stride={stride}: expected a divisor of every edge of the patch {patch_vox}")
         views = ViewSpec(
             patch_vox, pairs=True, regions=bool(classes), volumes=bool(volumes), lesions=lesion_weight > 0, windows=True
         )
         super().__init__(backbone, views, seed, config)
         self.weights, self.temperature, self.apart_mm, self.points = weights, temperature, apart_mm, points
+        self.stride = stride
         self.mask = (mask_unit_vox, mask_ratio, mask_share)
         self.merged = [list(of) for of in merged or ()]
         self.dense = DenseDecoder(backbone.widths, backbone.strides, parts)
@@ -176,19 +183,21 @@ class DenseSplit(Objective):
         ``volumes``; and ``match_right``, how many matched voxels found their place."""
         views = self._views(batch)
         maps = self.backbone.features_masked(views.image, views.hidden)
-        dense = self.dense(maps)
+        features = self.dense.climb(maps)[-1]
+        phases = self._phases(batch, views)
+        some = self._thinned(views, phases)
+        dense = self.dense.out(thin(features, phases, self.stride))
         split = self.dense.split(dense)
         parts: dict[str, Tensor] = {}
         if "regions" in self.heads and self.weights["regions"]:
-            parts["regions"] = self._regions(split["anatomy"], views)
+            parts["regions"] = region_errors(self.heads["regions"](split["anatomy"]), some.regions, self.merged)
         if self.weights["match"] and self.points:
-            parts["match"], right = self._match(split["anatomy"], views, batch)
+            parts["match"], right = self._match(features, views, batch)
         if self.weights["self"] or self.weights["cross"]:
-            parts["self"], parts["cross"] = self._recolour(dense, split["anatomy"], views, batch)
+            parts["self"], parts["cross"] = self._recolour(dense, split["anatomy"], some)
         if self.weights["lesion"]:
-            logits = cast(DenseHead, self.heads["lesion"])(split["pathology"])
-            seen = views.lesion.masked_fill(views.hidden[:, 0], -1)
-            parts["lesion"] = lesion_errors(logits[:, 0], seen).mean()
+            seen = some.lesion.masked_fill(some.hidden[:, 0], -1)
+            parts["lesion"] = lesion_errors(self.heads["lesion"](split["pathology"])[:, 0], seen).mean()
         if self.volume_head is not None and self.weights["volumes"]:
             parts["volumes"] = self._volumes(maps[-1], batch)
         total = torch.stack([self.weights[name] * term for name, term in parts.items()]).sum()
@@ -237,66 +246,81 @@ class DenseSplit(Objective):
 
     def _views(self, batch: Batch) -> _Views:
         image = batch.image if batch.partner is None else torch.cat([batch.image, batch.partner])
-        device, shape = image.device, image.shape[2:]
+        device, shape, times = image.device, image.shape[2:], len(image) // len(batch)
         unit, ratio, share = self.mask
         hidden = []
-        for purpose in ("mask_a", "mask_b")[: len(image) // len(batch)]:
+        for purpose in ("mask_a", "mask_b")[:times]:
             drawn = draw_mask(batch.sample, shape, unit, ratio, self.seed, purpose, device)
             some = [seeds.stream(self.seed, f"{purpose} or not", n).random() < share for n in batch.sample.tolist()]
             hidden.append(drawn & torch.tensor(some).to(device, non_blocking=True)[:, None, None, None, None])
         unknown = torch.full((len(batch), *shape), -1, dtype=torch.int64, device=device)
 
         def both(one: Tensor | None, other: Tensor | None) -> Tensor:
-            labels = [unknown if value is None else value.long() for value in (one, other)]
-            return torch.cat(labels[: len(image) // len(batch)])
+            return torch.cat([unknown if value is None else value.long() for value in (one, other)[:times]])
 
+        corners = torch.zeros(len(batch), 2, 3, dtype=torch.int64) if batch.corners is None else batch.corners.cpu()
+        regions, lesion = both(batch.regions, batch.partner_regions), both(batch.lesion, batch.partner_lesion)
+        return _Views(image.float(), torch.cat(hidden), regions, lesion.to(torch.int8), corners)
+
+    def _phases(self, batch: Batch, views: _Views) -> list[tuple[int, int, int]]:
+        """Where the lattice of looked-at voxels begins in each view: drawn for a, and the same places in b."""
+        first, second = [], []
+        for number, corners in zip(batch.sample.tolist(), views.corners, strict=True):
+            drawn = seeds.stream(self.seed, "phase", number).integers(0, self.stride, 3)
+            first.append((int(drawn[0]), int(drawn[1]), int(drawn[2])))
+            x, y, z = ((int(at) + int(step)) % self.stride for at, step in zip(drawn, corners[0] - corners[1]))
+            second.append((x, y, z))
+        return first if len(views.image) == len(batch) else first + second
+
+    def _thinned(self, views: _Views, phases: list[tuple[int, int, int]]) -> _Views:
+        """The voxels of the lattices, and the corners counted in its steps."""
+        count, stride = len(views.corners), self.stride
+        corners = views.corners.clone()
+        if len(views.image) > count:
+            starts = torch.tensor(phases).reshape(2, count, 3)
+            steps = (starts[0] + views.corners[:, 0] - views.corners[:, 1] - starts[1]) // stride
+            corners = torch.stack([steps.clamp(min=0), (-steps).clamp(min=0)], dim=1)
         return _Views(
-            image.float(),
-            torch.cat(hidden),
-            both(batch.regions, batch.partner_regions),
-            both(batch.lesion, batch.partner_lesion).to(torch.int8),
+            thin(views.image, phases, stride),
+            thin(views.hidden, phases, stride),
+            thin(views.regions, phases, stride),
+            thin(views.lesion, phases, stride),
+            corners,
         )
 
-    def _regions(self, anatomy: Tensor, views: _Views) -> Tensor:
-        logits = self.heads["regions"](anatomy)
-        return region_errors(logits, views.regions, self.merged)
-
-    def _match(self, anatomy: Tensor, views: _Views, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Mean over the samples of matching_errors; without second views 0, and still part of the graph."""
+    def _match(self, features: Tensor, views: _Views, batch: Batch) -> tuple[Tensor, Tensor]:
+        """Mean over the samples of matching_errors, and of the share that is right; 0 without second views."""
         if batch.partner is None:
-            return anatomy.sum() * 0, anatomy.new_zeros(())
-        count, shape = len(batch), anatomy.shape[2:]
+            return features.sum() * 0, features.new_zeros(())
+        count, shape = len(batch), features.shape[2:]
         losses, rights = [], []
         for b, number in enumerate(batch.sample.tolist()):
-            corners = torch.zeros(2, 3, dtype=torch.int64) if batch.corners is None else batch.corners[b].cpu()
-            voxel_mm = 1.0 if batch.voxel_mm is None else float(batch.voxel_mm[b])
-            generator = seeds.torch_stream(self.seed, "points", number, device=anatomy.device)
+            corners, voxel_mm = views.corners[b], 1.0 if batch.voxel_mm is None else float(batch.voxel_mm[b])
+            generator = seeds.torch_stream(self.seed, "points", number, device=features.device)
             one, other = overlap_points(views.image[b, 0], views.regions[b], corners, self.points, generator)
-            index = flat_index(one, shape)
+            codes = []
+            for view, voxels in ((b, one), (count + b, other)):
+                at = features[view].flatten(1)[:, flat_index(voxels, shape)]
+                codes.append(self.dense.split(self.dense.out(at[None, :, :, None, None]))["anatomy"][0, :, :, 0, 0].t())
             loss, right = matching_errors(
-                anatomy[b].flatten(1)[:, index].t(), anatomy[count + b].flatten(1)[:, flat_index(other, shape)].t(),
-                views.regions[b].flatten()[index], one.float() * voxel_mm,
+                codes[0], codes[1], views.regions[b].flatten()[flat_index(one, shape)], one.float() * voxel_mm,
                 temperature=self.temperature, apart_mm=self.apart_mm, width_mm=(shape[0] - 1) * voxel_mm,
             )  # fmt: skip
             losses.append(loss)
             rights.append(right)
         return torch.stack(losses).mean(), torch.stack(rights).mean()
 
-    def _recolour(self, dense: Tensor, anatomy: Tensor, views: _Views, batch: Batch) -> tuple[Tensor, Tensor]:
-        """Errors of a view redrawn with its own code, and of a redrawn in the look of b where both see it.
-
-        The code of b is taken from all of b; a is redrawn where it overlaps b, by its own anatomy, which b does not
-        see but where its voxels match.
-        """
-        count = len(batch)
+    def _recolour(self, dense: Tensor, anatomy: Tensor, views: _Views) -> tuple[Tensor, Tensor]:
+        """Errors of a view redrawn with its own code, and of its anatomy redrawn in the other's look, where both see
+        the place, against the other."""
+        count = len(views.corners)
         codes = self.code(dense, views.image)
         same = F.smooth_l1_loss(self.recolour(anatomy, codes).float(), views.image, beta=0.1)
-        if not self.weights["cross"] or batch.partner is None:
+        if not self.weights["cross"] or len(views.image) == count:
             return same, same.new_zeros(())
         errors = []
         for b in range(count):
-            corner = torch.zeros(2, 3, dtype=torch.int64) if batch.corners is None else batch.corners[b].cpu()
-            mine, its = overlap(corner, anatomy.shape[2:])
+            mine, its = overlap(views.corners[b], anatomy.shape[2:])
             for source, target, seen, wanted in ((b, count + b, mine, its), (count + b, b, its, mine)):
                 part = anatomy[source : source + 1][(slice(None), slice(None), *seen)]
                 redrawn = self.recolour(part.contiguous(), codes[target : target + 1]).float()
@@ -315,6 +339,14 @@ class DenseSplit(Objective):
         known = ~wanted.isnan()
         errors = F.smooth_l1_loss(found, wanted.nan_to_num(0.0), reduction="none") * known
         return errors.sum() / known.sum().clamp(min=1)
+
+
+def thin(values: Tensor, phases: Sequence[tuple[int, int, int]], stride: int) -> Tensor:
+    """Every ``stride``-th voxel along each axis, from a phase of each row's own: [V, ..., X, Y, Z] with edges that are
+    multiples of the stride -> [V, ..., X/s, Y/s, Z/s]."""
+    if stride == 1:
+        return values
+    return torch.stack([row[..., x::stride, y::stride, z::stride] for row, (x, y, z) in zip(values, phases)])
 
 
 def region_errors(logits: Tensor, target: Tensor, merged: Sequence[Sequence[int]]) -> Tensor:

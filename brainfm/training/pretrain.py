@@ -27,7 +27,8 @@ from brainfm.data.windows import WindowPatches, WindowSpec
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import save_backbone, write_atomically
 from brainfm.objectives.objective import Objective, build_objective
-from brainfm.specs import ConfigError, Provenance, ViewSpec
+from brainfm.seen import SeenSubjects
+from brainfm.specs import ConfigError, PreprocessSpec, Provenance, ViewSpec
 from brainfm.synthesis.looks import LookSpec
 from brainfm.synthesis.render import render_views
 from brainfm.training import receipt
@@ -51,6 +52,7 @@ class Augmented(torch.nn.Module):
 
     Args:
         decay: of the average of the whole objective; None: none.
+        looks: how renderings vary, of an objective that wants windows.
     """
 
     def __init__(
@@ -58,11 +60,11 @@ class Augmented(torch.nn.Module):
         question: Objective,
         spec: AugmentSpec | None,
         seed: int,
-        looks: LookSpec,
         decay: float | None = None,
+        looks: LookSpec | None = None,
     ) -> None:
         super().__init__()
-        self.question, self.spec, self.seed, self.looks = question, spec, seed, looks
+        self.question, self.spec, self.seed, self.looks = question, spec, seed, looks or LookSpec()
         self.average = None if decay is None else WeightAverage(question, decay)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
@@ -128,14 +130,14 @@ def pretrain(config: dict[str, Any]) -> State:
     fabric = make_fabric(trainer)
     torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
     backbone = build_backbone(**config["backbone"])
-    sides = split_sessions(store, float(data["validation"]), int(data["split_seed"]))
+    sides = sides_of(store, data)
     question, targets = _with_targets(config, store, sides[0])
     objective = build_objective(**question, backbone=backbone, patch_vox=tuple(data["patch_vox"]), seed=seed)
+    batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
     decay = None if config["average"] is None else float(config["average"])
     artefacts = _artefacts(data["augment"], objective.views)
-    module = Augmented(objective, artefacts, seed, LookSpec(**data["looks"]), decay)
+    module = Augmented(objective, artefacts, seed, decay, LookSpec(**data["looks"]))
     quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
-    batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
     train_set = make_patches(config, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
     if fabric.is_global_zero:
         say(
@@ -168,7 +170,7 @@ def pretrain(config: dict[str, Any]) -> State:
         steps = StepSampler(step, spec.max_steps, batch_size, fabric.global_rank, fabric.world_size)
         return make_loader(train_set, steps, workers, pin_memory=fabric.device.type == "cuda")
 
-    file = _BackboneFile(module, store, config, fabric, finish)
+    file = _BackboneFile(module, store, train_set, config, fabric, finish)
     state = train(
         Run(
             fabric=fabric,
@@ -220,6 +222,7 @@ class _BackboneFile:
 
     module: Augmented
     store: Store
+    train_set: PretrainPatches | WindowPatches
     config: dict[str, Any]
     fabric: Fabric
     finish: Finish | None
@@ -234,20 +237,37 @@ class _BackboneFile:
             config = config | {"finish": config["finish"] | {"from_step": self.finish.from_step}}
             parents = (self.finish.parent,)
         provenance = provenance_of(config, self.store, state, samples, self.fabric, parents)
-        save_backbone(
-            path,
-            answering.backbone,
-            objective={"name": answering.name, "config": answering.config},
-            objective_state=answering.state_for_file(),
-            preprocess=self.store.spec,
-            patch_vox=answering.views.patch_vox,
-            provenance=provenance,
-        )
+        write_backbone(path, answering, self.store.spec, self.train_set, int(self.config["seed"]), provenance)
         branched = f" (decayed from step {self.finish.from_step} on)" if self.finish is not None else ""
         return (
             f"{path}: {state.step} steps{branched}, {samples:,} samples, {provenance.hours:.2f} h on "
             f"{provenance.device}, {100 * state.waited / max(state.seconds, 1e-9):.1f} % of it waiting for data"
         )
+
+
+def write_backbone(
+    path: Path,
+    objective: Objective,
+    preprocess: PreprocessSpec,
+    train_set: PretrainPatches | WindowPatches,
+    seed: int,
+    provenance: Provenance,
+) -> str:
+    """The backbone file of an objective, with all that is trained beside it and the people it was trained on, by hash.
+    Returns its fingerprint."""
+    return save_backbone(
+        path,
+        objective.backbone,
+        objective={"name": objective.name, "config": objective.config},
+        objective_state=objective.state_for_file(),
+        preprocess=preprocess,
+        patch_vox=objective.views.patch_vox,
+        provenance=provenance,
+        decoder=objective.dense,
+        heads=objective.heads,
+        voxel_mm=train_set.voxel_mm,
+        subjects=SeenSubjects.of((session.subject_key for session in train_set.sessions), seed),
+    )
 
 
 def _with_targets(
@@ -321,6 +341,30 @@ def _artefacts(value: Any, views: ViewSpec) -> AugmentSpec | None:
     """``data.augment``; of windows, which are moved already, what changes intensities alone."""
     spec = augment_spec(value)
     return spec if spec is None or not views.windows else dataclasses.replace(spec, flip=0.0, affine=0.0, elastic=0.0)
+
+
+def sides_of(store: Store, data: Mapping[str, Any]) -> tuple[list[SessionEntry], list[SessionEntry]]:
+    """Sessions to train on and held out, by a column of the manifest (``data.side_column``: ``train`` or ``held``)
+    or by hash.
+
+    Raises: ConfigError where the column is missing, says something else, or puts a person on both sides.
+    """
+    column = data["side_column"]
+    if not column:
+        return split_sessions(store, float(data["validation"]), int(data["split_seed"]))
+    sides: dict[str, list[SessionEntry]] = {"train": [], "held": []}
+    for session in store.sessions:
+        word = session.columns.get(column, "")
+        if word not in sides:
+            raise ConfigError(
+                f"{store.path}: session {'/'.join(session.key)} has {word!r} in column {column!r} (data.side_column), "
+                "expected 'train' or 'held'"
+            )
+        sides[word].append(session)
+    both = {s.subject_key for s in sides["train"]} & {s.subject_key for s in sides["held"]}
+    if both:
+        raise ConfigError(f"{store.path}: {min(both)} is on both sides of column {column!r}, expected one side")
+    return sides["train"], sides["held"]
 
 
 def split_sessions(store: Store, held_fraction: float, seed: int) -> tuple[list[SessionEntry], list[SessionEntry]]:
