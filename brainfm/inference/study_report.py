@@ -381,8 +381,8 @@ def _transfer(found: Mapping[str, Any]) -> Section:
     text = "The encoder's weights always come from the backbone's file. "
     if transfer["asked"] == "auto":
         text += (
-            "Its decoder was taken where short trainings on inner folds of the training side were better with it by more "
-            "than one standard error; no held-out case was looked at for that."
+            "Its decoder was taken where short trainings on inner folds of the training side were better with it by "
+            "more than one standard error; no held-out case was looked at for that."
         )
     else:
         text += f"Its decoder was {'' if transfer['asked'] else 'not '}asked for (`adapt.decoder`)."
