@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -349,11 +349,14 @@ def sides_of(store: Store, data: Mapping[str, Any]) -> tuple[list[SessionEntry],
 
     Raises: ConfigError where the column is missing, says something else, or puts a person on both sides.
     """
-    column = data["side_column"]
+    column, only = data["side_column"], dict(data["only"] or {})
+    sessions = [s for s in store.sessions if all(s.columns.get(key, "") == str(value) for key, value in only.items())]
+    if not sessions:
+        raise ConfigError(f"{store.path}: no session has {only} (data.only), expected some")
     if not column:
-        return split_sessions(store, float(data["validation"]), int(data["split_seed"]))
+        return split_sessions(sessions, float(data["validation"]), int(data["split_seed"]))
     sides: dict[str, list[SessionEntry]] = {"train": [], "held": []}
-    for session in store.sessions:
+    for session in sessions:
         word = session.columns.get(column, "")
         if word not in sides:
             raise ConfigError(
@@ -367,14 +370,13 @@ def sides_of(store: Store, data: Mapping[str, Any]) -> tuple[list[SessionEntry],
     return sides["train"], sides["held"]
 
 
-def split_sessions(store: Store, held_fraction: float, seed: int) -> tuple[list[SessionEntry], list[SessionEntry]]:
+def split_sessions(
+    sessions: Sequence[SessionEntry], held_fraction: float, seed: int
+) -> tuple[list[SessionEntry], list[SessionEntry]]:
     """Sessions to train on and sessions held out; a subject is on one side."""
-    _, held = holdout(sorted({s.subject_key for s in store.sessions}), held_fraction, seed)
+    _, held = holdout(sorted({s.subject_key for s in sessions}), held_fraction, seed)
     away = set(held)
-    return (
-        [s for s in store.sessions if s.subject_key not in away],
-        [s for s in store.sessions if s.subject_key in away],
-    )
+    return [s for s in sessions if s.subject_key not in away], [s for s in sessions if s.subject_key in away]
 
 
 class _Validation:

@@ -70,11 +70,11 @@ def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
     assert loaded.provenance.steps == STEPS and loaded.provenance.samples == 2 * STEPS
     assert loaded.provenance.data == toy_store.fingerprint()
     assert loaded.provenance.config["objective"]["name"] == "cross_contrast"
-    trained, held = split_sessions(toy_store, 0.3, 0)
+    trained, held = split_sessions(toy_store.sessions, 0.3, 0)
     assert loaded.subjects is not None and loaded.subjects.among(s.subject_key for s in trained + held) == sorted(
         {s.subject_key for s in trained}
     )
-    assert (loaded.decoder, loaded.heads, loaded.voxel_mm) == (None, {}, None)
+    assert (loaded.decoder, loaded.heads, loaded.voxel_mm) == (None, {}, (2.0, 2.0))
     assert sorted(p.name for p in (whole / "pictures").iterdir()) == ["step_0000012.png", "step_0000024.png"]
     assert any((whole / "tensorboard").iterdir())
     names = {name for _, name, _ in read_curves(whole / "curves.csv")}

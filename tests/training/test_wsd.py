@@ -110,7 +110,7 @@ def test_schedules_of_the_configuration() -> None:
 def naive(store: Store, values: dict, rates: list[float]) -> tuple[Objective, dict[str, torch.Tensor]]:
     """The run step by step, without loop, checkpoint or classes: the objective and the average of its weights."""
     torch.manual_seed(0)
-    sides = split_sessions(store, 0.3, 0)
+    sides = split_sessions(store.sessions, 0.3, 0)
     objective = build_objective(
         **values["objective"], backbone=build_backbone(**values["backbone"]), patch_vox=(16, 16, 16), seed=0
     )
