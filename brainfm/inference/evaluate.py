@@ -213,7 +213,7 @@ def _summary(rows: list[dict[str, Any]], task: TaskSpec, bundle: str, unlabelled
         "both_empty": sum(row["both_empty"] for row in rows),
         "sessions_without_label": unlabelled,
         "interval": "bootstrap of the mean over cases by subject, expanded percentiles, 95 %, 2000 resamples",
-        "conventions": "both masks empty: dice 1, surface dice 0; one empty: 0; no prediction: 0 (FOMO26)",
+        "conventions": "both masks empty: dice 1, surface dice 1 (FOMO26: 0); one empty: 0; no prediction: 0",
         "seed": seed,
         "metrics": metrics,
     }
