@@ -187,7 +187,7 @@ class Labeller:
         keep_one_head(probabilities, outside, self.preprocess.spacing_mm[0])
         volumes_ml = self._volumes_ml(probabilities)
         sure = probabilities.max(axis=0)[~np.isin(probabilities.argmax(axis=0), outside)]
-        classes = recipe.file.to_ras(restore_probabilities(probabilities, recipe))
+        classes = recipe.file.to_ras(restore_probabilities(probabilities, recipe, shares=True))
         seen = {self.names[place] for place in np.unique(classes)}
         ids = np.array([REGIONS[name] for name in self.names], np.uint16)
         lacking = [name for name in _ALWAYS if name in self.names and name not in seen]
