@@ -28,6 +28,11 @@ def _batch() -> Batch:
         volumes=torch.zeros(4, 3),
         pathology=torch.zeros(4),
         lesion=torch.zeros(4, *PATCH, dtype=torch.int8),
+        corners=torch.tensor([[[0, 2, 1], [1, 0, 1]]]).repeat(4, 1, 1),
+        voxel_mm=torch.full((4,), 2.0),
+        rendered=torch.zeros(4, 2, dtype=torch.bool),
+        real=torch.ones(4, dtype=torch.bool),
+        tissue_shares=torch.zeros(4, 5),
     )
 
 
@@ -52,9 +57,12 @@ MORE: dict[str, dict[str, Any]] = {
 def test_no_value_is_asked_of_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
     more = MORE.get(name, {})
     name = name.split(",")[0]
-    objective = build_objective(
-        name, build_backbone("unet_tiny"), patch_vox=PATCH, seed=0, latent_channels=20, mask_unit_vox=4, **more
-    )
+    if name == "dense_split":
+        more = {"classes": ("a", "b", "c"), "merged": [[1, 2]], "volumes": 3, "stride": 2}
+    else:
+        more = more | {"latent_channels": 20}
+    backbone = build_backbone("unet_tiny")
+    objective = build_objective(name, backbone, patch_vox=PATCH, seed=0, mask_unit_vox=4, **more)
     objective.to("meta")
     # generators do not exist there; where the noise lands is what matters
     real = torch.randn
