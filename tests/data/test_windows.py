@@ -83,6 +83,7 @@ def test_a_coarser_level_shows_the_same_places(people_store: Store) -> None:
 
     class Ramps:
         spec, levels, shape = people_store.spec, lambda self, s: 1, people_store.shape
+        finest = people_store.finest
 
         def block(self, entry, name, corner, size, level=0):
             places = np.clip(np.arange(corner[0], corner[0] + size[0]), 0, self_shape(level) - 1)
