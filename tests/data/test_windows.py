@@ -62,7 +62,7 @@ def test_a_still_window_holds_the_store_voxels_and_left_stays_left(people_store:
     placed = place_window(
         np.random.default_rng(5), STILL, edge_vox=edge, voxel_mm=2.0, whole=True, shape=shape, spacing_mm=2.0,
         points=np.zeros((0, 3)),
-    )  # fmt: skip
+    ).placed()  # fmt: skip
     scan, ids = (read_window(people_store, session, n, placed, labels=n != "t1") for n in ("t1", "tissue_labels"))
     flipped = placed.positions[0, 0, 0, 0] > placed.positions[0, -1, 0, 0]
     nearest = np.rint(placed.positions).astype(int)
