@@ -105,7 +105,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=ROOT / "runs" / "foundation_data" / "store")
     parser.add_argument("--nice", type=int, default=19)
     parser.add_argument("keys", nargs="*", help="further keys of `brainfm pretrain`, e.g. optim.lr=1e-3")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     asked.run.mkdir(parents=True, exist_ok=True)
     if asked.what == "start":
         print(start(asked.run, asked.store, asked.nice, asked.keys))

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from brainfm import __version__
 from brainfm.batch import Batch, Terms
-from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw
+from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, look_spec, render
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
-from brainfm.data.regions import REGIONS, RENDERED_FAMILIES, merged_members
+from brainfm.data.regions import REGIONS, merged_members
 from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
@@ -29,8 +30,6 @@ from brainfm.nets.weights import save_backbone, write_atomically
 from brainfm.objectives.objective import Objective, build_objective
 from brainfm.seen import SeenSubjects
 from brainfm.specs import ConfigError, PreprocessSpec, Provenance, ViewSpec
-from brainfm.synthesis.looks import LookSpec
-from brainfm.synthesis.render import render_views
 from brainfm.training import receipt
 from brainfm.training.average import WeightAverage
 from brainfm.training.finish import Finish, branch
@@ -52,7 +51,7 @@ class Augmented(torch.nn.Module):
 
     Args:
         decay: of the average of the whole objective; None: none.
-        looks: how renderings vary, of an objective that wants windows.
+        looks: how renderings vary, of an objective that wants windows (``data.looks``).
     """
 
     def __init__(
@@ -61,10 +60,10 @@ class Augmented(torch.nn.Module):
         spec: AugmentSpec | None,
         seed: int,
         decay: float | None = None,
-        looks: LookSpec | None = None,
+        looks: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.question, self.spec, self.seed, self.looks = question, spec, seed, looks or LookSpec()
+        self.question, self.spec, self.seed, self.looks = question, spec, seed, look_spec(looks)
         self.average = None if decay is None else WeightAverage(question, decay)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
@@ -75,9 +74,7 @@ class Augmented(torch.nn.Module):
 
     def shown(self, batch: Batch) -> Batch:
         """Windows cut into views, and rendered where they are to be; patches as they are."""
-        if batch.tissue is None:
-            return batch
-        return render_views(batch, RENDERED_FAMILIES, self.looks, self.question.views.patch_vox, self.seed)
+        return render(batch, self.looks, self.question.views.patch_vox, self.seed)
 
     @property
     def answering(self) -> Objective:
@@ -136,7 +133,7 @@ def pretrain(config: dict[str, Any]) -> State:
     batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
     decay = None if config["average"] is None else float(config["average"])
     artefacts = _artefacts(data["augment"], objective.views)
-    module = Augmented(objective, artefacts, seed, decay, LookSpec(**data["looks"]))
+    module = Augmented(objective, artefacts, seed, decay, data["looks"])
     quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
     train_set = make_patches(config, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
     if fabric.is_global_zero:
