@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -26,6 +26,7 @@ from brainfm.synthesis import lesions
 from brainfm.synthesis.deform import INJECTIVE, random_coefficients, spline_bases, spline_field
 from brainfm.volume import spacing_of
 
+_Classes = TypeVar("_Classes", np.ndarray, torch.Tensor)
 PLACEHOLDER = "rendered"  # contrast of an image that was made from its label map alone: never shown as a real scan
 _FINER = 1.1  # a level is read where its voxels are at most this much larger than those wanted
 _OWN = 0.8  # voxels down to this part of a scan's own are asked for
@@ -478,9 +479,10 @@ def same_look(scans: Sequence[ScanEntry], rendered: np.ndarray) -> bool:
     return scans[0] is scans[1] or (scans[0].contrast == scans[1].contrast and scans[0].contrast != "unknown")
 
 
-def is_brain(tissue: np.ndarray) -> np.ndarray:
+def is_brain(tissue: _Classes) -> _Classes:
     """Brain tissue, neither fluid nor anything outside, by render class."""
-    return (tissue >= regions.RENDERED.index("cortex")) & (tissue <= regions.RENDERED.index("other"))
+    inside: _Classes = (tissue >= regions.RENDERED.index("cortex")) & (tissue <= regions.RENDERED.index("other"))
+    return inside
 
 
 def source_shares(people: Sequence[int], cap: float) -> np.ndarray:
