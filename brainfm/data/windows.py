@@ -253,7 +253,7 @@ class Plan:
         session: whose head.
         pose: of the window.
         corners: [2, 3] where the two views begin in it.
-        scans: of the two views; of a head without any the placeholder, for its shape alone.
+        scans: of the two views; of a head without any the placeholder, which is never shown.
         rendered: [2] bool, whether a view is a rendering.
         real: whether there are scans.
     """
@@ -397,7 +397,10 @@ class WindowPatches(Dataset):
 
     def _sample(self, plan: Plan) -> Sample:
         placed, (one, other) = plan.pose.placed(), plan.scans
-        image = read_window(self.store, plan.session, one.name, placed)
+        if plan.real:
+            image = read_window(self.store, plan.session, one.name, placed)
+        else:  # a placeholder is never shown
+            image = np.zeros(placed.positions.shape[1:], np.float32)
         partner = image if other is one else read_window(self.store, plan.session, other.name, placed)
         target, tissue = self._anatomy(plan.session, placed, image, plan.real)
         weight, lesion, images = self._lesions(plan, placed, [image, partner], tissue)
