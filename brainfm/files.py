@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import os
 import secrets
 from contextlib import suppress
@@ -31,6 +32,19 @@ def write_whole(path: str | os.PathLike[str], content: bytes) -> None:
     except BaseException:  # Ctrl-C included
         _drop(part)
         raise
+
+
+def check_writable(folder: str | os.PathLike[str]) -> None:
+    """Raises: OSError where nothing can be written into a folder, or where it could not be made; asked before long work
+    is done."""
+    wanted = Path(folder).absolute()
+    there = next(place for place in (wanted, *wanted.parents) if os.path.lexists(place))
+    if not there.is_dir():
+        raise NotADirectoryError(errno.ENOTDIR, os.strerror(errno.ENOTDIR), str(folder))
+    if not os.access(there, os.W_OK | os.X_OK):
+        read_only = hasattr(os, "statvfs") and os.statvfs(there).f_flag & os.ST_RDONLY
+        number = errno.EROFS if read_only else errno.EACCES
+        raise OSError(number, os.strerror(number), str(folder))
 
 
 def _drop(part: Path) -> None:

@@ -17,6 +17,9 @@ _BORDER_SHARE = 0.5  # of the border that must hold the background value
 _THRESHOLD = 0.1  # of the way from the 2nd to the 98th percentile
 _COARSE_MM = 4.0  # blocks in which air noise averages out
 _SPECK = 0.05  # of the largest piece; smaller pieces are dropped
+_LABELS = 1024  # different whole numbers at most in what may be a label map
+_PATCHY = 0.6  # of neighbours equal: label maps have .75 and more, scans of 8 bits .3 at most
+_NEAR_TOP, _MANY_NEAR_TOP, _SATURATED = 0.95, 0.05, 0.25  # of the largest value; shares of the image: scans have .001
 _MOST_SPREAD = 1e5  # clipped range against the size of 90 % of the foreground: whole numbers of 16 bits spread less
 
 
@@ -85,6 +88,34 @@ def statistics(voxels: np.ndarray, mask: np.ndarray, clip_percentiles: tuple[flo
     if not (stats.high > stats.low and stats.std > 0):
         raise ScanError(f"nearly all of the foreground has the value {stats.low:g}, expected an image")
     return stats
+
+
+def no_scan(voxels: np.ndarray) -> str:
+    """Why an image looks like a label map or a map of probabilities, in words; empty where it looks like a scan."""
+    corner = voxels[0, 0, 0]
+    inside = voxels != corner
+    values = voxels[inside]
+    if values.size < 2:
+        return ""
+    low, high = float(values.min()), float(values.max())
+    few = high - low < 2**16 and _are_whole(values)
+    kinds = int(np.count_nonzero(np.bincount((values - low).astype(np.int64)))) if few else values.size
+    axis = int(np.argmin(np.abs(voxels.strides)))
+    a, b = voxels.swapaxes(0, axis)[1:], voxels.swapaxes(0, axis)[:-1]
+    pairs = (a != corner) & (b != corner)
+    if kinds <= _LABELS and pairs.any() and (a == b)[pairs].mean() > _PATCHY:
+        return f"it holds patches of {kinds} whole numbers, as a label map does"
+    near_top = float((values >= _NEAR_TOP * high).mean()) if high > 0 and low >= 0 else 0.0
+    if near_top > (_MANY_NEAR_TOP if high <= 1 + 1e-4 else _SATURATED):
+        return f"{near_top:.0%} of it are near its largest value, {high:g}, as in a map of probabilities"
+    return ""
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    if values.dtype.kind in "iu":
+        return True
+    some = values[:: max(1, values.size // 4096)]
+    return bool((some == np.rint(some)).all() and (values == np.rint(values)).all())
 
 
 def background_above(voxels: np.ndarray, value: float) -> float | None:
