@@ -35,8 +35,9 @@ VERBS = {
 
 # Values of these keys are text as it stands: a path may hold blanks, brackets or '=' without quoting for hydra.
 _TEXT = re.compile(
-    r"^(root|class|out|store|run|manifest|bundle|participants|predictions|backbone_from|features|target|data\.targets\.(volumes|lesion_shapes)|(masks|labels|input)\..+)$"
+    r"^(root|class|out|store|run|manifest|bundle|participants|predictions|backbone_from|features|target|finish\.from|data\.targets\.(volumes|lesion_shapes)|(masks|labels|input)\..+)$"
 )
+_MOST_SAID = 10  # sessions of one kind that are named
 _OPEN = ("masks.", "labels.", "input.")  # groups whose keys the user names
 
 
@@ -340,6 +341,12 @@ def _prepare(config: dict[str, Any]) -> int:
         )  # fmt: skip
     for failure in report.failed:
         print(f"left out: {failure.reason if failure.path in failure.reason else f'{failure.path}: {failure.reason}'}")
+    for key, changed in report.again[:_MOST_SAID]:
+        print(f"prepared again: {'/'.join(filter(None, key))}, for {changed} has changed")
+    if len(report.again) > _MOST_SAID:
+        print(f"prepared again: {len(report.again) - _MOST_SAID} more")
+    for label, (empty, labelled) in report.empty.items():
+        print(f"{label}: {empty} of {labelled} are empty")
     print(
         f"{config['store']}: {report.done} sessions prepared, {report.skipped} were there, "
         f"{len(report.failed)} files left out"

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "brainfm"
-ROOT = {"volume", "specs", "batch", "seeds", "files"}
+ROOT = {"volume", "specs", "batch", "seeds", "seen", "files"}
 TOP = {"cli", "demo"}  # may import everything; nobody imports them
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -36,6 +36,12 @@ NO_TORCH = {
     "data.fingerprint",
     "data.manifest",
     "data.layouts",
+    "data.levels",
+    "data.derived",
+    "data.participants",
+    "data.sources",
+    "data.tables",
+    "data.workers",
     "data.splits",
     "data.doctor",
     "data.prepare",

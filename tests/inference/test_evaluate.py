@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from brainfm.data.manifest import Scan, write_manifest
 from brainfm.inference.evaluate import describe, evaluate
 from brainfm.inference.predict import predict_manifest
+from brainfm.seen import SeenSubjects
 from brainfm.specs import ConfigError, Decisions, ManifestError, PreprocessSpec, Provenance, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from tests.inference.test_predict_geometry import Threshold, marker_of, write
@@ -67,6 +69,16 @@ def test_a_bundle_is_scored(cohort, tmp_path):
     assert metric["mean"] == pytest.approx(np.mean([float(row["dice"]) for row in rows]), abs=1e-5)
     assert not (tmp_path / "out" / "predictions" / "d__e__1_marker.nii.gz").exists()  # nothing to compare it with
     assert "3 cases of 3 subjects, 1 sessions" in describe(summary)[0]
+
+
+def test_people_of_the_pre_training_are_counted(cohort, tmp_path):
+    bundle = replace(make_bundle(tmp_path), seen=SeenSubjects.of(["d/b", "d/e", "other/a"], seed=0))
+    found = evaluate(cohort, tmp_path / "out", bundle=bundle, device="cpu")
+    assert found.summary["seen_in_pretraining"] == {"seen": 1, "of": 3}, "e has no label and is not tested"
+    said = "note: 1 of the 3 people tested here was in the pre-training of the backbone, as data set and name tell"
+    assert said in describe(found.summary)
+    silent = evaluate(cohort, tmp_path / "earlier", predictions=tmp_path / "out" / "predictions")
+    assert silent.summary["seen_in_pretraining"] == "unknown" and not any("note" in n for n in describe(silent.summary))
 
 
 def test_masks_made_earlier_score_the_same(cohort, tmp_path):

@@ -15,11 +15,14 @@ import torch
 
 from brainfm.cli import main, resolve
 from brainfm.data.store import Store
+from brainfm.nets.backbone import build_backbone
+from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.weights import load_backbone
-from brainfm.specs import TrainingError
+from brainfm.objectives.objective import build_objective
+from brainfm.specs import Provenance, TrainingError
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.monitor import read_curves
-from brainfm.training.pretrain import pretrain
+from brainfm.training.pretrain import pretrain, split_sessions, write_backbone
 
 STEPS = 24
 
@@ -47,8 +50,18 @@ def whole(toy_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    a, b = (read_checkpoint(run / CHECKPOINT)["module"] for run in (one, other))
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+    """Of networks and their average, of the optimiser; and the step, from which the numbers of the samples follow."""
+    a, b = (read_checkpoint(run / CHECKPOINT) for run in (one, other))
+    assert any(name.startswith("average.") for name in a["module"])
+    mine, theirs = (flat(content) for content in (a, b))
+    same_step = json.loads(a["state"])["step"] == json.loads(b["state"])["step"]
+    return same_step and list(mine) == list(theirs) and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def flat(content: dict) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name."""
+    moments = content["optimizer"]["state"].items()
+    return content["module"] | {f"{key} {number}": v for number, state in moments for key, v in state.items()}
 
 
 def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
@@ -57,6 +70,11 @@ def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
     assert loaded.provenance.steps == STEPS and loaded.provenance.samples == 2 * STEPS
     assert loaded.provenance.data == toy_store.fingerprint()
     assert loaded.provenance.config["objective"]["name"] == "cross_contrast"
+    trained, held = split_sessions(toy_store.sessions, 0.3, 0)
+    assert loaded.subjects is not None and loaded.subjects.among(s.subject_key for s in trained + held) == sorted(
+        {s.subject_key for s in trained}
+    )
+    assert (loaded.decoder, loaded.heads, loaded.voxel_mm) == (None, {}, (2.0, 2.0))
     assert sorted(p.name for p in (whole / "pictures").iterdir()) == ["step_0000012.png", "step_0000024.png"]
     assert any((whole / "tensorboard").iterdir())
     names = {name for _, name, _ in read_curves(whole / "curves.csv")}
@@ -69,6 +87,20 @@ def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
     last = {name: value for step, name, value in read_curves(whole / "curves.csv") if step == STEPS}
     assert probed["parts"]["anatomy"]["subject"] == last["probe_anatomy_subject"]
     assert (whole / "good.ckpt").read_bytes() == (whole / CHECKPOINT).read_bytes()
+
+
+def test_a_decoder_and_heads_travel_with_the_backbone(toy_store: Store, tmp_path: Path) -> None:
+    objective = build_objective("mae", build_backbone("unet_tiny"), patch_vox=(16, 16, 16), seed=0)
+    backbone = objective.backbone
+    objective.dense = DenseDecoder(backbone.widths, backbone.strides, {"anatomy": 3, "pathology": 2})
+    objective.heads = torch.nn.ModuleDict({"lesion": DenseHead("pathology", 2, ("lesion",))})
+    path = tmp_path / "backbone.safetensors"
+    write_backbone(path, objective, toy_store.spec, toy_store.sessions[:2], 0, Provenance("0", "", ""))
+    loaded = load_backbone(path, needs_decoder=True)
+    assert loaded.decoder is not None
+    for ours, theirs in ((objective.dense, loaded.decoder), (objective.heads["lesion"], loaded.heads["lesion"])):
+        assert all(torch.equal(v, theirs.state_dict()[n]) for n, v in ours.state_dict().items())
+    assert not [n for n in loaded.extra if n.startswith(("dense.", "heads.", "backbone."))]
 
 
 def test_killed_and_resumed_equals_uninterrupted(whole: Path, toy_store: Store, tmp_path: Path) -> None:
