@@ -434,6 +434,8 @@ def _predict(config: dict[str, Any]) -> int:
             config["bundle"], config["manifest"], config["out"],
             progress=lambda done, total: _move(bar, done, total), **how,
         )  # fmt: skip
+    if report.again:
+        print(f"made again, for their files have changed: {len(report.again)} of those that were there")
     for key, reason in report.failures.items():
         print(f"left out: {'/'.join(key)}: {reason}")
     print(f"{config['out']}: {report.done} masks made, {report.kept} were there, {len(report.failures)} failed")
@@ -448,7 +450,7 @@ def _evaluate(config: dict[str, Any]) -> int:
         found = evaluate(
             config["manifest"], config["out"], bundle=config["bundle"], predictions=config["predictions"],
             seed=int(config["seed"]), device=config["device"], precision=config["precision"],
-            overlap=float(config["overlap"]),
+            overlap=float(config["overlap"]), empty=str(config["empty"]),
             progress=lambda done, total: _move(bar, done, total),
         )  # fmt: skip
     print("\n".join(describe(found.summary)))

@@ -10,15 +10,16 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from brainfm.data.manifest import CONTRASTS, Manifest, Scan, check_files, scan_names, write_manifest
+from brainfm.data.manifest import CONTRASTS, Manifest, Scan, check_files, plain_first, scan_names, write_manifest
+from brainfm.data.sources import SourceFile
 from brainfm.data.workers import in_pool, in_this_process
+from brainfm.files import write_whole
 from brainfm.imaging import anatomy, nifti
 from brainfm.specs import ConfigError, ManifestError, ScanError
 
@@ -119,12 +120,12 @@ def anatomize(
 
 
 def pick(scans: Sequence[Scan], contrasts: Sequence[str]) -> Scan | None:
-    """The scan of a session to segment; of several with one contrast the first by path."""
+    """The scan of a session to segment; of several with one contrast that with the plainest name."""
     ranked = []
     for scan in scans:
         word = scan.contrast if scan.contrast in contrasts else OTHERS
         if word in contrasts:
-            ranked.append((list(contrasts).index(word), scan.contrast, scan.path, scan))
+            ranked.append((list(contrasts).index(word), scan.contrast, plain_first(scan), scan))
     return min(ranked, key=lambda r: r[:3])[3] if ranked else None
 
 
@@ -162,6 +163,7 @@ def _work(job: _Job) -> None:
     job.record.unlink(missing_ok=True)
     job.labels.unlink(missing_ok=True)
     record: dict[str, Any] = {"made_from": job.made_from, "volumes_ml": {}, "quality": 0.0, "checks": {}, "sha256": ""}
+    record["stamp"] = SourceFile.of(job.file).stamp()  # before it is read: what changes meanwhile is noticed
     try:
         volume, _ = nifti.read(job.file)
         found = anatomy.segment(volume)
@@ -184,7 +186,7 @@ def _record_of(job: _Job) -> dict[str, Any] | None:
     """What was found of a scan; None where it was not looked at, or what is there is not whole or not of this scan."""
     try:
         record = json.loads(job.record.read_text(encoding="utf-8"))
-        if record["made_from"] != job.made_from:
+        if record["made_from"] != job.made_from or not SourceFile.of(job.file).is_as(record.get("stamp")):
             return None
         whole = bool(record["reason"]) or _digest(job.labels) == record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -223,7 +225,4 @@ def _write_manifest(manifest: Manifest, out: Path, records: Sequence[tuple[_Job,
 
 
 def _write_text(path: Path, text: str) -> None:
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    os.replace(part, path)
+    write_whole(path, text.encode())
