@@ -21,9 +21,10 @@ from brainfm.data.sources import SourceFile
 from brainfm.data.workers import in_pool, in_this_process
 from brainfm.files import write_whole
 from brainfm.imaging import anatomy, nifti
-from brainfm.specs import ConfigError, ManifestError, ScanError
+from brainfm.specs import BrainfmError, ConfigError, ManifestError, ScanError
 
 COLUMN = "tissue_labels"
+_LONGEST_NAME = 200  # bytes of a folder's name, which may hold 255
 OTHERS = "others"  # any contrast that is not named
 PRIORITY = ("t1", "t2", "flair", "pd", OTHERS)
 
@@ -149,8 +150,9 @@ def _jobs(manifest: Manifest, out: Path, contrasts: Sequence[str]) -> tuple[list
 def _as_folder(name: str) -> str:
     """A key as the name of a folder: what could leave the folder or clash is marked by a digest."""
     plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".")
-    if plain == name and name:
+    if plain == name and name and len(name.encode()) <= _LONGEST_NAME:
         return name
+    plain = plain.encode()[:_LONGEST_NAME].decode(errors="ignore")
     return f"{plain or 'none'}-{hashlib.sha256(name.encode()).hexdigest()[:6]}" if name else "none"
 
 
@@ -169,6 +171,10 @@ def _work(job: _Job) -> None:
         found = anatomy.segment(volume)
     except ScanError as error:
         record["reason"] = str(error).removeprefix(f"{job.file}: ")
+    except (BrainfmError, OSError):
+        raise  # of packages or the machine: the next scan would meet it as well
+    except Exception as error:  # one scan in 60,000 must not end the run; it is reported, not swallowed
+        record["reason"] = f"cannot be segmented ({type(error).__name__}: {error})"
     else:
         record |= {
             "volumes_ml": found.volumes_ml,
