@@ -41,6 +41,7 @@ NO_TORCH = {
     "data.participants",
     "data.sources",
     "data.tables",
+    "data.tree",
     "data.workers",
     "data.splits",
     "data.doctor",

@@ -19,7 +19,7 @@ from typing import Any
 from brainfm.data.manifest import CONTRASTS, Manifest, Scan, check_files, plain_first, scan_names, write_manifest
 from brainfm.data.sources import SourceFile
 from brainfm.data.workers import in_pool, in_this_process
-from brainfm.files import write_whole
+from brainfm.files import check_writable, write_whole
 from brainfm.imaging import anatomy, nifti
 from brainfm.specs import BrainfmError, ConfigError, ManifestError, ScanError
 
@@ -98,6 +98,7 @@ def anatomize(
         raise ManifestError(f"{manifest.path} has label maps in the column {COLUMN} already, expected none")
     if out / "manifest.csv" == manifest.path:
         raise ManifestError(f"{manifest.path} would be replaced, expected out= to be another folder")
+    check_writable(out)  # now, and not after the first scan
     jobs, without = _jobs(manifest, out, contrasts)
     todo = [job for job in jobs if _record_of(job) is None]
     skipped = len(jobs) - len(todo)

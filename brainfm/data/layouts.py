@@ -20,18 +20,11 @@ from pathlib import Path
 
 from brainfm.data.derived import is_label_word, why_no_scan
 from brainfm.data.manifest import CONTRASTS, Scan, contrast_of, plain_first
-from brainfm.data.participants import Participants, join, read_participants, read_sessions
+from brainfm.data.participants import Participants, join, one_age_notes, read_participants, read_sessions
 from brainfm.data.tables import decoded
-from brainfm.imaging.endings import READ, ending_of, header_names, is_other, strip_ending
+from brainfm.data.tree import Tree, walk
+from brainfm.imaging.endings import READ, ending_of, strip_ending
 from brainfm.specs import ConfigError, ManifestError
-
-_SIDE = (".bval", ".zip", "participants.tsv", "sessions.tsv", "dataset.json", "label.txt", "labels.txt",
-         "openneuro_metadata.csv", "dataset_description.json")  # fmt: skip
-_SERIES = (".dcm", ".ima")
-_NO_TEXT = "name that is not UTF-8; rename it"
-_OTHER_FORMAT = "format that is not read; convert it to .nii.gz"
-_NO_HEADER = "half of a pair of header and numbers; the other file is missing"
-_ZIP = ".zip, not looked into; unpack it where it is"
 
 
 @dataclass(frozen=True)
@@ -51,40 +44,6 @@ class Found:
     left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
-@dataclass(frozen=True, slots=True)
-class _Tree:
-    """A dataset's folder: its image files and side files, as tuples of path parts below ``root``.
-
-    ``real`` has the whole paths of images that lie in a folder called like an image, by the whole path of that folder;
-    ``aside`` what was no candidate, and why.
-    """
-
-    name: str
-    root: str
-    files: tuple[tuple[str, ...], ...]
-    sides: frozenset[tuple[str, ...]]
-    real: Mapping[str, str] = field(default_factory=dict)
-    aside: tuple[tuple[str, str], ...] = ()
-
-    def path(self, parts: Sequence[str]) -> str:
-        """Where a file lies."""
-        whole = os.path.join(self.root, *parts)
-        return self.real.get(whole, whole)
-
-    def folders(self) -> list[_Tree]:
-        """The first-level folders that hold images, in the order of their names."""
-        files: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-        sides: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-        for paths, found in ((self.files, files), (self.sides, sides)):
-            for parts in paths:
-                if len(parts) > 1:
-                    found[parts[0]].append(parts[1:])
-        return [
-            _Tree(name, os.path.join(self.root, name), tuple(inside), frozenset(sides[name]), self.real)
-            for name, inside in sorted(files.items())
-        ]
-
-
 @dataclass(slots=True)
 class _Place:
     """Where a file belongs. ``left_out`` is the reason why it is no scan, ``owner`` the scan that it describes."""
@@ -98,7 +57,7 @@ class _Place:
     columns: dict[str, str] = field(default_factory=dict)
 
 
-_Reader = Callable[[_Tree], tuple[list[_Place], list[str]]]
+_Reader = Callable[[Tree], tuple[list[_Place], list[str]]]
 
 
 def find(
@@ -130,7 +89,7 @@ def find(
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(f"layout={layout!r}: expected auto or one of {', '.join(LAYOUTS)}")
     globs = _globs(masks or {}, labels or {})
-    tree = _walk(Path(root))
+    tree = walk(Path(root))
     table = Path(participants).absolute() if participants is not None else None
     parts = [(tree, layout)] if layout != "auto" else _datasets(tree)
     folders = {dataset.root for dataset, _ in parts} - {tree.root}
@@ -160,7 +119,7 @@ def find(
     return Found(scans, notes, parts[0][1] if len(parts) == 1 else "several", left_out)
 
 
-def _no_scan(root: str | os.PathLike[str], tree: _Tree, left_out: Sequence[tuple[str, str]]) -> ManifestError:
+def _no_scan(root: str | os.PathLike[str], tree: Tree, left_out: Sequence[tuple[str, str]]) -> ManifestError:
     """What there was instead of a scan."""
     reasons = Counter(why for _, why in left_out)
     why = "".join(f"; {count} left out: {reason}" for reason, count in reasons.most_common(3))
@@ -185,97 +144,10 @@ def _sex_notes(scans: Sequence[Scan]) -> list[str]:
     return [f"warning: sex is coded in two ways, {shown}; make it one before it is trained on"]
 
 
-# ------------------------------------------------------------------------------------------------- walk and recognise
+# ------------------------------------------------------------------------------------------------- recognising
 
 
-def _walk(root: Path) -> _Tree:
-    """All image files and the few side files that matter; hidden ones are passed over, linked folders entered once."""
-    if not root.is_dir():
-        raise ManifestError(f"no folder at {root}, expected the folder of a dataset")
-    top = os.path.abspath(root)
-    files: list[tuple[str, ...]] = []
-    sides: list[tuple[str, ...]] = []
-    aside: list[tuple[str, str]] = []
-    linked = {os.path.realpath(top)}
-    pending: list[tuple[str, tuple[str, ...]]] = [(top, ())]
-    while pending:
-        folder, parts = pending.pop()
-        for entry in _entries(folder, parts, aside):
-            name, inside = entry.name, (*parts, entry.name)
-            if entry.is_dir():
-                if entry.is_symlink():
-                    target = os.path.realpath(entry.path)
-                    if target in linked:
-                        continue
-                    linked.add(target)
-                pending.append((entry.path, inside))
-            elif ending_of(name):
-                if _is_text(inside):
-                    files.append(inside)
-                else:
-                    aside.append((_shown(inside), _NO_TEXT))
-            elif is_other(name):
-                series = name.lower().endswith(_SERIES)  # thousands of them are one scan
-                aside.append((_shown((*parts, f"*{name[-4:]}") if series else inside), _OTHER_FORMAT))
-            elif name.endswith(_SIDE) and _is_text(inside):
-                sides.append(inside)
-                if name.endswith(".zip"):
-                    aside.append((_shown(inside), _ZIP))
-    logical, real = _standing_for(files, top)
-    name = os.path.basename(top) or "dataset"
-    return _Tree(name, top, tuple(sorted(logical)), frozenset(sides), real, tuple(sorted(set(aside))))
-
-
-def _entries(folder: str, parts: tuple[str, ...], aside: list[tuple[str, str]]) -> list[os.DirEntry[str]]:
-    """What a folder holds. Of pairs of files the one with the numbers stands for both; half a pair is put aside."""
-    try:
-        with os.scandir(folder) as found:
-            entries = {entry.name: entry for entry in found if not entry.name.startswith(".")}
-    except OSError as error:
-        if not parts:
-            raise
-        aside.append((_shown(parts), f"folder that cannot be read: {error.strerror}"))
-        return []
-    halves, headers = set(), set()
-    for name in entries:
-        needed = header_names(name)
-        header = next((other for other in needed if other in entries), None)
-        if needed and header is None and not entries[name].is_dir():
-            halves.add(name)
-        headers.add(header)
-    halves |= {name for name in entries if name.lower().endswith(".hdr") and name not in headers}
-    aside.extend((_shown((*parts, name)), _NO_HEADER) for name in halves)
-    return [entry for name, entry in entries.items() if name not in halves]
-
-
-def _shown(parts: Sequence[str]) -> str:
-    """A path that can be written down and printed, with what is no text as escapes."""
-    return "/".join(parts).encode(errors="backslashreplace").decode()
-
-
-def _is_text(parts: Sequence[str]) -> bool:
-    """Whether a path can be written down; what is not UTF-8 comes from the system with surrogates in it."""
-    try:
-        "".join(parts).encode()
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
-def _standing_for(files: Sequence[tuple[str, ...]], top: str) -> tuple[list[tuple[str, ...]], dict[str, str]]:
-    """The files, where the one image of a folder that is called like an image has the name of that folder; and the
-    whole paths of these."""
-    counts = Counter(parts[:-1] for parts in files)
-    logical, real = [], {}
-    for parts in files:
-        if len(parts) > 1 and ending_of(parts[-2]) and counts[parts[:-1]] == 1:
-            real[os.path.join(top, *parts[:-1])] = os.path.join(top, *parts)
-            parts = parts[:-1]
-        logical.append(parts)
-    return logical, real
-
-
-def _datasets(tree: _Tree) -> list[tuple[_Tree, str]]:
+def _datasets(tree: Tree) -> list[tuple[Tree, str]]:
     """The dataset with its layout, or, where at least one first-level folder is a dataset in itself, all of them."""
     layout = _recognise(tree)
     if layout != "folder":
@@ -284,11 +156,11 @@ def _datasets(tree: _Tree) -> list[tuple[_Tree, str]]:
     if not any(layout != "folder" for found in inside for _, layout in found):
         return [(tree, "folder")]
     loose = tuple(parts for parts in tree.files if len(parts) == 1)
-    alone = [(_Tree(tree.name, tree.root, loose, frozenset(), tree.real), "folder")] if loose else []
+    alone = [(Tree(tree.name, tree.root, loose, frozenset(), tree.real), "folder")] if loose else []
     return [part for found in inside for part in found] + alone
 
 
-def _recognise(tree: _Tree) -> str:
+def _recognise(tree: Tree) -> str:
     """The layout in which at least half of the files make sense."""
     files = tree.files
     if not files:
@@ -331,7 +203,7 @@ class _Dataset:
     left_out: list[tuple[str, str]]
 
 
-def _read(tree: _Tree, layout: str, globs: Mapping[str, Sequence[str]], matched: Counter[str]) -> _Dataset:
+def _read(tree: Tree, layout: str, globs: Mapping[str, Sequence[str]], matched: Counter[str]) -> _Dataset:
     places, notes = LAYOUTS[layout](tree)
     claims: dict[str, list[tuple[str, _Place]]] = {column: [] for column in globs}
     scans: list[Scan] = []
@@ -406,7 +278,7 @@ def _several_notes(scans: Sequence[Scan], root: str) -> list[str]:
     ]
 
 
-def _own_tables(tree: _Tree, given: Path | None) -> tuple[list[Participants], list[str]]:
+def _own_tables(tree: Tree, given: Path | None) -> tuple[list[Participants], list[str]]:
     """The dataset's tables of people and of their visits, and notes of those that cannot be read."""
     tables, notes = [], []
     own = Path(tree.root, "participants.tsv")
@@ -415,7 +287,9 @@ def _own_tables(tree: _Tree, given: Path | None) -> tuple[list[Participants], li
             tables.append(read_participants(own))
         except ManifestError as error:
             notes.append(f"not joined: {error}")
-    visits = {Path(tree.root, *side): _person(side) for side in sorted(tree.sides) if side[-1].endswith("sessions.tsv")}
+    visits = {
+        Path(tree.root, *side): _entity(side, "sub") for side in sorted(tree.sides) if side[-1].endswith("sessions.tsv")
+    }
     whole = Path(tree.root, "sessions.tsv")
     if visits.pop(whole, None) is not None:
         try:
@@ -426,17 +300,12 @@ def _own_tables(tree: _Tree, given: Path | None) -> tuple[list[Participants], li
     return [*tables, *([found] if found else [])], [*notes, *troubles]
 
 
-def _person(side: Sequence[str]) -> str:
-    """Whose ``sub-01_sessions.tsv`` it is."""
-    return _entity(side, "sub")
-
-
-def _joined(scans: list[Scan], tables: Iterable[Participants]) -> tuple[list[Scan], list[str]]:
+def _joined(scans: list[Scan], tables: Sequence[Participants]) -> tuple[list[Scan], list[str]]:
     notes: list[str] = []
     for table in tables if scans else ():
         scans, its_notes = join(scans, table)
         notes.extend(its_notes)
-    return scans, notes
+    return scans, notes + one_age_notes(scans, tables)
 
 
 def _globs(masks: Mapping[str, str], labels: Mapping[str, str]) -> dict[str, list[str]]:
@@ -452,7 +321,7 @@ def _globs(masks: Mapping[str, str], labels: Mapping[str, str]) -> dict[str, lis
     return found
 
 
-def _matches(parts: tuple[str, ...], full: str, tree: _Tree, patterns: Sequence[str]) -> bool:
+def _matches(parts: tuple[str, ...], full: str, tree: Tree, patterns: Sequence[str]) -> bool:
     tails = ["/".join(parts[i:]) for i in range(len(parts))] + ["/".join((tree.name, *parts))]
     if os.path.basename(full) != parts[-1]:  # in a folder that is called like an image: by its own name as well
         tails += [os.path.basename(full), f"{'/'.join(parts)}/{os.path.basename(full)}"]
@@ -567,7 +436,7 @@ def _entity(parts: Sequence[str], key: str) -> str:
     return found[1] if found else ""
 
 
-def _bids(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _bids(tree: Tree) -> tuple[list[_Place], list[str]]:
     bvals = {(*side[:-1], side[-1][: -len(".bval")]) for side in tree.sides if side[-1].endswith(".bval")}
     places = []
     for parts in tree.files:
@@ -588,7 +457,7 @@ _FOMO_SUBJECT = re.compile(r"sub_\w+")
 _FOMO_SESSION = re.compile(r"ses_\w+")
 
 
-def _fomo60k(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _fomo60k(tree: Tree) -> tuple[list[_Place], list[str]]:
     """``sub_N/ses_M/<contrast>[_k].nii.gz``; the fine-tuning sets have it twice, in ``preprocessed`` and ``labels``."""
     answers: dict[tuple[str, str, str], str] = {}
     places = []
@@ -609,7 +478,7 @@ def _fomo60k(tree: _Tree) -> tuple[list[_Place], list[str]]:
     return places, [f"column label: {len(answers)} text files beside the sessions"] if answers else []
 
 
-def _fomo_place(tree: _Tree, parts: Sequence[str]) -> _Place:
+def _fomo_place(tree: Tree, parts: Sequence[str]) -> _Place:
     at = next((i for i, part in enumerate(parts[:-1]) if _FOMO_SUBJECT.fullmatch(part)), None)
     if at is None:
         return _Place(tree.name, "", "")
@@ -618,7 +487,7 @@ def _fomo_place(tree: _Tree, parts: Sequence[str]) -> _Place:
     return _Place(above[0] if above else tree.name, parts[at], session)
 
 
-def _fomo300k(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _fomo300k(tree: Tree) -> tuple[list[_Place], list[str]]:
     """Cohort folders ``PT…``, some with a level of ``ds…`` folders; ids repeat, so a dataset is cohort and ds."""
     places = []
     for parts in tree.files:
@@ -634,7 +503,7 @@ def _fomo300k(tree: _Tree) -> tuple[list[_Place], list[str]]:
     return places, []
 
 
-def _openmind(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _openmind(tree: Tree) -> tuple[list[_Place], list[str]]:
     """``ds…/sub-*/[ses-*]/…/<name>.nii.gz`` with masks of the scan in ``<name>__Data/``."""
     metadata, notes = _openmind_metadata(tree)
     places = []
@@ -655,7 +524,7 @@ def _openmind(tree: _Tree) -> tuple[list[_Place], list[str]]:
     return places, notes
 
 
-def _openmind_metadata(tree: _Tree) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _openmind_metadata(tree: Tree) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Path from ``ds…`` on -> the row of openneuro_metadata.csv, less its paths."""
     table = next((side for side in tree.sides if side[-1] == "openneuro_metadata.csv"), None)
     if table is None:
@@ -679,7 +548,7 @@ def _openmind_metadata(tree: _Tree) -> tuple[dict[str, dict[str, str]], list[str
 _LABELS_TR = "in labelsTr/; claim with masks.NAME= or labels.NAME="
 
 
-def _nnunet(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _nnunet(tree: Tree) -> tuple[list[_Place], list[str]]:
     """``imagesTr/case_0000.nii.gz`` with the channels' names in dataset.json, ``labelsTr/case.nii.gz``.
 
     The Medical Segmentation Decathlon's form, without the channel number, is understood as well.
@@ -705,7 +574,7 @@ def _nnunet(tree: _Tree) -> tuple[list[_Place], list[str]]:
     return places, notes
 
 
-def _channels(tree: _Tree) -> tuple[dict[int, str], list[str]]:
+def _channels(tree: Tree) -> tuple[dict[int, str], list[str]]:
     """Channel number -> name, of nnU-Net's ``channel_names`` or the older ``modality``."""
     if ("dataset.json",) not in tree.sides:
         return {}, ["no dataset.json: every contrast is unknown"]
@@ -720,7 +589,7 @@ def _channels(tree: _Tree) -> tuple[dict[int, str], list[str]]:
     return channels, [f"channels: {', '.join(f'{n} {name} -> {contrast_of(name)}' for n, name in channels.items())}"]
 
 
-def _default_labels(tree: _Tree, places: Iterable[_Place]) -> list[tuple[str, _Place]]:
+def _default_labels(tree: Tree, places: Iterable[_Place]) -> list[tuple[str, _Place]]:
     return [(os.path.join(tree.root, *p), place) for p, place in zip(tree.files, places) if p[0] == "labelsTr"]
 
 
@@ -757,7 +626,7 @@ _KNOWN_IDS = (
 )
 
 
-def _folder(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _folder(tree: Tree) -> tuple[list[_Place], list[str]]:
     """Guesses from names: which level of folders is the subject, what the file's name adds."""
     kinds = [_kinds(parts) for parts in tree.files]
     groups = _group_folders(tree.files, kinds)

@@ -282,7 +282,20 @@ def join(scans: Sequence[Scan], table: Participants) -> tuple[list[Scan], list[s
         matched.update({s: ids[s] for s in subjects if s in ids})
     if named and not known and len(named) > 1:
         notes.append(f"{table.path.name}: names {', '.join(sorted(named)[:4])}, none of the datasets found")
-    return joined, notes + _join_notes(table, joined, matched, unmatched, torn, +elsewhere)
+    return joined, notes + _join_notes(table, matched, unmatched, torn, +elsewhere)
+
+
+def one_age_notes(scans: Sequence[Scan], tables: Sequence[Participants]) -> list[str]:
+    """Whether people who came more than once have one age for all visits, because no table tells visits apart."""
+    if any(session for table in tables for _, _, session, _ in table.rows):
+        return []
+    visits: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for scan in scans:
+        for column, value in scan.columns.items():
+            if value and _AGE.search(column.lower()):
+                visits[scan.subject_key, column][scan.session] = value
+    several = [column for (_, column), ages in visits.items() if len(ages) > 1 and len(set(ages.values())) == 1]
+    return [f"{several[0]} is one a person and was given to every visit of {len(several)} people"] if several else []
 
 
 def _means(text: str, dataset: str) -> bool:
@@ -327,7 +340,6 @@ def _session_key(text: str) -> str:
 
 def _join_notes(
     table: Participants,
-    scans: Sequence[Scan],
     matched: Mapping[str, str],
     unmatched: Sequence[str],
     torn: Mapping[str, int],
@@ -342,12 +354,4 @@ def _join_notes(
         shown = ", ".join(f"{column} ({count} scans)" for column, count in list(counted.items())[:5])
         if shown:
             notes.append(f"{name}: {said}, left empty: {shown}")
-    visits: dict[str, set[str]] = defaultdict(set)
-    for scan in scans:
-        if scan.subject in matched:
-            visits[scan.subject_key].add(scan.session)
-    several = sum(len(found) > 1 for found in visits.values())
-    ages = [column for column in table.columns() if _AGE.search(column.lower())]
-    if several and ages and not any(session for _, _, session, _ in table.rows):
-        notes.append(f"{name}: has one {ages[0]} a person, and {several} came more than once: each visit was given it")
     return notes
