@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "brainfm"
-ROOT = {"volume", "specs", "batch", "seeds", "seen"}
+ROOT = {"volume", "specs", "batch", "seeds", "seen", "files"}
 TOP = {"cli", "demo"}  # may import everything; nobody imports them
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -21,13 +21,13 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"root", "nets"},
     "training": {"root", "data", "nets", "objectives", "tasks"},
     "inference": {
-        "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.regions", "data.store", "nets",
-        "tasks",
+        "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.regions", "data.sources",
+        "data.store", "nets", "tasks",
     },
 }
 # third party -> the modules that may import it
 FENCES: dict[str, set[str]] = {
-    "nibabel": {"imaging.nifti"},
+    "nibabel": {"imaging.nifti", "imaging.formats"},
     "SimpleITK": {"imaging.register", "imaging.geometry", "imaging.anatomy"},
     "lightning": {"training"},
     "hydra": {"cli"},
@@ -42,6 +42,12 @@ NO_TORCH = {
     "data.manifest",
     "data.layouts",
     "data.levels",
+    "data.derived",
+    "data.participants",
+    "data.sources",
+    "data.tables",
+    "data.tree",
+    "data.workers",
     "data.splits",
     "data.doctor",
     "data.prepare",

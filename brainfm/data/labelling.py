@@ -10,7 +10,6 @@ import csv
 import hashlib
 import io
 import json
-import os
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
@@ -19,11 +18,14 @@ from typing import Any
 
 import numpy as np
 
-from brainfm.data.manifest import CONTRASTS, Manifest, Scan, check_files, scan_names, write_manifest
+from brainfm.data.manifest import CONTRASTS, Manifest, Scan, check_files, plain_first, scan_names, write_manifest
+from brainfm.data.sources import SourceFile
 from brainfm.data.volumes import ICV_ML
+from brainfm.files import check_writable, write_whole
 from brainfm.imaging import nifti
-from brainfm.specs import ConfigError, ManifestError, ScanError
+from brainfm.specs import BrainfmError, ConfigError, ManifestError, ScanError
 
+_LONGEST_NAME = 200  # bytes of a folder's name, which may hold 255
 OTHERS = "others"  # any contrast that is not named
 PRIORITY = ("t1", "t2", "flair", "pd", OTHERS)
 
@@ -141,6 +143,7 @@ def label_manifest(
         raise ManifestError(f"{manifest.path} has label maps in the column {method.column} already, expected none")
     if out / "manifest.csv" == manifest.path:
         raise ManifestError(f"{manifest.path} would be replaced, expected out= to be another folder")
+    check_writable(out)  # now, and not after the first scan
     jobs, without = _jobs(manifest, out, contrasts, method)
     todo = [job for job in jobs if _record_of(job) is None]
     skipped = len(jobs) - len(todo)
@@ -167,7 +170,7 @@ def check_contrasts(contrasts: Sequence[str]) -> None:
 
 
 def pick(scans: Sequence[Scan], contrasts: Sequence[str]) -> Scan | None:
-    """The scan of a session to label; of several with one contrast the first by path."""
+    """The scan of a session to label; of several with one contrast that with the plainest name."""
     ranked = ranked_scans(scans, contrasts)
     return ranked[0] if ranked else None
 
@@ -178,7 +181,7 @@ def ranked_scans(scans: Sequence[Scan], contrasts: Sequence[str]) -> list[Scan]:
     for scan in scans:
         word = scan.contrast if scan.contrast in contrasts else OTHERS
         if word in contrasts:
-            ranked.append((list(contrasts).index(word), scan.contrast, scan.path, scan))
+            ranked.append((list(contrasts).index(word), scan.contrast, plain_first(scan), scan))
     return [row[3] for row in sorted(ranked, key=lambda row: row[:3])]
 
 
@@ -216,8 +219,9 @@ def _jobs(manifest: Manifest, out: Path, contrasts: Sequence[str], method: Metho
 def _as_folder(name: str) -> str:
     """A key as the name of a folder: what could leave the folder or clash is marked by a digest."""
     plain = "".join(c if c.isalnum() or c in "-_." else "_" for c in name).strip(".")
-    if plain == name and name:
+    if plain == name and name and len(name.encode()) <= _LONGEST_NAME:
         return name
+    plain = plain.encode()[:_LONGEST_NAME].decode(errors="ignore")
     return f"{plain or 'none'}-{hashlib.sha256(name.encode()).hexdigest()[:6]}" if name else "none"
 
 
@@ -229,16 +233,28 @@ def settle(job: Job, find: Callable[[Job], Found]) -> None:
     job.record.parent.mkdir(parents=True, exist_ok=True)
     for path in (job.record, *job.outputs):
         path.unlink(missing_ok=True)
+    stamps = _stamps(job)  # before they are read: what changes meanwhile is noticed
     try:
         found = find(job)
     except ScanError as error:
-        reason = str(error).removeprefix(f"{job.file}: ")
-        found = Found(np.zeros((0, 0, 0), np.uint8), {}, 0.0, {}, reason)
-    record = record_of(found) | {"made_from": job.made_from, "sha256": ""}
+        found = _nothing(str(error).removeprefix(f"{job.file}: "))
+    except (BrainfmError, OSError):
+        raise  # of packages or the machine: the next scan would meet it as well
+    except Exception as error:  # one scan in 60,000 must not end the run; it is reported, not swallowed
+        found = _nothing(f"cannot be labelled ({type(error).__name__}: {error})")
+    record = record_of(found) | {"made_from": job.made_from, "stamps": stamps, "sha256": ""}
     if not found.reason:
         write_found(found, job.outputs, like=job.file)
         record["sha256"] = _digest(job.outputs)
     write_text(job.record, json.dumps(record, indent=1) + "\n")
+
+
+def _nothing(reason: str) -> Found:
+    return Found(np.zeros((0, 0, 0), np.uint8), {}, 0.0, {}, reason)
+
+
+def _stamps(job: Job) -> list[Any]:
+    return [SourceFile.of(path).stamp() for path in job.files.values()]
 
 
 def record_of(found: Found) -> dict[str, Any]:
@@ -261,7 +277,10 @@ def _record_of(job: Job) -> dict[str, Any] | None:
     """What was found of a scan; None where it was not looked at, or what is there is not whole or not of this scan."""
     try:
         record: dict[str, Any] = json.loads(job.record.read_text(encoding="utf-8"))
-        if record["made_from"] != job.made_from:
+        unchanged = all(
+            SourceFile.of(path).is_as(stamp) for path, stamp in zip(job.files.values(), record["stamps"], strict=True)
+        )
+        if record["made_from"] != job.made_from or not unchanged:
             return None
         whole = bool(record["reason"]) or _digest(job.outputs) == record["sha256"]
     except (OSError, ValueError, KeyError, TypeError):
@@ -315,7 +334,4 @@ def _write_manifest(
 
 def write_text(path: Path, text: str) -> None:
     """A text file that appears whole or not at all."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text, encoding="utf-8", newline="")
-    os.replace(part, path)
+    write_whole(path, text.encode())

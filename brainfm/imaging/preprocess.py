@@ -212,7 +212,8 @@ def prepare_session(
     foregrounds. Intensities are measured on each scan's own voxels and standardised after resampling. With
     ``align=rigid`` every scan is moved onto the reference, and with an anchor all of them onto it and its grid; where
     registration is refused the header's position stays. Each scan is resampled once, from its own voxels. A label map
-    goes with the scan on whose grid it lies, of several with the reference, else the first by name.
+    goes with the scan on whose grid it lies (FileGrid.same_place), of several with the reference, else the first by
+    name.
 
     Args:
         scans: file by scan name (``t1``, ``flair``, ``t1_2``); at least one.
@@ -357,10 +358,16 @@ def _prepare_scan(source: _Source, target: _Target) -> np.ndarray:
     voxels = source.voxels
     if voxels is None:
         voxels = nifti.read(source.path, compact=True)[0].voxels
+    bright = intensity.background_above(voxels, source.stats.high)
+    if bright is not None:
+        voxels = np.where(voxels == bright, source.stats.low, voxels.astype(np.float32))
     array = geometry.resample(
         voxels, source.affine_mm, target.shape, target.affine_mm, order="cubic", fill=source.stats.low
     )
-    return intensity.apply(array, source.stats)
+    prepared = intensity.apply(array, source.stats)
+    if not np.isfinite(prepared).all():
+        raise ScanError(f"{source.path}: numbers that cannot be standardised, expected an image")
+    return prepared
 
 
 def _prepare_label(
@@ -373,13 +380,14 @@ def _prepare_label(
     values = volume.voxels
     if name.endswith("_mask"):
         values = (values != 0).astype(np.uint8, order="K")
-    elif values.min() < 0 or values.max() > 65535:
+    elif values.max() > 65535:
         raise ScanError(f"{path}: labels from {values.min()} to {values.max()}, expected 0 to 65535")
     else:
         values = values.astype(np.uint8 if values.max() < 256 else np.uint16, order="K")
     how: Any = spec.labels
-    recipe = replace(owner, file=grid, stats=None)
-    return geometry.resample_labels(values, _place(recipe), target.shape, target.affine_mm, how=how), recipe
+    # On the scan's grid, from which the file's own may be off by what rounding makes of a header.
+    array = geometry.resample_labels(values, _place(owner), target.shape, target.affine_mm, how=how)
+    return array, replace(owner, file=grid, stats=None)
 
 
 def _foreground_points(sources: Mapping[str, _Source], target: _Target) -> np.ndarray:
