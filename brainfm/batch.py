@@ -19,7 +19,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-ON_HOST = ("sample", "paired", "same_contrast")
+ON_HOST = ("sample", "paired", "same_contrast", "corners", "rendered", "real", "tissue_shares", "voxel_mm")
 
 
 @dataclass(frozen=True)
@@ -41,6 +41,15 @@ class Batch:
         volumes: [B, R] float32, z-scored log fractions of the subject's intracranial volume; NaN where unknown.
         pathology: [B] float32, 1 where the patch or its session shows disease, 0 where not, NaN where unknown.
         lesion: [B, X, Y, Z] int8, 1 in lesions, 0 outside, -1 where unknown; [B, V, X, Y, Z] where image has views.
+        partner_regions, partner_lesion: the same as regions and lesion at the partner's place, where that is another.
+        corners: [B, 2, 3] int64, where image and partner begin in the window they were cut from: voxel v of image and
+            v + corners[:, 0] - corners[:, 1] of partner show the same place.
+        voxel_mm: [B] float32, edge length of a voxel, where it varies.
+        tissue: [B, X, Y, Z] uint8 render classes of a window (data/regions.RENDERED), until it is rendered.
+        tissue_shares: [B, R] float32, the share of the whole head's voxels that each render class has.
+        rendered: [B, 2] bool; whether image and partner are renderings of ``tissue``.
+        real: [B] bool; False where there is no scan, only a label map.
+        lesion_weight: [B, X, Y, Z] how much of an inserted lesion a voxel shows, until it is rendered.
         answer: [B, T] float32, what a scan-level task should say: a class index, T yes or no, or a value in the
             target's unit; NaN where unknown.
     """
@@ -58,6 +67,15 @@ class Batch:
     volumes: Tensor | None = None
     pathology: Tensor | None = None
     lesion: Tensor | None = None
+    partner_regions: Tensor | None = None
+    partner_lesion: Tensor | None = None
+    corners: Tensor | None = None
+    voxel_mm: Tensor | None = None
+    tissue: Tensor | None = None
+    tissue_shares: Tensor | None = None
+    rendered: Tensor | None = None
+    real: Tensor | None = None
+    lesion_weight: Tensor | None = None
     answer: Tensor | None = None
 
     def to(self, device: torch.device | str, non_blocking: bool = True) -> Self:

@@ -33,7 +33,7 @@ VERBS = {
 
 # Values of these keys are text as it stands: a path may hold blanks, brackets or '=' without quoting for hydra.
 _TEXT = re.compile(
-    r"^(root|class|out|store|run|manifest|bundle|participants|predictions|backbone_from|features|target|data\.targets\.(volumes|lesion_shapes)|(masks|labels|input)\..+)$"
+    r"^(root|class|out|store|run|manifest|bundle|participants|predictions|backbone_from|features|target|finish\.from|data\.targets\.(volumes|lesion_shapes)|(masks|labels|input)\..+)$"
 )
 _OPEN = ("masks.", "labels.", "input.")  # groups whose keys the user names
 

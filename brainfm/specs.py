@@ -119,6 +119,8 @@ class ViewSpec(_Frozen):
         regions: whether the subject's anatomical label map is read at the same place.
         volumes: whether the subject's region volumes are given.
         lesions: whether pathology is given: known, masked, or synthesised.
+        windows: whether patches are windows of many voxel sizes in which two views lie at corners of their own
+            (data/windows.py); they bring pairs, regions, volumes and lesions.
     """
 
     patch_vox: tuple[int, int, int]
@@ -128,6 +130,7 @@ class ViewSpec(_Frozen):
     regions: bool = False
     volumes: bool = False
     lesions: bool = False
+    windows: bool = False
 
     def __post_init__(self) -> None:
         if len(self.patch_vox) != 3 or any(int(p) != p or p < 1 for p in self.patch_vox):

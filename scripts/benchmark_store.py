@@ -2,13 +2,15 @@
 
     python scripts/benchmark_store.py --data FOLDER_WITH_NIFTI --repeats 5
     python scripts/benchmark_store.py --data FOLDER_WITH_NIFTI --sweep
+    python scripts/benchmark_store.py --data FOLDER_WITH_NIFTI --levels
 
 One process and one thread; the methods take turns, a few patches each, and the medians over the turns are printed.
 Every patch is 96^3 at a random corner of a random scan; the peers read the files that came, as they are. Rates are
 given by the clock and by the seconds of the processor, which other work on the machine disturbs less. Everything is in
 the page cache, so disks do not count. Peers that are not installed are left out. Without --data, phantoms are made.
 With --sweep the prepared scans are written in other chunks, filters and roundings instead, which is how the layout in
-`brainfm/data/store.py` was chosen.
+`brainfm/data/store.py` was chosen. With --levels two stores are made, with and without coarser copies of the volumes:
+what the copies cost, and the reads of 64^3 blocks at each level.
 """
 
 from __future__ import annotations
@@ -22,11 +24,13 @@ import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
+from unittest import mock
 
 import blosc2
 import nibabel as nib
 import numpy as np
 
+from brainfm.data.levels import kept_levels
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
@@ -198,12 +202,48 @@ def sweep(files: list[Path], repeats: int) -> None:
         )
 
 
+def levels(files: list[Path], folder: Path, repeats: int) -> None:
+    """What the coarser copies cost, and what they are good for."""
+    stores, seconds = {}, {}
+    for name, kept in (("without", 0), ("with", kept_levels(PreprocessSpec().spacing_mm))):
+        (folder / name).mkdir()
+        begin = time.process_time()
+        with mock.patch("brainfm.data.store.kept_levels", return_value=kept):
+            stores[name] = build_store(files, folder / name)
+        seconds[name] = time.process_time() - begin
+    sizes = {name: sum(f.stat().st_size for f in store.path.rglob("*.b2nd")) for name, store in stores.items()}
+    more = sizes["with"] / sizes["without"]
+    print(f"{len(files)} scans: {sizes['without'] / 1e6:.1f} MB, with copies {more:.3f} times that")
+    print(f"prepare: {seconds['without']:.1f} s of the processor, with copies {seconds['with']:.1f} s")
+    print("copies    level  blocks/processor s  blocks/s")
+    for name, store in stores.items():
+        for level in range(kept_levels(PreprocessSpec().spacing_mm) + 1):
+            draw = draw_level(store, level)
+            measure(draw, 2 * len(files))
+            rates = [measure(draw, 100 if name == "with" or not level else 10) for _ in range(repeats)]
+            wall, processor = (statistics.median(rate) for rate in zip(*rates))
+            print(f"{name:10}{level:5}{processor:20.0f}{wall:10.0f}")
+
+
+def draw_level(store: Store, level: int) -> Draw:
+    rng = np.random.default_rng(0)
+
+    def draw() -> np.ndarray:
+        entry = store.sessions[rng.integers(len(store.sessions))]
+        room = np.array(store.shape(entry, level)) - 64
+        corner = [int(rng.integers(n, 1) if n < 0 else rng.integers(n + 1)) for n in room]
+        return store.block(entry, entry.scans[0].name, corner, (64,) * 3, level)
+
+    return draw
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data", type=Path, help="folder with .nii.gz files at any depth")
     parser.add_argument("--scans", type=int, default=6, help="how many at most")
     parser.add_argument("--repeats", type=int, default=5)
     parser.add_argument("--sweep", action="store_true", help="measure other layouts of the files instead of peers")
+    parser.add_argument("--levels", action="store_true", help="measure the coarser copies instead of peers")
     args = parser.parse_args()
     os.environ["ITK_GLOBAL_DEFAULT_NUMBER_OF_THREADS"] = "1"
     with tempfile.TemporaryDirectory() as name:
@@ -213,6 +253,8 @@ def main() -> None:
         files = find_files((args.data or folder / "phantoms").absolute(), args.scans)
         if args.sweep:
             sweep(files, args.repeats)
+        elif args.levels:
+            levels(files, folder, args.repeats)
         else:
             compare(build_store(files, folder), files, args.repeats)
 

@@ -332,7 +332,7 @@ def main() -> None:
     args = parser.parse_args()
     args.out.mkdir(parents=True, exist_ok=True)
     store = Store.open(args.store)
-    held = {s.subject_key for s in split_sessions(store, HELD, 0)[1]}
+    held = {s.subject_key for s in split_sessions(store.sessions, HELD, 0)[1]}
     heads = Heads(store, store.sessions, args.label, args.scheme, args.voxels)
     tested = [s for s in heads.sessions if s.subject_key in held]
     print(f"{len(heads.sessions) - len(tested)} subjects to train and fit on, {len(tested)} held out", flush=True)

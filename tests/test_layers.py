@@ -36,6 +36,7 @@ NO_TORCH = {
     "data.fingerprint",
     "data.manifest",
     "data.layouts",
+    "data.levels",
     "data.splits",
     "data.doctor",
     "data.prepare",

@@ -24,7 +24,9 @@ LABEL_ENDINGS = ("_mask", "_labels")
 
 CONTRASTS = (
     "t1", "t1c", "t2", "flair", "pd", "t2s", "swi", "minip", "qsm",
-    "dwi", "adc", "fa", "md", "mra", "asl", "perfusion", "bold", "t1map", "t2map", "unknown",
+    "dwi", "adc", "fa", "md", "mra", "asl", "perfusion", "bold", "t1map", "t2map",
+    "rendered",  # made from a label map: no scanner, no fixed contrast
+    "unknown",
 )  # fmt: skip
 
 
@@ -67,6 +69,7 @@ _LATE_RULES: tuple[tuple[str, re.Pattern[str]], ...] = (
     ("pd", _words(r"(?:ax_?)?pdw?|pdwi|dp|proton_density")),
     ("dwi", _words(r"dwi|dti|dki|diff|diffusion|trace|b_?\d{1,4}|isodwi|hardi")),
     ("bold", _words("bold|fmri|rsfmri")),
+    ("rendered", _words("rendered")),
     ("t1", _words(r"mp2?_?rage|mpr|mprage\w*|mp2rage\w*|unit1|i?r?f?spgr|bravo|t1tfe|tfe|mdeft")),
 )
 # Entities of BIDS names. Only ce- (contrast agent) is evidence by itself; acq- is asked where the rest is silent.

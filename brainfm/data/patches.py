@@ -42,6 +42,13 @@ class Sample:
     volumes: np.ndarray | None = None
     pathology: float | None = None
     lesion: np.ndarray | None = None
+    corners: np.ndarray | None = None
+    voxel_mm: float | None = None
+    tissue: np.ndarray | None = None
+    tissue_shares: np.ndarray | None = None
+    rendered: np.ndarray | None = None
+    real: bool | None = None
+    lesion_weight: np.ndarray | None = None
     answer: np.ndarray | None = None
 
 
@@ -127,6 +134,11 @@ class PretrainPatches(Dataset):
         if not self.subjects:
             raise StoreError(f"{self.store.path}: no scan to train on, expected at least one prepared session")
         self._shuffled = Shuffled(len(self.subjects), self.seed)
+
+    @property
+    def voxel_mm(self) -> tuple[float, float]:
+        """The smallest and largest edge of a voxel: those of the store."""
+        return min(self.store.spec.spacing_mm), max(self.store.spec.spacing_mm)
 
     def __len__(self) -> int:
         """Samples in an epoch; any larger index is legal and belongs to a later epoch."""

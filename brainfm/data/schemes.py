@@ -11,6 +11,7 @@ from collections.abc import Iterable
 
 import numpy as np
 
+from brainfm.data import regions
 from brainfm.specs import ManifestError
 
 GROUPS = (
@@ -89,6 +90,20 @@ _DLMUSE = _scheme(
     unclear=[69],
 )  # fmt: skip
 
+# What `brainfm anatomy method=network` writes: regions.REGIONS, left and right merged to the left side's ids.
+_BRAINFM = {
+    number: structure
+    for name, number in regions.REGIONS.items()
+    if (structure := {"background": "outside", "head": "outside", "csf": "outer_csf", "ventral_dc": "ventral_dc",
+                      "brainstem": "brainstem", "cerebellar_cortex": "cerebellar_grey",
+                      "cerebellar_white": "cerebellar_white", "hippocampus": "medial_temporal",
+                      "amygdala": "medial_temporal",
+                      **dict.fromkeys(regions.VENTRICLES, "ventricle"),
+                      **dict.fromkeys(regions.DEEP[:5], "deep_grey"),
+                      **dict.fromkeys(regions.WHITE, "white"),
+                      **dict.fromkeys(regions.CORTEX, "cortex")}[name])
+}  # fmt: skip
+
 SCHEMES: dict[str, dict[int, str]] = {
     "tissue": _scheme(outside=[0], csf=[1], grey=[2], any_white=[3]),
     "synthseg": _SYNTHSEG,
@@ -96,6 +111,7 @@ SCHEMES: dict[str, dict[int, str]] = {
     "fastsurfer": _FREESURFER,
     "synthseg_head": _HEAD,
     "dlmuse": _DLMUSE,
+    "brainfm": dict(sorted(_BRAINFM.items())),
 }
 """id -> structure. ``fastsurfer`` numbers as ``freesurfer`` does; ``synthseg_head`` is a whole head, with ids 5xx."""
 
@@ -108,6 +124,7 @@ _ALWAYS = {
     "fastsurfer": {2, 41},
     "synthseg_head": {2, 41, 507},
     "dlmuse": {35, 59, 60},
+    "brainfm": {3201, 1028, 10},
 }
 
 

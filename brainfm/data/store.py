@@ -6,11 +6,15 @@
     store/index.csv                          one row a scan or label; all that `Store.open` reads
     store/failures.csv                       what could not be prepared, and why
     store/alignment.csv                      with align=rigid: how scans and visits were moved, and how well they fit
-    store/sessions/<readable>-<8 hex>/       a session: session.json, NAME.b2nd, foreground.npy, LABEL.points.npy
+    store/sessions/<readable>-<8 hex>/       a session: session.json, NAME.b2nd, foreground.npy, LABEL.points.npy,
+                                             and NAME@level1.b2nd, ...: coarser copies of each volume
 
 A session's folder is written under a temporary name and renamed when it is complete and on the disk, so whatever is
 found under its final name is whole. Nothing in a store depends on the clock, the process or the order of the work:
 two runs over the same files leave the same bytes.
+
+The coarser copies (`brainfm.data.levels`) follow from the volumes bit by bit, so the index and the fingerprint are
+silent about them: a store from before there were any has the same identity, and gives the same voxels more slowly.
 
 The layout of a scan was measured by ``scripts/benchmark_store.py --sweep`` on seven real scans at 1 mm, whole heads and
 tightly cropped brains: float16, LZ4, random 96^3 patches, one core; sizes are of the cropped float32 volume.
@@ -57,6 +61,7 @@ import blosc2
 import numpy as np
 
 from brainfm import seeds
+from brainfm.data.levels import coarse_image, coarse_labels, coarse_shape, kept_levels
 from brainfm.data.manifest import LABEL_ENDINGS, Scan, scan_names, session_labels
 from brainfm.specs import ConfigError, PreprocessSpec, StoreError
 
@@ -293,14 +298,15 @@ class Store:
         """
         names = _scan_rows(scans)
         files: dict[str, bytes] = {"foreground.npy": _npy(np.asarray(prepared.foreground, np.int16).reshape(-1, 3))}
-        volumes = []
+        volumes, kept = [], kept_levels(self.spec.spacing_mm)
         for name, voxels in sorted(prepared.scans.items()):
             contrast = names[name].contrast
             volumes.append({"name": name, "kind": "scan", "contrast": contrast, "file": f"{_slug(name)}.b2nd"})
-            files[f"{_slug(name)}.b2nd"] = _pack_image(voxels)
+            half = _half(voxels)
+            files |= _packed(f"{_slug(name)}.b2nd", half, float(half.min()), kept)
         for name, voxels in sorted(prepared.labels.items()):
             volumes.append({"name": name, "kind": "label", "contrast": "", "file": f"{_slug(name)}.b2nd"})
-            files[f"{_slug(name)}.b2nd"] = _pack(voxels, 0.0)
+            files |= _packed(f"{_slug(name)}.b2nd", voxels, 0.0, kept)
             files[f"{_slug(name)}.points.npy"] = _npy(_label_points(voxels, "/".join((*key, name))))
         arrays = [*prepared.scans.values(), *prepared.labels.values()]
         shapes = {array.shape for array in arrays}
@@ -436,29 +442,46 @@ class Store:
 
     # ---------------------------------------------------------------------------------------------------- reading
 
-    def block(self, entry: SessionEntry, name: str, corner: Sequence[int], size: Sequence[int]) -> np.ndarray:
+    def levels(self, entry: SessionEntry) -> int:
+        """How many levels a session has beside its own: they follow from the spec, whether copies are kept or not."""
+        return kept_levels(self.spec.spacing_mm)
+
+    def shape(self, entry: SessionEntry, level: int = 0) -> Triple:
+        """The shape of a session's volumes at a level: ``entry.shape`` / 2^level, rounded up."""
+        return coarse_shape(entry.shape, level)
+
+    def block(
+        self, entry: SessionEntry, name: str, corner: Sequence[int], size: Sequence[int], level: int = 0
+    ) -> np.ndarray:
         """A box of a scan or label, decompressing only the 16^3 blocks that it touches.
 
         Args:
             corner: first voxel along X, Y, Z; may be negative or beyond the end.
             size: edge lengths in voxels; may exceed the volume.
+            level: at level n all is counted in voxels of 2^n times the store's spacing. A level of which no copy is
+                kept is made from the volume: the same voxels, 8^n times the reading.
 
         Returns:
-            [size] float16, or the label's integer dtype. What lies outside the volume holds the scan's background (its
-            smallest voxel), or 0 in a label.
+            [size] float16, or the label's integer dtype. What lies outside the volume holds the scan's background (at
+            every level the smallest voxel of level 0), or 0 in a label.
 
         Raises: StoreError where the file is missing or damaged.
         """
+        if level < 0:
+            raise ValueError(f"level={level}: expected 0 or more")
         file = self._file(entry, name)
+        if level and self._cached(_level_file(file, level), _open_kept):
+            file, level = _level_file(file, level), 0
         array, background = self._cached(file, _open_array)
-        inside = tuple(slice(max(c, 0), max(min(c + s, n), 0)) for c, s, n in zip(corner, size, array.shape))
+        shape = coarse_shape(array.shape, level)
+        inside = tuple(slice(max(c, 0), max(min(c + s, n), 0)) for c, s, n in zip(corner, size, shape))
         extent = tuple(max(part.stop - part.start, 0) for part in inside)
         if extent == tuple(size):
-            return _read(file, array, inside)
+            return _read(file, array, inside, level)
         out = np.full(tuple(size), background, array.dtype)
         if all(extent):
             target = tuple(slice(part.start - c, part.stop - c) for part, c in zip(inside, corner))
-            out[target] = _read(file, array, inside)
+            out[target] = _read(file, array, inside, level)
         return out
 
     def volume(self, entry: SessionEntry, name: str) -> np.ndarray:
@@ -632,11 +655,23 @@ def _open_array(file: Path) -> tuple[blosc2.NDArray, float]:
         raise _damaged(file, "it cannot be opened") from error
 
 
-def _read(file: Path, array: blosc2.NDArray, box: tuple[slice, ...]) -> np.ndarray:
+def _level_file(file: Path, level: int) -> Path:
+    """Where the copy of a volume lies; no volume's own file has an @ in its name."""
+    return file.with_name(f"{file.stem}@level{level}.b2nd")
+
+
+def _open_kept(file: Path) -> tuple[blosc2.NDArray, float] | None:
+    return _open_array(file) if file.exists() else None
+
+
+def _read(file: Path, array: blosc2.NDArray, box: tuple[slice, ...], level: int) -> np.ndarray:
+    """A box of a level that is made from the array; of the array itself where the level is 0."""
+    box = tuple(slice(part.start << level, min(part.stop << level, n)) for part, n in zip(box, array.shape))
     try:
-        return array[box]
+        voxels = array[box]
     except (RuntimeError, ValueError, OSError) as error:
         raise _damaged(file, "a block cannot be decompressed") from error
+    return _coarse(voxels, level) if level else voxels
 
 
 def _open_npy(file: Path) -> np.ndarray:
@@ -652,13 +687,27 @@ def _damaged(file: Path, why: str) -> StoreError:
     return StoreError(f"{file}: the file is damaged ({why}); delete its folder and run prepare again")
 
 
-def _pack_image(voxels: np.ndarray) -> bytes:
+def _half(voxels: np.ndarray) -> np.ndarray:
+    """float16 in the steps that compress well."""
     rounded = np.rint(voxels * np.float32(1 / STEP))
     rounded *= np.float32(STEP)
     half = rounded.astype(np.float16)
     if not np.isfinite(half).all():
         raise ValueError("a prepared scan holds voxels that are not finite or beyond float16")
-    return _pack(half, float(half.min()))
+    return half
+
+
+def _coarse(voxels: np.ndarray, level: int) -> np.ndarray:
+    """A level of a volume as it is stored; scans are told from labels by their dtype."""
+    return _half(coarse_image(voxels, level)) if voxels.dtype.kind == "f" else coarse_labels(voxels, level)
+
+
+def _packed(file: str, voxels: np.ndarray, background: float, levels: int) -> dict[str, bytes]:
+    """A volume and its coarser copies, by file name."""
+    files = {file: _pack(voxels, background)}
+    for level in range(1, levels + 1):
+        files[_level_file(Path(file), level).name] = _pack(_coarse(voxels, level), background)
+    return files
 
 
 def _pack(voxels: np.ndarray, background: float) -> bytes:

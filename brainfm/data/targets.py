@@ -15,7 +15,7 @@ from typing import Any
 
 import numpy as np
 
-from brainfm.data import schemes, volumes
+from brainfm.data import regions, schemes, volumes
 from brainfm.data.store import Key, SessionEntry, Store
 from brainfm.specs import ConfigError, ManifestError
 from brainfm.synthesis.shapes import Shapes, load_shapes, procedural_shapes
@@ -35,7 +35,8 @@ class TargetSpec:
     Attributes:
         labels: label column to scheme (a key of schemes.SCHEMES, or ``auto``), the best source first; None for every
             ``*_labels`` column, in alphabetical order.
-        level: ``groups``, ``tissues``, or None for groups where every chosen scheme tells them, else tissues.
+        level: ``groups``, ``tissues``, ``regions`` (fine classes: data/regions.py), or None for groups where every
+            chosen scheme tells them, else tissues.
         volumes: a table of region volumes, see volumes.read_volumes.
         health: the column that tells health; None for ``healthy`` or ``health_status``.
         lesions: mask columns that show pathology; None for those whose name says so.
@@ -52,8 +53,8 @@ class TargetSpec:
     lesion_shapes: str | None = None
 
     def __post_init__(self) -> None:
-        if self.level not in (None, "groups", "tissues"):
-            raise ConfigError(f"data.targets.level={self.level}: expected groups, tissues or null")
+        if self.level not in (None, "groups", "tissues", "regions"):
+            raise ConfigError(f"data.targets.level={self.level}: expected groups, tissues, regions or null")
         if not 0 <= self.synthesise <= 1:
             raise ConfigError(f"data.targets.synthesise={self.synthesise}: expected a share from 0 to 1")
         strange = [s for s in (self.labels or {}).values() if s not in (*schemes.SCHEMES, "auto")]
@@ -80,6 +81,7 @@ class Targets:
     Attributes:
         groups: names of the anatomical groups, background first; empty where there is no label map.
         tables: for each scheme in use, id -> index into groups, -1 for ids that do not count.
+        renders: the same for render classes (data/regions.RENDERED); only at the level ``regions``.
         maps: the label map that shows the anatomy of a session's subject.
         regions: names of the regions of the volume table; empty where there is none.
         volumes: subject key to z-scored log fractions [R] float32.
@@ -92,6 +94,7 @@ class Targets:
 
     groups: tuple[str, ...] = ()
     tables: Mapping[str, np.ndarray] = field(default_factory=dict)
+    renders: Mapping[str, np.ndarray] = field(default_factory=dict)
     maps: Mapping[Key, LabelMap] = field(default_factory=dict)
     regions: tuple[str, ...] = ()
     volumes: Mapping[str, np.ndarray] = field(default_factory=dict)
@@ -120,6 +123,8 @@ def find_targets(
     if anatomy:
         found |= _find_maps(store, spec, notes)
         found |= _find_volumes(store, spec, trained, notes)
+        if spec.level == "regions" and spec.volumes is None:
+            found |= _measure_volumes(store, found["maps"], trained)
         mapped = {session.subject_key for session in store.sessions if session.key in found["maps"]}
         without = {s.subject_key for s in store.sessions} - mapped - set(found["volumes"])
         if without:
@@ -140,8 +145,10 @@ def _find_maps(store: Store, spec: TargetSpec, notes: list[str]) -> dict[str, An
         )
     chosen = {name: _scheme(store, name) if scheme == "auto" else scheme for name, scheme in wanted.items()}
     level = spec.level or ("groups" if all(_tells_groups(s) for s in chosen.values()) else "tissues")
+    found = set(chosen.values())
     try:
-        tables = {s: schemes.lookup(s, level, unknown="ignore") for s in set(chosen.values())}
+        fine = level == "regions"
+        tables = {s: regions.targets_of(s) if fine else schemes.lookup(s, level, unknown="ignore") for s in found}
     except ManifestError as error:
         raise ConfigError(f"data.targets.level={level}: {error}") from None
     maps: dict[Key, LabelMap] = {}
@@ -156,8 +163,9 @@ def _find_maps(store: Store, spec: TargetSpec, notes: list[str]) -> dict[str, An
     if chosen:
         columns = ", ".join(f"{name} ({scheme})" for name, scheme in chosen.items())
         notes.append(f"label maps for {len(maps)} of {len(store.sessions)} sessions as {level}: {columns}")
-    groups = () if not maps else schemes.GROUPS if level == "groups" else schemes.TISSUES
-    return {"groups": groups, "tables": tables, "maps": maps}
+    words = {"groups": schemes.GROUPS, "tissues": schemes.TISSUES, "regions": regions.TARGETS}
+    renders = {s: regions.renders_of(s) for s in found} if level == "regions" else {}
+    return {"groups": words[level] if maps else (), "tables": tables, "renders": renders, "maps": maps}
 
 
 def _map_of(session: SessionEntry, names: Iterable[str], chosen: Mapping[str, str]) -> LabelMap | None:
@@ -206,6 +214,31 @@ def _find_volumes(store: Store, spec: TargetSpec, trained: Collection[str], note
         + (f"; none for {len(missing)}, first {missing[0]}" if missing else "")
     )
     return {"regions": tuple(regions), "volumes": dict(zip(keys, scores.astype(np.float32)))}
+
+
+def _measure_volumes(store: Store, maps: Mapping[Key, LabelMap], trained: Collection[str]) -> dict[str, Any]:
+    """z-scored log shares of the groups of schemes.GROUPS in the brain, measured in the label maps at about 2 mm."""
+    shares: dict[str, np.ndarray] = {}
+    names = schemes.GROUPS[1:]
+    for session in sorted(store.sessions, key=lambda s: s.key):
+        chosen = maps.get(session.key)
+        if chosen is None or session.subject_key in shares or not _tells_groups(chosen.scheme):
+            continue
+        level = min(store.levels(chosen.session), max(0, round(math.log2(2 / store.spec.spacing_mm[0]))))
+        ids = store.block(chosen.session, chosen.name, (0, 0, 0), store.shape(chosen.session, level), level=level)
+        table = schemes.lookup(chosen.scheme, "groups", unknown="ignore")
+        group = np.where(ids < len(table), table[np.minimum(ids, len(table) - 1)], schemes.IGNORE)
+        counts = np.bincount(group[group > 0].ravel(), minlength=len(names) + 1)[1:] + 0.5
+        shares[session.subject_key] = np.log(counts / counts.sum())
+    basis = [key for key in sorted(shares) if key in set(trained)]
+    if len(basis) < 2:
+        return {"regions": (), "volumes": {}}
+    values = np.stack([shares[key] for key in basis])
+    mean, std = values.mean(axis=0), np.maximum(values.std(axis=0), 1e-3)
+    return {
+        "regions": names,
+        "volumes": {key: ((share - mean) / std).astype(np.float32) for key, share in shares.items()},
+    }
 
 
 def _find_health(store: Store, spec: TargetSpec, notes: list[str]) -> dict[str, Any]:

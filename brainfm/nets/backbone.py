@@ -21,6 +21,7 @@ BACKBONES: dict[str, str] = {
     "unet": "brainfm.nets.unet",
     "unet_b": "brainfm.nets.unet",
     "unet_l": "brainfm.nets.unet",
+    "unet_s": "brainfm.nets.unet",
     "unet_tiny": "brainfm.nets.unet",
 }
 

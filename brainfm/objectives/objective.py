@@ -20,6 +20,7 @@ OBJECTIVES: dict[str, tuple[str, str]] = {
     "cross_contrast": ("brainfm.objectives.cross_contrast", "CrossContrast"),
     "anatomy_pathology": ("brainfm.objectives.anatomy_pathology", "AnatomyPathology"),
     "contrastive": ("brainfm.objectives.contrastive", "Contrastive"),
+    "dense_split": ("brainfm.objectives.dense_split", "DenseSplit"),
     "mae+contrastive": ("brainfm.objectives.contrastive", "MAEContrastive"),
 }
 

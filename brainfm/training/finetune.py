@@ -362,7 +362,7 @@ def _prepared(
         optimizer=optimizer,
         loader_from=loader_from,
         spec=loop,
-        after_step=_after_step(module, optimizer, fabric, loop.max_steps),
+        after_step=_after_step(module, optimizer, fabric),
         title=folder.name,
     )
     return run, module
@@ -408,10 +408,9 @@ def _takes_decoder(study: _Study, split: Split, folder: Path, backbone: Backbone
 
 
 def _after_step(
-    module: Supervised, optimizer: torch.optim.Optimizer, fabric: Fabric, max_steps: int
-) -> Callable[[float], None]:
-    def after(progress: float) -> None:
-        step = round(progress * max_steps)
+    module: Supervised, optimizer: torch.optim.Optimizer, fabric: Fabric
+) -> Callable[[int, float], None]:
+    def after(step: int, progress: float) -> None:
         if module.average is not None:
             module.average.update(step)
         if module.foreground is not None:

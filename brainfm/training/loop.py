@@ -27,7 +27,7 @@ from brainfm.batch import Batch, Terms
 from brainfm.specs import ConfigError, TrainingError
 from brainfm.training.guards import FiniteWatch, Guards, GuardSpec, first_not_finite
 from brainfm.training.monitor import Curves, Progress
-from brainfm.training.optim import Rates
+from brainfm.training.optim import Rates, Wsd, lr_factor
 from brainfm.training.receipt import Meter
 
 CHECKPOINT = "last.ckpt"
@@ -42,7 +42,8 @@ class LoopSpec:
 
     Attributes:
         max_steps: steps in all.
-        warmup_steps: of the learning rate.
+        warmup_steps: of the learning rate, before a cosine to 0 at ``max_steps``.
+        wsd: the schedule instead of these two, where ``max_steps`` is only how far to go for now.
         clip_norm: largest norm of the gradient of all parameters; 0 does not clip.
         log_every, checkpoint_every, evaluate_every, probe_every: intervals; 0 is never. Evaluation and probe also
             follow the last step.
@@ -59,15 +60,24 @@ class LoopSpec:
     evaluate_every: int = 0
     probe_every: int = 0
     accumulate: int = 1
+    wsd: Wsd | None = None
 
     def __post_init__(self) -> None:
-        if self.max_steps < 1 or not 0 <= self.warmup_steps <= self.max_steps:
+        if self.max_steps < 1 or not (self.wsd is not None or 0 <= self.warmup_steps <= self.max_steps):
             raise ConfigError(
                 f"trainer.max_steps={self.max_steps} with {self.warmup_steps} warm-up steps: "
                 "expected at least one step and no more warm-up than steps"
             )
         if self.accumulate < 1:
             raise ConfigError(f"trainer.accumulate={self.accumulate}: expected 1 or more")
+
+    def factor(self, step: int) -> float:
+        """The share of the peak learning rate at a step (0-based)."""
+        return self.wsd.factor(step) if self.wsd else lr_factor(step, self.max_steps, self.warmup_steps)
+
+    def progress(self, step: int) -> float:
+        """How far the objective's own schedules are after ``step`` steps, in [0, 1]."""
+        return self.wsd.progress(step) if self.wsd else step / self.max_steps
 
 
 @dataclass
@@ -105,7 +115,8 @@ class Run:
             others follow the loop's warm-up and cosine.
         loader_from: gives the batches from a step on.
         evaluate: called with (state) every ``evaluate_every`` steps; returns values for the curves.
-        after_step: called with progress after each optimiser step (a teacher moves here).
+        after_step: called with (steps done, progress) after each optimiser step: a teacher moves here, an average too.
+        saved: called with (state) on the first process after each checkpoint was written.
         probe: called with (steps done) every ``probe_every`` steps on the first process, while the others wait; returns
             values for the curves, which get ``probe_`` before their names.
         guard: when to stop; None looks only for numbers that are not finite.
@@ -120,7 +131,8 @@ class Run:
     loader_from: Callable[[int], Iterable[Batch]]
     spec: LoopSpec
     evaluate: Callable[[State], dict[str, float]] | None = None
-    after_step: Callable[[float], None] | None = None
+    after_step: Callable[[int, float], None] | None = None
+    saved: Callable[[State], object] | None = None
     probe: Callable[[int], dict[str, float]] | None = None
     guard: GuardSpec | None = None
     title: str = "train"
@@ -150,7 +162,7 @@ def train(run: Run) -> State:
             stays as it was.
     """
     fabric, spec = run.fabric, run.spec
-    rates = Rates(run.optimizer, spec.max_steps, spec.warmup_steps, alone=fabric.world_size == 1)
+    rates = Rates(run.optimizer, spec.factor, alone=fabric.world_size == 1)
     step_module, optimizer = fabric.setup(_Step(run.module), run.optimizer)
     state = _restore(run, optimizer) if (run.folder / CHECKPOINT).exists() else State()
     if state.step >= spec.max_steps:
@@ -172,7 +184,7 @@ def train(run: Run) -> State:
             state.waited += time.perf_counter() - began
             meter.saw(batch)
             lr = rates.set(optimizer, state.step)
-            values = _gradients(run, step_module, batch, state.step / spec.max_steps)
+            values = _gradients(run, step_module, batch, spec.progress(state.step))
             rates.drop_unwanted(optimizer)
             values["grad_norm"] = _clip(run.module, spec.clip_norm)
             optimizer.step()
@@ -180,7 +192,7 @@ def train(run: Run) -> State:
             state.step += 1
             watch.see(state.step, (values["total"], values["grad_norm"]))
             if run.after_step is not None:
-                run.after_step(state.step / spec.max_steps)
+                run.after_step(state.step, spec.progress(state.step))
             if _due(state.step, spec.log_every, spec) or state.step == 1:
                 shown = _finite(values, watch, run, state) | {"lr": lr}
                 _stop_at(run, state, guards.see_loss(state.step, shown["total"]) if guards and chief else None)
@@ -208,6 +220,8 @@ def train(run: Run) -> State:
                 _stop_at(run, state, _weights_fault(run, state))
                 state.receipt, state.saved = meter.read(fabric), state.step
                 _save(run, optimizer, state)
+                if run.saved is not None and chief:
+                    run.saved(state)
                 if passed and chief:
                     _keep(run.folder / CHECKPOINT, run.folder / GOOD)
                 if curves is not None:
@@ -342,7 +356,6 @@ def _of_any_rank(fabric: Fabric, number: int) -> int:
 
 
 def _save(run: Run, optimizer: torch.optim.Optimizer, state: State) -> None:
-    """Writes the checkpoint whole or not at all."""
     if run.fabric.is_global_zero:
         content = {
             "format": 1,
@@ -351,23 +364,27 @@ def _save(run: Run, optimizer: torch.optim.Optimizer, state: State) -> None:
             "module": run.module.state_dict(),
             "optimizer": optimizer.state_dict(),
         }
-        path = run.folder / CHECKPOINT
-        partial = path.with_suffix(".tmp")
-        try:
-            with partial.open("wb") as file:
-                torch.save(content, file)
-                file.flush()
-                os.fsync(file.fileno())
-            os.replace(partial, path)
-        except (OSError, RuntimeError) as error:
-            # A full disk reaches torch as an OSError, and leaves it as a RuntimeError about positions in a file.
-            cause = error if isinstance(error, OSError) else error.__context__
-            if not isinstance(cause, OSError):
-                raise
-            raise OSError(cause.errno, cause.strerror, str(path)) from None
-        finally:
-            partial.unlink(missing_ok=True)
+        write_checkpoint(run.folder / CHECKPOINT, content)
     run.fabric.barrier()
+
+
+def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
+    """Whole or not at all. Raises OSError with the file's name, e.g. where the disk is full."""
+    partial = path.with_suffix(".tmp")
+    try:
+        with partial.open("wb") as file:
+            torch.save(content, file)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    except (OSError, RuntimeError) as error:
+        # A full disk reaches torch as an OSError, and leaves it as a RuntimeError about positions in a file.
+        cause = error if isinstance(error, OSError) else error.__context__
+        if not isinstance(cause, OSError):
+            raise
+        raise OSError(cause.errno, cause.strerror, str(path)) from None
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def _keep(checkpoint: Path, name: Path) -> None:
@@ -385,7 +402,7 @@ def _restore(run: Run, optimizer: torch.optim.Optimizer) -> State:
     path = run.folder / CHECKPOINT
     content = read_checkpoint(path)
     there = json.loads(content["identity"])
-    differing = _first_difference(there, run.identity)
+    differing = first_difference(there, run.identity)
     if differing is not None:
         key, old, new = differing
         raise ConfigError(
@@ -412,11 +429,11 @@ def read_checkpoint(path: Path) -> dict[str, Any]:
     return content
 
 
-def _first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
+def first_difference(old: Any, new: Any, key: str = "") -> tuple[str, Any, Any] | None:
     """The first dotted key whose values differ."""
     if isinstance(old, dict) and isinstance(new, dict):
         for name in sorted(set(old) | set(new)):
-            found = _first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
+            found = first_difference(old.get(name), new.get(name), f"{key}.{name}" if key else name)
             if found is not None:
                 return found
         return None

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,49 +17,93 @@ from torch import Tensor
 
 from brainfm import __version__
 from brainfm.batch import Batch, Terms
-from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw
+from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, look_spec, render
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
+from brainfm.data.regions import REGIONS, merged_members
 from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
+from brainfm.data.windows import WindowPatches, WindowSpec
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import save_backbone, write_atomically
 from brainfm.objectives.objective import Objective, build_objective
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, PreprocessSpec, Provenance
+from brainfm.specs import ConfigError, PreprocessSpec, Provenance, ViewSpec
 from brainfm.training import receipt
+from brainfm.training.average import WeightAverage
+from brainfm.training.finish import Finish, branch
 from brainfm.training.guards import GuardSpec
 from brainfm.training.launch import make_fabric
 from brainfm.training.loop import LoopSpec, Run, State, train
 from brainfm.training.monitor import save_pictures
-from brainfm.training.optim import build_optimizer
+from brainfm.training.optim import Wsd, build_optimizer
 from brainfm.training.probes import OnlineProbe, ProbeSpec, describe, with_whole
 from brainfm.training.speed import quicken, settled
 
 BACKBONE_FILE = "backbone.safetensors"
 # Of the configuration: what moves no weight. A run may go on with other guards, or be asked more or less.
-_NOT_IDENTITY = ("run", "store", "debug", "experiment", "launch", "probe", "guard")
+_NOT_IDENTITY = ("run", "store", "debug", "experiment", "launch", "probe", "guard", "finish")
 
 
 class Augmented(torch.nn.Module):
-    """Augments a batch on the device, then asks; outside training mode it only asks."""
+    """Augments a batch on the device, then asks; outside training mode it only asks. Carries the weights' average.
 
-    def __init__(self, question: Objective, spec: AugmentSpec | None, seed: int) -> None:
+    Args:
+        decay: of the average of the whole objective; None: none.
+        looks: how renderings vary, of an objective that wants windows (``data.looks``).
+    """
+
+    def __init__(
+        self,
+        question: Objective,
+        spec: AugmentSpec | None,
+        seed: int,
+        decay: float | None = None,
+        looks: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
         super().__init__()
-        self.question, self.spec, self.seed = question, spec, seed
+        self.question, self.spec, self.seed, self.looks = question, spec, seed, look_spec(looks)
+        self.average = None if decay is None else WeightAverage(question, decay)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
+        batch = self.shown(batch)
         if self.training and self.spec is not None:
             batch = apply(batch, draw(batch, self.spec, self.seed))
         return self.question(batch, progress)
 
+    def shown(self, batch: Batch) -> Batch:
+        """Windows cut into views, and rendered where they are to be; patches as they are."""
+        return render(batch, self.looks, self.question.views.patch_vox, self.seed)
+
+    @property
+    def answering(self) -> Objective:
+        """What is probed, validated, shown and saved: the averaged objective, where there is an average."""
+        return self.question if self.average is None else self.average.network  # type: ignore[return-value]
+
+    def after_step(self, step: int, progress: float) -> None:
+        """A teacher moves, then the average takes its share of all."""
+        self.question.after_step(progress)
+        if self.average is not None:
+            self.average.update(step)
+
 
 def loop_spec(trainer: Mapping[str, Any], optim: Mapping[str, Any]) -> LoopSpec:
-    max_steps = int(trainer["max_steps"])
+    """Of the configuration. Raises ConfigError where the schedule is unknown or lacks a number."""
+    schedule, max_steps = optim.get("schedule", "cosine"), int(trainer["max_steps"])
+    if schedule not in ("cosine", "wsd"):
+        raise ConfigError(f"optim.schedule={schedule}: expected cosine or wsd")
+    warmup, wsd = optim.get("warmup_steps"), None
+    if schedule == "wsd":
+        if warmup is None:
+            raise ConfigError("optim.schedule=wsd with optim.warmup_steps=null: expected a number of steps, e.g. 1000")
+        wsd = Wsd(int(warmup), int(optim["horizon_steps"]))
+    elif warmup is None:
+        warmup = round(float(optim["warmup_fraction"]) * max_steps)
     return LoopSpec(
         max_steps=max_steps,
-        warmup_steps=round(float(optim["warmup_fraction"]) * max_steps),
+        warmup_steps=int(warmup),
+        wsd=wsd,
         clip_norm=float(trainer["clip_norm"]),
         log_every=int(trainer["log_every"]),
         checkpoint_every=int(trainer["checkpoint_every"]),
@@ -70,7 +115,7 @@ def pretrain(config: dict[str, Any]) -> State:
     """Runs or resumes the pre-training that the resolved configuration describes (configs/pretrain.yaml).
 
     Leaves ``backbone.safetensors``, ``last.ckpt``, ``curves.csv``, ``tensorboard/``, ``pictures/``, ``probes.json`` and
-    ``receipt.json`` in ``run``.
+    ``receipt.json`` in ``run``. With ``finish.from`` the run is a copy of another one, with a decay (finish.py).
 
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
@@ -82,11 +127,15 @@ def pretrain(config: dict[str, Any]) -> State:
     fabric = make_fabric(trainer)
     torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
     backbone = build_backbone(**config["backbone"])
-    sides = split_sessions(store, float(data["validation"]), int(data["split_seed"]))
+    sides = sides_of(store, data)
     question, targets = _with_targets(config, store, sides[0])
     objective = build_objective(**question, backbone=backbone, patch_vox=tuple(data["patch_vox"]), seed=seed)
-    quicken(objective, trainer)
-    train_set = PretrainPatches(store, sides[0], objective.views, seed, float(data["foreground_share"]), targets)
+    batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
+    decay = None if config["average"] is None else float(config["average"])
+    artefacts = _artefacts(data["augment"], objective.views)
+    module = Augmented(objective, artefacts, seed, decay, data["looks"])
+    quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
+    train_set = make_patches(config, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
     if fabric.is_global_zero:
         say(
             f"{sum(p.numel() for p in objective.parameters()):,} parameters in pre-training "
@@ -95,13 +144,11 @@ def pretrain(config: dict[str, Any]) -> State:
         )
         for note in targets.notes:
             say(note)
-    augment = augment_spec(data["augment"])
-    batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
-    spec = loop_spec(trainer, config["optim"])
+    spec, identity, finish = _schedule(config, pretrain_identity(config, store), fabric)
     probe = None
     if config["probe"] is not None:
         probe = OnlineProbe(
-            with_whole(objective.encode, backbone),
+            with_whole(module.answering.encode, module.answering.backbone),
             store,
             held=sides[1],
             trained=sides[0],
@@ -120,18 +167,19 @@ def pretrain(config: dict[str, Any]) -> State:
         steps = StepSampler(step, spec.max_steps, batch_size, fabric.global_rank, fabric.world_size)
         return make_loader(train_set, steps, workers, pin_memory=fabric.device.type == "cuda")
 
-    validate = _Validation(fabric, objective, store, sides[1], sides[0], targets, batch_size, folder, config)
+    file = _BackboneFile(module, store, train_set, config, fabric, finish)
     state = train(
         Run(
             fabric=fabric,
             folder=folder,
-            identity=identity_of(config, store),
-            module=Augmented(objective, augment, seed),
+            identity=identity,
+            module=module,
             optimizer=build_optimizer(objective, **optim_values(config["optim"])),
             loader_from=loader_from,
             spec=spec,
-            evaluate=validate,
-            after_step=objective.after_step,
+            evaluate=_Validation(fabric, module, store, sides[1], sides[0], targets, batch_size, folder, config),
+            after_step=module.after_step,
+            saved=file.write if spec.wsd is not None and finish is None else None,
             probe=probe,
             guard=GuardSpec(**config["guard"]) if config["guard"] is not None else None,
             title="pretrain",
@@ -139,27 +187,66 @@ def pretrain(config: dict[str, Any]) -> State:
     )
     if fabric.is_global_zero:
         write_atomically(folder / receipt.FILE, (json.dumps(state.receipt, indent=1) + "\n").encode())
-    if state.step == spec.max_steps and fabric.is_global_zero:
-        samples = state.step * batch_size * fabric.world_size
-        provenance = provenance_of(config, store, state, samples, fabric)
-        write_backbone(folder / BACKBONE_FILE, objective, store.spec, sides[0], seed, provenance)
-        say(
-            f"{folder / BACKBONE_FILE}: {state.step} steps, {samples:,} samples, {provenance.hours:.2f} h on "
+        if state.step >= spec.max_steps:
+            say(file.write(state))
+            say(receipt.describe(state.receipt))
+            if probe is not None and probe.table:
+                say("\n".join(describe(probe.table)))
+        else:
+            say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
+    return state
+
+
+def _schedule(
+    config: dict[str, Any], identity: dict[str, Any], fabric: Fabric
+) -> tuple[LoopSpec, dict[str, Any], Finish | None]:
+    """How long and at which rates, the run's identity, and of a finished copy where it comes from."""
+    spec, wanted = loop_spec(config["trainer"], config["optim"]), config["finish"]
+    if wanted["from"] is None:
+        return spec, identity, None
+    if spec.wsd is None:
+        raise ConfigError(f"finish.from={wanted['from']}: a cosine has its own end, expected a run with optim=wsd")
+    steps, shape = int(wanted["steps"]), str(wanted["shape"])
+    dataclasses.replace(spec.wsd, decay=(0, steps), shape=shape)  # refuses values before anything is copied
+    finish, identity = branch(fabric, Path(wanted["from"]), Path(config["run"]), identity, steps, shape)
+    wsd = dataclasses.replace(spec.wsd, decay=(finish.from_step, steps), shape=shape)
+    return dataclasses.replace(spec, max_steps=finish.from_step + steps, wsd=wsd), identity, finish
+
+
+@dataclasses.dataclass(frozen=True)
+class _BackboneFile:
+    """The backbone file of a run as it stands: at its end, and under wsd beside each checkpoint."""
+
+    module: Augmented
+    store: Store
+    train_set: PretrainPatches | WindowPatches
+    config: dict[str, Any]
+    fabric: Fabric
+    finish: Finish | None
+
+    def write(self, state: State) -> str:
+        """Writes it. Returns a sentence about it."""
+        answering, path = self.module.answering, Path(self.config["run"]) / BACKBONE_FILE
+        samples = state.step * int(self.config["trainer"]["batch_size"]) * self.fabric.world_size
+        config = self.config
+        parents: tuple[str, ...] = ()
+        if self.finish is not None:
+            config = config | {"finish": config["finish"] | {"from_step": self.finish.from_step}}
+            parents = (self.finish.parent,)
+        provenance = provenance_of(config, self.store, state, samples, self.fabric, parents)
+        write_backbone(path, answering, self.store.spec, self.train_set, int(self.config["seed"]), provenance)
+        branched = f" (decayed from step {self.finish.from_step} on)" if self.finish is not None else ""
+        return (
+            f"{path}: {state.step} steps{branched}, {samples:,} samples, {provenance.hours:.2f} h on "
             f"{provenance.device}, {100 * state.waited / max(state.seconds, 1e-9):.1f} % of it waiting for data"
         )
-        say(receipt.describe(state.receipt))
-        if probe is not None and probe.table:
-            say("\n".join(describe(probe.table)))
-    elif fabric.is_global_zero:
-        say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
-    return state
 
 
 def write_backbone(
     path: Path,
     objective: Objective,
     preprocess: PreprocessSpec,
-    trained: Sequence[SessionEntry],
+    train_set: PretrainPatches | WindowPatches,
     seed: int,
     provenance: Provenance,
 ) -> str:
@@ -175,8 +262,8 @@ def write_backbone(
         provenance=provenance,
         decoder=objective.dense,
         heads=objective.heads,
-        voxel_mm=getattr(objective.views, "voxel_mm", None),
-        subjects=SeenSubjects.of((session.subject_key for session in trained), seed),
+        voxel_mm=train_set.voxel_mm,
+        subjects=SeenSubjects.of((session.subject_key for session in train_set.sessions), seed),
     )
 
 
@@ -185,6 +272,8 @@ def _with_targets(
 ) -> tuple[dict[str, Any], Targets]:
     """The objective's settings, with the sizes of the anatomical targets as the data have them, and the targets."""
     question = dict(config["objective"])
+    if "classes" in question:
+        return _with_regions(question, config, store, trained)
     if not {"groups", "volumes"} <= set(question):
         return question, Targets()
     targets = find_targets(
@@ -205,14 +294,86 @@ def _with_targets(
     return question, targets
 
 
-def split_sessions(store: Store, held_fraction: float, seed: int) -> tuple[list[SessionEntry], list[SessionEntry]]:
-    """Sessions to train on and sessions held out; a subject is on one side."""
-    _, held = holdout(sorted({s.subject_key for s in store.sessions}), held_fraction, seed)
-    away = set(held)
-    return (
-        [s for s in store.sessions if s.subject_key not in away],
-        [s for s in store.sessions if s.subject_key in away],
+def _with_regions(
+    question: dict[str, Any], config: Mapping[str, Any], store: Store, trained: list[SessionEntry]
+) -> tuple[dict[str, Any], Targets]:
+    """The same for an objective that asks for the fine classes of data/regions.py."""
+    targets = find_targets(
+        store,
+        TargetSpec(**(dict(config["data"]["targets"]) | {"level": "regions"})),
+        {session.subject_key for session in trained},
+        pathology=float(question["lesion_weight"]) > 0,
     )
+    if not targets.maps:
+        note = "no label map: nothing is rendered, and the terms of real scans go on alone (see `brainfm anatomy`)"
+        targets = dataclasses.replace(targets, notes=(*targets.notes, note))
+    question["classes"] = list(REGIONS) if targets.maps else []
+    question["merged"] = merged_members() if targets.maps else []
+    question["volumes"] = len(targets.regions)
+    return question, targets
+
+
+def make_patches(
+    config: Mapping[str, Any],
+    store: Store,
+    sessions: list[SessionEntry],
+    views: ViewSpec,
+    targets: Targets,
+    samples_a_step: int = 1,
+    *,
+    validation: bool = False,
+) -> PretrainPatches | WindowPatches:
+    """The patches of one side, as the objective wants them; ``validation``: of a stream of their own, centred on heads,
+    and of windows as they are once the schedule has settled."""
+    data, seed = config["data"], int(config["seed"]) + validation
+    if not views.windows:
+        share = 1.0 if validation else float(data["foreground_share"])
+        return PretrainPatches(store, sessions, views, seed, share, targets)
+    spec = WindowSpec(**dict(data["windows"]), rendered=float(data["rendered"]))
+    settled = spec.settle_steps if validation else 0
+    return WindowPatches(store, sessions, views, seed, spec, samples_a_step, targets, from_step=settled)
+
+
+def _artefacts(value: Any, views: ViewSpec) -> AugmentSpec | None:
+    """``data.augment``; of windows, which are moved already, what changes intensities alone."""
+    spec = augment_spec(value)
+    return spec if spec is None or not views.windows else dataclasses.replace(spec, flip=0.0, affine=0.0, elastic=0.0)
+
+
+def sides_of(store: Store, data: Mapping[str, Any]) -> tuple[list[SessionEntry], list[SessionEntry]]:
+    """Sessions to train on and held out, by a column of the manifest (``data.side_column``: ``train`` or ``held``)
+    or by hash.
+
+    Raises: ConfigError where the column is missing, says something else, or puts a person on both sides.
+    """
+    column, only = data["side_column"], dict(data["only"] or {})
+    sessions = [s for s in store.sessions if all(s.columns.get(key, "") == str(value) for key, value in only.items())]
+    if not sessions:
+        raise ConfigError(f"{store.path}: no session has {only} (data.only), expected some")
+    if not column:
+        return split_sessions(sessions, float(data["validation"]), int(data["split_seed"]))
+    sides: dict[str, list[SessionEntry]] = {"train": [], "held": []}
+    for session in sessions:
+        word = session.columns.get(column, "")
+        if word not in sides:
+            raise ConfigError(
+                f"{store.path}: session {'/'.join(session.key)} has {word!r} in column {column!r} (data.side_column), "
+                "expected 'train' or 'held'"
+            )
+        sides[word].append(session)
+    both = {s.subject_key for s in sides["train"]} & {s.subject_key for s in sides["held"]}
+    if both:
+        raise ConfigError(f"{store.path}: {min(both)} is on both sides of column {column!r}, expected one side")
+    return sides["train"], sides["held"]
+
+
+def split_sessions(
+    sessions: Sequence[SessionEntry], held_fraction: float, seed: int
+) -> tuple[list[SessionEntry], list[SessionEntry]]:
+    """Sessions to train on and sessions held out; a subject is on one side."""
+    _, held = holdout(sorted({s.subject_key for s in sessions}), held_fraction, seed)
+    away = set(held)
+    return [s for s in sessions if s.subject_key not in away], [s for s in sessions if s.subject_key in away]
 
 
 class _Validation:
@@ -221,7 +382,7 @@ class _Validation:
     def __init__(
         self,
         fabric: Fabric,
-        objective: Objective,
+        module: Augmented,
         store: Store,
         held: list[SessionEntry],
         trained: list[SessionEntry],
@@ -230,12 +391,12 @@ class _Validation:
         folder: Path,
         config: dict[str, Any],
     ) -> None:
-        self.fabric, self.objective, self.folder = fabric, objective, folder
+        self.fabric, self.module, self.objective, self.folder = fabric, module, module.answering, folder
         self.batches = int(config["data"]["validation_batches"]) if any(s.scans for s in held) else 0
         # With nobody held out the pictures still show something: subjects that were trained on.
         shown = held if self.batches else trained
         self.loader = make_loader(
-            PretrainPatches(store, shown, objective.views, int(config["seed"]) + 1, 1.0, targets),
+            make_patches(config, store, shown, self.objective.views, targets, validation=True),
             StepSampler(0, max(1, self.batches), batch_size),
             workers=0,
         )
@@ -244,7 +405,7 @@ class _Validation:
     def __call__(self, state: State) -> dict[str, float]:
         sums: dict[str, float] = {}
         for number, batch in enumerate(self.loader):
-            batch = batch.to(self.fabric.device)
+            batch = self.module.shown(batch.to(self.fabric.device))
             with self.fabric.autocast():
                 if self.batches:
                     terms = self.objective(batch, 1.0)
@@ -263,6 +424,14 @@ def identity_of(config: Mapping[str, Any], store: Store) -> dict[str, Any]:
         k: v for k, v in config["trainer"].items() if k not in ("workers", "log_every", "checkpoint_every")
     }
     return kept | {"store": store.fingerprint()}
+
+
+def pretrain_identity(config: Mapping[str, Any], store: Store) -> dict[str, Any]:
+    """`identity_of`; where no step depends on how many follow, the number of steps is no part of it."""
+    identity = identity_of(config, store)
+    if config["optim"].get("schedule") == "wsd":
+        del identity["trainer"]["max_steps"]
+    return identity
 
 
 def provenance_of(

@@ -1,6 +1,7 @@
 import csv
 import errno
 import hashlib
+import json
 import os
 import pickle
 import time
@@ -12,6 +13,7 @@ import numpy as np
 import pytest
 
 from brainfm.data import store as store_module
+from brainfm.data.levels import coarse_image, coarse_labels
 from brainfm.data.manifest import Scan
 from brainfm.data.store import STEP, Store
 from brainfm.specs import PreprocessSpec, StoreError
@@ -133,6 +135,92 @@ def test_block__reads_only_the_blocks_it_touches(tmp_path):
     np.testing.assert_array_equal(store.block(entry, "t1", *box), want[3:23, 32:48, 20:60])
     with pytest.raises(StoreError, match=r"t1\.b2nd: the file is damaged"):
         store.block(entry, "t1", (3, 31, 20), (20, 16, 40))
+
+
+def make_old(path: Path, **kwargs) -> Store:
+    """As a store was before there were levels."""
+    make(path, **kwargs)
+    for file in path.rglob("*@level*"):
+        file.unlink()
+    for file in path.rglob("session.json"):
+        document = json.loads(file.read_bytes())
+        document["files"] = {f: v for f, v in document["files"].items() if "@level" not in f}
+        file.write_bytes(store_module._json_bytes(document))
+    Store.create(path, SPEC).finish()
+    return Store.open(path)
+
+
+@pytest.mark.parametrize("old", [False, True])
+def test_block__levels_equal_the_reduced_volume(tmp_path, old):
+    store = (make_old if old else make)(tmp_path / "store")
+    (entry,) = store.sessions
+    assert store.levels(entry) == 2 and bool(list(tmp_path.rglob("*@level*"))) != old
+    rng = np.random.default_rng(1)
+    for name, reduce in (("t1", coarse_image), ("lesion_mask", coarse_labels)):
+        volume = store.volume(entry, name)
+        background = volume.min() if name == "t1" else 0
+        for level in (1, 2, 3):  # 3 is kept by none
+            shape = store.shape(entry, level)
+            assert shape == tuple(-(-n // 2**level) for n in entry.shape)
+            want = reduce(volume, level)
+            got = store.block(entry, name, (0, 0, 0), shape, level)
+            assert got.dtype == volume.dtype
+            np.testing.assert_allclose(got, want, atol=STEP / 2, rtol=0)
+            padded = np.pad(got, 60, constant_values=background)
+            for _ in range(10):
+                corner, size = rng.integers(-20, 30, 3), rng.integers(1, 30, 3)
+                box = tuple(slice(c + 60, c + 60 + s) for c, s in zip(corner, size))
+                np.testing.assert_array_equal(store.block(entry, name, corner, size, level), padded[box])
+    with pytest.raises(ValueError, match="level=-1"):
+        store.block(entry, "t1", (0, 0, 0), (1, 1, 1), -1)
+
+
+def test_levels__a_store_without_has_the_same_identity_and_the_same_voxels(tmp_path):
+    old, new = make_old(tmp_path / "old"), make(tmp_path / "new")
+    assert old.fingerprint() == new.fingerprint() and old.sessions == new.sessions
+    index = [(tmp_path / place / "index.csv").read_bytes() for place in ("old", "new")]
+    assert index[0] == index[1] and b"@level" not in index[0]
+    (entry,) = new.sessions
+    assert [v.name for v in (*entry.scans, *entry.labels)] == ["flair", "t1", "lesion_mask"]
+    for name in ("flair", "t1", "lesion_mask"):
+        for level in range(3):
+            box = entry, name, (-3, 2, 1), (19, 23, 17), level
+            np.testing.assert_array_equal(old.block(*box), new.block(*box))
+    columns = rows(entry.key, age="40", lesion_mask="m.nii.gz")
+    assert old.is_current(entry.key, columns, {})  # prepare leaves it alone
+    old.verify(entry)
+
+
+def test_levels__as_many_as_the_spacing_admits(tmp_path):
+    for number, (spacing, count) in enumerate((((2, 2, 2), 1), ((1, 1, 5), 0), ((0.5, 0.5, 0.5), 3))):
+        store = Store.create(tmp_path / str(number), PreprocessSpec(spacing_mm=spacing))
+        store.write_session(KEY, rows(), fake())
+        store.finish()
+        assert store.levels(store.sessions[0]) == count
+        found = {f.name for f in (tmp_path / str(number)).rglob("*@level*")}
+        names = ("flair", "t1", "lesion_mask")
+        assert found == {f"{name}@level{level}.b2nd" for name in names for level in range(1, count + 1)}
+
+
+def test_levels__damage_is_noticed(tmp_path):
+    store = make(tmp_path / "s")
+    (entry,) = store.sessions
+    columns = rows(entry.key, age="40", lesion_mask="m.nii.gz")
+    assert store.is_current(entry.key, columns, {})
+    (file,) = (tmp_path / "s").rglob("t1@level1.b2nd")
+    content = file.read_bytes()
+    want = store.block(entry, "t1", (0, 0, 0), (9, 9, 9), 1)
+    file.write_bytes(content[: len(content) // 2])
+    store = Store.open(tmp_path / "s")
+    assert not store.is_current(entry.key, columns, {})
+    message = r"t1@level1\.b2nd: the file is damaged .*delete its folder and run prepare again"
+    for read in (lambda: store.block(entry, "t1", (0, 0, 0), (9, 9, 9), 1), lambda: store.verify(entry)):
+        with pytest.raises(StoreError, match=message):
+            read()
+    file.unlink()  # lost altogether: the volume has it all
+    store = Store.open(tmp_path / "s")
+    assert not store.is_current(entry.key, columns, {})
+    np.testing.assert_array_equal(store.block(entry, "t1", (0, 0, 0), (9, 9, 9), 1), want)
 
 
 def test_label_points__small_structures_get_their_share(tmp_path):
@@ -314,7 +402,7 @@ def test_verify__one_bit(tmp_path):
         store.verify(store.sessions[0])
 
 
-@pytest.mark.parametrize("where", ["t1.b2nd", "session.json", "index.csv"])
+@pytest.mark.parametrize("where", ["t1.b2nd", "t1@level1.b2nd", "session.json", "index.csv"])
 def test_disk_full(tmp_path, monkeypatch, where):
     store = make(tmp_path / "s")
     before = tree(tmp_path / "s")

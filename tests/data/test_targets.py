@@ -220,7 +220,7 @@ def test_columns_that_are_not_there(store: Store, spec: dict, words: str) -> Non
 
 def test_refusals(store: Store, tmp_path: Path) -> None:
     for spec, words in (
-        ({"level": "lobes"}, "expected groups, tissues or null"),
+        ({"level": "lobes"}, "expected groups, tissues, regions or null"),
         ({"synthesise": 2.0}, "a share from 0 to 1"),
         ({"labels": {"tissue_labels": "aal"}}, "scheme 'aal' is not known"),
     ):

@@ -154,14 +154,14 @@ def test_fault_between_log_steps_leaves_a_finite_checkpoint_to_go_on_from(
 def test_collapsing_objective_stops_with_exit_2_and_keeps_the_last_good_state(
     toy_store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    run, usual, calls = tmp_path / "run", MAE.encode, [0]
+    run, usual, calls, healthy = tmp_path / "run", MAE.encode, [0], [True]
 
-    def encode(self, image):
+    def encode(self, image):  # of the average, which is what is probed
         codes = usual(self, image)
-        return codes if self.healthy else {name: torch.ones_like(code) for name, code in codes.items()}
+        return codes if healthy[0] else {name: torch.ones_like(code) for name, code in codes.items()}
 
     def after_step(self, progress):
-        self.healthy = progress < 0.4
+        healthy[0] = progress < 0.4
         calls[0] += 1
 
     monkeypatch.setattr(MAE, "encode", encode)

@@ -50,8 +50,18 @@ def whole(toy_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def same_weights(one: Path, other: Path) -> bool:
-    a, b = (read_checkpoint(run / CHECKPOINT)["module"] for run in (one, other))
-    return list(a) == list(b) and all(torch.equal(a[k], b[k]) for k in a)
+    """Of networks and their average, of the optimiser; and the step, from which the numbers of the samples follow."""
+    a, b = (read_checkpoint(run / CHECKPOINT) for run in (one, other))
+    assert any(name.startswith("average.") for name in a["module"])
+    mine, theirs = (flat(content) for content in (a, b))
+    same_step = json.loads(a["state"])["step"] == json.loads(b["state"])["step"]
+    return same_step and list(mine) == list(theirs) and all(torch.equal(mine[k], theirs[k]) for k in mine)
+
+
+def flat(content: dict) -> dict[str, torch.Tensor]:
+    """All tensors of a checkpoint by name."""
+    moments = content["optimizer"]["state"].items()
+    return content["module"] | {f"{key} {number}": v for number, state in moments for key, v in state.items()}
 
 
 def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
@@ -60,11 +70,11 @@ def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
     assert loaded.provenance.steps == STEPS and loaded.provenance.samples == 2 * STEPS
     assert loaded.provenance.data == toy_store.fingerprint()
     assert loaded.provenance.config["objective"]["name"] == "cross_contrast"
-    trained, held = split_sessions(toy_store, 0.3, 0)
+    trained, held = split_sessions(toy_store.sessions, 0.3, 0)
     assert loaded.subjects is not None and loaded.subjects.among(s.subject_key for s in trained + held) == sorted(
         {s.subject_key for s in trained}
     )
-    assert (loaded.decoder, loaded.heads, loaded.voxel_mm) == (None, {}, None)
+    assert (loaded.decoder, loaded.heads, loaded.voxel_mm) == (None, {}, (2.0, 2.0))
     assert sorted(p.name for p in (whole / "pictures").iterdir()) == ["step_0000012.png", "step_0000024.png"]
     assert any((whole / "tensorboard").iterdir())
     names = {name for _, name, _ in read_curves(whole / "curves.csv")}
