@@ -402,7 +402,12 @@ def _takes_decoder(study: _Study, split: Split, folder: Path, backbone: Backbone
 
     mark = hashlib.sha256(json.dumps(_identity(study, split, backbone), sort_keys=True).encode()).hexdigest()[:16]
     spec = decoder_trial.TrialSpec(
-        int(study.config["trainer"]["max_steps"]), adapt.trial_share, study.question.larger_is_better, study.seed, mark
+        max_steps=int(study.config["trainer"]["max_steps"]),
+        share=adapt.trial_share,
+        least=adapt.trial_steps,
+        larger_is_better=study.question.larger_is_better,
+        seed=study.seed,
+        mark=mark,
     )
     if study.chief and decoder_trial.read(folder, mark) is None:
         say(f"{folder.name}: {spec}")
