@@ -254,7 +254,8 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     if isinstance(summary.get("seen_in_pretraining"), Mapping):
         lines.append(f"note: {Overlap(**summary['seen_in_pretraining'])}")
     if "empty" in summary:
-        lines.append(f"both masks empty in {summary['both_empty']} cases; {summary['conventions']} (empty={'|'.join(EMPTY)})")
+        both = f"both masks empty in {summary['both_empty']} cases"
+        lines.append(f"{both}; {summary['conventions']} (empty={'|'.join(EMPTY)})")
     metrics = summary["metrics"]
     for name in ("dice", "surface_dice_1mm") if "dice" in metrics else metrics:
         numbers = [
