@@ -1,20 +1,21 @@
-"""Weights on disk and between networks: they fit completely, or nothing is changed and every misfit is named.
+"""Backbone files: whole or refused.
 
-A backbone file is safetensors: tensors ``backbone.*`` and ``objective.*``, and one JSON text under the metadata key
-``brainfm``. Nothing in it is ever executed.
+A backbone file is safetensors: tensors ``backbone.*``, ``objective.*`` and, since format 2, ``decoder.*`` and
+``heads.NAME.*`` of what was trained with the backbone, and one JSON text under the metadata key ``brainfm``. Nothing in
+it is ever executed.
 """
 
 from __future__ import annotations
 
-import hashlib
 import json
+import math
 import os
 import tempfile
-from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
-from fnmatch import fnmatchcase
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -22,41 +23,35 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.transfer import TransferReport, fingerprint, listed, misfits, transfer
+from brainfm.seen import SeenSubjects
 from brainfm.specs import ConfigError, PreprocessSpec, Provenance, WeightsError
 
-FORMAT = 1
+FORMAT = 2
 _KEY = "brainfm"
-_LISTED = 10  # misfits named in one message; the others are counted
-
-
-@dataclass(frozen=True)
-class TransferReport:
-    """What happened to every tensor, by name: of the network (loaded, left_at_init) and of the source (unused)."""
-
-    loaded: tuple[str, ...]
-    left_at_init: tuple[str, ...] = ()
-    unused: tuple[str, ...] = ()
-
-    def __str__(self) -> str:
-        text = f"{len(self.loaded)} tensors loaded"
-        for names, words in ((self.left_at_init, "left at their initial values"), (self.unused, "of the file unused")):
-            text += f", {len(names)} {words}" + (f" ({_listed(names, ', ')})" if names else "")
-        return text
+_GROUPS = ("backbone", "decoder", "heads", "objective")
+_Network = TypeVar("_Network", bound=nn.Module)
 
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A backbone file, rebuilt.
+    """A backbone file, rebuilt; networks are in eval mode, on the CPU.
 
     Attributes:
-        backbone: in eval mode, on the CPU.
+        backbone: the encoder.
         preprocess: how a scan must be prepared for it.
         patch_vox: edge lengths X, Y, Z of the patches it was trained on.
         provenance: where it comes from.
-        report: what was loaded.
+        report: what was loaded into the encoder.
         objective: ``{"name": ..., "config": {...}}`` of the question it was trained with.
         extra: the objective's own tensors (latents, decoder), names without the prefix.
         fingerprint: of all tensors of the file.
+        decoder: the skip decoder that was trained with the encoder, or None.
+        heads: what reads the decoder's parts, by name; maybe none.
+        voxel_mm: smallest and largest edge length of a voxel that was trained on, or None where only that of
+            ``preprocess`` was.
+        subjects: whom it was trained on, or None where the file does not say.
     """
 
     backbone: Backbone
@@ -67,6 +62,10 @@ class LoadedBackbone:
     objective: dict[str, Any]
     extra: dict[str, Tensor]
     fingerprint: str
+    decoder: DenseDecoder | None = None
+    heads: dict[str, DenseHead] = field(default_factory=dict)
+    voxel_mm: tuple[float, float] | None = None
+    subjects: SeenSubjects | None = None
 
 
 def save_backbone(
@@ -78,15 +77,28 @@ def save_backbone(
     preprocess: PreprocessSpec,
     patch_vox: tuple[int, int, int],
     provenance: Provenance,
+    decoder: DenseDecoder | None = None,
+    heads: nn.ModuleDict | Mapping[str, nn.Module] | None = None,
+    voxel_mm: tuple[float, float] | None = None,
+    subjects: SeenSubjects | None = None,
 ) -> str:
     """Write a backbone file in one step: the old file or the new one, never half of one. Returns its fingerprint.
 
     Args:
         objective: ``{"name": ..., "config": {...}}``, JSON-able.
         objective_state: the objective's tensors without the backbone's (Objective.state_for_file()).
+        decoder, heads: what was trained with the backbone; each head a DenseHead on a part of the decoder.
+        voxel_mm, subjects: see LoadedBackbone.
+
+    Raises: ConfigError for heads that do not fit the decoder.
     """
+    named: dict[str, Any] = dict(heads.items()) if heads is not None else {}
     tensors = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
     tensors |= {f"objective.{name}": value for name, value in objective_state.items()}
+    if decoder is not None:
+        tensors |= {f"decoder.{name}": value for name, value in decoder.state_dict().items()}
+    for key, head in named.items():
+        tensors |= {f"heads.{key}.{name}": value for name, value in head.state_dict().items()}
     # clone: tied weights share storage, which safetensors refuses
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
     mark = fingerprint(tensors)
@@ -98,42 +110,44 @@ def save_backbone(
         "patch_vox": list(patch_vox),
         "provenance": provenance.to_dict(),
         "fingerprint": mark,
+        "decoder": decoder.config if decoder is not None else None,
+        "heads": {key: head.config for key, head in named.items()},
+        "voxel_mm": list(voxel_mm) if voxel_mm is not None else None,
+        "subjects": subjects.to_dict() if subjects is not None else None,
     }
-    write_atomically(Path(path), save(tensors, metadata={_KEY: json.dumps(about, sort_keys=True)}))
+    _check_heads(about["decoder"], about["heads"])
+    # keys are not sorted: the order of a decoder's parts is that of its channels
+    write_atomically(Path(path), save(tensors, metadata={_KEY: json.dumps(about)}))
     return mark
 
 
-def load_backbone(path: str | os.PathLike[str]) -> LoadedBackbone:
-    """Rebuild a backbone from its file alone.
+def load_backbone(path: str | os.PathLike[str], *, needs_decoder: bool = False) -> LoadedBackbone:
+    """Rebuild a backbone, and what was trained with it, from its file alone.
+
+    Args:
+        needs_decoder: whether a file without a decoder is refused.
 
     Raises: WeightsError where the file is missing, foreign, damaged, or its tensors do not fit the network it names.
     """
     path = Path(path)
     tensors, about = _read(path)
-    groups: dict[str, dict[str, Tensor]] = {"backbone": {}, "objective": {}}
-    strangers = []
-    for name, value in tensors.items():
-        group, _, rest = name.partition(".")
-        if group in groups and rest:
-            groups[group][rest] = value
-        else:
-            strangers.append(f"{name} is neither backbone.* nor objective.*")
-    if strangers:
-        raise WeightsError(f"{path}: {_listed(strangers)}")
+    groups = _grouped(path, tensors)
     try:
         preprocess = PreprocessSpec.from_dict(about["preprocess"])
         provenance = Provenance.from_dict(about["provenance"])
         patch_x, patch_y, patch_z = (int(p) for p in about["patch_vox"])
-        with torch.device("meta"):  # a file that lies about its sizes is refused before memory is spent on it
-            misfits = _misfits(build_backbone(**about["backbone"]).state_dict(), groups["backbone"], (), ())
-        if misfits:
-            raise WeightsError(f"{path}: does not fit {about['backbone']['name']}: {_listed(misfits)}")
-        backbone = build_backbone(**about["backbone"])
+        voxel_mm = _range_of(about.get("voxel_mm"))
+        subjects = SeenSubjects.from_dict(about["subjects"]) if about.get("subjects") is not None else None
+        _check_heads(about.get("decoder"), about.get("heads") or {})
+        make = partial(build_backbone, **about["backbone"])
+        backbone, report = _rebuilt(path, make, groups["backbone"], about["backbone"]["name"])
+        decoder, heads = _rebuilt_beside(path, backbone, about, groups)
     except (ConfigError, TypeError, ValueError) as error:
         raise WeightsError(f"{path}: its description cannot be used: {error}") from None
-    report = transfer(backbone, groups["backbone"], origin=str(path))
+    if needs_decoder and decoder is None:
+        raise WeightsError(f"{path}: holds no decoder, only an encoder; expected a file of a pre-training with one")
     return LoadedBackbone(
-        backbone=backbone.eval(),
+        backbone=backbone,
         preprocess=preprocess,
         patch_vox=(patch_x, patch_y, patch_z),
         provenance=provenance,
@@ -141,6 +155,10 @@ def load_backbone(path: str | os.PathLike[str]) -> LoadedBackbone:
         objective=about["objective"],
         extra=groups["objective"],
         fingerprint=about["fingerprint"],
+        decoder=decoder,
+        heads=heads,
+        voxel_mm=voxel_mm,
+        subjects=subjects,
     )
 
 
@@ -152,78 +170,80 @@ def load(path: str | os.PathLike[str]) -> Backbone:
     return load_backbone(path).backbone
 
 
-def transfer(
-    module: nn.Module,
-    state: Mapping[str, Tensor],
-    *,
-    allow_missing: Iterable[str] = (),
-    allow_unused: Iterable[str] = (),
-    origin: str = "the given weights",
-) -> TransferReport:
-    """Copy weights into a network, all of them or none.
-
-    Args:
-        module: its parameters and buffers are overwritten in place, on their device and in their precision.
-        state: name -> tensor.
-        allow_missing: names, or patterns like ``decoder.*``, of the network that may keep their initial values.
-        allow_unused: names or patterns of ``state`` that may find no place.
-        origin: the file, for messages.
-
-    Raises: WeightsError naming every misfit; the network is then unchanged. A tensor that is on both sides with another
-        shape is never allowed: leave it out of ``state`` to keep the initial values.
-    """
-    own = module.state_dict()
-    misfits = _misfits(own, state, tuple(allow_missing), tuple(allow_unused))
-    if misfits:
-        raise WeightsError(f"{origin}: does not fit {type(module).__name__}: {_listed(misfits)}")
-    loaded = tuple(name for name in own if name in state)
-    with torch.no_grad():
-        for name in loaded:
-            own[name].copy_(state[name])
-    left = tuple(name for name in own if name not in state)
-    return TransferReport(loaded, left, tuple(name for name in state if name not in own))
+def _grouped(path: Path, tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    """Group -> the tensors of a file that belong to it, names without the prefix."""
+    groups: dict[str, dict[str, Tensor]] = {group: {} for group in _GROUPS}
+    strangers = []
+    for name, value in tensors.items():
+        group, _, rest = name.partition(".")
+        if group in groups and rest:
+            groups[group][rest] = value
+        else:
+            strangers.append(f"{name} is neither {'.*, '.join(_GROUPS[:-1])}.* nor {_GROUPS[-1]}.*")
+    if strangers:
+        raise WeightsError(f"{path}: {listed(strangers)}")
+    return groups
 
 
-def fingerprint(tensors: Mapping[str, Tensor]) -> str:
-    """SHA-256 (64 hexadecimal digits) of names, types, shapes and values, whatever the order of the names."""
-    digest = hashlib.sha256()
-    for name in sorted(tensors):
-        value = tensors[name].detach().cpu().contiguous()
-        digest.update(f"{name}\0{value.dtype}\0{tuple(value.shape)}\0".encode())
-        digest.update(value.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return digest.hexdigest()
+def _rebuilt(
+    path: Path, make: Callable[[], _Network], state: Mapping[str, Tensor], name: str
+) -> tuple[_Network, TransferReport]:
+    """What ``make`` makes, with the weights of a file."""
+    with torch.device("meta"):  # a file that lies about its sizes is refused before memory is spent on it
+        wrong = misfits(make().state_dict(), state)
+    if wrong:
+        raise WeightsError(f"{path}: does not fit {name}: {listed(wrong)}")
+    network = make()
+    report = transfer(network, state, origin=str(path))
+    return network.eval(), report
 
 
-def _misfits(
-    own: Mapping[str, Tensor],
-    state: Mapping[str, Tensor],
-    allow_missing: tuple[str, ...],
-    allow_unused: tuple[str, ...],
-) -> list[str]:
-    found = []
-    for name, value in own.items():
-        if name not in state:
-            if not _matches(name, allow_missing):
-                found.append(f"{name} is missing")
-        elif tuple(state[name].shape) != tuple(value.shape):
-            found.append(f"{name} is {_shape(state[name])}, expected {_shape(value)}")
-        elif state[name].is_floating_point() != value.is_floating_point():
-            found.append(f"{name} is {state[name].dtype}, expected {value.dtype}")
-    return found + [f"{n} has no place" for n in state if n not in own and not _matches(n, allow_unused)]
+def _rebuilt_beside(
+    path: Path, backbone: Backbone, about: Mapping[str, Any], groups: Mapping[str, Mapping[str, Tensor]]
+) -> tuple[DenseDecoder | None, dict[str, DenseHead]]:
+    """The decoder and the heads that lie beside a backbone in its file."""
+    config, named = about.get("decoder"), about.get("heads") or {}
+    homeless = [f"decoder.{name}" for name in groups["decoder"] if config is None]
+    homeless += [f"heads.{name}" for name in groups["heads"] if name.partition(".")[0] not in named]
+    if homeless:
+        raise WeightsError(f"{path}: {listed(f'{name} has no place' for name in homeless)}")
+    if config is None:
+        return None, {}
+    make = partial(DenseDecoder, backbone.widths, backbone.strides, **config)
+    decoder, _ = _rebuilt(path, make, groups["decoder"], "the decoder")
+    heads = {}
+    for key, settings in named.items():
+        own = {n.removeprefix(f"{key}."): v for n, v in groups["heads"].items() if n.startswith(f"{key}.")}
+        heads[key], _ = _rebuilt(path, partial(DenseHead, **settings), own, f"the head {key}")
+    return decoder, heads
 
 
-def _matches(name: str, patterns: tuple[str, ...]) -> bool:
-    return any(fnmatchcase(name, pattern) for pattern in patterns)
+def _check_heads(decoder: Any, heads: Any) -> None:
+    """Raises: ConfigError where the descriptions of a decoder and of the heads on its parts contradict each other."""
+    parts = decoder.get("parts") if isinstance(decoder, dict) else None
+    if decoder is not None and not (isinstance(parts, dict) and all(_is_count(size) for size in parts.values())):
+        raise ConfigError(f"decoder={decoder}: expected parts with their channels")
+    if not isinstance(heads, dict):
+        raise ConfigError(f"heads={heads}: expected names with their settings")
+    for key, head in heads.items():
+        if not isinstance(head, dict) or not isinstance(head.get("names"), list) or "." in key:
+            raise ConfigError(f"head {key}={head}: expected a name without dots, part, channels and names")
+        if head.get("channels") != (parts or {}).get(head.get("part")):
+            read = f"{head.get('channels')} channels of part {head.get('part')!r}"
+            raise ConfigError(f"head {key} reads {read}, the decoder has {parts}")
 
 
-def _shape(value: Tensor) -> str:
-    return "x".join(str(n) for n in value.shape) or "a scalar"
+def _is_count(value: Any) -> bool:
+    return isinstance(value, int) and not isinstance(value, bool) and value > 0
 
 
-def _listed(items: Iterable[str], comma: str = "; ") -> str:
-    items = list(items)
-    more = f"{comma}and {len(items) - _LISTED} more" if len(items) > _LISTED else ""
-    return comma.join(items[:_LISTED]) + more
+def _range_of(value: Any) -> tuple[float, float] | None:
+    if value is None:
+        return None
+    low, high = (float(edge) for edge in value)
+    if not 0 < low <= high < math.inf:
+        raise ConfigError(f"voxel_mm={value}: expected the smallest and the largest edge of a voxel in mm")
+    return low, high
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -27,7 +27,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import transfer
+from brainfm.nets.transfer import transfer
 from brainfm.specs import BundleError, ConfigError, Decisions, PreprocessSpec, Provenance, TaskSpec, WeightsError
 from brainfm.tasks.task import Task, build_task
 

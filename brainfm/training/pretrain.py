@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +25,8 @@ from brainfm.data.targets import Targets, TargetSpec, find_targets
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import save_backbone, write_atomically
 from brainfm.objectives.objective import Objective, build_objective
-from brainfm.specs import ConfigError, Provenance
+from brainfm.seen import SeenSubjects
+from brainfm.specs import ConfigError, PreprocessSpec, Provenance
 from brainfm.training import receipt
 from brainfm.training.guards import GuardSpec
 from brainfm.training.launch import make_fabric
@@ -141,15 +142,7 @@ def pretrain(config: dict[str, Any]) -> State:
     if state.step == spec.max_steps and fabric.is_global_zero:
         samples = state.step * batch_size * fabric.world_size
         provenance = provenance_of(config, store, state, samples, fabric)
-        save_backbone(
-            folder / BACKBONE_FILE,
-            backbone,
-            objective={"name": objective.name, "config": objective.config},
-            objective_state=objective.state_for_file(),
-            preprocess=store.spec,
-            patch_vox=objective.views.patch_vox,
-            provenance=provenance,
-        )
+        write_backbone(folder / BACKBONE_FILE, objective, store.spec, sides[0], seed, provenance)
         say(
             f"{folder / BACKBONE_FILE}: {state.step} steps, {samples:,} samples, {provenance.hours:.2f} h on "
             f"{provenance.device}, {100 * state.waited / max(state.seconds, 1e-9):.1f} % of it waiting for data"
@@ -160,6 +153,31 @@ def pretrain(config: dict[str, Any]) -> State:
     elif fabric.is_global_zero:
         say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
     return state
+
+
+def write_backbone(
+    path: Path,
+    objective: Objective,
+    preprocess: PreprocessSpec,
+    trained: Sequence[SessionEntry],
+    seed: int,
+    provenance: Provenance,
+) -> str:
+    """The backbone file of an objective, with all that is trained beside it and the people it was trained on, by hash.
+    Returns its fingerprint."""
+    return save_backbone(
+        path,
+        objective.backbone,
+        objective={"name": objective.name, "config": objective.config},
+        objective_state=objective.state_for_file(),
+        preprocess=preprocess,
+        patch_vox=objective.views.patch_vox,
+        provenance=provenance,
+        decoder=objective.dense,
+        heads=objective.heads,
+        voxel_mm=getattr(objective.views, "voxel_mm", None),
+        subjects=SeenSubjects.of((session.subject_key for session in trained), seed),
+    )
 
 
 def _with_targets(

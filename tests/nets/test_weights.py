@@ -4,6 +4,7 @@ import json
 import pickle
 import random
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -12,7 +13,9 @@ from safetensors.torch import save_file
 
 import brainfm.nets.weights as weights
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.objectives.objective import build_objective
+from brainfm.seen import SeenSubjects
 from brainfm.specs import BrainfmError, PreprocessSpec, Provenance, WeightsError
 
 SPEC = PreprocessSpec(spacing_mm=(1.0, 1.0, 2.0))
@@ -184,7 +187,7 @@ def test_ten_misfits_are_named_and_the_rest_counted(tmp_path):
 @pytest.mark.parametrize(
     ("change", "words"),
     [
-        ({"format": 2}, "update brainfm"),
+        ({"format": 3}, "update brainfm"),
         ({"backbone": {"name": "resnet"}}, "unknown backbone 'resnet'"),
         ({"backbone": {"name": "unet", "widths": "ab"}}, "widths"),
         ({"backbone": {"name": "unet", "widths": [4096] * 8}}, "does not fit unet"),
@@ -219,8 +222,127 @@ def test_a_tensor_of_neither_group_is_refused(tmp_path):
     _save(path)
     tensors, about = _parts(path)
     _rewrite(path, tensors | {"optimizer.m": torch.zeros(1)}, about)
-    with pytest.raises(WeightsError, match=r"optimizer\.m is neither"):
+    with pytest.raises(WeightsError, match=r"optimizer\.m is neither backbone\.\*, decoder"):
         weights.load_backbone(path)
+
+
+# ---- format 2: what was trained beside the encoder -------------------------------------------------------------------
+
+PARTS = {"pathology": 3, "anatomy": 4, "free": 2}  # not in the order of the alphabet
+
+
+def _dense_file(path: Path, **more: Any) -> tuple[Backbone, DenseDecoder, dict[str, DenseHead]]:
+    torch.manual_seed(0)
+    backbone = build_backbone("unet", widths=[2, 3])
+    decoder = DenseDecoder(backbone.widths, backbone.strides, PARTS)
+    heads = {"regions": DenseHead("anatomy", 4, ("a", "b")), "lesion": DenseHead("pathology", 3, ("lesion",))}
+    weights.save_backbone(
+        path,
+        backbone,
+        objective={"name": "dense_split", "config": {"parts": PARTS}},
+        objective_state={"code.weight": torch.randn(1, 2)},
+        preprocess=SPEC,
+        patch_vox=(16, 16, 32),
+        provenance=PROVENANCE,
+        **{"decoder": decoder, "heads": torch.nn.ModuleDict(heads)} | more,
+    )
+    return backbone, decoder, heads
+
+
+def test_decoder_heads_and_people_come_back_bit_equal(tmp_path):
+    path = tmp_path / "b.safetensors"
+    people = SeenSubjects.of(["d/one", "d/two"], seed=3)
+    backbone, decoder, heads = _dense_file(path, voxel_mm=(0.8, 4), subjects=people)
+    loaded = weights.load_backbone(path, needs_decoder=True)
+    assert loaded.decoder is not None and list(loaded.heads) == ["regions", "lesion"]
+    assert loaded.decoder.parts == PARTS and list(loaded.decoder.parts) == list(PARTS)  # the order of the channels
+    pairs = [(backbone, loaded.backbone), (decoder, loaded.decoder), *zip(heads.values(), loaded.heads.values())]
+    for one, other in pairs:
+        assert list(one.state_dict()) == list(other.state_dict()) and not other.training
+        assert all(torch.equal(v, other.state_dict()[n]) for n, v in one.state_dict().items())
+    assert [head.config for head in loaded.heads.values()] == [head.config for head in heads.values()]
+    assert (loaded.voxel_mm, loaded.subjects) == ((0.8, 4.0), people)
+    image = torch.randn(1, 1, 4, 4, 4)
+    with torch.no_grad():
+        then = heads["lesion"](decoder.split(decoder(backbone.features(image)))["pathology"])
+        now = loaded.heads["lesion"](loaded.decoder.split(loaded.decoder(loaded.backbone.features(image)))["pathology"])
+    assert torch.equal(then, now)
+    assert set(loaded.extra) == {"code.weight"}
+
+
+def test_a_file_of_format_1_still_loads():
+    """Written by the version before format 2."""
+    path = Path(__file__).parent / "format_1.safetensors"
+    assert _parts(path)[1]["format"] == 1
+    loaded = weights.load_backbone(path)
+    assert loaded.fingerprint == "6238633b17f2468ca56d5c1ed0f1013e920e887d14d3597b0cedd04d295d6fbf"
+    assert (loaded.provenance.steps, loaded.preprocess) == (7, SPEC) and set(loaded.extra) == {"decoder.out.weight"}
+    assert (loaded.decoder, loaded.heads, loaded.voxel_mm, loaded.subjects) == (None, {}, None, None)
+    with pytest.raises(WeightsError, match=r"format_1\.safetensors: holds no decoder, only an encoder"):
+        weights.load_backbone(path, needs_decoder=True)
+
+
+def test_a_file_without_decoder_is_whole(tmp_path):
+    path = tmp_path / "b.safetensors"
+    _save(path)
+    loaded = weights.load_backbone(path)
+    assert (loaded.decoder, loaded.heads, loaded.voxel_mm, loaded.subjects) == (None, {}, None, None)
+
+
+def test_any_damage_to_format_2_is_one_sentence(tmp_path):
+    path = tmp_path / "b.safetensors"
+    _dense_file(path, voxel_mm=(1, 2), subjects=SeenSubjects.of(["d/one"], seed=0))
+    whole, draw = path.read_bytes(), random.Random(0)
+    for _ in range(150):
+        damaged = bytearray(whole)
+        place = draw.randrange(len(damaged))
+        damaged[place] ^= 1 << draw.randrange(8)
+        path.write_bytes(bytes(damaged) if draw.random() < 0.7 else whole[:place])
+        try:
+            weights.load_backbone(path)
+        except WeightsError as error:
+            assert str(path) in str(error)
+
+
+@pytest.mark.parametrize(
+    ("change", "words"),
+    [
+        ({"decoder": None}, "head regions reads 4 channels of part 'anatomy', the decoder has None"),
+        ({"decoder": None, "heads": {}}, r"decoder\.out\.weight has no place"),
+        ({"decoder": {"parts": "ab"}}, "expected parts with their channels"),
+        ({"decoder": {"parts": {"anatomy": 0}}}, "expected parts with their channels"),
+        ({"decoder": {"parts": PARTS, "depth": 3}}, "cannot be used"),
+        ({"decoder": {"parts": {"pathology": 3, "anatomy": 4}}}, "does not fit the decoder: out.weight is 9x2"),
+        ({"decoder": {"parts": PARTS | {"free": 10**9}}}, "does not fit the decoder"),
+        ({"heads": {}}, r"heads\.regions\.weight has no place"),
+        ({"heads": {"lesion": {"part": "pathology", "channels": 3, "names": ["lesion"]}}}, "regions.bias has no place"),
+        ({"heads": {"regions": {"part": "free", "channels": 4, "names": ["a"]}}}, "reads 4 channels of part 'free'"),
+        ({"heads": {"regions": {"part": [], "channels": 4, "names": ["a"]}}}, "cannot be used"),
+        ({"heads": {"regions": {"part": "anatomy", "channels": 4}}}, "expected a name without dots, part"),
+        ({"heads": [1]}, "expected names with their settings"),
+        ({"voxel_mm": [2, 1]}, "the smallest and the largest edge"),
+        ({"voxel_mm": 1}, "cannot be used"),
+        ({"subjects": {"salt": "00", "hashes": ["Anna"]}}, "expected hashes of 16 hexadecimal digits"),
+        ({"subjects": {"salt": "x", "hashes": []}}, "found the salt 'x'"),
+        ({"subjects": {"hashes": []}}, "expected a salt and a list of hashes"),
+        ({"subjects": ["d/one"]}, "expected a salt and a list of hashes"),
+    ],
+)
+def test_descriptions_of_decoder_heads_and_people_that_cannot_be_used(tmp_path, change, words):
+    path = tmp_path / "b.safetensors"
+    _dense_file(path)
+    tensors, about = _parts(path)
+    _rewrite(path, tensors, about | change)
+    with pytest.raises(WeightsError, match=words) as caught:
+        weights.load_backbone(path)
+    assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_head_without_its_part_is_not_saved(tmp_path):
+    path = tmp_path / "b.safetensors"
+    with pytest.raises(BrainfmError, match="head lesion reads 2 channels of part 'pathology', the decoder has"):
+        _dense_file(path, heads={"lesion": DenseHead("pathology", 2, ("lesion",))})
+    assert not path.exists()
 
 
 def test_transfer__changes_nothing_when_it_refuses():

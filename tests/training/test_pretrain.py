@@ -15,11 +15,14 @@ import torch
 
 from brainfm.cli import main, resolve
 from brainfm.data.store import Store
+from brainfm.nets.backbone import build_backbone
+from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.weights import load_backbone
-from brainfm.specs import TrainingError
+from brainfm.objectives.objective import build_objective
+from brainfm.specs import Provenance, TrainingError
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.monitor import read_curves
-from brainfm.training.pretrain import pretrain
+from brainfm.training.pretrain import pretrain, split_sessions, write_backbone
 
 STEPS = 24
 
@@ -57,6 +60,11 @@ def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
     assert loaded.provenance.steps == STEPS and loaded.provenance.samples == 2 * STEPS
     assert loaded.provenance.data == toy_store.fingerprint()
     assert loaded.provenance.config["objective"]["name"] == "cross_contrast"
+    trained, held = split_sessions(toy_store, 0.3, 0)
+    assert loaded.subjects is not None and loaded.subjects.among(s.subject_key for s in trained + held) == sorted(
+        {s.subject_key for s in trained}
+    )
+    assert (loaded.decoder, loaded.heads, loaded.voxel_mm) == (None, {}, None)
     assert sorted(p.name for p in (whole / "pictures").iterdir()) == ["step_0000012.png", "step_0000024.png"]
     assert any((whole / "tensorboard").iterdir())
     names = {name for _, name, _ in read_curves(whole / "curves.csv")}
@@ -69,6 +77,20 @@ def test_leaves_what_the_readme_promises(whole: Path, toy_store: Store) -> None:
     last = {name: value for step, name, value in read_curves(whole / "curves.csv") if step == STEPS}
     assert probed["parts"]["anatomy"]["subject"] == last["probe_anatomy_subject"]
     assert (whole / "good.ckpt").read_bytes() == (whole / CHECKPOINT).read_bytes()
+
+
+def test_a_decoder_and_heads_travel_with_the_backbone(toy_store: Store, tmp_path: Path) -> None:
+    objective = build_objective("mae", build_backbone("unet_tiny"), patch_vox=(16, 16, 16), seed=0)
+    backbone = objective.backbone
+    objective.dense = DenseDecoder(backbone.widths, backbone.strides, {"anatomy": 3, "pathology": 2})
+    objective.heads = torch.nn.ModuleDict({"lesion": DenseHead("pathology", 2, ("lesion",))})
+    path = tmp_path / "backbone.safetensors"
+    write_backbone(path, objective, toy_store.spec, toy_store.sessions[:2], 0, Provenance("0", "", ""))
+    loaded = load_backbone(path, needs_decoder=True)
+    assert loaded.decoder is not None
+    for ours, theirs in ((objective.dense, loaded.decoder), (objective.heads["lesion"], loaded.heads["lesion"])):
+        assert all(torch.equal(v, theirs.state_dict()[n]) for n, v in ours.state_dict().items())
+    assert not [n for n in loaded.extra if n.startswith(("dense.", "heads.", "backbone."))]
 
 
 def test_killed_and_resumed_equals_uninterrupted(whole: Path, toy_store: Store, tmp_path: Path) -> None:
