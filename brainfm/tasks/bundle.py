@@ -2,6 +2,7 @@
 
     task.json preprocess.json provenance.json backbone.json   what it answers, and how to rebuild it
     decisions.json                                            what cross-validation decided about its answers, if it did
+    reads.json                                                what answers for whole heads are made of (tasks/reads.py)
     member0.safetensors ...                                   weights, one file a member of the ensemble
     README.md                                                 the model card
     checksums.json                                            SHA-256 of every other file
@@ -34,6 +35,7 @@ from brainfm.tasks.task import Task, build_task
 FORMAT = 1
 CHECKSUMS = "checksums.json"
 DECISIONS = "decisions.json"
+READS = "reads.json"
 _DESCRIPTIONS = ("task.json", "preprocess.json", "provenance.json", "backbone.json")
 
 
@@ -69,6 +71,7 @@ def write_bundle(
     preprocess: PreprocessSpec,
     provenance: Provenance,
     decisions: Decisions | None = None,
+    reads: Mapping[str, Any] | None = None,
     scores: Mapping[str, Any] | None = None,
     licence: str = "as its training data allow; state it here before passing the bundle on",
 ) -> str:
@@ -79,6 +82,7 @@ def write_bundle(
         backbone_config: ``Backbone.config``.
         members: ``Task.state_dict()`` of each member of the ensemble.
         decisions: what is done to its answers; None leaves them as they are.
+        reads: of an answer for a whole head, ``Reads.to_dict()``; None: the network's features alone.
         scores: for the model card; JSON-able.
         licence: one line for the model card.
 
@@ -97,13 +101,16 @@ def write_bundle(
         "provenance.json": _json(provenance.to_dict()),
         "backbone.json": _json(dict(backbone_config)),
         "README.md": model_card(
-            task, preprocess, provenance, len(members), scores or {}, licence, decisions or Decisions()
+            task, preprocess, provenance, len(members), scores or {}, licence, decisions or Decisions(),
+            labels=str((reads or {}).get("labels", "")),
         ).encode(),
     }
     if decisions is not None:
         contents[DECISIONS] = _json(decisions.to_dict())
+    if reads is not None:
+        contents[READS] = _json(dict(reads))
     for number, state in enumerate(members):
-        _member(task, backbone_config, state, f"member {number}")
+        _member(task, backbone_config, state, f"member {number}", reads)
         # clone: safetensors refuses tensors that share storage
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
         contents[f"member{number}.safetensors"] = save_tensors(tensors)
@@ -133,24 +140,32 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
         decisions = Decisions.from_dict(decided)
     except (ConfigError, TypeError, ValueError) as error:
         raise BundleError(f"{directory}: its description cannot be used: {error}") from None
+    reads = _parsed(directory / READS, contents[READS]) if READS in contents else None
     networks = []
     for name in sorted((n for n in contents if n.endswith(".safetensors")), key=lambda n: (len(n), n)):
         try:
             state = load_tensors(contents.pop(name))
         except SafetensorError as error:
             raise BundleError(f"{directory / name}: cannot be read as safetensors ({error})") from None
-        networks.append(_member(task, described["backbone.json"], state, str(directory / name)).eval())
+        networks.append(_member(task, described["backbone.json"], state, str(directory / name), reads).eval())
     if not networks:
         raise BundleError(f"{directory}: holds no member*.safetensors, expected at least one")
     return Bundle(directory, task, preprocess, provenance, tuple(networks), fingerprint, decisions)
 
 
-def _member(task: TaskSpec, backbone_config: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> Task:
+def _member(
+    task: TaskSpec,
+    backbone_config: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    origin: str,
+    reads: Mapping[str, Any] | None,
+) -> Task:
     """The network with these weights. Raises: BundleError where they do not fit."""
     try:
-        network = build_task(task, build_backbone(**backbone_config))
+        settings = {} if reads is None else {"reads": reads}
+        network = build_task(task, build_backbone(**backbone_config), **settings)
         transfer(network, state, origin=origin)
-    except (ConfigError, WeightsError, TypeError, ValueError) as error:
+    except (ConfigError, WeightsError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"the bundle's task, backbone and weights do not fit together: {error}") from None
     return network
 
@@ -237,6 +252,7 @@ def model_card(
     scores: Mapping[str, Any],
     licence: str,
     decisions: Decisions,
+    labels: str = "",
 ) -> str:
     """README.md of a bundle: what it is, what it saw, how it scored, how to run it, what it is not for."""
     averaged = "values" if task.kind == "regression" else "probabilities"
@@ -246,12 +262,16 @@ def model_card(
     note = f"\n{scores['note']}\n" if scores.get("note") else ""
     table = f"| | |\n|---|---|\n{rows}\n{note}" if rows else "None were recorded; evaluate it on your own data first.\n"
     inputs = " ".join(f"input.{contrast}={contrast}.nii.gz" for contrast in task.contrasts)
+    mapped = ""
+    if labels:
+        inputs += f" labels.{labels}={labels}.nii.gz"
+        mapped = f" With the label map `{labels}` a member that was chosen so answers from the volumes of its regions."
     return f"""# {task.target}: {task.kind}
 
 A brainfm bundle: {members} network{"s" if members != 1 else ""}{f" whose {averaged} are averaged" * (members > 1)}.
 
 - Answers: {_answers(task)}.
-- Reads: {", ".join(task.contrasts)}. Any of them may be missing; what is given must lie in one scanner space.
+- Reads: {", ".join(task.contrasts)}. Any of them may be missing; what is given must lie in one scanner space.{mapped}
 - Looks: {_looks(task, preprocess)}.
 - What is done to the answers, as held-out cases decided: {done or "nothing"}.
 - Made by brainfm {provenance.version}, commit {provenance.commit or "unknown"}, data {provenance.data or "unknown"}, \

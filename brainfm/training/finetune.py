@@ -6,6 +6,7 @@ import csv
 import io
 import json
 import math
+import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -13,7 +14,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from brainfm.data.augment import augment_spec
 from brainfm.data.loader import StepSampler, make_loader
@@ -21,7 +22,7 @@ from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.recompute import set_checkpointing
-from brainfm.nets.weights import load_backbone, write_atomically
+from brainfm.nets.weights import LoadedBackbone, load_backbone, write_atomically
 from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.task import Task
@@ -36,8 +37,11 @@ from brainfm.training.speed import settled
 from brainfm.training.supervised import Supervised
 
 MEMBER = "member.safetensors"
+SHIPPED = "shipped.safetensors"  # where the bundle gets other weights than those that were trained
+START = "start.json"  # the score before the first step, where a checkpoint is chosen
+IDENTITY = "identity.json"  # of a fold in which nothing is trained
 HELD = "held.json"
-BASELINES = ("scratch", "random_linear", "features")
+BASELINES = ("scratch", "random_linear", "features", "volumes")
 # What may change between two calls that go on with one run.
 _NOT_IN_A_FOLD = ("baselines", "audit", "audit_columns", "report", "command", "protocol")
 _MOST_SAID = 20  # sessions that are left out, one by one
@@ -58,7 +62,7 @@ class _Study:
     fabric: Fabric
     question: Question
     backbone: Backbone
-    parents: tuple[str, ...]
+    loaded: LoadedBackbone | None
     plan: MemoryPlan
     adapt: AdaptSpec
 
@@ -69,6 +73,10 @@ class _Study:
     @property
     def seed(self) -> int:
         return int(self.config["seed"])
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        return () if self.loaded is None else (self.loaded.fingerprint,)
 
     def engine(self) -> Engine:
         return Engine(self.fabric.device, torch.bfloat16 if self.plan.precision == "bf16-mixed" else None)
@@ -112,7 +120,7 @@ def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
     if not adapt.pretrained and config["backbone_from"] != "none":  # the file's network without what it learned
         network = dict(load_backbone(config["backbone_from"]).backbone.config)
         config = config | {"backbone": network, "backbone_from": "none"}
-    backbone, parents = _backbone(config, store)
+    backbone, loaded = _backbone(config, store)
     question = build_question(config, store)
     say(f"{len(question.cases)} sessions with {question.spec.target}, {len(question.left_out)} left out; "
         f"contrasts {', '.join(question.spec.contrasts)}")  # fmt: skip
@@ -120,12 +128,16 @@ def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
         say(f"left out: {sentence}")
     if len(question.left_out) > _MOST_SAID:
         say(f"left out: {len(question.left_out) - _MOST_SAID} more; results.json will name them all")
+    for sentence in question.notes:
+        say(sentence)
     spec = SplitSpec(
         folds=int(config["folds"]), repeats=int(config["repeats"]), inner=float(config["inner"]),
         sites_apart=bool(config["sites_apart"]), seed=int(config["seed"]),
     )  # fmt: skip
     strata = question.strata()
     splits = split_cases(question.cases, spec, strata, _sites(question, config))
+    if config["protocol"] == "cv":
+        splits = [question.arranged(split, int(config["seed"]), strata) for split in splits]
     if config["protocol"] == "fewshot":  # too many shots are refused now, not after the first hour
         for shots in _shots(config):
             for split in splits if shots is not None else []:
@@ -136,7 +148,7 @@ def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
     backbone.check_patch(patch)
     planned = _planned(config, run, question, backbone, patch, fabric)
     question.settle(planned.patch_vox)
-    return _Study(config, store, run, fabric, question, backbone, parents, planned, adapt), splits
+    return _Study(config, store, run, fabric, question, backbone, loaded, planned, adapt), splits
 
 
 def build_question(config: Mapping[str, Any], store: Store) -> Question:
@@ -153,11 +165,11 @@ def build_question(config: Mapping[str, Any], store: Store) -> Question:
     raise ConfigError(f"task.kind={values['kind']}: expected segmentation, classification or regression")
 
 
-def _backbone(config: dict[str, Any], store: Store) -> tuple[Backbone, tuple[str, ...]]:
-    """The encoder to start from and the fingerprints of its file."""
+def _backbone(config: dict[str, Any], store: Store) -> tuple[Backbone, LoadedBackbone | None]:
+    """The encoder to start from, and its file."""
     if config["backbone_from"] == "none":
         torch.manual_seed(int(config["seed"]))
-        return build_backbone(**config["backbone"]), ()
+        return build_backbone(**config["backbone"]), None
     loaded = load_backbone(config["backbone_from"])
     say(f"{config['backbone_from']}: {loaded.report}")
     if loaded.preprocess != store.spec:
@@ -165,7 +177,7 @@ def _backbone(config: dict[str, Any], store: Store) -> tuple[Backbone, tuple[str
             f"note: the backbone was pre-trained on scans prepared as {loaded.preprocess.to_dict()}, "
             f"{store.path} was prepared as {store.spec.to_dict()}"
         )
-    return loaded.backbone, (loaded.fingerprint,)
+    return loaded.backbone, loaded
 
 
 def _sites(question: Question, config: Mapping[str, Any]) -> dict[str, str] | None:
@@ -284,7 +296,7 @@ def _fresh(study: _Study, split: Split, backbone: Backbone | None, begun: bool =
     encoder = build_backbone(**study.backbone.config)
     if backbone is not None and study.config["backbone_from"] != "none":
         encoder.load_state_dict(backbone.state_dict())
-    task = study.question.task(encoder, split.trained)
+    task = study.question.task(encoder, split.trained, study.loaded if backbone is not None else None)
     if not begun:
         study.question.start(task, split.trained, study.fabric.device)
     set_checkpointing(task, study.plan.checkpointing)
@@ -295,8 +307,10 @@ def _fold(
     study: _Study, split: Split, folder: Path, backbone: Backbone | None, adapt: AdaptSpec
 ) -> tuple[State, list[Row]]:
     config, trainer, fabric, question = study.config, study.config["trainer"], study.fabric, study.question
+    if not question.trains(split):
+        return _untrained(study, split, folder, backbone)
     task = _fresh(study, split, backbone, (folder / CHECKPOINT).exists())
-    seed = study.seed * 1000 + 100 * split.repeat + split.fold
+    seed = _seed(study, split)
     patches = question.patches(split.trained, seed, config["data"])
     loop = replace(loop_spec(trainer, config["optim"]), accumulate=study.plan.accumulate)
     augment = augment_spec(config["data"]["augment"])
@@ -307,15 +321,12 @@ def _fold(
         steps = StepSampler(step, loop.max_steps, int(trainer["batch_size"]), fabric.global_rank, fabric.world_size)
         return make_loader(patches, steps, int(trainer["workers"]), pin_memory=fabric.device.type == "cuda")
 
-    identity = identity_of({k: v for k, v in config.items() if k not in _NOT_IN_A_FOLD}, study.store)
-    identity["task"] = {k: v for k, v in identity["task"].items() if k != "shots"}
-    identity |= {"parents": list(study.parents) if backbone is not None else [], "plan": study.plan.to_dict()}
-    identity |= {"fold": split.name, "trained": ["/".join(case.session.key) for case in split.trained]}
+    _score_start(study, module, split, folder)
     state = train(
         Run(
             fabric=fabric,
             folder=folder,
-            identity=identity,
+            identity=_identity(study, split, backbone),
             module=module,
             optimizer=optimizer,
             loader_from=loader_from,
@@ -327,7 +338,36 @@ def _fold(
     )
     if state.step < loop.max_steps:
         raise _Interrupted(f"{folder.parent.name}/{folder.name} after step {state.step}")
-    return state, _held(study, module, split, folder)
+    return state, _held(study, module, split, folder, backbone)
+
+
+def _seed(study: _Study, split: Split) -> int:
+    return study.seed * 1000 + 100 * split.repeat + split.fold
+
+
+def _identity(study: _Study, split: Split, backbone: Backbone | None) -> dict[str, Any]:
+    """What must be equal for a fold to go on."""
+    identity = identity_of({k: v for k, v in study.config.items() if k not in _NOT_IN_A_FOLD}, study.store)
+    identity["task"] = {k: v for k, v in identity["task"].items() if k != "shots"}
+    identity |= {"parents": list(study.parents) if backbone is not None else [], "plan": study.plan.to_dict()}
+    return identity | {"fold": split.name, "trained": ["/".join(case.session.key) for case in split.trained]}
+
+
+def _untrained(study: _Study, split: Split, folder: Path, backbone: Backbone | None) -> tuple[State, list[Row]]:
+    """A fold whose answers are closed forms.
+
+    Raises: ConfigError where the folder holds a fold of another configuration.
+    """
+    began = time.perf_counter()
+    mine, file = _identity(study, split, backbone), folder / IDENTITY
+    there = json.loads(file.read_text()) if file.exists() else None
+    if there is None and study.chief:
+        write_atomically(file, (json.dumps(mine, indent=1) + "\n").encode())
+    elif there is not None and there != json.loads(json.dumps(mine)):
+        key = next(k for k in sorted(set(there) | set(mine)) if there.get(k) != json.loads(json.dumps(mine)).get(k))
+        raise ConfigError(f"{folder} holds a run with another {key}: use another run= folder, or the same values")
+    rows = _held(study, None, split, folder, backbone)
+    return State(seconds=time.perf_counter() - began), rows
 
 
 def _after_step(
@@ -354,35 +394,73 @@ def _watch(
     cases, word = (split.inner, "inner") if split.inner else (split.held, "held")
     question = study.question
 
+    started = json.loads((folder / START).read_text()) if (folder / START).exists() else {}
+
     def evaluate(state: State) -> dict[str, float]:
-        with torch.no_grad():
-            score = question.watch(module.answering.eval(), cases, study.engine())
+        score, member = _scored(study, module, split, cases)
         if split.inner:
             sign = 1 if question.larger_is_better else -1
-            best = state.extra.get("best")
+            best = state.extra.get("best", started.get("best"))
             # A score that is undefined (of one class among the inner cases) chooses nothing: the last weights stay.
             if best is None or math.isnan(best) or sign * score > sign * best:
                 state.extra |= {"best": score, "best_step": state.step}
                 if study.chief:
-                    write_atomically(folder / MEMBER, module.member())
+                    write_atomically(folder / MEMBER, member)
         return {f"{word}_{question.primary}": score}
 
     return evaluate
 
 
-def _held(study: _Study, module: Supervised, split: Split, folder: Path) -> list[Row]:
+def _scored(study: _Study, module: Supervised, split: Split, cases: Sequence[Any]) -> tuple[float, bytes]:
+    """The primary score of some cases as the task stands, and the weights that it is the score of."""
+    network, question = module.answering.eval(), study.question
+    with torch.no_grad(), question.refitted(network, split.trained, study.engine()):
+        return question.watch(network, cases, study.engine()), module.member()
+
+
+def _score_start(study: _Study, module: Supervised, split: Split, folder: Path) -> None:
+    """The task as it is before its first step is the first checkpoint that may be chosen."""
+    if not (split.inner and study.question.starts_well) or (folder / CHECKPOINT).exists():
+        return
+    if study.chief:
+        module.answering.to(study.fabric.device)
+        score, member = _scored(study, module, split, split.inner)
+        write_atomically(folder / MEMBER, member)
+        text = json.dumps({"best": score if math.isfinite(score) else None}) + "\n"
+        write_atomically(folder / START, text.encode())
+    study.fabric.barrier()
+
+
+def _held(
+    study: _Study, module: Supervised | None, split: Split, folder: Path, backbone: Backbone | None
+) -> list[Row]:
     """The answers to the held-out cases, made once, by the weights that go into the bundle."""
-    if not split.inner and study.chief and not (folder / MEMBER).exists():
-        write_atomically(folder / MEMBER, module.member())
+    if module is not None and not split.inner and study.chief and not (folder / MEMBER).exists():
+        with torch.no_grad(), study.question.refitted(module.answering, split.trained, study.engine()):
+            write_atomically(folder / MEMBER, module.member())
     study.fabric.barrier()
     if not (folder / HELD).exists() and study.chief:
-        network = module.answering
-        network.load_state_dict(network.state_dict() | load_file(folder / MEMBER))
+        network = None
+        if module is not None:
+            network = module.answering
+            network.load_state_dict(network.state_dict() | load_file(folder / MEMBER))
+            network.eval()
         with torch.no_grad():
-            rows = study.question.answer(network.eval(), split, study.engine(), folder)
+            rows, shipped = study.question.conclude(
+                network, lambda: _fresh(study, split, backbone, begun=True), split, study.engine(), folder,
+                _seed(study, split),
+            )  # fmt: skip
+        if shipped is not None:
+            tensors = {name: value.detach().cpu().clone().contiguous() for name, value in shipped.items()}
+            write_atomically(folder / SHIPPED, save(tensors))
         write_atomically(folder / HELD, (json.dumps(rows) + "\n").encode())
     study.fabric.barrier()
     return json.loads((folder / HELD).read_text())
+
+
+def _member(folder: Path) -> dict[str, torch.Tensor]:
+    """What a fold gives to the bundle."""
+    return load_file(folder / (SHIPPED if (folder / SHIPPED).exists() else MEMBER))
 
 
 # ---- what came of it -------------------------------------------------------------------------------------------------
@@ -392,6 +470,8 @@ def _baseline_rows(study: _Study, splits: Sequence[Split], folder: Path) -> dict
     """Decided rows of each baseline that was asked for; made once and kept."""
     found: dict[str, list[Row]] = {}
     for name in study.config["baselines"]:
+        if name == "volumes" and not study.question.has_volumes:
+            continue
         if name == "scratch":
             if study.config["backbone_from"] == "none":
                 continue  # the model itself is that
@@ -423,9 +503,10 @@ def _conclude(
     if not study.chief:
         return study.run / "bundle"
     decided = study.question.decide(rows)
+    tried = results.candidates(study.question, study.run, splits, rows, study.seed)
     document = results.collect(
         study.question, study.config, splits, decided, others, study.plan.to_dict(), study.seed, curve,
-        results.training_curves(study.run, splits),
+        results.training_curves(study.run, splits), tried,
     )  # fmt: skip
     scores = results.headline(document)
     _write_cases(study.run / "cases.csv", decided.rows)
@@ -441,7 +522,8 @@ def _conclude(
         study.run / "bundle",
         task=study.question.spec,
         backbone_config=study.backbone.config,
-        members=[load_file(study.run / split.name / MEMBER) for split in first],
+        members=[_member(study.run / split.name) for split in first],
+        reads=study.question.bundle_reads(study.loaded),
         preprocess=study.store.spec,
         provenance=provenance,
         decisions=decided.decisions,
@@ -460,11 +542,13 @@ def _few_shot(study: _Study, splits: list[Split]) -> Path | None:
     for shots in _shots(study.config):
         name = "all" if shots is None else str(shots)
         drawn = splits if shots is None else [with_shots(s, shots, study.seed, strata) for s in splits]
+        drawn = [study.question.arranged(split, study.seed, strata) for split in drawn]
         folder = study.run if shots is None else study.run / "shots" / name
         rows, states = _cross_validate(study, drawn, folder, study.backbone, study.adapt)
         others = _baseline_rows(study, drawn, folder / "baselines")
         if study.chief:
-            points.append(results.point(study.question, shots, drawn, rows, others, study.seed))
+            tried = results.candidates(study.question, folder, drawn, rows, study.seed)
+            points.append(results.point(study.question, shots, drawn, rows, others, study.seed, tried))
             results.write_curve(study.run / "learning_curve.csv", points)
         last = (drawn, rows, states, folder) if shots is None else last
     curve = {"points": points, "primary": study.question.primary}
@@ -493,7 +577,7 @@ def _summed(receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _write_cases(file: Path, rows: Sequence[Row]) -> None:
     text = io.StringIO(newline="")
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("file", "decisions")))
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("file", "decisions", "candidates")))
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     writer.writerows([[_cell(row.get(name)) for name in names] for row in rows])

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +13,26 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from brainfm.data import scan_cases
+from brainfm.data import regions, scan_cases
+from brainfm.data.region_volumes import find_volumes
 from brainfm.data.scan_cases import ScanViews, choose_view_mm, find_scan_cases, views_of
 from brainfm.data.splits import strata_of
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.transfer import transfer
+from brainfm.nets.weights import LoadedBackbone, fingerprint, write_atomically
 from brainfm.specs import ConfigError, Decisions
 from brainfm.tasks import calibration, scores
+from brainfm.tasks.reads import PARTS, Reads
 from brainfm.tasks.scan_level import ScanTask
 from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
 from brainfm.tasks.task import Task
 from brainfm.training import baselines
 from brainfm.training.audit import audit
-from brainfm.training.crossval import Split
+from brainfm.training.candidates import CANDIDATES, Chosen, Side, Tuned, choose, inner_folds
+from brainfm.training.crossval import Split, with_inner
 from brainfm.training.questions import (
+    CHOICE,
     Decided,
     Engine,
     Question,
@@ -37,6 +45,7 @@ from brainfm.training.questions import (
     triple,
 )
 
+_INNER = 0.2  # share of the training subjects that choose where nobody said so
 _LEAST_SLOPE = 0.3  # of answers on the truth; stretching those below would stretch little else than noise
 LEVEL = 0.9  # of prediction intervals
 _QUANTILES = 4  # strata of a value
@@ -56,6 +65,17 @@ class Scanning(Question):
         self.cases, self.left_out = tuple(found.cases), tuple(found.left_out)
         self.spec = found.spec
         self.primary, self.larger_is_better = scores.primary(self.spec)
+        self.volumes, self.notes = find_volumes(
+            store, [case.session for case in self.cases], self.spec.target, str(values["volumes"])
+        )
+        asked = values["candidates"]
+        strange = [] if asked == "auto" else [name for name in asked if name not in CANDIDATES]
+        if strange or not asked:
+            what = strange[0] if strange else "none"
+            raise ConfigError(f"task.candidates: found {what}, expected auto or some of {', '.join(CANDIDATES)}")
+        if "volumes" in (CANDIDATES if asked == "auto" else asked) and self.volumes is None:
+            self.notes.append("no region volumes of every session: they are no candidate")
+        self._features: tuple[str, dict[Any, np.ndarray]] = ("", {})  # of one frozen network, by session
 
     def patch(self, backbone: Backbone, most_voxels: int) -> tuple[int, int, int]:
         if self.values["patch_vox"] != "auto":
@@ -68,7 +88,7 @@ class Scanning(Question):
             view_mm = choose_view_mm(self.store, self.cases, patch_vox)
         self.spec = replace(self.spec, patch_vox=patch_vox, view_mm=float(view_mm), crops=int(self.values["crops"]) > 0)
 
-    def task(self, backbone: Backbone, trained: Sequence[Any]) -> Task:
+    def task(self, backbone: Backbone, trained: Sequence[Any], loaded: LoadedBackbone | None = None) -> Task:
         values = self.values
         task = ScanTask(
             self.spec,
@@ -77,7 +97,12 @@ class Scanning(Question):
             dropout=float(values["dropout"]),
             label_smoothing=float(values.get("label_smoothing", 0)),
             balanced=bool(values.get("class_weights", True)),
+            reads=self.reads(loaded),
         )
+        for own, read in ((task.dense, "decoder"), (task.regions, "regions")):
+            if own is not None and loaded is not None:
+                source = loaded.decoder if read == "decoder" else loaded.heads[read]
+                transfer(own, source.state_dict(), origin=f"the {read} of the backbone's file")  # type: ignore[union-attr]
         task.set_statistics(torch.from_numpy(np.stack([case.answer for case in trained])))
         return task
 
@@ -89,14 +114,28 @@ class Scanning(Question):
         if self.values["head_start"] == "fresh":
             return
         assert isinstance(task, ScanTask)
-        task.eval().to(device)
-        rows = []
-        for case in trained:
-            image, present = (
-                torch.from_numpy(array)[None].to(device) for array in views_of(self.store, case, self.spec)
-            )
-            rows.append(task.pooled(image, present)[0][0])
-        task.start_linear(torch.stack(rows), np.stack([case.answer for case in trained]))
+        self._refit(task.to(device), trained, Engine(device, None))
+
+    def reads(self, loaded: LoadedBackbone | None) -> Reads:
+        """What answers are made of beside the encoder's maps: what the store and the backbone's file have."""
+        made = Reads()
+        if self.volumes is not None and self.volumes.of_labels:
+            made = Reads(labels=self.volumes.source, scheme=self.volumes.scheme, volumes=self.volumes.names)
+        if loaded is None or loaded.decoder is None or not self.spec.view_mm:
+            return made
+        head = loaded.heads.get("regions")
+        if head is None:
+            return replace(made, decoder=loaded.decoder.config)
+        outside = tuple(name for name in head.names if name in regions.MERGED["any_outside"]) or head.names[:1]
+        tissues = {
+            word: tuple(name for name in regions.MERGED[merged] if name in head.names)
+            for word, merged in (("csf", "any_csf"), ("grey", "any_grey"), ("white", "any_white_matter"))
+        }
+        known = {word: members for word, members in tissues.items() if members}
+        return replace(made, decoder=loaded.decoder.config, regions=head.config, outside=outside, tissues=known)
+
+    def bundle_reads(self, loaded: LoadedBackbone | None) -> dict[str, Any] | None:
+        return self.reads(loaded).to_dict()
 
     def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
         return ScanViews(
@@ -114,11 +153,193 @@ class Scanning(Question):
         return found[self.primary]
 
     def answer(self, task: Task, split: Split, engine: Engine, folder: Path) -> list[Row]:
-        return [
-            identity(case.session, split)
-            | {"truth": _listed(case.answer), "raw": _listed(np.atleast_1d(self._output(task, case, engine)))}
-            for case in split.held
-        ]
+        rows = []
+        for case in split.held:
+            raw = _listed(np.atleast_1d(self._output(task, case, engine)))
+            row = identity(case.session, split) | {"truth": _listed(case.answer), "raw": raw}
+            rows.append(row | {"chosen": "tuned", "candidates": {"tuned": raw}})
+        return rows
+
+    # ---- the choice among candidates (training/candidates.py) --------------------------------------------------------
+
+    def candidates(self, split: Split) -> tuple[str, ...]:
+        """What is asked of this split, simplest first: the network is tuned where there are enough subjects."""
+        asked = self.values["candidates"]
+        if asked != "auto":
+            return tuple(name for name in CANDIDATES if name in asked)
+        people = len({case.session.subject_key for case in (*split.trained, *split.inner)})
+        return CANDIDATES if people >= int(self.values["tune_from"]) else CANDIDATES[:-1]
+
+    def trains(self, split: Split) -> bool:
+        return "tuned" in self.candidates(split)
+
+    def arranged(self, split: Split, seed: int, strata: Mapping[str, str] | None) -> Split:
+        """Where nothing is tuned all training cases are inner cases in turn; a tuned network always gets some."""
+        if not self.trains(split):
+            return replace(split, trained=(*split.trained, *split.inner), inner=())
+        if split.inner or self.candidates(split) == ("tuned",):
+            return split
+        return with_inner(split, _INNER, seed, strata)
+
+    @contextmanager
+    def refitted(self, task: Task, trained: Sequence[Any], engine: Engine) -> Iterator[None]:
+        """While open, the last layer is the linear model of the features as they are now."""
+        if self.values["head_start"] == "fresh":
+            yield
+            return
+        assert isinstance(task, ScanTask)
+        layers = (task.norm, task.out)
+        before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
+        self._refit(task, trained, engine)
+        try:
+            yield
+        finally:
+            for layer, state in zip(layers, before):
+                layer.load_state_dict(state)
+
+    @property
+    def starts_well(self) -> bool:  # type: ignore[override]
+        return self.values["head_start"] != "fresh"
+
+    @property
+    def has_volumes(self) -> bool:
+        return self.volumes is not None
+
+    @torch.no_grad()
+    def conclude(
+        self,
+        tuned: Task | None,
+        fresh: Callable[[], Task],
+        split: Split,
+        engine: Engine,
+        folder: Path,
+        seed: int,
+    ) -> tuple[list[Row], dict[str, torch.Tensor] | None]:
+        names = self.candidates(split)
+        if names == ("tuned",):
+            assert tuned is not None
+            return self.answer(tuned, split, engine, folder), None
+        task = fresh().eval().to(engine.device)
+        assert isinstance(task, ScanTask) and (tuned is None or isinstance(tuned, ScanTask))
+        cases = (*split.trained, *split.inner)
+        task.set_statistics(np.stack([case.answer for case in cases]))
+        side = self._side(task, cases, engine, seed)
+        found = None if tuned is None else self._tuned(tuned, task, len(split.trained), split.inner, engine)
+        folds = inner_folds(side, sorted({case.session.subject_key for case in split.inner}))
+        mapped = self.volumes is not None and self.volumes.of_labels
+        chosen = choose(side, names, folds, mapped, found)
+        self._install(task, chosen)
+        rows = [self._row(case, split, task, tuned, chosen, engine) for case in split.held]
+        write_atomically(folder / CHOICE, (json.dumps(_told(chosen, side), indent=1) + "\n").encode())
+        shipped = task
+        if tuned is not None and "tuned" in (chosen.name, chosen.fallback):
+            shipped = tuned
+            self._install(tuned, chosen, also_network=False)
+        return rows, dict(shipped.bundle_state())
+
+    def _side(self, task: ScanTask, cases: Sequence[Any], engine: Engine, seed: int) -> Side:
+        features = np.stack([self._seen(task, case, engine) for case in cases])
+        blocks, named = {"features": features}, {}
+        if task.region_head is not None and task.reads is not None:
+            blocks["regions"] = features[:, task.region_columns]
+            named["regions"] = task.reads.region_names
+        if self.volumes is not None:
+            blocks["volumes"] = np.stack([self.volumes.values[case.session.key] for case in cases])
+            named["volumes"] = self.volumes.names
+        return Side(
+            self.spec, np.stack([case.answer for case in cases]).astype(np.float64),
+            tuple(case.session.subject_key for case in cases),
+            {name: blocks[name] for name in ("volumes", "regions", "features") if name in blocks}, named,
+            float(task.mean), float(task.std), task.balanced, seed,
+        )  # fmt: skip
+
+    def _seen(self, task: ScanTask, case: Any, engine: Engine) -> np.ndarray:
+        """[E] float64 of `ScanTask.pooled` of a frozen network; the last network's are kept, for every fold asks."""
+        mark = fingerprint({n: v for n, v in task.state_dict().items() if n.startswith(("backbone.", "dense."))})
+        if self._features[0] != mark:
+            self._features = (mark, {})
+        kept = self._features[1]
+        if case.session.key not in kept:
+            kept[case.session.key] = self._pooled(task, case, engine)[0].double().cpu().numpy()
+        return kept[case.session.key]
+
+    def _tuned(
+        self, tuned: ScanTask, task: ScanTask, first: int, inner: Sequence[Any], engine: Engine
+    ) -> Tuned | None:
+        """Its answers to the inner cases, which stand behind ``first`` others; its last layer henceforth counts from
+        the whole training side's mean, in its deviations."""
+        if self.spec.kind == "regression":
+            tuned.out.weight.mul_(tuned.std / task.std)
+            tuned.out.bias.copy_((tuned.out.bias * tuned.std + tuned.mean - task.mean) / task.std)
+            tuned.mean.copy_(task.mean)
+            tuned.std.copy_(task.std)
+        logits = [tuned.parts(self._pooled(tuned, case, engine))[PARTS.index("network"), 0] for case in inner]
+        if not logits:
+            return None
+        return Tuned(first + np.arange(len(inner)), torch.stack(logits).double().cpu().numpy())
+
+    def _install(self, task: ScanTask, chosen: Chosen, also_network: bool = True) -> None:
+        """The models that were fitted become the member's parts."""
+        heads: dict[str, tuple[Any, Any]] = {}
+        if task.volume_head is not None:
+            heads["volumes"] = (task.volume_head.norm, task.volume_head.out)
+        if task.region_head is not None:
+            heads["regions"] = (task.region_head.norm, task.region_head.out)
+        if also_network:
+            heads["features"] = (task.norm, task.out)
+        for block, (norm, out) in heads.items():
+            if block in chosen.models:
+                model = chosen.models[block]
+                norm.set(torch.from_numpy(model.mean), torch.from_numpy(model.scale))
+                out.weight.copy_(torch.from_numpy(model.weight))
+                out.bias.copy_(torch.from_numpy(model.bias))
+        task.prior.copy_(torch.from_numpy(chosen.prior))
+        mixes = [chosen.mixes[name] for name in (chosen.name, chosen.fallback)]
+        task.mix.copy_(torch.from_numpy(np.stack(mixes)))
+
+    def _row(
+        self, case: Any, split: Split, task: ScanTask, tuned: ScanTask | None, chosen: Chosen, engine: Engine
+    ) -> Row:
+        """A held-out case, answered by every candidate."""
+        pooled = torch.from_numpy(self._seen(task, case, engine)).float()[None].to(engine.device)
+        volumes = self._volumes(case, engine.device)
+        parts = task.parts(pooled, volumes)
+        if volumes is not None and task.volume_head is None:  # of a table: no bundle reads them
+            given = chosen.models["volumes"].logits(volumes.double().cpu().numpy())
+            parts[PARTS.index("volumes")] = torch.from_numpy(given).to(parts)
+        answers = {}
+        for name, mix in chosen.mixes.items():
+            own = parts
+            if name == "tuned":
+                assert tuned is not None
+                own = tuned.parts(self._pooled(tuned, case, engine), volumes)
+            logits = torch.einsum("p,pbk->bk", torch.from_numpy(mix).to(own), own)
+            answers[name] = _listed(np.atleast_1d(task.decode_logits(logits)[0].cpu().numpy()))
+        row = identity(case.session, split) | {"truth": _listed(case.answer), "raw": answers[chosen.name]}
+        return row | {"chosen": chosen.name, "candidates": answers}
+
+    def _volumes(self, case: Any, device: torch.device) -> torch.Tensor | None:
+        """[1, F] float32."""
+        if self.volumes is None:
+            return None
+        return torch.from_numpy(self.volumes.values[case.session.key]).float()[None].to(device)
+
+    @torch.no_grad()
+    def _refit(self, task: ScanTask, trained: Sequence[Any], engine: Engine) -> None:
+        task.eval()
+        features = torch.cat([self._pooled(task, case, engine) for case in trained])
+        groups = [case.session.subject_key for case in trained]
+        task.start_linear(features, np.stack([case.answer for case in trained]), groups)
+
+    def _pooled(self, task: ScanTask, case: Any, engine: Engine) -> torch.Tensor:
+        """[1, E] as `ScanTask.pooled` gives it."""
+        image, present = (
+            torch.from_numpy(array)[None].to(engine.device) for array in views_of(self.store, case, self.spec)
+        )
+        with torch.autocast(engine.device.type, dtype=engine.autocast, enabled=engine.autocast is not None):
+            return task.pooled(image, present)[0]
+
+    # ---- what is made of the answers ---------------------------------------------------------------------------------
 
     def decide(self, rows: Sequence[Row]) -> Decided:
         truth, raw = _arrays(rows)
@@ -207,7 +428,12 @@ class Scanning(Question):
             of_repeat = [split for split in splits if split.repeat == repeat]
             parts = [(self._places(s.trained + s.inner), self._places(s.held)) for s in of_repeat]
             truth = self._truth(self.cases)
-            if name == "features":
+            if name == "volumes":
+                assert self.volumes is not None
+                x = np.stack([self.volumes.values[case.session.key] for case in self.cases])
+                who = [case.session.subject_key for case in self.cases]
+                found = baselines.linear_answers(x, truth, who, parts, self.spec, seed + repeat)
+            elif name == "features":
                 found = baselines.feature_baseline(self.store, self.cases, truth, parts, self.spec, seed + repeat)
             else:
                 found = baselines.random_linear_scans(
@@ -273,6 +499,16 @@ class Scanning(Question):
     def _places(self, cases: Sequence[Any]) -> list[int]:
         there = {case.session.key: place for place, case in enumerate(self.cases)}
         return [there[case.session.key] for case in cases]
+
+
+def _told(chosen: Chosen, side: Side) -> dict[str, Any]:
+    """A choice for people and for the report."""
+    return {
+        "chosen": chosen.name, "fallback": chosen.fallback, "subjects": len(set(side.groups)),
+        "losses": dict(chosen.losses), "inner": dict(chosen.inner),
+        "shares": {name: dict(zip(PARTS, mix.tolist())) for name, mix in chosen.mixes.items()},
+        "said": list(chosen.said),
+    }  # fmt: skip
 
 
 def _as_others_choose(

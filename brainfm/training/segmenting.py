@@ -16,7 +16,7 @@ from brainfm.data.fingerprint import choose_patch, fingerprint
 from brainfm.data.patches import Case, TaskPatches, class_shares, find_cases, whole_case
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.weights import write_atomically
+from brainfm.nets.weights import LoadedBackbone, write_atomically
 from brainfm.specs import ConfigError, Decisions, ManifestError, TaskSpec
 from brainfm.tasks import postprocess
 from brainfm.tasks.metrics import dice, instance_scores, volume_ml
@@ -90,7 +90,7 @@ class Segmenting(Question):
     def settle(self, patch_vox: tuple[int, int, int]) -> None:
         self.spec = replace(self.spec, patch_vox=patch_vox)
 
-    def task(self, backbone: Backbone, trained: Sequence[Any]) -> Task:
+    def task(self, backbone: Backbone, trained: Sequence[Any], loaded: LoadedBackbone | None = None) -> Task:
         shares = class_shares(self.store, trained, self.spec.values, self.spec.patch_vox)
         return SegmentationTask(
             self.spec, backbone, loss=self.loss, deep_supervision=self.deep_supervision, shares=shares
