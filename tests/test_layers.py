@@ -20,7 +20,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"root", "nets"},
     "tasks": {"root", "nets"},
     "training": {"root", "data", "nets", "objectives", "tasks"},
-    "inference": {"root", "imaging", "data.answers", "data.manifest", "data.store", "nets", "tasks"},
+    "inference": {"root", "imaging", "data.answers", "data.manifest", "data.region_volumes", "data.store", "nets", "tasks"},
 }
 # third party -> the modules that may import it
 FENCES: dict[str, set[str]] = {

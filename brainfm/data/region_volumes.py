@@ -102,6 +102,28 @@ def log_volumes(
     return np.array([_logarithm(found, name) for name in names])
 
 
+def voxel_effects(
+    labels: np.ndarray, spacing_mm: Sequence[float], scheme: str, names: Sequence[str], gradient: np.ndarray
+) -> np.ndarray:
+    """[X, Y, Z] float32: by how much each voxel, counted to its part, raises an answer, to first order.
+
+    Args:
+        gradient: [F] of the answer over `log_volumes`.
+    """
+    ml = float(np.prod(spacing_mm)) / 1000
+    volumes_ml = _volumes_ml(labels, spacing_mm, scheme)
+    parts = part_of(names, scheme)
+    effect = np.zeros(len(parts[0]))
+    for name, inside, slope in zip(names, parts, gradient):
+        if name == TOTAL:
+            effect += inside * slope / max(volumes_ml[TOTAL], ml)
+        elif volumes_ml[name] > _LEAST_ML:
+            total = part_of([TOTAL], scheme)[0]
+            effect += slope * (inside / volumes_ml[name] - total / max(volumes_ml[TOTAL], ml))
+    known = (labels >= 0) & (labels < len(effect))
+    return np.where(known, effect[np.where(known, labels, 0).astype(np.int64)] * ml, 0).astype(np.float32)
+
+
 def part_of(names: Sequence[str], scheme: str) -> list[np.ndarray]:
     """For each name a table [largest id + 1] bool: the ids that belong to it."""
     tables = _tables(scheme)

@@ -19,6 +19,7 @@ from brainfm.imaging import nifti
 from brainfm.imaging.nifti import FileGrid
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
 from brainfm.inference.engine import Engine, PathLike, check_folder, in_order, write_table, write_text
+from brainfm.inference.label_maps import check_labels, note_missing, reads_of
 from brainfm.inference.scan_answers import (
     ScanAnswer,
     answer_scan,
@@ -46,6 +47,7 @@ def predict(
     out: PathLike | None = None,
     on: str | None = None,
     *,
+    labels: Mapping[str, PathLike] | None = None,
     device: str = "auto",
     precision: str = "auto",
     overlap: float = 0.5,
@@ -60,6 +62,8 @@ def predict(
             answers for; or the answer, ``.json`` (all that is known) or ``.txt`` (the bare number). It appears whole or
             not at all.
         on: the contrast whose file's grid is answered on; by default the first of the inputs.
+        labels: the label map that a bundle may answer from, by its name, on the grid of an input; without it such a
+            bundle answers from the scans alone, with a BrainfmWarning.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         overlap: share of a window that its neighbour repeats; less is quicker and coarser.
         precision: ``auto`` (bfloat16 on a GPU that has it), ``32-true``, ``bf16-mixed`` or ``16-mixed``.
@@ -77,17 +81,20 @@ def predict(
     on = next(iter(files)) if on is None else on
     if on not in files:
         raise ConfigError(f"no input {on} to answer on, expected one of the inputs {', '.join(files)}")
+    maps = check_labels(labels or {}, engine.networks)
     if engine.task.kind != "segmentation":
         place = None if out is None else check_answer_file(Path(out))
-        found = answer_scan(engine, files, reference=on)
+        if not maps:
+            note_missing(engine.networks, str(files[on]))
+        found = answer_scan(engine, files, reference=on, labels=maps)
         if place is not None:
             write_answer(place, found)
         return found
     target = None if out is None else check_output(out, files.values())
-    labels = answer(engine, files, reference=on)
+    found_labels = answer(engine, files, reference=on)
     if target is not None:
-        write_mask(target, labels, files[on])
-    return labels
+        write_mask(target, found_labels, files[on])
+    return found_labels
 
 
 def answer(engine: Engine, files: Mapping[str, Path], reference: str, grid: FileGrid | None = None) -> np.ndarray:
@@ -240,6 +247,7 @@ def predict_manifest(
     _claim(folder, engine)
     wanted = {key: scans for key, scans in manifest.sessions().items() if sessions is None or key in sessions}
     dense = engine.task.kind == "segmentation"
+    maps = {} if dense else _label_maps(manifest, wanted, engine)
     columns = ["grid"] if dense else table_columns(engine.task)
     listed: list[list[object]] = []
     failures: dict[Key, str] = {}
@@ -252,7 +260,10 @@ def predict_manifest(
             there = (folder / name).is_file()
             kept += there
             if not dense:
-                found = read_answer(folder / name) if there else answer_scan(engine, files, reference)
+                found = (
+                    read_answer(folder / name) if there
+                    else answer_scan(engine, files, reference, maps.get(key))
+                )  # fmt: skip
                 if not there:
                     write_answer(folder / name, found)
                 cells = found.cells()
@@ -268,6 +279,20 @@ def predict_manifest(
     write_table(folder / LISTING, ["dataset", "subject", "session", *columns, "file"], listed)
     write_table(folder / FAILURES, ["dataset", "subject", "session", "reason"], [[*k, r] for k, r in failures.items()])
     return Report(len(listed) - kept, kept, failures)
+
+
+def _label_maps(
+    manifest: Manifest, sessions: Mapping[Key, Sequence[Scan]], engine: Engine
+) -> dict[Key, dict[str, Path]]:
+    """The label map that the bundle reads, by session and column; who lacks it is said once."""
+    reads = reads_of(engine.networks)
+    if reads is None:
+        return {}
+    named = {key: session_labels(scans).get(reads.labels) for key, scans in sessions.items()}
+    lacking = [key for key, path in named.items() if path is None]
+    if lacking:
+        note_missing(engine.networks, f"{len(lacking)} of {len(named)} sessions, first {'/'.join(lacking[0])}")
+    return {key: {reads.labels: manifest.resolve(path)} for key, path in named.items() if path is not None}
 
 
 def answer_name(key: Key, task: TaskSpec) -> str:

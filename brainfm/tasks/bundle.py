@@ -264,8 +264,9 @@ def model_card(
     inputs = " ".join(f"input.{contrast}={contrast}.nii.gz" for contrast in task.contrasts)
     mapped = ""
     if labels:
-        inputs += f" labels.{labels}={labels}.nii.gz"
-        mapped = f" With the label map `{labels}` a member that was chosen so answers from the volumes of its regions."
+        name = labels.removesuffix("_labels")
+        inputs += f" labels.{name}={name}.nii.gz"
+        mapped = f" With the label map `{name}` those members that were chosen so answer from its volumes."
     return f"""# {task.target}: {task.kind}
 
 A brainfm bundle: {members} network{"s" if members != 1 else ""}{f" whose {averaged} are averaged" * (members > 1)}.

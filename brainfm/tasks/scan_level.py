@@ -157,13 +157,14 @@ class ScanTask(Task):
         return ScanOutput(torch.einsum("bp,pbk->bk", shares, parts), weights)
 
     def parts(self, pooled: Tensor, volumes: Tensor | None = None) -> Tensor:
-        """[P, B, T']: the logits of each of PARTS; 0 of one that this member lacks.
+        """[P, B, T'] float32: the logits of each of PARTS; 0 of one that this member lacks.
 
         Args:
             pooled: of `pooled`.
             volumes: as for ``forward``; NaN counts as 0.
         """
-        network = self.out(self.dropout(self.norm(pooled))).float()
+        with torch.autocast(pooled.device.type, enabled=False):
+            network = self.out(self.dropout(self.norm(pooled.float())))
         found = {"mean": self.prior.expand_as(network), "network": network}
         if self.volume_head is not None and volumes is not None:
             found["volumes"] = self.volume_head(torch.nan_to_num(volumes))

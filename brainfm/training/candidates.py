@@ -27,6 +27,7 @@ with the encoder tuned."""
 BLOCKS = ("volumes", "regions", "features")  # what is linear, and stacked
 _PART = {"mean": "mean", "volumes": "volumes", "regions": "regions", "features": "network", "tuned": "network"}
 _FOLDS = 5
+_TELLING = 5  # subjects, before a difference between candidates is believed
 _STEP = 0.1  # of the shares of a mixture
 _FEW = 20  # subjects below which volumes are those of tissues alone: more numbers cost more than they tell
 _FLOOR = 0.1  # of the median deviation of features: the least that one is divided by
@@ -237,7 +238,9 @@ def simplest(losses: Mapping[str, np.ndarray], groups: Sequence[str]) -> str:
 
 
 def standard_error(values: np.ndarray, groups: Sequence[str]) -> float:
-    """Of the mean of values [N], whose subjects are independent."""
+    """Of the mean of values [N], whose subjects are independent; infinite where these are too few to tell."""
+    if len(set(groups)) < _TELLING:
+        return np.inf
     _, place = np.unique(np.asarray(groups), return_inverse=True)
     sums = np.bincount(place, weights=values - values.mean())
     count = len(sums)
@@ -277,6 +280,8 @@ def choose(
     if "volumes" in losses and not mapped:
         said.append("volumes come from a table that has no row of a new case: shown, and not chosen")
     inner: dict[str, float] = {}
+    if "tuned" in asked and tuned is None:
+        said.append("too few training subjects to keep some to choose on: the tuned network is no candidate")
     if tuned is not None:
         mixes["tuned"] = _mix(network=1.0)
         name, fallback, inner = _against_tuned(side, losses, name, fallback, mixes, tuned)

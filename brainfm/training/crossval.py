@@ -112,10 +112,10 @@ def with_shots(split: Split, shots: int, seed: int, strata: Mapping[str, str] | 
 
 
 def with_inner(split: Split, share: float, seed: int, strata: Mapping[str, str] | None) -> Split:
-    """The split with that share of its training subjects, at least one, kept to choose on; of one subject, none."""
+    """The split with that share of its training subjects kept to choose on; none where that is not even one."""
     cases = (*split.trained, *split.inner)
     subjects = sorted({case.session.subject_key for case in cases})
-    if len(subjects) < 2:
+    if round(share * len(subjects)) < 1 or len(subjects) < 2:
         return replace(split, trained=cases, inner=())
     parts = min(len(subjects), max(2, round(1 / share)))
     kept = set(stratified_folds(subjects, parts, seed + 1 + split.fold, strata=strata)[0])

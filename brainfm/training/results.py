@@ -79,21 +79,28 @@ def candidates(
     Returns:
         ``table``: name -> ``outer`` (the primary score of that candidate alone, decided as the model's answers are,
         with its interval), ``inner`` (mean loss in the inner folds) and ``chosen`` (in how many folds);
-        ``folds``: run -> what was written about its choice. None where nothing was to be chosen.
+        ``folds``: run -> what was written about its choice; ``without_map``: the primary score where cases came without
+        a label map, None where that makes no difference. None in all where nothing was to be chosen.
     """
     told = {s.name: json.loads((folder / s.name / CHOICE).read_text()) for s in splits
             if (folder / s.name / CHOICE).exists()}  # fmt: skip
     names = list(dict.fromkeys(name for row in rows for name in row.get("candidates", ())))
     if not told:
         return None
+
+
+    def outer_of(own: Sequence[Row]) -> dict[str, Any]:
+        return vars(question.score(question.decide(own).rows, seed).metrics[question.primary])
+
     table: dict[str, Any] = {}
     for name in names:
-        own = [row | {"raw": row["candidates"][name]} for row in rows if name in row["candidates"]]
-        outer = question.score(question.decide(own).rows, seed).metrics[question.primary]
+        outer = outer_of([row | {"raw": row["candidates"][name]} for row in rows if name in row["candidates"]])
         inner = [found["losses"][name] for found in told.values() if name in found["losses"]]
         chosen = sum(found["chosen"] == name for found in told.values())
-        table[name] = {"outer": vars(outer), "inner": float(np.mean(inner)) if inner else None, "chosen": chosen}
-    return finite({"table": table, "folds": told})
+        table[name] = {"outer": outer, "inner": float(np.mean(inner)) if inner else None, "chosen": chosen}
+    without = [row | {"raw": row["candidates"][row["fallback"]]} for row in rows]
+    differs = any(row["fallback"] != row["chosen"] for row in rows)
+    return finite({"table": table, "folds": told, "without_map": outer_of(without) if differs else None})
 
 
 def training_curves(folder: Path, splits: Sequence[Split]) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -231,17 +238,19 @@ def headline(document: Mapping[str, Any]) -> dict[str, Any]:
         "n_subjects": len(set(subjects_of(rows))),
         "folds": len(document["splits"]),
         "baselines": {n: s[primary]["mean"] for n, s in document["scores"].items() if n != "model"},
-        **({"candidates": _candidates_told(document["candidates"])} if document.get("candidates") else {}),
+        **(_candidates_told(document["candidates"]) if document.get("candidates") else {}),
         "note": "each case is answered by the fold that did not train on it; nothing was chosen on the cases that are "
         f"scored; interval of {primary}: bootstrap by subject, 95 %",
     }
 
 
 def _candidates_told(tried: Mapping[str, Any]) -> dict[str, Any]:
-    return {
+    table = {
         name: {"outer": c["outer"]["mean"], "inner_loss": c["inner"], "folds_that_ship_it": c["chosen"]}
         for name, c in tried["table"].items()
     }
+    without = tried.get("without_map")
+    return {"candidates": table, **({"without_label_map": without["mean"]} if without else {})}
 
 
 def describe(document: Mapping[str, Any]) -> list[str]:
@@ -261,6 +270,10 @@ def describe(document: Mapping[str, Any]) -> list[str]:
         shots = "all" if found["shots"] is None else found["shots"]
         said = ", ".join(f"{name} {_interval_words(score)}" for name, score in found["scores"].items())
         lines.append(f"{shots} shots: {said}")
+        tried = (found.get("candidates") or {}).get("table") or {}
+        if tried:
+            each = ", ".join(f"{n} {_number(c['outer']['mean'])} ({c['chosen']})" for n, c in tried.items())
+            lines.append(f"{shots} shots: candidates (folds that ship them): {each}")
     audit = document.get("audit")
     if audit:
         lines.append(f"shortcuts: {audit['verdict']}")

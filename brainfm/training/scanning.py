@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
@@ -20,19 +19,19 @@ from brainfm.data.splits import strata_of
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, fingerprint, write_atomically
+from brainfm.nets.weights import LoadedBackbone
 from brainfm.specs import ConfigError, Decisions
 from brainfm.tasks import calibration, scores
-from brainfm.tasks.reads import PARTS, Reads
+from brainfm.tasks.reads import Reads
 from brainfm.tasks.scan_level import ScanTask
 from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
 from brainfm.tasks.task import Task
 from brainfm.training import baselines
 from brainfm.training.audit import audit
-from brainfm.training.candidates import CANDIDATES, Chosen, Side, Tuned, choose, inner_folds
+from brainfm.training.candidates import CANDIDATES
 from brainfm.training.crossval import Split, with_inner
+from brainfm.training.members import Members, pooled
 from brainfm.training.questions import (
-    CHOICE,
     Decided,
     Engine,
     Question,
@@ -75,7 +74,7 @@ class Scanning(Question):
             raise ConfigError(f"task.candidates: found {what}, expected auto or some of {', '.join(CANDIDATES)}")
         if "volumes" in (CANDIDATES if asked == "auto" else asked) and self.volumes is None:
             self.notes.append("no region volumes of every session: they are no candidate")
-        self._features: tuple[str, dict[Any, np.ndarray]] = ("", {})  # of one frozen network, by session
+        self.members = Members(store, self.volumes)
 
     def patch(self, backbone: Backbone, most_voxels: int) -> tuple[int, int, int]:
         if self.values["patch_vox"] != "auto":
@@ -157,7 +156,7 @@ class Scanning(Question):
         for case in split.held:
             raw = _listed(np.atleast_1d(self._output(task, case, engine)))
             row = identity(case.session, split) | {"truth": _listed(case.answer), "raw": raw}
-            rows.append(row | {"chosen": "tuned", "candidates": {"tuned": raw}})
+            rows.append(row | {"chosen": "tuned", "fallback": "tuned", "candidates": {"tuned": raw}})
         return rows
 
     # ---- the choice among candidates (training/candidates.py) --------------------------------------------------------
@@ -219,125 +218,16 @@ class Scanning(Question):
         if names == ("tuned",):
             assert tuned is not None
             return self.answer(tuned, split, engine, folder), None
-        task = fresh().eval().to(engine.device)
+        task = fresh()
         assert isinstance(task, ScanTask) and (tuned is None or isinstance(tuned, ScanTask))
-        cases = (*split.trained, *split.inner)
-        task.set_statistics(np.stack([case.answer for case in cases]))
-        side = self._side(task, cases, engine, seed)
-        found = None if tuned is None else self._tuned(tuned, task, len(split.trained), split.inner, engine)
-        folds = inner_folds(side, sorted({case.session.subject_key for case in split.inner}))
-        mapped = self.volumes is not None and self.volumes.of_labels
-        chosen = choose(side, names, folds, mapped, found)
-        self._install(task, chosen)
-        rows = [self._row(case, split, task, tuned, chosen, engine) for case in split.held]
-        write_atomically(folder / CHOICE, (json.dumps(_told(chosen, side), indent=1) + "\n").encode())
-        shipped = task
-        if tuned is not None and "tuned" in (chosen.name, chosen.fallback):
-            shipped = tuned
-            self._install(tuned, chosen, also_network=False)
-        return rows, dict(shipped.bundle_state())
-
-    def _side(self, task: ScanTask, cases: Sequence[Any], engine: Engine, seed: int) -> Side:
-        features = np.stack([self._seen(task, case, engine) for case in cases])
-        blocks, named = {"features": features}, {}
-        if task.region_head is not None and task.reads is not None:
-            blocks["regions"] = features[:, task.region_columns]
-            named["regions"] = task.reads.region_names
-        if self.volumes is not None:
-            blocks["volumes"] = np.stack([self.volumes.values[case.session.key] for case in cases])
-            named["volumes"] = self.volumes.names
-        return Side(
-            self.spec, np.stack([case.answer for case in cases]).astype(np.float64),
-            tuple(case.session.subject_key for case in cases),
-            {name: blocks[name] for name in ("volumes", "regions", "features") if name in blocks}, named,
-            float(task.mean), float(task.std), task.balanced, seed,
-        )  # fmt: skip
-
-    def _seen(self, task: ScanTask, case: Any, engine: Engine) -> np.ndarray:
-        """[E] float64 of `ScanTask.pooled` of a frozen network; the last network's are kept, for every fold asks."""
-        mark = fingerprint({n: v for n, v in task.state_dict().items() if n.startswith(("backbone.", "dense."))})
-        if self._features[0] != mark:
-            self._features = (mark, {})
-        kept = self._features[1]
-        if case.session.key not in kept:
-            kept[case.session.key] = self._pooled(task, case, engine)[0].double().cpu().numpy()
-        return kept[case.session.key]
-
-    def _tuned(
-        self, tuned: ScanTask, task: ScanTask, first: int, inner: Sequence[Any], engine: Engine
-    ) -> Tuned | None:
-        """Its answers to the inner cases, which stand behind ``first`` others; its last layer henceforth counts from
-        the whole training side's mean, in its deviations."""
-        if self.spec.kind == "regression":
-            tuned.out.weight.mul_(tuned.std / task.std)
-            tuned.out.bias.copy_((tuned.out.bias * tuned.std + tuned.mean - task.mean) / task.std)
-            tuned.mean.copy_(task.mean)
-            tuned.std.copy_(task.std)
-        logits = [tuned.parts(self._pooled(tuned, case, engine))[PARTS.index("network"), 0] for case in inner]
-        if not logits:
-            return None
-        return Tuned(first + np.arange(len(inner)), torch.stack(logits).double().cpu().numpy())
-
-    def _install(self, task: ScanTask, chosen: Chosen, also_network: bool = True) -> None:
-        """The models that were fitted become the member's parts."""
-        heads: dict[str, tuple[Any, Any]] = {}
-        if task.volume_head is not None:
-            heads["volumes"] = (task.volume_head.norm, task.volume_head.out)
-        if task.region_head is not None:
-            heads["regions"] = (task.region_head.norm, task.region_head.out)
-        if also_network:
-            heads["features"] = (task.norm, task.out)
-        for block, (norm, out) in heads.items():
-            if block in chosen.models:
-                model = chosen.models[block]
-                norm.set(torch.from_numpy(model.mean), torch.from_numpy(model.scale))
-                out.weight.copy_(torch.from_numpy(model.weight))
-                out.bias.copy_(torch.from_numpy(model.bias))
-        task.prior.copy_(torch.from_numpy(chosen.prior))
-        mixes = [chosen.mixes[name] for name in (chosen.name, chosen.fallback)]
-        task.mix.copy_(torch.from_numpy(np.stack(mixes)))
-
-    def _row(
-        self, case: Any, split: Split, task: ScanTask, tuned: ScanTask | None, chosen: Chosen, engine: Engine
-    ) -> Row:
-        """A held-out case, answered by every candidate."""
-        pooled = torch.from_numpy(self._seen(task, case, engine)).float()[None].to(engine.device)
-        volumes = self._volumes(case, engine.device)
-        parts = task.parts(pooled, volumes)
-        if volumes is not None and task.volume_head is None:  # of a table: no bundle reads them
-            given = chosen.models["volumes"].logits(volumes.double().cpu().numpy())
-            parts[PARTS.index("volumes")] = torch.from_numpy(given).to(parts)
-        answers = {}
-        for name, mix in chosen.mixes.items():
-            own = parts
-            if name == "tuned":
-                assert tuned is not None
-                own = tuned.parts(self._pooled(tuned, case, engine), volumes)
-            logits = torch.einsum("p,pbk->bk", torch.from_numpy(mix).to(own), own)
-            answers[name] = _listed(np.atleast_1d(task.decode_logits(logits)[0].cpu().numpy()))
-        row = identity(case.session, split) | {"truth": _listed(case.answer), "raw": answers[chosen.name]}
-        return row | {"chosen": chosen.name, "candidates": answers}
-
-    def _volumes(self, case: Any, device: torch.device) -> torch.Tensor | None:
-        """[1, F] float32."""
-        if self.volumes is None:
-            return None
-        return torch.from_numpy(self.volumes.values[case.session.key]).float()[None].to(device)
+        return self.members.conclude(task, tuned, split, names, engine, folder, seed)
 
     @torch.no_grad()
     def _refit(self, task: ScanTask, trained: Sequence[Any], engine: Engine) -> None:
         task.eval()
-        features = torch.cat([self._pooled(task, case, engine) for case in trained])
+        features = torch.cat([pooled(self.store, task, case, engine) for case in trained])
         groups = [case.session.subject_key for case in trained]
         task.start_linear(features, np.stack([case.answer for case in trained]), groups)
-
-    def _pooled(self, task: ScanTask, case: Any, engine: Engine) -> torch.Tensor:
-        """[1, E] as `ScanTask.pooled` gives it."""
-        image, present = (
-            torch.from_numpy(array)[None].to(engine.device) for array in views_of(self.store, case, self.spec)
-        )
-        with torch.autocast(engine.device.type, dtype=engine.autocast, enabled=engine.autocast is not None):
-            return task.pooled(image, present)[0]
 
     # ---- what is made of the answers ---------------------------------------------------------------------------------
 
@@ -499,16 +389,6 @@ class Scanning(Question):
     def _places(self, cases: Sequence[Any]) -> list[int]:
         there = {case.session.key: place for place, case in enumerate(self.cases)}
         return [there[case.session.key] for case in cases]
-
-
-def _told(chosen: Chosen, side: Side) -> dict[str, Any]:
-    """A choice for people and for the report."""
-    return {
-        "chosen": chosen.name, "fallback": chosen.fallback, "subjects": len(set(side.groups)),
-        "losses": dict(chosen.losses), "inner": dict(chosen.inner),
-        "shares": {name: dict(zip(PARTS, mix.tolist())) for name, mix in chosen.mixes.items()},
-        "said": list(chosen.said),
-    }  # fmt: skip
 
 
 def _as_others_choose(
