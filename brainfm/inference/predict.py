@@ -291,7 +291,7 @@ def _label_maps(
     named = {key: session_labels(scans).get(reads.labels) for key, scans in sessions.items()}
     lacking = [key for key, path in named.items() if path is None]
     if lacking:
-        note_missing(engine.networks, f"{len(lacking)} of {len(named)} sessions, first {'/'.join(lacking[0])}")
+        note_missing(engine.networks, f"{len(lacking)} of {len(named)} sessions, first {'/'.join(part for part in lacking[0] if part)}")
     return {key: {reads.labels: manifest.resolve(path)} for key, path in named.items() if path is not None}
 
 
