@@ -16,7 +16,7 @@ from torch.utils.data import Dataset
 from brainfm.data.fingerprint import choose_patch, fingerprint
 from brainfm.data.patches import Case, TaskPatches, class_shares, find_cases, whole_case
 from brainfm.data.store import Store
-from brainfm.data.targets import _LESION_NAME
+from brainfm.data.targets import LESION_NAME
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.dense import DenseHead
 from brainfm.nets.transfer import transfer
@@ -123,7 +123,7 @@ class Segmenting(Question):
     def row_of(self, pretrained: LoadedBackbone) -> DenseHead | None:
         """The pre-trained head that the last layer begins as: of a question about a lesion the file's ``lesion``."""
         head = pretrained.heads.get("lesion")
-        asked = self.spec.classes == 2 and _LESION_NAME.search(self.spec.target.lower())
+        asked = self.spec.classes == 2 and LESION_NAME.search(self.spec.target.lower())
         return head if head is not None and head.out_channels == 1 and asked else None
 
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
