@@ -446,6 +446,9 @@ def _untrained(study: _Study, split: Split, folder: Path, backbone: Backbone | N
     elif there is not None and there != json.loads(json.dumps(mine)):
         key = next(k for k in sorted(set(there) | set(mine)) if there.get(k) != json.loads(json.dumps(mine)).get(k))
         raise ConfigError(f"{folder} holds a run with another {key}: use another run= folder, or the same values")
+    if backbone is not None and study.pretrained is not None and study.chief:
+        task = _fresh(study, split, backbone, begun=True)
+        transferred.write(folder, transferred.report_of(task, study.pretrained, False), "fresh")
     rows = _held(study, None, split, folder, backbone)
     return State(seconds=time.perf_counter() - began), rows
 

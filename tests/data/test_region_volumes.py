@@ -90,7 +90,7 @@ def test_a_table_says_the_same_without_a_scheme(people_store: Store, tmp_path: P
     table = tmp_path / "volumes.csv"
     rows = [f"d,{s.subject},{s.session},{900 + 10 * n},{100 + n},1400" for n, s in enumerate(sessions)]
     table.write_text("\n".join(["dataset,subject,session,gm_ml,csf_ml,icv_ml", *rows]))
-    found, notes = find_volumes(people_store, sessions, "age", str(table))
+    found, _notes = find_volumes(people_store, sessions, "age", str(table))
     assert found is not None and not found.of_labels and found.names == ("gm", "csf", "total")
     assert found.values[sessions[2].key] == pytest.approx(np.log([920 / 1400, 102 / 1400, 1400]), rel=1e-5)
     with pytest.raises(ManifestError, match=r"no row of volumes.csv, expected one for every session"):

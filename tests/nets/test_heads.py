@@ -35,7 +35,7 @@ def test_it_bends_and_never_cuts() -> None:
 
 
 def test_a_bound_of_before_still_cuts() -> None:
-    norm, values = fitted()
+    norm, _values = fitted()
     norm.load_state_dict(norm.state_dict() | {"bound": torch.tensor(5.0)})
     far = norm.mean + norm.scale * torch.tensor([[4.0, 6.0, -60.0]])
     assert torch.allclose(norm(far), torch.tensor([[4.0, 5.0, -5.0]]), atol=1e-3)

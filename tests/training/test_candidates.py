@@ -63,7 +63,8 @@ def test_simplest_is_within_one_standard_error_of_the_paired_difference() -> Non
     assert simplest(losses | {"volumes": base + noise + 1.1 * error}, groups) == "stacked"
     assert simplest({"volumes": base + 1e-9, "stacked": base}, groups) == "stacked", "always worse is worse"
     twice = np.concatenate([noise, noise])
-    assert candidates.standard_error(twice, groups + groups) == pytest.approx(error, rel=0.02), "by subject, not by case"
+    by_subject = candidates.standard_error(twice, groups + groups)
+    assert by_subject == pytest.approx(error, rel=0.02), "by subject, not by case"
     assert candidates.standard_error(noise[:4], groups[:4]) == np.inf
 
 

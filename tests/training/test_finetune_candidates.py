@@ -158,13 +158,15 @@ def test_the_bundle_answers_files_as_it_was_cross_validated(aged: Path, manifest
 def test_the_arithmetic_of_volumes_is_a_naive_one(aged: Path, store: Store) -> None:
     """The shipped linear model, from the checkpoint's numbers and the voxels counted by hand."""
     state, reads = load_file(aged / "fold0" / SHIPPED), json.loads((aged / "bundle" / READS).read_text())
-    assert reads["labels"] == "seg_labels" and reads["volumes"] == ["tissue/csf", "tissue/grey", "tissue/white", "total"]
+    assert reads["labels"] == "seg_labels"
+    assert reads["volumes"] == ["tissue/csf", "tissue/grey", "tissue/white", "total"]
     entries = {s.subject: s for s in store.sessions}
     for row in held(aged)[:3]:
         counts = np.bincount(store.volume(entries[row["subject"]], "seg_labels").ravel(), minlength=4)[1:]
         x = np.append(np.log(counts / counts.sum()), np.log(counts.sum() * 0.216))
         z = (x - state["volume_head.norm.mean"].numpy()) / state["volume_head.norm.scale"].numpy()
-        logit = 5 * np.arcsinh(z / 5) @ state["volume_head.out.weight"][0].numpy() + float(state["volume_head.out.bias"])
+        weight, bias = state["volume_head.out.weight"][0].numpy(), float(state["volume_head.out.bias"])
+        logit = 5 * np.arcsinh(z / 5) @ weight + bias
         assert float(state["mean"] + state["std"] * logit) == pytest.approx(row["candidates"]["volumes"][0], abs=1e-2)
 
 
@@ -231,7 +233,7 @@ def test_scored_cases_have_no_say(store: Store, aged: Path, tmp_path: Path, monk
 
 
 def test_a_spoilt_network_is_not_shipped(store: Store, tmp_path: Path) -> None:
-    """A rate that destroys it: a simpler candidate is shipped, and nobody is worse than at step 0 on the inner cases."""
+    """A rate that destroys it: a simpler candidate is shipped, nobody is worse than at step 0 on the inner cases."""
     more = ("task.candidates=[mean,volumes,features,tuned]", "optim.lr=3.0", "trainer.max_steps=6", "average=0",
             "folds=1")  # fmt: skip
     assert main(["finetune", *words(store, tmp_path / "run", "regression", "age", *more)]) == 0
@@ -342,7 +344,9 @@ def test_classes_ship_their_choice_too(store: Store, manifest: Path, tmp_path: P
     assert why.heat.min() >= 0
 
 
-def test_a_fold_of_another_configuration_is_refused(store: Store, aged: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_fold_of_another_configuration_is_refused(
+    store: Store, aged: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
     assert main(["finetune", *words(store, aged, "regression", "age", "report=true")]) == 0, "the same goes on"
     other = words(store, aged, "regression", "age", "task.volumes=none")
     assert main(["finetune", *other]) == 2
@@ -382,7 +386,9 @@ def test_mixes_are_rows_of_parts(aged: Path) -> None:
         assert network.mix[1, PARTS.index("volumes")] == 0 and torch.allclose(network.mix.sum(dim=1), torch.ones(2))
 
 
-def test_finetune_resumes_between_folds(store: Store, aged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_finetune_resumes_between_folds(
+    store: Store, aged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import brainfm.training.members as module
 
     original, calls = module.views_of, []
