@@ -61,5 +61,30 @@ class SeenSubjects:
         return cls(values.get("salt", ""), tuple(values["hashes"]))
 
 
+@dataclass(frozen=True)
+class Overlap:
+    """How many of some people a training has seen."""
+
+    seen: int
+    of: int
+
+    def __str__(self) -> str:
+        return (
+            f"{self.seen or 'none'} of the {self.of} people tested here {'were' if self.seen > 1 else 'was'} in the "
+            "pre-training of the backbone, as data set and name tell"
+        )
+
+    def to_dict(self) -> dict[str, int]:
+        return {"seen": self.seen, "of": self.of}
+
+
+def overlap(subjects: SeenSubjects | None, subject_keys: Iterable[str]) -> Overlap | None:
+    """Of these people, each counted once; None where nothing is known of the training."""
+    if subjects is None:
+        return None
+    keys = set(subject_keys)
+    return Overlap(len(subjects.among(keys)), len(keys))
+
+
 def _hash(salt: str, key: str) -> str:
     return hashlib.sha256(bytes.fromhex(salt) + key.encode()).hexdigest()[:_DIGITS]

@@ -136,7 +136,8 @@ def place_window(
 
     Args:
         shape, spacing_mm: of the session's grid.
-        points: [N, 3] voxels of the head, one of which is the middle of a window that does not show all of it.
+        points: [N, 3] voxels of the head or brain: a whole one lies about their middle, else one of them is the
+            window's.
     """
     angles = np.deg2rad(rng.uniform(-spec.rotate_deg, spec.rotate_deg, 3))
     matrix = np.eye(3)
@@ -152,8 +153,10 @@ def place_window(
         matrix = matrix @ np.diag([-1.0, 1.0, 1.0])
     middle = (np.array(shape, float) - 1) / 2
     jitter = rng.uniform(-1, 1, 3)
-    if whole or not len(points):
+    if not len(points):
         middle = middle + jitter * spec.shift_vox / 2 * scale
+    elif whole:  # a head's box holds the neck, too: its middle is not the brain's
+        middle = (points.min(axis=0) + points.max(axis=0)) / 2 + jitter * spec.shift_vox / 2 * scale
     else:
         room = np.minimum(_ROOM_MM / spacing_mm, middle)
         middle = np.clip(points[rng.integers(len(points))], room, 2 * middle - room)

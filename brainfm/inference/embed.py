@@ -32,7 +32,7 @@ from brainfm.inference.engine import check_folder, settle_device
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.latents import Latents
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, load_backbone, write_atomically
+from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note, write_atomically
 from brainfm.specs import ConfigError, PreprocessSpec, ScanError
 
 WHOLE = "backbone"  # the part that is the backbone's deepest map
@@ -111,6 +111,8 @@ class Encoder:
             "preprocess": loaded.preprocess.to_dict(),
             "objective": loaded.objective["name"],
         }
+        if loaded.voxel_mm is not None:
+            about["voxel_mm"] = list(loaded.voxel_mm)
         return cls(loaded.backbone, latents if set(wanted) - {WHOLE} else None, wanted, about)
 
     @classmethod
@@ -195,7 +197,9 @@ def embed(
     encoder.backbone.to(place)
     if encoder.latents is not None:
         encoder.latents.to(place)
-    heads, total, about = _heads(source, contrasts, sessions, encoder.about.get("preprocess"))
+    heads, total, about = _heads(
+        source, contrasts, sessions, encoder.about.get("preprocess"), encoder.about.get("voxel_mm")
+    )
     rows: list[Row] = []
     pooled: list[dict[str, np.ndarray]] = []
     progress(0, total)
@@ -269,12 +273,13 @@ def _heads(
     contrasts: Sequence[str] | None,
     sessions: Collection[Key] | None,
     preprocess: Any,
+    voxel_mm: Sequence[float] | None,
 ) -> tuple[Iterator[Head], int, dict[str, Any]]:
     """The scans one by one, their number, and what is to be said of where they come from."""
     if isinstance(source, Mapping):
-        return _of_files({name: Path(file) for name, file in source.items()}, contrasts, preprocess)
+        return _of_files({name: Path(file) for name, file in source.items()}, contrasts, preprocess, voxel_mm)
     if not isinstance(source, Store) and os.path.isfile(source):
-        return _of_files({"unknown": Path(source)}, contrasts, preprocess)
+        return _of_files({"unknown": Path(source)}, contrasts, preprocess, voxel_mm)
     store = source if isinstance(source, Store) else Store.open(Path(source))
     scans = [
         (session, scan)
@@ -294,6 +299,9 @@ def _heads(
         about["note"] = (
             f"the backbone was trained on scans prepared as {preprocess}, these were prepared as {store.spec.to_dict()}"
         )
+    strange = spacing_note(store.spec.spacing_mm, voxel_mm)
+    if strange is not None:
+        about["note"] = "; ".join([*([about["note"]] if "note" in about else []), f"{store.path} has {strange}"])
 
     def heads() -> Iterator[Head]:
         for session, scan in scans:
@@ -304,7 +312,7 @@ def _heads(
 
 
 def _of_files(
-    files: Mapping[str, Path], contrasts: Sequence[str] | None, preprocess: Any
+    files: Mapping[str, Path], contrasts: Sequence[str] | None, preprocess: Any, voxel_mm: Sequence[float] | None
 ) -> tuple[Iterator[Head], int, dict[str, Any]]:
     if preprocess is None:
         raise ConfigError("a random backbone does not say how files are prepared; expected a store")
@@ -314,7 +322,8 @@ def _of_files(
     for file in wanted.values():
         if not file.is_file():
             raise ScanError(f"{file}: no such file, expected a NIfTI file")
-    prepared = prepare_session(wanted, {}, PreprocessSpec.from_dict(preprocess))
+    spec = PreprocessSpec.from_dict(preprocess)
+    prepared = prepare_session(wanted, {}, spec)
     if prepared.failures:
         raise ScanError(next(iter(prepared.failures.values())))
 
@@ -322,7 +331,9 @@ def _of_files(
         for name in sorted(wanted):
             yield ("", wanted[name].name, "", name, name), prepared.scans[name], prepared.foreground
 
-    return heads(), len(wanted), {"files": {name: str(file) for name, file in wanted.items()}}
+    strange = spacing_note(spec.spacing_mm, voxel_mm)
+    note = {} if strange is None else {"note": f"the files are read in {strange}"}
+    return heads(), len(wanted), {"files": {name: str(file) for name, file in wanted.items()}} | note
 
 
 def _latents(loaded: LoadedBackbone) -> Latents | None:

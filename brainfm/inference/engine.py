@@ -13,6 +13,7 @@ from pathlib import Path
 import torch
 
 from brainfm.nets.cpu import keep_freed_memory
+from brainfm.seen import SeenSubjects
 from brainfm.specs import ConfigError, Decisions, PreprocessSpec, TaskSpec
 from brainfm.tasks.bundle import Bundle, read_bundle
 from brainfm.tasks.windows import Network
@@ -34,6 +35,7 @@ class Engine:
         fingerprint: of the bundle.
         overlap: share of a window that its neighbour repeats, in [0, 1).
         decisions: what is done to the answers.
+        seen: the people of the pre-training behind the bundle; None where nobody knows.
     """
 
     networks: tuple[Network, ...]
@@ -44,6 +46,7 @@ class Engine:
     fingerprint: str
     overlap: float = 0.5
     decisions: Decisions = field(default_factory=Decisions)
+    seen: SeenSubjects | None = None
 
     @classmethod
     def load(
@@ -61,7 +64,9 @@ class Engine:
         if place.type == "cpu":
             keep_freed_memory()
         networks = tuple(network.to(place) for network in read.networks)
-        return cls(networks, read.task, read.preprocess, place, dtype, read.fingerprint, overlap, read.decisions)
+        return cls(
+            networks, read.task, read.preprocess, place, dtype, read.fingerprint, overlap, read.decisions, read.seen
+        )
 
 
 def in_order(contrasts: Iterable[str], task: TaskSpec) -> list[str]:

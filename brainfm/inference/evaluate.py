@@ -26,6 +26,7 @@ from brainfm.inference.predict import (
     read_claim,
     strange_grid,
 )
+from brainfm.seen import Overlap, overlap
 from brainfm.specs import ConfigError, ManifestError, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from brainfm.tasks.metrics import dice, require_monai, surface_dice, volume_ml
@@ -92,7 +93,9 @@ def evaluate(
     if task.kind != "segmentation":
         place = folder / "predictions" if engine is not None else Path(str(predictions))
         rows, summary = evaluate_answers(engine, manifest, folder, place, task, seed, progress)
-        return Evaluation(rows, summary | {"bundle": mark})
+        summary |= {"bundle": mark} | _seen(engine, rows)
+        write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
+        return Evaluation(rows, summary)
     require_monai()  # now, and not after hours of prediction
     if engine is not None:
         labels = _labels(manifest, task.target, check_grids=True)
@@ -103,10 +106,16 @@ def evaluate(
         labels = _labels(manifest, task.target, check_grids=False)
     files = _listed(masks)
     rows = [_row(key, label, is_mask, files.get(key), task) for key, (label, is_mask) in labels.items()]
-    summary = _summary(rows, task, mark, len(manifest.sessions()) - len(labels), seed)
+    summary = _summary(rows, task, mark, len(manifest.sessions()) - len(labels), seed) | _seen(engine, rows)
     write_table(folder / CASES, list(rows[0]), [[_cell(v) for v in row.values()] for row in rows])
     write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return Evaluation(rows, summary)
+
+
+def _seen(engine: Engine | None, rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """How many of the people of these rows the bundle's backbone was pre-trained on, where it is known."""
+    found = overlap(engine.seen if engine is not None else None, (f"{row['dataset']}/{row['subject']}" for row in rows))
+    return {"seen_in_pretraining": "unknown" if found is None else found.to_dict()}
 
 
 def _labels(manifest: Manifest, target: str, check_grids: bool) -> dict[Key, tuple[Path, bool]]:
@@ -204,7 +213,7 @@ def _summary(rows: list[dict[str, Any]], task: TaskSpec, bundle: str, unlabelled
         "both_empty": sum(row["both_empty"] for row in rows),
         "sessions_without_label": unlabelled,
         "interval": "bootstrap of the mean over cases by subject, expanded percentiles, 95 %, 2000 resamples",
-        "conventions": "both masks empty: dice 1, surface dice 0; one empty: 0; no prediction: 0 (FOMO26)",
+        "conventions": "both masks empty: dice 1, surface dice 1 (FOMO26: 0); one empty: 0; no prediction: 0",
         "seed": seed,
         "metrics": metrics,
     }
@@ -223,6 +232,8 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
         f"{summary['cases']} cases of {summary['subjects']} subjects, {summary['sessions_without_label']} sessions "
         f"without the label {summary['target']} left out, {summary['without_prediction']} without a prediction"
     ]
+    if isinstance(summary.get("seen_in_pretraining"), Mapping):
+        lines.append(f"note: {Overlap(**summary['seen_in_pretraining'])}")
     metrics = summary["metrics"]
     for name in ("dice", "surface_dice_1mm") if "dice" in metrics else metrics:
         numbers = [

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -13,7 +12,7 @@ import numpy as np
 
 from brainfm.data.answers import Unusable, read_answer
 from brainfm.data.manifest import Manifest
-from brainfm.inference.engine import Engine, write_table, write_text
+from brainfm.inference.engine import Engine, write_table
 from brainfm.inference.predict import Key, answer_name, predict_manifest
 from brainfm.inference.scan_answers import ScanAnswer
 from brainfm.inference.scan_answers import read_answer as read_file
@@ -59,7 +58,7 @@ def evaluate_answers(
     seed: int,
     progress: Callable[[int, int], None],
 ) -> tuple[list[dict[str, Any]], dict[str, Any]]:
-    """Rows and summary, as evaluate() writes them to ``cases.csv`` and ``summary.json``.
+    """Rows, written to ``cases.csv``, and the summary.
 
     A session whose prediction failed has no answer: it is counted, and does not enter the scores.
 
@@ -86,9 +85,7 @@ def evaluate_answers(
         raise ManifestError(f"{masks}: no session with an answer in {manifest.path} was predicted")
     names = list(dict.fromkeys(name for row in rows for name in row))
     write_table(folder / "cases.csv", names, [[_cell(row.get(name)) for name in names] for row in rows])
-    summary = _summary(answered, task, rows, left_out, seed)
-    write_text(folder / "summary.json", json.dumps(summary, indent=2) + "\n")
-    return rows, summary
+    return rows, _summary(answered, task, rows, left_out, seed)
 
 
 def _numbers(found: ScanAnswer) -> list[float]:

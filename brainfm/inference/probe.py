@@ -24,6 +24,8 @@ from brainfm.data.answers import Unusable, cell, read_answer, who
 from brainfm.data.store import SessionEntry, Store
 from brainfm.inference.embed import WHOLE, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
 from brainfm.inference.engine import check_folder, write_table, write_text
+from brainfm.nets.weights import load_backbone
+from brainfm.seen import overlap
 from brainfm.specs import ConfigError, ManifestError, TaskSpec
 from brainfm.tasks import linear
 from brainfm.tasks.metrics import Interval
@@ -169,13 +171,17 @@ def probe(
     def embedded(encoder: Encoder, name: str) -> Embedding:
         return _kept(folder, name, encoder, store, question, contrasts, extent, device, progress)
 
+    known = None
     if features is None:
-        found = embedded(Encoder.load(str(backbone), parts), "features")
+        loaded = load_backbone(str(backbone))
+        known, found = loaded.subjects, embedded(Encoder.load(loaded, parts), "features")
     else:
         found = features if isinstance(features, Embedding) else read(features)
     notes = [found.about["note"]] if "note" in found.about else []
     question, places = _matched(question, found.rows)
     check_enough(question, spec.folds)
+    seen = overlap(known, question.subjects)
+    notes += [str(seen)] if seen is not None else []
     by_name = {part: _averaged(values, places) for part, values in found.parts.items() if not parts or part in parts}
     if not by_name:
         raise ConfigError(f"parts={', '.join(parts or ())}: the features have only {', '.join(found.parts)}")
@@ -189,7 +195,9 @@ def probe(
         by_name[RANDOM] = _averaged(random.parts[WHOLE][chosen], _matched(question, rows)[1])
     table = ProbeTable(question, tuple(_rows(question, by_name, spec)), tuple(notes))
     write_table(folder / TABLE, *_csv(table))
-    write_text(folder / SCORES, json.dumps(_document(table, spec, found.about), indent=1) + "\n")
+    document = _document(table, spec, found.about)
+    document["seen_in_pretraining"] = "unknown" if seen is None else seen.to_dict()
+    write_text(folder / SCORES, json.dumps(document, indent=1) + "\n")
     return table
 
 

@@ -15,6 +15,7 @@ from brainfm.imaging.descriptors import head_mask
 from brainfm.inference import charts, report
 from brainfm.inference.explain import explain_volume, share_inside
 from brainfm.inference.report import Section
+from brainfm.seen import Overlap
 from brainfm.specs import ConfigError, Decisions, ScanError, TaskSpec
 from brainfm.tasks import postprocess
 from brainfm.tasks.bundle import Bundle, read_bundle
@@ -107,6 +108,8 @@ def write_study_report(run: str | Path, out: Path | None = None, store: str | Pa
         sections.append(_audit(found, spec))
     if found.get("decided"):
         sections.append(_decisions(found))
+    if (found.get("transfer") or {}).get("file_has_decoder"):
+        sections.append(_transfer(found))
     if found.get("curves"):
         sections.append(_curves(found, spec))
     sections.append(_reproduce(found))
@@ -164,6 +167,9 @@ def _lead(found: Mapping[str, Any], spec: TaskSpec) -> str:
     text += "Larger is better." if found["larger_is_better"] else "Smaller is better."
     for c in found["comparisons"]:
         text += f" {_verdict(c, found['larger_is_better'])}"
+    seen = found.get("seen_in_pretraining")
+    if isinstance(seen, Mapping):
+        text += f"\n\nNote: {Overlap(**seen)}."
     if found.get("audit"):
         text += f"\n\nShortcuts: {found['audit']['verdict']}"
     return text
@@ -358,6 +364,29 @@ def _curves(found: Mapping[str, Any], spec: TaskSpec) -> Section:
         word = _word(found["primary"], spec)
         figures.append((f"{word} while training, on {where}", report.curves_figure(watched, y_label=word)))
     return Section("How training went", text, figures=tuple(figures))
+
+
+def _transfer(found: Mapping[str, Any]) -> Section:
+    """What came from the backbone's file: encoder, decoder, and why."""
+    transfer = found["transfer"]
+    rows = [("run", "decoder", "last layer", "with it", "without it", "gain", "standard error", "steps of the trial")]
+    for name, fold in transfer["folds"].items():
+        trial = fold["trial"]
+        numbers: tuple[str, ...] = ("", "", "", "", "")
+        if trial and trial["subjects"]:
+            scores = (_number(trial["scores"][c]) for c in ("decoder", "encoder"))
+            steps = f"{trial['steps']} beside {trial['of_steps']}"
+            numbers = (*scores, _signed(trial["gain"]), _number(trial["standard_error"]), steps)
+        rows.append((name, "taken" if fold["decoder"] else "fresh", fold["last_layer"], *numbers))
+    text = "The encoder's weights always come from the backbone's file. "
+    if transfer["asked"] == "auto":
+        text += (
+            "Its decoder was taken where short trainings on inner folds of the training side were better with it by "
+            "more than one standard error; no held-out case was looked at for that."
+        )
+    else:
+        text += f"Its decoder was {'' if transfer['asked'] else 'not '}asked for (`adapt.decoder`)."
+    return Section("What came from pre-training", text, table=tuple(rows))
 
 
 def _decisions(found: Mapping[str, Any]) -> Section:

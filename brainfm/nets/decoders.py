@@ -6,6 +6,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.nets import cpu
@@ -31,6 +32,20 @@ class Pointwise(nn.Conv3d):
 
     def forward(self, features: Tensor) -> Tensor:
         return cpu.pointwise(features, self) if cpu.is_for(features) else super().forward(features)
+
+
+def chained(features: Tensor, first: Pointwise, second: Pointwise) -> Tensor:
+    """``second(first(features))`` as one 1x1x1 convolution: the wider map between them is never made.
+
+    The product of the weights is taken in float32; gradients reach both layers.
+    """
+    assert first.bias is not None and second.bias is not None
+    with torch.autocast(features.device.type, enabled=False):
+        outer = second.weight.flatten(1)
+        weight, bias = outer @ first.weight.flatten(1), outer @ first.bias + second.bias
+    if cpu.is_for(features):
+        return F.linear(features.movedim(1, -1), weight, bias).movedim(-1, 1)
+    return F.conv3d(features, weight[..., None, None, None], bias)
 
 
 class LightDecoder(nn.Module):

@@ -11,7 +11,7 @@ import json
 import math
 import os
 import tempfile
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -30,6 +30,7 @@ from brainfm.specs import ConfigError, PreprocessSpec, Provenance, WeightsError
 
 FORMAT = 2
 _KEY = "brainfm"
+_ALMOST = 0.02  # by which a voxel may leave the range that was seen
 _GROUPS = ("backbone", "decoder", "heads", "objective")
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -160,6 +161,22 @@ def load_backbone(path: str | os.PathLike[str], *, needs_decoder: bool = False) 
         voxel_mm=voxel_mm,
         subjects=subjects,
     )
+
+
+def spacing_note(spacing_mm: Sequence[float], voxel_mm: Sequence[float] | None) -> str | None:
+    """A sentence where voxels are of a size that a backbone was not trained on; None where they are, or nobody knows.
+
+    Args:
+        spacing_mm: edge lengths of a voxel.
+        voxel_mm: LoadedBackbone.voxel_mm.
+    """
+    if voxel_mm is None:
+        return None
+    low, high = voxel_mm
+    if all(low * (1 - _ALMOST) <= edge <= high * (1 + _ALMOST) for edge in spacing_mm):
+        return None
+    found = " x ".join(f"{edge:g}" for edge in spacing_mm)
+    return f"voxels of {found} mm; the backbone was trained on voxels of {low:g} to {high:g} mm, expect less of it here"
 
 
 def load(path: str | os.PathLike[str]) -> Backbone:

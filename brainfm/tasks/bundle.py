@@ -2,6 +2,7 @@
 
     task.json preprocess.json provenance.json backbone.json   what it answers, and how to rebuild it
     decisions.json                                            what cross-validation decided about its answers, if it did
+    members.json seen.json                                    how members differ in build; whom their backbone has seen
     member0.safetensors ...                                   weights, one file a member of the ensemble
     README.md                                                 the model card
     checksums.json                                            SHA-256 of every other file
@@ -28,12 +29,15 @@ from torch import Tensor
 
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.transfer import transfer
+from brainfm.seen import SeenSubjects
 from brainfm.specs import BundleError, ConfigError, Decisions, PreprocessSpec, Provenance, TaskSpec, WeightsError
 from brainfm.tasks.task import Task, build_task
 
 FORMAT = 1
 CHECKSUMS = "checksums.json"
 DECISIONS = "decisions.json"
+MEMBERS = "members.json"
+SEEN = "seen.json"
 _DESCRIPTIONS = ("task.json", "preprocess.json", "provenance.json", "backbone.json")
 
 
@@ -49,6 +53,7 @@ class Bundle:
         networks: its members in eval mode on the CPU; their probabilities are averaged.
         fingerprint: 16 hexadecimal digits that change with any byte of any file.
         decisions: what is done to its answers.
+        seen: the people of the pre-training that its members began with; None where nobody knows.
     """
 
     path: Path
@@ -58,6 +63,7 @@ class Bundle:
     networks: tuple[Task, ...]
     fingerprint: str
     decisions: Decisions
+    seen: SeenSubjects | None = None
 
 
 def write_bundle(
@@ -70,6 +76,8 @@ def write_bundle(
     provenance: Provenance,
     decisions: Decisions | None = None,
     scores: Mapping[str, Any] | None = None,
+    settings: Sequence[Mapping[str, Any]] | None = None,
+    seen: SeenSubjects | None = None,
     licence: str = "as its training data allow; state it here before passing the bundle on",
 ) -> str:
     """Writes a bundle beside its place and moves it there when it is complete. Returns its fingerprint.
@@ -80,6 +88,8 @@ def write_bundle(
         members: ``Task.state_dict()`` of each member of the ensemble.
         decisions: what is done to its answers; None leaves them as they are.
         scores: for the model card; JSON-able.
+        settings: ``Task.settings()`` of each member, where they have any.
+        seen: see Bundle.
         licence: one line for the model card.
 
     Raises:
@@ -102,8 +112,13 @@ def write_bundle(
     }
     if decisions is not None:
         contents[DECISIONS] = _json(decisions.to_dict())
-    for number, state in enumerate(members):
-        _member(task, backbone_config, state, f"member {number}")
+    built = [dict(own) for own in settings or [{}] * len(members)]
+    if any(built):
+        contents[MEMBERS] = _json({f"member{number}": own for number, own in enumerate(built)})
+    if seen is not None:
+        contents[SEEN] = _json(seen.to_dict())
+    for number, (state, own) in enumerate(zip(members, built, strict=True)):
+        _member(task, backbone_config, own, state, f"member {number}")
         # clone: safetensors refuses tensors that share storage
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
         contents[f"member{number}.safetensors"] = save_tensors(tensors)
@@ -131,24 +146,33 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
         provenance = Provenance.from_dict(described["provenance.json"])
         decided = _parsed(directory / DECISIONS, contents[DECISIONS]) if DECISIONS in contents else {}
         decisions = Decisions.from_dict(decided)
+        seen = SeenSubjects.from_dict(_parsed(directory / SEEN, contents[SEEN])) if SEEN in contents else None
     except (ConfigError, TypeError, ValueError) as error:
         raise BundleError(f"{directory}: its description cannot be used: {error}") from None
+    built = _parsed(directory / MEMBERS, contents[MEMBERS]) if MEMBERS in contents else {}
     networks = []
     for name in sorted((n for n in contents if n.endswith(".safetensors")), key=lambda n: (len(n), n)):
         try:
             state = load_tensors(contents.pop(name))
         except SafetensorError as error:
             raise BundleError(f"{directory / name}: cannot be read as safetensors ({error})") from None
-        networks.append(_member(task, described["backbone.json"], state, str(directory / name)).eval())
+        own = built.get(name.removesuffix(".safetensors"), {})
+        networks.append(_member(task, described["backbone.json"], own, state, str(directory / name)).eval())
     if not networks:
         raise BundleError(f"{directory}: holds no member*.safetensors, expected at least one")
-    return Bundle(directory, task, preprocess, provenance, tuple(networks), fingerprint, decisions)
+    return Bundle(directory, task, preprocess, provenance, tuple(networks), fingerprint, decisions, seen)
 
 
-def _member(task: TaskSpec, backbone_config: Mapping[str, Any], state: Mapping[str, Tensor], origin: str) -> Task:
+def _member(
+    task: TaskSpec,
+    backbone_config: Mapping[str, Any],
+    settings: Mapping[str, Any],
+    state: Mapping[str, Tensor],
+    origin: str,
+) -> Task:
     """The network with these weights. Raises: BundleError where they do not fit."""
     try:
-        network = build_task(task, build_backbone(**backbone_config))
+        network = build_task(task, build_backbone(**backbone_config), **settings)
         transfer(network, state, origin=origin)
     except (ConfigError, WeightsError, TypeError, ValueError) as error:
         raise BundleError(f"the bundle's task, backbone and weights do not fit together: {error}") from None

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import Pointwise, SkipDecoder
+from brainfm.nets.decoders import Pointwise, SkipDecoder, chained
+from brainfm.nets.dense import DenseHead
 from brainfm.nets.heads import Fusion, fused_features
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.segmentation_losses import SegmentationLoss, deep_loss, segmentation_loss
@@ -36,6 +37,9 @@ class DeepLogits(NamedTuple):
 class SegmentationTask(Task):
     """Contrasts pass one by one through the encoder, meet at every level, and a decoder with skips answers.
 
+    The decoder is fresh and ends in the classes, or it is one that was pre-trained with the encoder: then it ends in
+    its own widened map, from which one more 1x1x1 convolution tells the classes.
+
     Args:
         spec: contrasts, classes and patch of the question.
         backbone: pre-trained or fresh.
@@ -45,6 +49,12 @@ class SegmentationTask(Task):
         shares: of the voxels of a training patch that belong to each class (data/patches.class_shares): what the fresh
             network answers everywhere, but never less than 1 % for the foreground, evenly divided, or the background.
             None: 1 % of foreground.
+        dense_channels: E of the widened map of a pre-trained decoder (nets/dense.py), whose weights are for the caller
+            to load into ``decoder``; 0: a decoder of its own.
+
+    Attributes:
+        decoder: levels and ``out``, in both cases.
+        head: after a pre-trained decoder, the last layer; else None.
 
     Source: for the bias of the last layer: Lin et al. 2017 (arXiv:1708.02002), section 4.1.
     Raises:
@@ -61,16 +71,20 @@ class SegmentationTask(Task):
         loss: SegmentationLoss = _DEFAULT,
         deep_supervision: bool = False,
         shares: Sequence[float] | None = None,
+        dense_channels: int = 0,
     ) -> None:
         super().__init__()
         _check(spec)
+        if dense_channels < 0:
+            raise ConfigError(f"dense_channels={dense_channels}: expected 0 or more channels")
         self.prior = _prior(spec.classes, shares)
         backbone.check_patch(spec.patch_vox)
         self.spec = spec
         self.backbone = backbone
         self.loss_spec = loss
         self.fusion = Fusion(backbone.widths, spec.fusion)
-        self.decoder = SkipDecoder(backbone.widths, backbone.strides, spec.classes)
+        self.decoder = SkipDecoder(backbone.widths, backbone.strides, dense_channels or spec.classes)
+        self.head = Pointwise(dense_channels, spec.classes) if dense_channels else None
         self.auxiliary = nn.ModuleList()  # last, so that the weights before it are drawn alike with and without
         if deep_supervision or loss.deep_supervision:
             self.auxiliary.extend(Pointwise(width, spec.classes) for width in backbone.widths[1:-1])
@@ -93,10 +107,16 @@ class SegmentationTask(Task):
         """
         maps = fused_features(self.backbone, self.fusion, image, present)
         if not (self.training and self.auxiliary):
-            return self.decoder(maps)
+            return self._logits(self.decoder.climb(maps)[-1])
         *coarser, finest = self.decoder.climb(maps)
         answers = tuple(head(level) for head, level in zip(self.auxiliary, reversed(coarser), strict=True))
-        return DeepLogits(self.decoder.out(finest), answers)
+        return DeepLogits(self._logits(finest), answers)
+
+    def _logits(self, finest: Tensor) -> Tensor:
+        """The decoder's last features -> [B, K, X, Y, Z]."""
+        out = self.decoder.out
+        logits: Tensor = out(finest) if self.head is None else chained(finest, out, self.head)
+        return logits
 
     def loss(self, output: Any, batch: Batch) -> Terms:
         """The loss of the task's SegmentationLoss, in float32.
@@ -118,6 +138,39 @@ class SegmentationTask(Task):
         """Logits or probabilities [B, K, X, Y, Z] -> label values [B, X, Y, Z] uint8."""
         return self._values[output.argmax(dim=1)]  # type: ignore[index]  # a buffer
 
+    def settings(self) -> dict[str, Any]:
+        return {} if self.head is None else {"dense_channels": self.head.in_channels}
+
+    @torch.no_grad()
+    def begin_fresh(self) -> None:
+        """Behind a pre-trained decoder, once its weights are loaded: the last layer answers as a fresh one on the
+        decoder's last features would, whatever the scale of the widened map between them."""
+        assert self.head is not None and self.head.bias is not None and self.decoder.out.bias is not None
+        composed = self.head.weight.flatten(1) @ self.decoder.out.weight.flatten(1)
+        usual = 3**-0.5  # norm of a row as torch draws it
+        self.head.weight.mul_((usual / composed.norm(dim=1).clamp(min=1e-6))[:, None, None, None, None])
+        _answer(self.head, self.prior)
+        self.head.bias.sub_(self.head.weight.flatten(1) @ self.decoder.out.bias)
+
+    @torch.no_grad()
+    def begin_as(self, head: DenseHead, start: int) -> None:
+        """Lets the answer of two classes begin as that of a pre-trained head with one output: the same probability in
+        every voxel, bias included.
+
+        Args:
+            start: the widened map's channel at which the head's part begins.
+
+        Raises:
+            ValueError: where there are other classes than two, no pre-trained decoder, or no such channels.
+        """
+        fits = self.head is not None and start + head.in_channels <= self.head.in_channels
+        if self.spec.classes != 2 or head.out_channels != 1 or not fits:
+            raise ValueError(f"{self.spec.classes} classes cannot begin as a head of {head.config} at {start}")
+        assert self.head is not None and self.head.bias is not None and head.bias is not None
+        nn.init.zeros_(self.head.weight)  # softmax over (0, z) is the sigmoid of z
+        self.head.weight[1, start : start + head.in_channels] = head.weight[0]
+        self.head.bias.copy_(torch.stack([head.bias.new_zeros(()), head.bias[0]]))
+
     def bundle_state(self) -> dict[str, Tensor]:
         """The weights without the heads of coarser levels, which nothing asks after training."""
         return {name: value for name, value in super().bundle_state().items() if not name.startswith(_AUXILIARY)}
@@ -135,7 +188,8 @@ class SegmentationTask(Task):
 
     def heads(self) -> list[nn.Conv3d]:
         """The last layers: the answer's, then those of the coarser levels where there are any."""
-        return [self.decoder.out, *(cast(Pointwise, head) for head in self.auxiliary)]
+        last = self.decoder.out if self.head is None else self.head
+        return [last, *(cast(Pointwise, head) for head in self.auxiliary)]
 
 
 @torch.no_grad()

@@ -43,6 +43,10 @@ class Task(nn.Module, ABC):
     def decode(self, output: Any) -> Tensor:
         """The output as a user reads it."""
 
+    def settings(self) -> dict[str, Any]:
+        """What ``build_task`` needs beside spec and backbone to make this network again; JSON-able."""
+        return {}
+
     def bundle_state(self) -> dict[str, Tensor]:
         """The weights that answering needs: what a bundle ships."""
         return dict(self.state_dict())
@@ -52,7 +56,7 @@ def build_task(spec: TaskSpec, backbone: Backbone, **settings: Any) -> Task:
     """The task of this kind around a backbone, its head with fresh weights.
 
     Args:
-        settings: how it is trained, see the task; answering needs none of them.
+        settings: of the task; answering needs none but those of ``Task.settings``.
 
     Raises: ConfigError where the kind is unknown or the spec does not suit it.
     """

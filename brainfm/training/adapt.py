@@ -23,12 +23,16 @@ class AdaptSpec:
         pretrained: whether the encoder keeps the weights of its file; else it starts fresh (``scratch``).
         last_blocks: how many of the backbone's blocks learn, counted from the deepest; 0 freezes the encoder, None
             trains all of it. Frozen weights stay equal to the bit.
-        layer_decay: a block's learning rate is this times that of the block behind it; the head has the full rate.
+        layer_decay: a block's learning rate is this times that of the block behind it; the head has the full rate. A
+            decoder that was taken from the file counts as one block between the head and the deepest one.
         lr_scale: times ``optim.lr``, for everything.
         head_fraction: share of the steps at the start in which the head alone learns, warmed up over the first half of
             them and then falling to 0, before the whole network warms up (the second tooth of the saw).
         warmup_fraction: share of all steps over which the whole network warms up after that; None: the optimiser's own
             ``warmup_fraction``, where the head has no tooth of its own.
+        decoder: whether the decoder of the backbone's file is taken as well; ``auto``: where a trial on inner folds of
+            the training side says so (training/decoder_trial.py).
+        trial_share: of the steps of a training that such a trial costs in all.
 
     Raises:
         ConfigError: for values outside their ranges.
@@ -41,8 +45,14 @@ class AdaptSpec:
     lr_scale: float = 1.0
     head_fraction: float = 0.0
     warmup_fraction: float | None = None
+    decoder: bool | str = "auto"
+    trial_share: float = 0.25
 
     def __post_init__(self) -> None:
+        if not isinstance(self.decoder, bool) and self.decoder != "auto":
+            raise ConfigError(f"adapt.decoder={self.decoder}: expected auto, true or false")
+        if not 0 < self.trial_share <= 1:
+            raise ConfigError(f"adapt.trial_share={self.trial_share}: expected more than 0 and at most 1")
         if self.last_blocks is not None and (isinstance(self.last_blocks, bool) or self.last_blocks < 0):
             raise ConfigError(f"adapt.last_blocks={self.last_blocks}: expected 0 or more blocks, or null for all")
         if not 0 < self.layer_decay <= 1:
@@ -71,10 +81,12 @@ def parameter_groups(
 ) -> list[dict[str, Any]]:
     """The optimiser's groups, and the task frozen where it shall not move: call it before DDP wraps the task.
 
-    The head is every parameter outside ``task.backbone``. Vectors (biases, norms, scores) are not decayed. A group has
-    ``params``, ``lr`` (its peak), ``weight_decay`` and, where it does not follow the loop's own warm-up and cosine,
-    ``schedule`` (training/optim.py). Frozen parameters are in no group, ask for no gradient (an encoder that is frozen
-    as a whole keeps no activations: its images ask for none either), and their blocks stay in evaluation mode.
+    The head is every parameter outside ``task.backbone`` and, where ``adapt.decoder`` is true, ``task.decoder``, which
+    then learns and sleeps as a block of the encoder does, but never freezes. Vectors (biases, norms, scores) are not
+    decayed. A group has ``params``, ``lr`` (its peak), ``weight_decay`` and, where it does not follow the loop's own
+    warm-up and cosine, ``schedule`` (training/optim.py). Frozen parameters are in no group, ask for no gradient (an
+    encoder that is frozen as a whole keeps no activations: its images ask for none either), and their blocks stay in
+    evaluation mode.
 
     Args:
         lr: peak of the head, > 0.
@@ -96,7 +108,10 @@ def parameter_groups(
     learning = len(blocks) if adapt.last_blocks is None else adapt.last_blocks
     for block in blocks[: len(blocks) - learning]:
         _freeze(block)
-    behind = {p: len(blocks) - number for number, block in enumerate(blocks) for p in block.parameters()}
+    between = list(task.decoder.parameters()) if adapt.decoder is True else []  # type: ignore[union-attr]
+    nearest = 2 if between else 1
+    behind = {p: len(blocks) - 1 - n + nearest for n, block in enumerate(blocks) for p in block.parameters()}
+    behind |= dict.fromkeys(between, 1)
     encoder, head = _schedules(adapt, max_steps)
     groups: dict[tuple[int, bool], dict[str, Any]] = {}
     for parameter in task.parameters():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -21,11 +22,12 @@ from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.recompute import set_checkpointing
-from brainfm.nets.weights import load_backbone, write_atomically
+from brainfm.nets.transfer import transfer
+from brainfm.nets.weights import LoadedBackbone, load_backbone, write_atomically
 from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.task import Task
-from brainfm.training import results
+from brainfm.training import decoder_trial, results, transferred
 from brainfm.training.adapt import AdaptSpec, adapt_spec, adapted_optimizer
 from brainfm.training.crossval import Split, SplitSpec, split_cases, with_shots
 from brainfm.training.loop import CHECKPOINT, LoopSpec, Run, State, train
@@ -58,9 +60,14 @@ class _Study:
     fabric: Fabric
     question: Question
     backbone: Backbone
-    parents: tuple[str, ...]
+    pretrained: LoadedBackbone | None
     plan: MemoryPlan
     adapt: AdaptSpec
+
+    @property
+    def parents(self) -> tuple[str, ...]:
+        """Fingerprints of the weights that training begins with."""
+        return () if self.pretrained is None else (self.pretrained.fingerprint,)
 
     @property
     def chief(self) -> bool:
@@ -112,8 +119,9 @@ def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
     if not adapt.pretrained and config["backbone_from"] != "none":  # the file's network without what it learned
         network = dict(load_backbone(config["backbone_from"]).backbone.config)
         config = config | {"backbone": network, "backbone_from": "none"}
-    backbone, parents = _backbone(config, store)
     question = build_question(config, store)
+    adapt = _settled_adapt(adapt, config, question)
+    backbone, pretrained = _backbone(config, store, adapt)
     say(f"{len(question.cases)} sessions with {question.spec.target}, {len(question.left_out)} left out; "
         f"contrasts {', '.join(question.spec.contrasts)}")  # fmt: skip
     for sentence in question.left_out[:_MOST_SAID]:
@@ -136,7 +144,24 @@ def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
     backbone.check_patch(patch)
     planned = _planned(config, run, question, backbone, patch, fabric)
     question.settle(planned.patch_vox)
-    return _Study(config, store, run, fabric, question, backbone, parents, planned, adapt), splits
+    if pretrained is not None:
+        seen = transferred.tested(pretrained, splits)
+        for note in (*transferred.notes(pretrained, store, question.spec), *([str(seen)] if seen is not None else [])):
+            say(f"note: {note}")
+    return _Study(config, store, run, fabric, question, backbone, pretrained, planned, adapt), splits
+
+
+def _settled_adapt(adapt: AdaptSpec, config: Mapping[str, Any], question: Question) -> AdaptSpec:
+    """As it applies to this start and question. Raises: ConfigError where a decoder is asked for that cannot be."""
+    kind = question.spec.kind
+    if adapt.decoder is True and not question.takes_decoder:
+        raise ConfigError(f"adapt.decoder=true: a {kind} answers without a decoder; expected auto or false")
+    if config["backbone_from"] != "none":
+        return adapt if question.takes_decoder else replace(adapt, decoder=False)
+    if adapt.decoder is True:
+        raise ConfigError("adapt.decoder=true: backbone_from=none brings no decoder; expected a backbone file with one")
+    scale = float(config["scratch_lr_scale"]) if adapt.pretrained else 1.0  # adapt=scratch brings its own
+    return replace(adapt, decoder=False, layer_decay=1.0, lr_scale=adapt.lr_scale * scale)
 
 
 def build_question(config: Mapping[str, Any], store: Store) -> Question:
@@ -153,19 +178,19 @@ def build_question(config: Mapping[str, Any], store: Store) -> Question:
     raise ConfigError(f"task.kind={values['kind']}: expected segmentation, classification or regression")
 
 
-def _backbone(config: dict[str, Any], store: Store) -> tuple[Backbone, tuple[str, ...]]:
-    """The encoder to start from and the fingerprints of its file."""
+def _backbone(config: dict[str, Any], store: Store, adapt: AdaptSpec) -> tuple[Backbone, LoadedBackbone | None]:
+    """The encoder to start from, and the file it comes from."""
     if config["backbone_from"] == "none":
         torch.manual_seed(int(config["seed"]))
-        return build_backbone(**config["backbone"]), ()
-    loaded = load_backbone(config["backbone_from"])
+        return build_backbone(**config["backbone"]), None
+    loaded = load_backbone(config["backbone_from"], needs_decoder=adapt.decoder is True)
     say(f"{config['backbone_from']}: {loaded.report}")
     if loaded.preprocess != store.spec:
         say(
             f"note: the backbone was pre-trained on scans prepared as {loaded.preprocess.to_dict()}, "
             f"{store.path} was prepared as {store.spec.to_dict()}"
         )
-    return loaded.backbone, (loaded.fingerprint,)
+    return loaded.backbone, loaded
 
 
 def _sites(question: Question, config: Mapping[str, Any]) -> dict[str, str] | None:
@@ -247,7 +272,8 @@ def dry_step(
         task = question.task(build_backbone(**backbone.config), question.cases).to(fabric.device)
         set_checkpointing(task, tried.checkpointing)
         values = optim_values(config["optim"])
-        optimizer = adapted_optimizer(task, adapt_spec(config["adapt"]), max_steps=10, **values)
+        # a decoder of the file costs no more memory than a fresh one (nets/decoders.chained)
+        optimizer = adapted_optimizer(task, replace(adapt_spec(config["adapt"]), decoder=False), max_steps=10, **values)
         half = tried.precision == "bf16-mixed"
         with torch.autocast(fabric.device.type, dtype=torch.bfloat16, enabled=half):
             total = task.loss(task(batch.image, batch.present), batch).total
@@ -277,14 +303,15 @@ def _cross_validate(
     return rows, states
 
 
-def _fresh(study: _Study, split: Split, backbone: Backbone | None, begun: bool = False) -> Task:
-    """A task whose encoder starts from the backbone and whose head starts at random, the same for every resume; with
-    ``begun`` its weights will come from a checkpoint, and nothing is spent on a good start."""
+def _fresh(study: _Study, split: Split, backbone: Backbone | None, begun: bool = False, decoder: bool = False) -> Task:
+    """A task whose encoder starts from the backbone, with ``decoder`` its decoder from the file as well, and whose head
+    starts at random, the same for every resume; with ``begun`` its weights will come from a checkpoint, and nothing is
+    spent on a good start."""
     torch.manual_seed(study.seed * 1000 + 100 * split.repeat + split.fold)
     encoder = build_backbone(**study.backbone.config)
     if backbone is not None and study.config["backbone_from"] != "none":
-        encoder.load_state_dict(backbone.state_dict())
-    task = study.question.task(encoder, split.trained)
+        transfer(encoder, backbone.state_dict(), origin=str(study.config["backbone_from"]))
+    task = study.question.task(encoder, split.trained, study.pretrained if decoder else None)
     if not begun:
         study.question.start(task, split.trained, study.fabric.device)
     set_checkpointing(task, study.plan.checkpointing)
@@ -294,9 +321,27 @@ def _fresh(study: _Study, split: Split, backbone: Backbone | None, begun: bool =
 def _fold(
     study: _Study, split: Split, folder: Path, backbone: Backbone | None, adapt: AdaptSpec
 ) -> tuple[State, list[Row]]:
-    config, trainer, fabric, question = study.config, study.config["trainer"], study.fabric, study.question
-    task = _fresh(study, split, backbone, (folder / CHECKPOINT).exists())
+    adapt = replace(adapt, decoder=backbone is not None and _takes_decoder(study, split, folder, backbone, adapt))
+    max_steps = int(study.config["trainer"]["max_steps"])
+    run, module = _prepared(study, split, folder, backbone, adapt, max_steps)
+    run = replace(run, evaluate=_watch(study, module, split, folder, run.spec))
+    state = train(run)
+    if state.step < max_steps:
+        raise _Interrupted(f"{folder.parent.name}/{folder.name} after step {state.step}")
+    return state, _held(study, module, split, folder)
+
+
+def _prepared(
+    study: _Study, split: Split, folder: Path, backbone: Backbone | None, adapt: AdaptSpec, max_steps: int
+) -> tuple[Run, Supervised]:
+    """A training of so many steps on ``split.trained``, ready to start or to go on."""
+    config, fabric, question = study.config, study.fabric, study.question
+    trainer = config["trainer"] | {"max_steps": max_steps}
+    task = _fresh(study, split, backbone, (folder / CHECKPOINT).exists(), decoder=adapt.decoder is True)
     seed = study.seed * 1000 + 100 * split.repeat + split.fold
+    if backbone is not None and study.pretrained is not None and study.chief:
+        report = transferred.report_of(task, study.pretrained, adapt.decoder is True)
+        transferred.write(folder, report, question.begins_as(study.pretrained) if adapt.decoder is True else "fresh")
     patches = question.patches(split.trained, seed, config["data"])
     loop = replace(loop_spec(trainer, config["optim"]), accumulate=study.plan.accumulate)
     augment = augment_spec(config["data"]["augment"])
@@ -307,27 +352,54 @@ def _fold(
         steps = StepSampler(step, loop.max_steps, int(trainer["batch_size"]), fabric.global_rank, fabric.world_size)
         return make_loader(patches, steps, int(trainer["workers"]), pin_memory=fabric.device.type == "cuda")
 
-    identity = identity_of({k: v for k, v in config.items() if k not in _NOT_IN_A_FOLD}, study.store)
+    identity = _identity(study, split, backbone)
+    identity["trainer"] = identity["trainer"] | {"max_steps": max_steps}
+    run = Run(
+        fabric=fabric,
+        folder=folder,
+        identity=identity | ({"decoder": True} if adapt.decoder is True else {}),
+        module=module,
+        optimizer=optimizer,
+        loader_from=loader_from,
+        spec=loop,
+        after_step=_after_step(module, optimizer, fabric),
+        title=folder.name,
+    )
+    return run, module
+
+
+def _identity(study: _Study, split: Split, backbone: Backbone | None) -> dict[str, Any]:
+    """What must be equal for a fold to go on."""
+    config = {k: v for k, v in study.config.items() if k not in _NOT_IN_A_FOLD}
+    identity = identity_of(config, study.store)
     identity["task"] = {k: v for k, v in identity["task"].items() if k != "shots"}
     identity |= {"parents": list(study.parents) if backbone is not None else [], "plan": study.plan.to_dict()}
-    identity |= {"fold": split.name, "trained": ["/".join(case.session.key) for case in split.trained]}
-    state = train(
-        Run(
-            fabric=fabric,
-            folder=folder,
-            identity=identity,
-            module=module,
-            optimizer=optimizer,
-            loader_from=loader_from,
-            spec=loop,
-            evaluate=_watch(study, module, split, folder, loop),
-            after_step=_after_step(module, optimizer, fabric),
-            title=folder.name,
-        )
+    return identity | {"fold": split.name, "trained": ["/".join(case.session.key) for case in split.trained]}
+
+
+def _takes_decoder(study: _Study, split: Split, folder: Path, backbone: Backbone, adapt: AdaptSpec) -> bool:
+    """Whether this fold begins with the decoder of the file: as it was asked for, or as a trial says."""
+    if adapt.decoder != "auto" or study.pretrained is None or study.pretrained.decoder is None:
+        return adapt.decoder is True
+    engine = study.engine()
+
+    def trained(inner: Split, decoder: bool, place: Path, steps: int) -> tuple[list[float], State]:
+        run, module = _prepared(study, inner, place, backbone, replace(adapt, decoder=decoder), steps)
+        state = train(run)
+        if state.step < steps:
+            raise _Interrupted(f"the trial of {folder.parent.name}/{folder.name} after step {state.step}")
+        with torch.no_grad():
+            return study.question.each(module.answering.eval(), inner.held, engine), state
+
+    mark = hashlib.sha256(json.dumps(_identity(study, split, backbone), sort_keys=True).encode()).hexdigest()[:16]
+    spec = decoder_trial.TrialSpec(
+        int(study.config["trainer"]["max_steps"]), adapt.trial_share, study.question.larger_is_better, study.seed, mark
     )
-    if state.step < loop.max_steps:
-        raise _Interrupted(f"{folder.parent.name}/{folder.name} after step {state.step}")
-    return state, _held(study, module, split, folder)
+    if study.chief and decoder_trial.read(folder, mark) is None:
+        say(f"{folder.name}: {spec}")
+    found = decoder_trial.tried(split, folder, spec, study.question.strata(), trained, study.chief)
+    say(f"{folder.name}: {decoder_trial.words(found)}")
+    return bool(found["taken"])
 
 
 def _after_step(
@@ -394,7 +466,8 @@ def _baseline_rows(study: _Study, splits: Sequence[Split], folder: Path) -> dict
         if name == "scratch":
             if study.config["backbone_from"] == "none":
                 continue  # the model itself is that
-            rows, _ = _cross_validate(study, splits, folder / "scratch", None, AdaptSpec())
+            adapt = AdaptSpec("scratch", lr_scale=float(study.config["scratch_lr_scale"]), decoder=False)
+            rows, _ = _cross_validate(study, splits, folder / "scratch", None, adapt)
             found[name] = study.question.decide(rows).rows
             continue
         file = folder / f"{name}.json"
@@ -422,29 +495,35 @@ def _conclude(
     if not study.chief:
         return study.run / "bundle"
     decided = study.question.decide(rows)
-    document = results.collect(
+    came = transferred.of_run(study.run, splits, study.pretrained, study.adapt.decoder)
+    document = came | results.collect(
         study.question, study.config, splits, decided, others, study.plan.to_dict(), study.seed, curve,
         results.training_curves(study.run, splits),
     )  # fmt: skip
     scores = results.headline(document)
     _write_cases(study.run / "cases.csv", decided.rows)
     _write_json(study.run / "scores.json", scores)
+    trials = transferred.trials(study.run, splits)
     total = State(
-        step=sum(s.step for s in states), seconds=sum(s.seconds for s in states),
-        receipt=_summed([s.receipt for s in states]),
-    )  # fmt: skip
+        step=sum(s.step for s in states),
+        seconds=sum(s.seconds for s in states) + sum(trial["seconds"] for trial in trials),
+        receipt=_summed([*(s.receipt for s in states), *(r for trial in trials for r in trial["receipts"])]),
+    )
     samples = total.step * int(study.config["trainer"]["batch_size"]) * study.fabric.world_size
     provenance = provenance_of(study.config, study.store, total, samples, study.fabric, study.parents)
-    first = [split for split in splits if split.repeat == 0]
+    first = [study.run / split.name for split in splits if split.repeat == 0]
+    channels = [transferred.dense_channels(folder, study.pretrained) for folder in first]
     write_bundle(
         study.run / "bundle",
         task=study.question.spec,
         backbone_config=study.backbone.config,
-        members=[load_file(study.run / split.name / MEMBER) for split in first],
+        members=[load_file(folder / MEMBER) for folder in first],
+        settings=[{"dense_channels": e} if e else {} for e in channels],
         preprocess=study.store.spec,
         provenance=provenance,
         decisions=decided.decisions,
         scores=scores,
+        seen=study.pretrained.subjects if study.pretrained is not None else None,
     )
     _write_json(study.run / results.FILE, document | {"provenance": provenance.to_dict()})
     for line in results.describe(document):
@@ -463,7 +542,8 @@ def _few_shot(study: _Study, splits: list[Split]) -> Path | None:
         rows, states = _cross_validate(study, drawn, folder, study.backbone, study.adapt)
         others = _baseline_rows(study, drawn, folder / "baselines")
         if study.chief:
-            points.append(results.point(study.question, shots, drawn, rows, others, study.seed))
+            came = transferred.of_run(folder, drawn, study.pretrained, study.adapt.decoder)
+            points.append(results.point(study.question, shots, drawn, rows, others, study.seed) | results.finite(came))
             results.write_curve(study.run / "learning_curve.csv", points)
         last = (drawn, rows, states, folder) if shots is None else last
     curve = {"points": points, "primary": study.question.primary}

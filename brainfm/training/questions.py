@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 
 from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.weights import LoadedBackbone
 from brainfm.specs import ConfigError, Decisions, TaskSpec
 from brainfm.tasks.metrics import Interval
 from brainfm.tasks.task import Task
@@ -69,6 +70,7 @@ class Question(ABC):
         left_out: a sentence for each session that cannot.
         values: of the configuration group ``task``.
         primary: name of the score that decides; ``larger_is_better`` says which way.
+        takes_decoder: whether its network can begin with a decoder of a backbone's file; ``each`` must then be there.
     """
 
     store: Store
@@ -78,6 +80,7 @@ class Question(ABC):
     values: Mapping[str, Any]
     primary: str
     larger_is_better: bool
+    takes_decoder: bool = False
 
     @abstractmethod
     def patch(self, backbone: Backbone, most_voxels: int) -> tuple[int, int, int]:
@@ -88,8 +91,16 @@ class Question(ABC):
         """Completes ``spec`` for this patch."""
 
     @abstractmethod
-    def task(self, backbone: Backbone, trained: Sequence[Any]) -> Task:
-        """A fresh task around the backbone, with the statistics of the cases it will be trained on."""
+    def task(self, backbone: Backbone, trained: Sequence[Any], pretrained: LoadedBackbone | None = None) -> Task:
+        """A fresh task around the backbone, with the statistics of the cases it will be trained on.
+
+        Args:
+            pretrained: of a question that takes a decoder: the file whose decoder and heads the task begins with.
+        """
+
+    def begins_as(self, pretrained: LoadedBackbone) -> str:
+        """What the last layer of a task with the file's decoder begins as, for people."""
+        return "fresh"
 
     @abstractmethod
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
@@ -102,6 +113,10 @@ class Question(ABC):
     @abstractmethod
     def watch(self, task: Task, cases: Sequence[Any], engine: Engine) -> float:
         """The primary score of some cases, as the task stands; for curves and for choosing a checkpoint."""
+
+    def each(self, task: Task, cases: Sequence[Any], engine: Engine) -> list[float]:
+        """The primary score of each case, as the task stands."""
+        raise NotImplementedError
 
     @abstractmethod
     def answer(self, task: Task, split: Split, engine: Engine, folder: Path) -> list[Row]:

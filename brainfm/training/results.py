@@ -14,6 +14,7 @@ import numpy as np
 
 from brainfm.nets.weights import write_atomically
 from brainfm.tasks.metrics import Interval
+from brainfm.training import transferred
 from brainfm.training.crossval import Split
 from brainfm.training.monitor import read_curves
 from brainfm.training.questions import Decided, Question, Row, subjects_of
@@ -191,6 +192,7 @@ def headline(document: Mapping[str, Any]) -> dict[str, Any]:
         "n_subjects": len(set(subjects_of(rows))),
         "folds": len(document["splits"]),
         "baselines": {n: s[primary]["mean"] for n, s in document["scores"].items() if n != "model"},
+        **transferred.headline(document),
         "note": "each case is answered by the fold that did not train on it; nothing was chosen on the cases that are "
         f"scored; interval of {primary}: bootstrap by subject, 95 %",
     }
@@ -206,6 +208,7 @@ def describe(document: Mapping[str, Any]) -> list[str]:
         lines.append(f"against {c['against']}: {_signed(c['difference'])} [{_signed(c['low'])}, {_signed(c['high'])}], "
                      f"p {'below 0.001' if (c['p'] or 1) < 0.001 else _number(c['p'])}")  # fmt: skip
     lines += document.get("decided", [])
+    lines += transferred.describe(document["transfer"]) if document.get("transfer") else []
     for found in (document.get("learning_curve") or {}).get("points", []):
         shots = "all" if found["shots"] is None else found["shots"]
         said = ", ".join(f"{name} {_interval_words(score)}" for name, score in found["scores"].items())

@@ -16,6 +16,7 @@ from brainfm.data.scan_cases import ScanViews, choose_view_mm, find_scan_cases, 
 from brainfm.data.splits import strata_of
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.weights import LoadedBackbone
 from brainfm.specs import ConfigError, Decisions
 from brainfm.tasks import calibration, scores
 from brainfm.tasks.scan_level import ScanTask
@@ -68,7 +69,7 @@ class Scanning(Question):
             view_mm = choose_view_mm(self.store, self.cases, patch_vox)
         self.spec = replace(self.spec, patch_vox=patch_vox, view_mm=float(view_mm), crops=int(self.values["crops"]) > 0)
 
-    def task(self, backbone: Backbone, trained: Sequence[Any]) -> Task:
+    def task(self, backbone: Backbone, trained: Sequence[Any], pretrained: LoadedBackbone | None = None) -> Task:
         values = self.values
         task = ScanTask(
             self.spec,

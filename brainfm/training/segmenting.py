@@ -15,8 +15,11 @@ from torch.utils.data import Dataset
 from brainfm.data.fingerprint import choose_patch, fingerprint
 from brainfm.data.patches import Case, TaskPatches, class_shares, find_cases, whole_case
 from brainfm.data.store import Store
+from brainfm.data.targets import _LESION_NAME
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.weights import write_atomically
+from brainfm.nets.dense import DenseHead
+from brainfm.nets.transfer import transfer
+from brainfm.nets.weights import LoadedBackbone, write_atomically
 from brainfm.specs import ConfigError, Decisions, ManifestError, TaskSpec
 from brainfm.tasks import postprocess
 from brainfm.tasks.metrics import dice, instance_scores, volume_ml
@@ -58,7 +61,7 @@ class Segmenting(Question):
         BrainfmError: where no session has the label, or a setting is impossible.
     """
 
-    primary, larger_is_better = "dice", True
+    primary, larger_is_better, takes_decoder = "dice", True, True
 
     def __init__(self, store: Store, values: Mapping[str, Any], mirror: Sequence[int] = (), clean: bool = True) -> None:
         self.store, self.values = store, values
@@ -90,14 +93,38 @@ class Segmenting(Question):
     def settle(self, patch_vox: tuple[int, int, int]) -> None:
         self.spec = replace(self.spec, patch_vox=patch_vox)
 
-    def task(self, backbone: Backbone, trained: Sequence[Any]) -> Task:
-        shares = class_shares(self.store, trained, self.spec.values, self.spec.patch_vox)
-        return SegmentationTask(
-            self.spec, backbone, loss=self.loss, deep_supervision=self.deep_supervision, shares=shares
+    def task(self, backbone: Backbone, trained: Sequence[Any], pretrained: LoadedBackbone | None = None) -> Task:
+        decoder = pretrained.decoder if pretrained is not None else None
+        task = SegmentationTask(
+            self.spec,
+            backbone,
+            loss=self.loss,
+            deep_supervision=self.deep_supervision,
+            shares=class_shares(self.store, trained, self.spec.values, self.spec.patch_vox),
+            dense_channels=sum(decoder.parts.values()) if decoder is not None else 0,
         )
+        if pretrained is not None and decoder is not None:
+            transfer(task.decoder, decoder.state_dict(), origin="the decoder of the backbone file")
+            head = self.row_of(pretrained)
+            if head is None:
+                task.begin_fresh()
+            else:
+                parts = list(decoder.parts)
+                task.begin_as(head, sum(decoder.parts[part] for part in parts[: parts.index(head.part)]))
+        return task
+
+    def begins_as(self, pretrained: LoadedBackbone) -> str:
+        head = self.row_of(pretrained)
+        return "fresh" if head is None else f"the row of the file's lesion head, on part {head.part}"
+
+    def row_of(self, pretrained: LoadedBackbone) -> DenseHead | None:
+        """The pre-trained head that the last layer begins as: of a question about a lesion the file's ``lesion``."""
+        head = pretrained.heads.get("lesion")
+        asked = self.spec.classes == 2 and _LESION_NAME.search(self.spec.target.lower())
+        return head if head is not None and head.out_channels == 1 and asked else None
 
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
-        """Nothing: every weight of the decoder is learned by steps."""
+        """Nothing: whatever does not come from the backbone's file is learned by steps."""
 
     def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
         return TaskPatches(
@@ -111,11 +138,14 @@ class Segmenting(Question):
         )
 
     def watch(self, task: Task, cases: Sequence[Any], engine: Engine) -> float:
+        return float(np.mean(self.each(task, cases, engine)))
+
+    def each(self, task: Task, cases: Sequence[Any], engine: Engine) -> list[float]:
         scores = []
         for case in cases:
             probabilities, true = self._probabilities(task, case, engine, ())
             scores.append(self._dice(probabilities.argmax(0), true)[0])
-        return float(np.mean(scores))
+        return scores
 
     def answer(self, task: Task, split: Split, engine: Engine, folder: Path) -> list[Row]:
         rows = []

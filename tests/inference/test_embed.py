@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import sys
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -23,7 +24,7 @@ from brainfm.specs import ConfigError, PreprocessSpec, Provenance, ScanError, We
 PARTS = {"anatomy": 0.7, "looks": 0.3}
 
 
-def save(path: Path, with_latents: bool = True) -> Path:
+def save(path: Path, with_latents: bool = True, **more: Any) -> Path:
     torch.manual_seed(0)
     backbone = build_backbone("unet_tiny")
     latents = Latents(backbone.widths, PARTS, 10, variational=True)
@@ -33,7 +34,7 @@ def save(path: Path, with_latents: bool = True) -> Path:
         objective={"name": "toy", "config": {"parts": PARTS, "latent_channels": 10}},
         objective_state=state | {"decoder.out.weight": torch.zeros(1)},
         preprocess=PreprocessSpec(spacing_mm=(2, 2, 2)),
-        patch_vox=(16, 16, 16), provenance=Provenance("0", "", ""),
+        patch_vox=(16, 16, 16), provenance=Provenance("0", "", ""), **more,
     )  # fmt: skip
     return path
 
@@ -171,9 +172,7 @@ def test_features_of_others_are_read_as_one_part(tmp_path: Path) -> None:
     assert back.rows == (("d", "s", "1", "t1", "t1"),) and back.parts["features"].tolist() == [[3.5, -2.0]]
 
 
-def test_a_file_is_prepared_and_gives_what_its_store_gives(
-    file: Path, found: Embedding, toy_manifest: Path
-) -> None:
+def test_a_file_is_prepared_and_gives_what_its_store_gives(file: Path, found: Embedding, toy_manifest: Path) -> None:
     """The session that has one scan: the store's grid is then the file's own."""
     scan = toy_manifest.parent / "sub-00" / "t1.nii.gz"
     alone = brainfm.embed(file, {"t1": scan}, device="cpu")
@@ -197,6 +196,23 @@ def test_a_random_network_is_a_function_of_its_seed_and_leaves_the_generator_alo
     weights = [next(e.backbone.parameters()) for e in (one, same, other)]
     assert torch.equal(weights[0], weights[1]) and not torch.equal(weights[0], weights[2])
     assert not one.backbone.training
+
+
+@pytest.mark.parametrize(
+    ("voxel_mm", "said"),
+    [((1.0, 4.0), None), ((2.0, 2.0), None), (None, None), ((2.1, 4.0), "2.1 to 4 mm"), ((0.8, 1.5), "0.8 to 1.5 mm")],
+)
+def test_voxels_of_a_size_that_was_never_seen_are_noted(
+    voxel_mm: tuple[float, float] | None, said: str | None, toy_store: Store, toy_manifest: Path, tmp_path: Path
+) -> None:
+    """Of a store, and of a file, which is prepared as the backbone's scans were."""
+    file = save(tmp_path / "b.safetensors", with_latents=False, voxel_mm=voxel_mm)
+    scan = toy_manifest.parent / "sub-00" / "t1.nii.gz"
+    for source, more in ((toy_store, {"sessions": {toy_store.sessions[0].key}}), (scan, {})):
+        note = embed(file, source, device="cpu", **more).about.get("note")  # type: ignore[arg-type]
+        assert (note is None) == (said is None)
+        if said is not None:
+            assert f"voxels of 2 x 2 x 2 mm; the backbone was trained on voxels of {said}" in note
 
 
 def test_scans_prepared_otherwise_are_noted(file: Path, toy_store: Store, found: Embedding) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import csv
 import json
 import sys
+from dataclasses import replace
 
 import nibabel as nib
 import numpy as np
@@ -14,6 +15,7 @@ import torch
 from brainfm.data.manifest import Scan, write_manifest
 from brainfm.inference.evaluate import describe, evaluate
 from brainfm.inference.predict import predict_manifest
+from brainfm.seen import SeenSubjects
 from brainfm.specs import ConfigError, Decisions, ManifestError, PreprocessSpec, Provenance, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from tests.inference.test_predict_geometry import Threshold, marker_of, write
@@ -69,6 +71,16 @@ def test_a_bundle_is_scored(cohort, tmp_path):
     assert "3 cases of 3 subjects, 1 sessions" in describe(summary)[0]
 
 
+def test_people_of_the_pre_training_are_counted(cohort, tmp_path):
+    bundle = replace(make_bundle(tmp_path), seen=SeenSubjects.of(["d/b", "d/e", "other/a"], seed=0))
+    found = evaluate(cohort, tmp_path / "out", bundle=bundle, device="cpu")
+    assert found.summary["seen_in_pretraining"] == {"seen": 1, "of": 3}, "e has no label and is not tested"
+    said = "note: 1 of the 3 people tested here was in the pre-training of the backbone, as data set and name tell"
+    assert said in describe(found.summary)
+    silent = evaluate(cohort, tmp_path / "earlier", predictions=tmp_path / "out" / "predictions")
+    assert silent.summary["seen_in_pretraining"] == "unknown" and not any("note" in n for n in describe(silent.summary))
+
+
 def test_masks_made_earlier_score_the_same(cohort, tmp_path):
     bundle = make_bundle(tmp_path)
     predict_manifest(bundle, cohort, tmp_path / "masks", device="cpu")
@@ -98,7 +110,7 @@ def test_classes_apart(cohort, tmp_path):
     found = evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path, (0, 1, 5), Two()), device="cpu")
     by_subject = {row["subject"]: row for row in found.rows}
     # class 5 is empty on both sides for a and c, and missed in b
-    assert by_subject["a"]["dice_5"] == 1 and by_subject["a"]["surface_dice_1mm_5"] == 0
+    assert by_subject["a"]["dice_5"] == by_subject["a"]["surface_dice_1mm_5"] == 1
     assert by_subject["a"]["dice"] == pytest.approx((by_subject["a"]["dice_1"] + 1) / 2)
     assert by_subject["b"]["dice_5"] == 0 and by_subject["b"]["dice_1"] == 0
     assert by_subject["b"]["volume_ml_true"] == by_subject["b"]["volume_ml_true_5"] > 0
@@ -113,7 +125,7 @@ def test_empty_on_both_sides_is_counted(cohort, tmp_path):
     write_label(tmp_path / "a_marker.nii.gz", tmp_path / "a.nii.gz", 0)
     found = evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path, network=Nothing()), device="cpu")
     assert found.summary["both_empty"] == 1
-    assert [(r["dice"], r["surface_dice_1mm"]) for r in found.rows] == [(1, 0), (0, 0), (0, 0)]
+    assert [(r["dice"], r["surface_dice_1mm"]) for r in found.rows] == [(1, 1), (0, 0), (0, 0)]
 
 
 def test_a_label_on_another_grid(cohort, tmp_path):

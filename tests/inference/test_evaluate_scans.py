@@ -70,7 +70,8 @@ def test_a_classification_is_scored(tmp_path: Path) -> None:
     assert summary["left_out"] == ["d/30: no ill"]
     rows = table(tmp_path / "out")
     assert len(rows) == 30 and rows[1]["truth"] == "yes" and float(rows[1]["p_yes"]) == pytest.approx(p[1], abs=1e-5)
-    assert json.loads((tmp_path / "out" / "summary.json").read_text())["metrics"] == summary["metrics"]
+    assert json.loads((tmp_path / "out" / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    assert summary["seen_in_pretraining"] == "unknown"
 
 
 def test_a_failed_prediction_is_counted_and_not_scored(tmp_path: Path) -> None:

@@ -15,6 +15,7 @@ from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.inference import probe as module
 from brainfm.inference.embed import Embedding, write
 from brainfm.inference.probe import ProbeSpec, describe, probe
+from brainfm.seen import SeenSubjects
 from brainfm.specs import ConfigError, ManifestError, PreprocessSpec
 from tests.inference.test_embed import save
 
@@ -143,7 +144,8 @@ def test_the_kind_is_seen_in_the_column(cells: list[str], kind: str, classes: tu
 
 def test_against_a_random_network_on_real_features(toy_store: Store, tmp_path: Path, capsys) -> None:
     """Six people with an invented answer: the random row is there, the same folds are asked, features are kept."""
-    file = save(tmp_path / "b.safetensors")
+    seen = SeenSubjects.of(["toy/00", "toy/05", "other/01"], seed=1)
+    file = save(tmp_path / "b.safetensors", subjects=seen)
     store = Store.open(toy_store.path)
     store.sessions = tuple(
         dataclasses.replace(s, columns={"side": "left" if n < 3 else "right"}) for n, s in enumerate(store.sessions)
@@ -160,6 +162,9 @@ def test_against_a_random_network_on_real_features(toy_store: Store, tmp_path: P
         random = next(r for r in table.rows if r.features == "random network" and r.model == row.model)
         assert row.minus_random is not None and row.p_random is not None and 0 < row.p_random <= 1
         assert row.minus_random.mean == pytest.approx(row.scores["auroc"] - random.scores["auroc"])
+    assert "2 of the 6 people tested here were in the pre-training of the backbone" in " ".join(table.notes)
+    document = json.loads((tmp_path / "out" / "scores.json").read_text())
+    assert document["seen_in_pretraining"] == {"seen": 2, "of": 6} and "hashes" not in json.dumps(document)
     assert steps.count((6, 6)) == 2
     kept = sorted(p.name for p in (tmp_path / "out").glob("*.npz"))
     assert [name.split("-")[0] for name in kept] == ["features", "random"]

@@ -293,11 +293,24 @@ def test_who_was_left_out_and_where_weights_came_from(people_store: Store, tmp_p
     left = [f"d/s{n}: no age" for n in range(10)] + ["d/s10: age 400 lies outside 0 to 130"]
     found["cohort"]["left_out"] = left
     found["config"] |= {"backbone_from": "some/where/backbone.safetensors"}
+    trial = {
+        "taken": True, "subjects": 8, "scores": {"encoder": 0.4, "decoder": 0.46}, "gain": 0.06, "standard_error": 0.02,
+        "steps": 500, "of_steps": 2000, "seconds": 90.0,
+    }  # fmt: skip
+    folds = {
+        "fold0": {"decoder": True, "last_layer": "fresh", "report": "", "trial": trial},
+        "fold1": {"decoder": False, "last_layer": "fresh", "report": "", "trial": {"taken": False, "subjects": 0}},
+    }
+    found["transfer"] = {"backbone": "ab", "file_has_decoder": True, "asked": "auto", "folds": folds}
+    found["seen_in_pretraining"] = {"seen": 2, "of": 6}
     (run / "results.json").write_text(json.dumps(found))
     words = words_of(write_study_report(run))
     assert "11 sessions could not answer and were left out" in words
     assert "no age 10 d/s0, d/s1, d/s2, d/s3, d/s4, d/s5, d/s6, d/s7 and 2 more" in words
     assert "fine-tuned from pre-trained weights (backbone.safetensors)" in words and "some/where" not in words
+    assert "2 of the 6 people tested here were in the pre-training of the backbone" in words
+    assert "What came from pre-training" in words and "no held-out case was looked at for that" in words
+    assert "fold0 taken fresh 0.460 0.400 +0.060 0.020 500 beside 2000 fold1 fresh fresh" in words
 
 
 @pytest.mark.parametrize(

@@ -5,7 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.decoders import LightDecoder, SkipDecoder
+from brainfm.nets.decoders import LightDecoder, Pointwise, SkipDecoder, chained
 from brainfm.nets.latents import Latents
 from brainfm.nets.unet import ConvNormAct
 from brainfm.specs import ConfigError
@@ -83,6 +83,45 @@ def test_skip_decoder__uses_every_map():
     maps = [m.detach().requires_grad_() for m in backbone(torch.randn(1, 1, 8, 8, 8))]
     (decoder(maps) ** 2).mean().backward()
     assert all(m.grad is not None and m.grad.abs().sum() > 0 for m in maps)
+
+
+@pytest.mark.parametrize("fast", [True, False])
+def test_chained__is_one_layer_after_the_other(fast, monkeypatch):
+    if not fast:
+        monkeypatch.setattr("brainfm.nets.decoders.cpu.is_for", lambda features: False)
+    torch.manual_seed(0)
+    first, second = Pointwise(4, 12), Pointwise(12, 3)
+    image = torch.randn(2, 4, 3, 5, 2)
+    found, grads = [], []
+    for answer in (lambda x: second(first(x)), lambda x: chained(x, first, second)):
+        x = image.clone().requires_grad_()
+        value = answer(x)
+        assert value.shape == (2, 3, 3, 5, 2)
+        parameters = [x, *first.parameters(), *second.parameters()]
+        found.append(value.detach())
+        grads.append(torch.autograd.grad(value.square().sum(), parameters))
+    torch.testing.assert_close(found[1], found[0])
+    for one, other in zip(*grads):
+        torch.testing.assert_close(other, one)
+
+
+def test_chained__keeps_no_wide_map():
+    first, second = Pointwise(4, 64), Pointwise(64, 2)
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda t: kept.append(t.numel()) or t, lambda t: t):
+        chained(torch.randn(1, 4, 8, 8, 8, requires_grad=True), first, second)
+    assert max(kept) == 4 * 8**3
+
+
+def test_chained__under_autocast_the_product_of_weights_stays_exact():
+    torch.manual_seed(0)
+    first, second = Pointwise(4, 12), Pointwise(12, 3)
+    image = torch.randn(1, 4, 4, 4, 4)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        found = chained(image, first, second)
+        found.float().mean().backward()
+    torch.testing.assert_close(found.float(), second(first(image)), atol=0.03, rtol=0.03)
+    assert first.weight.grad is not None and first.weight.grad.dtype == torch.float32
 
 
 def test_light_decoder__other_strides_and_refusal():

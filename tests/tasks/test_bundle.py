@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from brainfm.nets.backbone import build_backbone
+from brainfm.seen import SeenSubjects
 from brainfm.specs import BundleError, Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import CHECKSUMS, model_card, read_bundle, write_bundle
 from brainfm.tasks.segmentation import SegmentationTask
@@ -30,7 +31,7 @@ def write(path, members=1, **changes):
     values = {
         "task": TASK,
         "backbone_config": {"name": "unet_tiny"},
-        "members": [member(seed).state_dict() for seed in range(members)],
+        "members": [member(seed).state_dict() for seed in range(members)] if isinstance(members, int) else members,
         "preprocess": PREPROCESS,
         "provenance": PROVENANCE,
         "scores": {"dice": 0.71234, "n_cases": 3, "best_steps": [4, 5], "note": "cross-validated"},
@@ -54,6 +55,29 @@ def test_round_trip(tmp_path):
         assert not network.training
         assert torch.equal(network(image, present), member(seed)(image, present))
     assert [p.name for p in (tmp_path / "deep").iterdir()] == ["bundle"]
+
+
+def test_members_may_be_built_apart_and_say_whom_their_backbone_has_seen(tmp_path):
+    torch.manual_seed(3)
+    dense = SegmentationTask(TASK, build_backbone("unet_tiny"), dense_channels=7).eval()
+    seen = SeenSubjects.of(["d/1", "d/2"], seed=0)
+    members = [dense.state_dict(), member(1).state_dict()]
+    write(tmp_path / "bundle", members=members, settings=[dense.settings(), {}], seen=seen)
+    bundle = read_bundle(tmp_path / "bundle")
+    image, present = torch.randn(1, 2, 16, 16, 16), torch.tensor([[True, True]])
+    for network, original in zip(bundle.networks, (dense, member(1)), strict=True):
+        assert torch.equal(network(image, present), original(image, present))
+        assert network.settings() == original.settings()
+    assert bundle.seen == seen
+    with pytest.raises(BundleError, match="do not fit together"):
+        write(tmp_path / "other", members=members, settings=[{}, {}])
+    with pytest.raises(BundleError, match="do not fit together"):
+        write(tmp_path / "other", members=members, settings=[{"depth": 2}, {}])
+
+
+def test_a_plain_bundle_needs_no_further_files(folder):
+    assert not {"members.json", "seen.json"} & {p.name for p in folder.iterdir()}
+    assert read_bundle(folder).seen is None
 
 
 def test_the_card_says_what_matters(folder):

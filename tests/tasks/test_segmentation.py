@@ -10,6 +10,7 @@ import torch
 
 from brainfm.batch import Batch
 from brainfm.nets.backbone import build_backbone
+from brainfm.nets.dense import DenseHead
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.segmentation import DeepLogits, SegmentationTask, foreground_shares
 from brainfm.tasks.segmentation_losses import LOSSES, SegmentationLoss, soft_dice_loss
@@ -217,6 +218,58 @@ def test_a_fresh_network_answers_the_shares_of_the_classes(shares, answered):
     logits = task(torch.randn(1, 3, 16, 8, 8), torch.ones(1, 3, dtype=torch.bool))
     for level in (logits.finest, *logits.coarser):
         assert torch.softmax(level.detach(), 1).mean((0, 2, 3, 4)).tolist() == pytest.approx(answered, abs=2e-3)
+
+
+# ---- behind a pre-trained decoder ------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("scale", [0.1, 1.0, 30.0])
+def test_a_fresh_last_layer_answers_the_shares_whatever_the_scale_of_the_widened_map(scale):
+    """As a decoder of its own does: the shares, give or take what random weights say of features of unit size."""
+    torch.manual_seed(0)
+    shares = [0.4, 0.1, 0.5]
+    task = SegmentationTask(SPEC, build_backbone("unet_tiny"), shares=shares, dense_channels=20).eval()
+    with torch.no_grad():
+        for parameter in task.decoder.out.parameters():
+            parameter.mul_(scale).add_(scale)
+    task.begin_fresh()
+    own = SegmentationTask(SPEC, build_backbone("unet_tiny"), shares=shares).eval()
+    image, present = torch.randn(1, 3, 16, 8, 8), torch.ones(1, 3, dtype=torch.bool)
+    with torch.no_grad():
+        logits, usual = task(image, present), own(image, present)
+    for found in (logits, usual):
+        answered = torch.softmax(found, 1).mean((0, 2, 3, 4))
+        assert answered.tolist() == pytest.approx(shares, abs=0.25)
+        assert 0.1 < float(found.std((0, 2, 3, 4)).mean()) < 1
+
+
+def test_a_pre_trained_decoder_keeps_its_names_and_adds_a_last_layer():
+    task = SegmentationTask(SPEC, build_backbone("unet_tiny"), dense_channels=20)
+    plain = SegmentationTask(SPEC, build_backbone("unet_tiny"))
+    assert set(task.state_dict()) - set(plain.state_dict()) == {"head.weight", "head.bias"}
+    assert task.settings() == {"dense_channels": 20} and plain.settings() == {}
+    assert task.heads() == [task.head] and plain.heads() == [plain.decoder.out]
+    logits = task(torch.randn(1, 3, 16, 8, 8), torch.ones(1, 3, dtype=torch.bool))
+    logits.square().mean().backward()
+    assert logits.shape == (1, 3, 16, 8, 8) and all(p.grad is not None for p in task.parameters())
+    task.lift_foreground()
+    assert not task.head.weight.any() and task.decoder.out.weight.any(), "what was pre-trained stays"
+    with pytest.raises(ConfigError, match="dense_channels=-1"):
+        SegmentationTask(SPEC, build_backbone("unet_tiny"), dense_channels=-1)
+
+
+def test_a_head_that_does_not_fit_is_no_beginning():
+    two = replace(SPEC, values=(0, 1))
+    lesion = DenseHead("pathology", 4, ("lesion",))
+    for spec, channels, head, start in (
+        (SPEC, 20, lesion, 0), (two, 0, lesion, 0), (two, 20, DenseHead("pathology", 4, ("a", "b")), 0),
+        (two, 20, lesion, 17),
+    ):  # fmt: skip
+        with pytest.raises(ValueError, match="cannot begin as a head"):
+            SegmentationTask(spec, build_backbone("unet_tiny"), dense_channels=channels).begin_as(head, start)
+    task = SegmentationTask(two, build_backbone("unet_tiny"), dense_channels=20)
+    task.begin_as(lesion, 16)
+    assert torch.equal(task.head.weight[1, 16:], lesion.weight[0])
 
 
 def test_shares_are_one_a_class():

@@ -32,12 +32,12 @@ def mode(name: str) -> AdaptSpec:
     return adapt_spec(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
 
 
-def new_task(name: str = "unet_tiny", **settings: Any) -> SegmentationTask:
+def new_task(name: str = "unet_tiny", dense_channels: int = 0, **settings: Any) -> SegmentationTask:
     torch.manual_seed(0)
     backbone = build_backbone(name, **settings)
     edge = 2 * backbone.strides[-1]
     spec = TaskSpec("segmentation", "lesion", ("t1", "flair"), (0, 1), (edge,) * 3)  # type: ignore[arg-type]
-    return SegmentationTask(spec, backbone)
+    return SegmentationTask(spec, backbone, dense_channels=dense_channels)
 
 
 class Supervised(nn.Module):
@@ -145,6 +145,32 @@ def test_layer_decay_gives_each_block_its_rate(name: str) -> None:
     assert all(g["weight_decay"] == (0.1 if p.ndim > 1 else 0.0) for g in groups for p in g["params"])
 
 
+def test_a_decoder_that_was_taken_learns_between_head_and_encoder() -> None:
+    task = new_task(dense_channels=6)
+    groups = parameter_groups(task, AdaptSpec(layer_decay=0.5, decoder=True), 1.0, 0.1, 100)
+    rate = {p: g["lr"] for g in groups for p in g["params"]}
+    assert task.head is not None
+    assert {rate[p] for p in (*task.head.parameters(), *task.fusion.parameters())} == {1.0}
+    assert {rate[p] for p in task.decoder.parameters()} == {0.5}
+    for number, block in enumerate(task.backbone.blocks()):
+        assert {rate[p] for p in block.parameters()} == {0.5 ** (4 - number)}
+    assert sum(len(g["params"]) for g in groups) == len(rate) == len(list(task.parameters()))
+    fresh = parameter_groups(new_task(), AdaptSpec(layer_decay=0.5, decoder="auto"), 1.0, 0.1, 100)
+    assert max(g["lr"] for g in fresh) == 1.0 and min(g["lr"] for g in fresh) == 0.125
+
+
+def test_a_decoder_that_was_taken_sleeps_with_the_encoder_and_never_freezes() -> None:
+    task = new_task(dense_channels=6)
+    saw = AdaptSpec(head_fraction=0.1, decoder=True)
+    teeth = {p: g["schedule"] for g in parameter_groups(task, saw, 1.0, 0.1, 100) for p in g["params"]}
+    assert task.head is not None
+    assert all(len(teeth[p]) == 2 for p in task.head.parameters())
+    assert all(len(teeth[p]) == 1 for p in (*task.decoder.parameters(), *task.backbone.parameters()))
+    frozen = AdaptSpec(last_blocks=0, decoder=True)
+    moving = {p for g in parameter_groups(task, frozen, 1.0, 0.1, 100) for p in g["params"]}
+    assert moving == {*task.decoder.parameters(), *task.head.parameters(), *task.fusion.parameters()}
+
+
 def test_the_saw_has_two_teeth() -> None:
     task = new_task()
     spec = AdaptSpec(head_fraction=0.1, warmup_fraction=0.2)
@@ -200,6 +226,9 @@ def test_refusals() -> None:
         ({"layer_decay": 1.5}, r"adapt\.layer_decay=1\.5"),
         ({"lr_scale": 0.0}, r"adapt\.lr_scale=0\.0"),
         ({"head_fraction": 0.6, "warmup_fraction": 0.5}, r"adapt\.head_fraction=0\.6"),
+        ({"decoder": "perhaps"}, r"adapt\.decoder=perhaps: expected auto, true or false"),
+        ({"decoder": 1}, r"adapt\.decoder=1"),
+        ({"trial_share": 0.0}, r"adapt\.trial_share=0\.0"),
         ({"layers": 3}, r"unknown key adapt\.layers"),
     ):
         with pytest.raises(ConfigError, match=said):
