@@ -357,6 +357,9 @@ def terms(asked: argparse.Namespace) -> None:
     for term in TERMS:
         if term in report["terms"]:
             continue
+        if term == "e" and not world.targets.regions:
+            print("(e) left out: no region volumes, since the label maps tell no groups")
+            continue
         report["terms"][term] = one_term(world, term, asked)
         write_atomically(file, (json.dumps(report, indent=1) + "\n").encode())
     text = terms_table(report)

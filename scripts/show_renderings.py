@@ -174,22 +174,27 @@ def statistics(image: np.ndarray) -> dict[str, float]:
         detail = np.abs(previous - smooth)
         found[f"detail{scale}"] = float(np.log(detail.mean() + 1e-4))
         found[f"detail{scale}_sparse"] = float(np.log(detail.std() / (detail.mean() + 1e-6) + 1e-3))
-        if inside.sum() > 500:
-            found[f"detail{scale}_dark_bright"] = float(np.corrcoef(detail[inside], image[inside])[0, 1])
+        found[f"detail{scale}_dark_bright"] = _together(detail[inside], image[inside])
         previous = smooth
     steps = [np.diff(image / std, axis=axis) for axis in range(3)]
     rough = np.array([float(np.log(np.abs(step).mean() + 1e-4)) for step in steps])
     found |= {"edge": float(rough.mean()), "edge_apart": float(np.ptp(rough))}
     flat = np.abs(steps[2]) < 0.05
     found["flat"] = float(flat.mean())
-    found["neighbours"] = float(np.corrcoef(steps[0][:-1].ravel(), steps[0][1:].ravel())[0, 1])
+    found["neighbours"] = _together(steps[0][:-1].ravel(), steps[0][1:].ravel())
     spectrum = np.abs(np.fft.rfftn(image - image.mean())) ** 2
     radius = np.sqrt(sum(f**2 for f in np.meshgrid(*_frequencies(image.shape), indexing="ij")))
     whole = spectrum.sum() + 1e-9
     for low, high in ((0.05, 0.1), (0.1, 0.2), (0.2, 0.3), (0.3, 0.4), (0.4, 0.5), (0.5, 0.9)):
         band = spectrum[(radius >= low) & (radius < high)].sum()
         found[f"power{low:g}"] = float(np.log(band / whole + 1e-7))
-    return {name: value if np.isfinite(value) else 0.0 for name, value in found.items()}
+    return found
+
+
+def _together(one: np.ndarray, other: np.ndarray) -> float:
+    """Pearson's r; 0 where either does not vary."""
+    varies = len(one) > 2 and one.std() > 1e-6 and other.std() > 1e-6
+    return float(np.corrcoef(one, other)[0, 1]) if varies else 0.0
 
 
 def _frequencies(shape: tuple[int, ...]) -> list[np.ndarray]:
@@ -258,7 +263,7 @@ def real_or_rendered(
             rows.append(statistics(shown.batch(number).image[0, 0].numpy()))
             kinds.append(f"rendered {shown.kind(number)}" if is_made else f"real {plan.scans[0].contrast}")
             people.append(plan.session.subject_key)
-    names = sorted(set.intersection(*(set(row) for row in rows)))
+    names = sorted(rows[0])
     features = np.array([[row[name] for name in names] for row in rows])
     rendered = np.array([kind.startswith("rendered") for kind in kinds]).astype(int)
     answers: dict[str, Any] = {}
