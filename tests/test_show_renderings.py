@@ -76,7 +76,7 @@ def test_the_whole_report(script: Any, people_store: Store, tmp_path: Path, monk
     assert len(report["shown"]) == 8 + 12 and (tmp_path / "sheet.png").stat().st_size > 10_000  # t1, t2; no flair
     assert not any(title.startswith("free") for title in report["shown"])
     assert 0 < report["cost"]["rendering_share"] < 1
-    assert "| as trained | T1-like against real T1 |" in (tmp_path / "report.md").read_text()
+    assert "| as trained | T1-like against T1s of the same heads |" in (tmp_path / "report.md").read_text()
 
 
 def test_a_store_without_label_maps_is_refused(
