@@ -29,16 +29,17 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import save_backbone, write_atomically
 from brainfm.objectives.objective import Objective, build_objective
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, PreprocessSpec, Provenance, ViewSpec
+from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance, ViewSpec
 from brainfm.training import receipt
 from brainfm.training.average import WeightAverage
 from brainfm.training.finish import Finish, branch
 from brainfm.training.guards import GuardSpec
 from brainfm.training.launch import make_fabric
+from brainfm.training.level_probes import LevelProbe
 from brainfm.training.loop import LoopSpec, Run, State, train
 from brainfm.training.monitor import save_pictures
 from brainfm.training.optim import Wsd, build_optimizer
-from brainfm.training.probes import OnlineProbe, ProbeSpec, describe, with_whole
+from brainfm.training.probes import OnlineProbe, ProbeSpec, with_whole
 from brainfm.training.speed import quicken, settled
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -158,6 +159,7 @@ def pretrain(config: dict[str, Any]) -> State:
             device=fabric.device,
             batch_size=batch_size,
             folder=folder,
+            levels=_level_probe(config, module.answering, store, sides, fabric),
         )
         spec = dataclasses.replace(spec, probe_every=probe.spec.every)
         if fabric.is_global_zero:
@@ -191,10 +193,31 @@ def pretrain(config: dict[str, Any]) -> State:
             say(file.write(state))
             say(receipt.describe(state.receipt))
             if probe is not None and probe.table:
-                say("\n".join(describe(probe.table)))
+                say("\n".join(probe.describe()))
         else:
             say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
     return state
+
+
+def _level_probe(
+    config: Mapping[str, Any],
+    objective: Objective,
+    store: Store,
+    sides: tuple[list[SessionEntry], list[SessionEntry]],
+    fabric: Fabric,
+) -> LevelProbe | None:
+    """What is asked of every level, on held-out people alone; their label maps are read in the words all maps share."""
+    spec = ProbeSpec(**config["probe"])
+    if not spec.levels:
+        return None
+    wanted = TargetSpec(**(dict(config["data"]["targets"]) | {"level": None, "volumes": None}))
+    try:
+        targets = find_targets(store, wanted, {s.subject_key for s in sides[0]}, pathology=False)
+    except ManifestError as error:
+        say(f"levels: {error}; no Dice of regions is asked")
+        targets = Targets()
+    every = spec.every * spec.fewshot_every if spec.fewshot_every else None
+    return LevelProbe(objective, store, sides[1], targets, fabric.device, Path(config["run"]), every)
 
 
 def _schedule(

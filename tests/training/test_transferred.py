@@ -132,7 +132,7 @@ def test_a_file_without_decoder_costs_no_trial(store: Store, tmp_path: Path) -> 
     assert not (tmp_path / "run" / "fold0" / "decoder.json").exists() and "decoder" not in scores(tmp_path / "run")
 
 
-AUTO = ("folds=2", "trainer.max_steps=8", "adapt.trial_share=0.5", *SEGMENTATION)
+AUTO = ("folds=2", "trainer.max_steps=8", "adapt.trial_share=0.5", "adapt.trial_steps=1", *SEGMENTATION)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, gain: float) -> list[set[str]]:
@@ -216,7 +216,7 @@ def test_a_trial_that_was_broken_off_goes_on(
     from brainfm.training.average import WeightAverage
 
     values = [
-        config(store, tmp_path / name, backbone, "trainer.checkpoint_every=1", "adapt.trial_share=1", *AUTO[:2],
+        config(store, tmp_path / name, backbone, "trainer.checkpoint_every=1", "adapt.trial_steps=2", *AUTO[:2],
                *SEGMENTATION) for name in ("whole", "broken")
     ]  # fmt: skip
     finetune(values[0])
