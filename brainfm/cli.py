@@ -8,11 +8,13 @@ import re
 import shlex
 import sys
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TextIO
 
 from brainfm import __version__
+from brainfm.files import check_writable
 from brainfm.specs import BrainfmError, BrainfmWarning, ConfigError
 
 VERBS = {
@@ -20,7 +22,7 @@ VERBS = {
     "manifest": "find the scans under a folder: one row a scan",
     "doctor": "read every scan and say what is wrong with it",
     "prepare": "bring every session to one grid, in a store of random patches",
-    "anatomy": "label CSF, grey and white matter and measure them where there are no labels",
+    "anatomy": "label and measure brain regions, or tissues by an atlas, in scans of any contrast",
     "pretrain": "pre-train a backbone without labels",
     "finetune": "fine-tune a backbone on labelled cases; leaves a bundle",
     "predict": "apply a bundle; masks lie on the scans that came in",
@@ -35,11 +37,25 @@ VERBS = {
 _TEXT = re.compile(
     r"^(root|class|out|store|run|manifest|bundle|participants|predictions|backbone_from|features|target|finish\.from|data\.targets\.(volumes|lesion_shapes)|(masks|labels|input)\..+)$"
 )
+_MOST_SAID = 10  # sessions of one kind that are named
 _OPEN = ("masks.", "labels.", "input.")  # groups whose keys the user names
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a verb. Returns the exit code: 0 done, 1 faults found (doctor), 2 the user can mend it."""
+    """Runs a verb. Returns the exit code: 0 done, 1 faults found (doctor), 2 the user can mend it.
+
+    Who reads what is printed may go away (``| head``): the work is done all the same.
+    """
+    try:
+        with _patient("stdout"), _patient("stderr"):
+            return _main(arguments)
+    except OSError as error:  # from printing the last lines: what a verb raises is told inside
+        if error.errno is None:
+            raise
+        return _complain(_of_the_system(error))
+
+
+def _main(arguments: Sequence[str] | None) -> int:
     words = list(sys.argv[1:] if arguments is None else arguments)
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
@@ -65,14 +81,10 @@ def main(arguments: Sequence[str] | None = None) -> int:
         if debug:
             raise
         return _complain(str(error))
-    except (FileNotFoundError, IsADirectoryError, NotADirectoryError, PermissionError) as error:
-        if debug:
-            raise
-        return _complain(f"{error.filename}: {(error.strerror or type(error).__name__).lower()}")
     except OSError as error:
-        if debug or error.errno not in (errno.ENOSPC, errno.EDQUOT):
+        if debug or error.errno is None:
             raise
-        return _complain(f"no space left on the disk for {error.filename or 'the output'}: free some and run again")
+        return _complain(_of_the_system(error))
     except KeyboardInterrupt:
         print("brainfm: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130
@@ -87,6 +99,63 @@ def _note(message: Warning | str, category: type[Warning], *where: Any, **more: 
         print(f"brainfm: note: {message}", file=sys.stderr)
     else:
         _show_warning(message, category, *where, **more)
+
+
+def _of_the_system(error: OSError) -> str:
+    """What the operating system refused, as a sentence."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"no space left on the disk for {error.filename or 'the output'}: free some and run again"
+    return f"{error.filename or 'the output'}: {(error.strerror or type(error).__name__).lower()}"
+
+
+class _Patient:
+    """A stream that goes on taking text when nobody reads it any more, and escapes what its encoding cannot hold."""
+
+    def __init__(self, stream: TextIO) -> None:
+        self._stream = stream
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._stream, name)
+
+    def write(self, text: str) -> int:
+        try:
+            return self._stream.write(text)
+        except UnicodeEncodeError:
+            encoding = self._stream.encoding or "ascii"
+            return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
+        except BrokenPipeError:
+            self._let_go()
+            return len(text)
+
+    def flush(self) -> None:
+        try:
+            self._stream.flush()
+        except BrokenPipeError:
+            self._let_go()
+
+    def _let_go(self) -> None:
+        """What follows is written to nowhere; a second try to flush what is buffered must not fail either."""
+        with suppress(OSError, ValueError):
+            nowhere = os.open(os.devnull, os.O_WRONLY)
+            os.dup2(nowhere, self._stream.fileno())
+            os.close(nowhere)
+            self._stream.flush()
+
+
+@contextmanager
+def _patient(name: str) -> Iterator[None]:
+    stream = getattr(sys, name)
+    if stream is None or isinstance(stream, _Patient):
+        yield
+        return
+    patient = _Patient(stream)
+    setattr(sys, name, patient)
+    try:
+        yield
+        patient.flush()
+    finally:
+        if getattr(sys, name) is patient:
+            setattr(sys, name, stream)
 
 
 def _complain(sentence: str) -> int:
@@ -202,7 +271,7 @@ def _workers(config: dict[str, Any]) -> int:
 
 def _manifest(config: dict[str, Any]) -> int:
     from brainfm.data.layouts import find
-    from brainfm.data.manifest import write_manifest
+    from brainfm.data.manifest import write_left_out, write_manifest
 
     participants = config["participants"]
     found = find(
@@ -210,12 +279,14 @@ def _manifest(config: dict[str, Any]) -> int:
         config["layout"],
         masks=config["masks"],
         labels=config["labels"],
-        participants=Path(participants) if participants else None,
+        participants=Path(participants) if participants and participants != "none" else None,
+        own_tables=participants != "none",
     )
-    for note in found.notes:
-        print(note)
     out = Path(config["out"])
     write_manifest(out, found.scans)
+    write_left_out(out, found.left_out)
+    for note in found.notes:
+        print(note)
     subjects = {(s.dataset, s.subject) for s in found.scans}
     sessions = {(s.dataset, s.subject, s.session) for s in found.scans}
     print(f"{out}: {len(found.scans)} scans, {len(sessions)} sessions, {len(subjects)} subjects")
@@ -228,12 +299,16 @@ def _doctor(config: dict[str, Any]) -> int:
     from brainfm.training.monitor import Progress
 
     manifest = read_manifest(Path(config["manifest"]))
+    out = Path(config["out"]) if config["out"] else manifest.path.with_suffix(".doctor.csv")
+    check_writable(out.parent)  # now, and not after hours of reading
     with Progress("doctor", len(manifest.scans)) as bar:
-        faults = examine(manifest, _workers(config), lambda done, total: _move(bar, done, total))
+        found = examine(manifest, _workers(config), lambda done, total: _move(bar, done, total))
+    faults = found.faults
+    write_faults(out, faults)
     for fault in faults:
         print(f"{fault.path}: {fault.fault}")
-    out = Path(config["out"]) if config["out"] else manifest.path.with_suffix(".doctor.csv")
-    write_faults(out, faults)
+    for note in found.notes:
+        print(f"note: {note}")
     bad = len({fault.path for fault in faults})
     print(f"{out}: {len(faults)} faults in {bad} files of {len(manifest.scans)} scans")
     return 1 if faults else 0
@@ -266,6 +341,12 @@ def _prepare(config: dict[str, Any]) -> int:
         )  # fmt: skip
     for failure in report.failed:
         print(f"left out: {failure.reason if failure.path in failure.reason else f'{failure.path}: {failure.reason}'}")
+    for key, changed in report.again[:_MOST_SAID]:
+        print(f"prepared again: {'/'.join(filter(None, key))}, for {changed} has changed")
+    if len(report.again) > _MOST_SAID:
+        print(f"prepared again: {len(report.again) - _MOST_SAID} more")
+    for label, (empty, labelled) in report.empty.items():
+        print(f"{label}: {empty} of {labelled} are empty")
     print(
         f"{config['store']}: {report.done} sessions prepared, {report.skipped} were there, "
         f"{len(report.failed)} files left out"
@@ -276,22 +357,56 @@ def _prepare(config: dict[str, Any]) -> int:
 def _anatomy(config: dict[str, Any]) -> int:
     from brainfm.data.anatomize import anatomize
     from brainfm.data.manifest import read_manifest
+    from brainfm.inference.anatomy import describe, label_files, label_regions
     from brainfm.training.monitor import Progress
 
-    manifest = read_manifest(Path(config["manifest"]))
+    method, out, fuse = _anatomy_method(config), config["out"], bool(config["fuse"])
     contrasts = config["contrasts"] if isinstance(config["contrasts"], list) else [config["contrasts"]]
+    if config["input"]:
+        print(describe(label_files(_labeller(config), config["input"], out, contrasts, fuse=fuse)))
+        return 0
+    manifest = read_manifest(Path(config["manifest"]))
+    labeller = _labeller(config) if method == "network" else None
     with Progress("anatomy", len(manifest.sessions())) as bar:
-        report = anatomize(
-            manifest, config["out"], contrasts, _workers(config), lambda done, total: _move(bar, done, total)
-        )
+        if labeller is None:
+            report = anatomize(
+                manifest, out, contrasts, _workers(config), lambda done, total: _move(bar, done, total)
+            )
+        else:
+            report = label_regions(
+                labeller, manifest, out, contrasts, fuse=fuse, progress=lambda done, total: _move(bar, done, total)
+            )
     for flagged in report.flagged:
         print(f"not trusted: {flagged.path}: {flagged.reason}")
     none = f", {report.without} sessions without a scan of {', '.join(contrasts)}" if report.without else ""
     print(
-        f"{Path(config['out']) / 'manifest.csv'}: {report.done} scans segmented, {report.skipped} were there, "
+        f"{Path(out) / 'manifest.csv'}: {report.done} scans segmented, {report.skipped} were there, "
         f"{len(report.flagged)} of them not trusted{none}"
     )
     return 0
+
+
+def _anatomy_method(config: dict[str, Any]) -> str:
+    """Raises: ConfigError for what does not go together."""
+    method = config["method"] or ("network" if config["backbone"] else "atlas")
+    if method not in ("network", "atlas"):
+        raise ConfigError(f"method={method}: expected network or atlas")
+    if bool(config["input"]) == bool(config["manifest"]):
+        raise ConfigError("brainfm anatomy: expected either input.CONTRAST=FILE or manifest=FILE")
+    given = {"backbone": config["backbone"], "input.CONTRAST": config["input"], "fuse": config["fuse"]}
+    alien = [key for key, value in given.items() if value]
+    if method == "atlas" and alien:
+        raise ConfigError(f"method=atlas takes a manifest and no network, found {alien[0]}=; use method=network")
+    return str(method)
+
+
+def _labeller(config: dict[str, Any]) -> Any:
+    from brainfm.inference.anatomy import Labeller
+
+    return Labeller.load(
+        config["backbone"], spacing_mm=float(config["spacing_mm"]), patch_vox=config["patch_vox"],
+        overlap=float(config["overlap"]), device=config["device"], precision=config["precision"],
+    )  # fmt: skip
 
 
 def preprocess_spec(values: dict[str, Any]) -> Any:
@@ -353,6 +468,8 @@ def _predict(config: dict[str, Any]) -> int:
             config["bundle"], config["manifest"], config["out"],
             progress=lambda done, total: _move(bar, done, total), **how,
         )  # fmt: skip
+    if report.again:
+        print(f"made again, for their files have changed: {len(report.again)} of those that were there")
     for key, reason in report.failures.items():
         print(f"left out: {'/'.join(key)}: {reason}")
     print(f"{config['out']}: {report.done} masks made, {report.kept} were there, {len(report.failures)} failed")
@@ -367,7 +484,7 @@ def _evaluate(config: dict[str, Any]) -> int:
         found = evaluate(
             config["manifest"], config["out"], bundle=config["bundle"], predictions=config["predictions"],
             seed=int(config["seed"]), device=config["device"], precision=config["precision"],
-            overlap=float(config["overlap"]),
+            overlap=float(config["overlap"]), empty=str(config["empty"]),
             progress=lambda done, total: _move(bar, done, total),
         )  # fmt: skip
     print("\n".join(describe(found.summary)))

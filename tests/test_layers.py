@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "brainfm"
-ROOT = {"volume", "specs", "batch", "seeds", "seen"}
+ROOT = {"volume", "specs", "batch", "seeds", "seen", "files"}
 TOP = {"cli", "demo"}  # may import everything; nobody imports them
 
 MAY_IMPORT: dict[str, set[str]] = {
@@ -20,11 +20,14 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"root", "nets"},
     "tasks": {"root", "nets"},
     "training": {"root", "data", "nets", "objectives", "tasks"},
-    "inference": {"root", "imaging", "data.answers", "data.manifest", "data.store", "nets", "tasks"},
+    "inference": {
+        "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.regions", "data.sources",
+        "data.store", "nets", "tasks",
+    },
 }
 # third party -> the modules that may import it
 FENCES: dict[str, set[str]] = {
-    "nibabel": {"imaging.nifti"},
+    "nibabel": {"imaging.nifti", "imaging.formats"},
     "SimpleITK": {"imaging.register", "imaging.geometry", "imaging.anatomy"},
     "lightning": {"training"},
     "hydra": {"cli"},
@@ -33,10 +36,18 @@ FENCES: dict[str, set[str]] = {
 NEVER = {"torchvision", "timm", "pickle", "wandb", "requests", "urllib.request"}
 NO_TORCH = {
     "imaging",
+    "data.anatomize",
     "data.fingerprint",
+    "data.labelling",
     "data.manifest",
     "data.layouts",
     "data.levels",
+    "data.derived",
+    "data.participants",
+    "data.sources",
+    "data.tables",
+    "data.tree",
+    "data.workers",
     "data.splits",
     "data.doctor",
     "data.prepare",

@@ -6,7 +6,7 @@ import csv
 import hashlib
 import io
 import os
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -16,11 +16,16 @@ from pathlib import Path
 
 import numpy as np
 
-from brainfm.data.manifest import Manifest, Scan, label_paths
+from brainfm.data.manifest import Manifest, Scan, label_paths, plain_first, read_left_out
+from brainfm.data.workers import why_no_processes
+from brainfm.files import write_whole
+from brainfm.imaging import intensity
 from brainfm.imaging.nifti import FileGrid, header_faults, read, read_header, voxel_faults
-from brainfm.specs import ScanError
+from brainfm.specs import PreprocessSpec, ScanError
+from brainfm.volume import Volume
 
 _LARGEST_LABEL = 65535  # label volumes are stored as uint16 at most
+_NAMED = 5  # files of one kind that are named, before the rest is counted
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,19 +42,40 @@ class Fault:
 
 @dataclass(frozen=True, slots=True)
 class _Finding:
-    """What a worker saw in one file: its faults, the digest of its voxels, its grid; None where it cannot be read."""
+    """What a worker saw in one file.
+
+    Attributes:
+        faults: one line each.
+        digest: of the voxels; None where they cannot be read, and of label volumes.
+        grid: None where there is none.
+        values: of a mask those that are not 0, the first few; None where it cannot be read.
+    """
 
     faults: tuple[str, ...]
     digest: str | None = None
     grid: FileGrid | None = None
+    values: tuple[int, ...] | None = None
+
+
+@dataclass(frozen=True)
+class Examined:
+    """What the doctor found.
+
+    Attributes:
+        faults: in the manifest's order. The scans that are not named are usable.
+        notes: what is no fault of a file but should be known, a line each.
+    """
+
+    faults: list[Fault]
+    notes: list[str]
 
 
 _Job = tuple[Path, str]  # the file and what it is: "scan", "mask" or "labels"
 Progress = Callable[[int, int], None]
 
 
-def examine(manifest: Manifest, workers: int = 0, progress: Progress | None = None) -> list[Fault]:
-    """Examines every scan and label volume: the file, its header, its voxels, its likeness to others.
+def examine(manifest: Manifest, workers: int = 0, progress: Progress | None = None) -> Examined:
+    """Examines every scan and label volume: the file, its header, its voxels, its likeness to others and to no scan.
 
     Two scans are duplicates where their voxels are the same numbers on the same RAS+ shape, however they were
     compressed, stored or oriented and whatever their headers say; the later row is the fault. A file that kills the
@@ -58,9 +84,6 @@ def examine(manifest: Manifest, workers: int = 0, progress: Progress | None = No
     Args:
         workers: processes; 0 reads in this one.
         progress: called with (files done, files in all).
-
-    Returns:
-        The faults in the manifest's order. The scans that are not named are usable.
     """
     jobs: dict[_Job, None] = {}
     for scan in manifest.scans:
@@ -81,20 +104,73 @@ def examine(manifest: Manifest, workers: int = 0, progress: Progress | None = No
             if first is not scan:
                 faults.append(_fault(scan, f"the same voxels as {first.path} of {'/'.join(filter(None, first.key))}"))
         faults.extend(_label_faults(manifest, scans, findings))
-    return faults
+    notes = [*_mask_notes(manifest, findings), *_session_notes(manifest), *_left_out_notes(manifest.path)]
+    return Examined(faults, notes)
 
 
 def write_faults(path: str | os.PathLike[str], faults: Iterable[Fault]) -> None:
     """A CSV with one line a fault, written whole or not at all; a header alone where there is none."""
-    path = Path(path).absolute()
     text = io.StringIO(newline="")
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow([f.name for f in fields(Fault)])
     writer.writerows(astuple(fault) for fault in faults)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text.getvalue(), encoding="utf-8", newline="")
-    os.replace(part, path)
+    write_whole(path, text.getvalue().encode())
+
+
+# ---- notes -----------------------------------------------------------------------------------------------------------
+
+
+def _mask_notes(manifest: Manifest, findings: dict[_Job, _Finding]) -> list[str]:
+    """Masks without any voxel, and masks of several values, which all count as the finding."""
+    seen: dict[str, dict[str, tuple[int, ...]]] = {}
+    for scan in manifest.scans:
+        for column, path in label_paths(scan).items():
+            values = findings[_label_job(manifest, column, path)].values
+            if values is not None:
+                seen.setdefault(column, {})[path] = values
+    notes = []
+    for column, files in seen.items():
+        empty = [path for path, values in files.items() if not values]
+        if empty:
+            notes.append(f"{column}: {len(empty)} of {len(files)} are empty{_examples(empty)}")
+        several = {path: values for path, values in files.items() if len(values) > 1}
+        if several and column.endswith("_mask"):
+            shown = ", ".join(map(str, next(iter(several.values()))))
+            name = column.removesuffix("_mask")
+            notes.append(
+                f"{column}: {len(several)} of {len(files)} hold several values ({shown}), which all count as {name}; "
+                f"labels.{name}= keeps them apart{_examples(list(several))}"
+            )
+    return notes
+
+
+def _session_notes(manifest: Manifest) -> list[str]:
+    several = []
+    for scans in manifest.sessions().values():
+        kinds = Counter(scan.contrast for scan in scans)
+        for contrast, count in kinds.items():
+            if count > 1 and contrast != "unknown":
+                first = min((scan for scan in scans if scan.contrast == contrast), key=plain_first)
+                who = "/".join(filter(None, first.key))
+                several.append(f"{who} has {count} of {contrast}, {first.path} comes first")
+    if not several:
+        return []
+    return [f"several scans of one contrast in a session, {len(several)} times{_examples(several)}"]
+
+
+def _left_out_notes(manifest: Path) -> list[str]:
+    return [
+        f"manifest left out {len(files)} files ({reason}){_examples(files)}"
+        for reason, files in read_left_out(manifest).items()
+    ]
+
+
+def _examples(names: Sequence[str]) -> str:
+    more = f" and {len(names) - _NAMED} more" if len(names) > _NAMED else ""
+    return f": {', '.join(names[:_NAMED])}{more}"
+
+
+# ---- faults of label volumes -----------------------------------------------------------------------------------------
 
 
 def _label_job(manifest: Manifest, column: str, path: str) -> _Job:
@@ -154,13 +230,27 @@ def _inspect(path: Path, kind: str) -> _Finding:
         if not of_voxels:  # else they have said the same in other words
             faults.append(str(error).removeprefix(f"{path}: "))
         return _Finding(tuple(faults), grid=grid)
-    if kind == "labels" and (volume.voxels.min() < 0 or volume.voxels.max() > _LARGEST_LABEL):
+    if kind == "labels" and volume.voxels.max() > _LARGEST_LABEL:
         faults.append(f"labels from {volume.voxels.min()} to {volume.voxels.max()}, expected 0 to {_LARGEST_LABEL}")
     if kind != "scan":
-        return _Finding(tuple(faults), grid=grid)
+        there = np.unique(volume.voxels)
+        return _Finding(tuple(faults), grid=grid, values=tuple(int(value) for value in there[there != 0][:_NAMED]))
+    if not of_voxels:
+        faults.extend(_content_faults(volume))
     digest = hashlib.blake2b(repr(volume.shape).encode(), digest_size=16)
     digest.update(np.ascontiguousarray(volume.voxels).data)
     return _Finding(tuple(faults), digest.hexdigest(), grid)
+
+
+def _content_faults(volume: Volume) -> list[str]:
+    """What `prepare` would refuse, and what it would take though it is no scan."""
+    try:
+        mask = intensity.foreground(volume)
+        intensity.statistics(volume.voxels, mask, PreprocessSpec().clip_percentiles)
+    except ScanError as error:
+        return [str(error)]
+    found = intensity.no_scan(volume.voxels)
+    return [f"does not look like a scan: {found}"] if found else []
 
 
 # ------------------------------------------------------------------------------------------------- many files
@@ -172,7 +262,7 @@ def _run(jobs: Sequence[_Job], workers: int) -> Iterator[tuple[_Job, _Finding]]:
     When a worker dies its pool is lost. The jobs that were under way are suspects: each is tried again in a process
     of its own, so that only the one that kills is lost; the others go on in a new pool.
     """
-    if workers <= 0:
+    if workers <= 0 or why_no_processes():
         yield from ((job, inspect(*job)) for job in jobs)
         return
     waiting = deque(jobs)

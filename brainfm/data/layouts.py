@@ -1,12 +1,14 @@
 """Finds the scans of a folder: which dataset, subject, session and contrast each file is, from names alone.
 
-No image is opened. The tree is walked once; everything else works on the list of paths.
+No image is opened. The tree is walked once; everything else works on the list of paths. A folder that is called like an
+image (``flair.nii/0001.nii``, as unpacking leaves it) stands for the one image in it.
 """
 
 from __future__ import annotations
 
 import csv
 import fnmatch
+import io
 import json
 import os
 import re
@@ -16,18 +18,13 @@ from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
-from brainfm.data.manifest import CONTRASTS, Scan, contrast_of, strip_ending
-from brainfm.data.participants import join, read_participants
+from brainfm.data.derived import is_label_word, why_no_scan
+from brainfm.data.manifest import CONTRASTS, Scan, contrast_of, plain_first
+from brainfm.data.participants import Participants, join, one_age_notes, read_participants, read_sessions
+from brainfm.data.tables import decoded
+from brainfm.data.tree import Tree, walk
+from brainfm.imaging.endings import READ, ending_of, strip_ending
 from brainfm.specs import ConfigError, ManifestError
-
-_IMAGE = (".nii.gz", ".nii")
-_SIDE = (".bval", ".zip", "participants.tsv", "dataset.json", "label.txt", "labels.txt", "openneuro_metadata.csv",
-         "dataset_description.json")  # fmt: skip
-_DERIVED = re.compile(
-    r"(?:^|[^a-z0-9])(?:[a-z]*(?:mask|masked_out|dseg|probseg|labelmap|pveseg)s?\d*|seg(?:mentation)?s?\d*|label|labels|"
-    r"roi|rois|msk|gt|aseg|aparc|wmparc|parc|parcellation|lesions?\d*$|warp|xfm|jacobian|les)(?=$|[^a-z0-9])"
-)
-_DERIVED_FOLDER = re.compile(r"labels?(?:tr|ts)?|masks?|segs?|segmentations?|derivatives|rois?", re.IGNORECASE)
 
 
 @dataclass(frozen=True)
@@ -38,34 +35,13 @@ class Found:
         scans: with absolute paths, sorted.
         notes: what was guessed, left out and why, matched or missing; one line each, to be printed.
         layout: the one that was used; ``several`` where datasets lie side by side.
+        left_out: every image file that is no row, and why; paths below the folder.
     """
 
     scans: list[Scan]
     notes: list[str]
     layout: str
-
-
-@dataclass(frozen=True, slots=True)
-class _Tree:
-    """A dataset's folder: its image files and side files, as tuples of path parts below ``root``."""
-
-    name: str
-    root: str
-    files: tuple[tuple[str, ...], ...]
-    sides: frozenset[tuple[str, ...]]
-
-    def folders(self) -> list[_Tree]:
-        """The first-level folders that hold images, in the order of their names."""
-        files: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-        sides: dict[str, list[tuple[str, ...]]] = defaultdict(list)
-        for paths, found in ((self.files, files), (self.sides, sides)):
-            for parts in paths:
-                if len(parts) > 1:
-                    found[parts[0]].append(parts[1:])
-        return [
-            _Tree(name, os.path.join(self.root, name), tuple(inside), frozenset(sides[name]))
-            for name, inside in sorted(files.items())
-        ]
+    left_out: list[tuple[str, str]] = field(default_factory=list)
 
 
 @dataclass(slots=True)
@@ -81,7 +57,7 @@ class _Place:
     columns: dict[str, str] = field(default_factory=dict)
 
 
-_Reader = Callable[[_Tree], tuple[list[_Place], list[str]]]
+_Reader = Callable[[Tree], tuple[list[_Place], list[str]]]
 
 
 def find(
@@ -90,6 +66,7 @@ def find(
     masks: Mapping[str, str] | None = None,
     labels: Mapping[str, str] | None = None,
     participants: str | os.PathLike[str] | None = None,
+    own_tables: bool = True,
 ) -> Found:
     """Finds all scans below a folder.
 
@@ -100,8 +77,10 @@ def find(
         masks, labels: name -> glob; fill the columns ``NAME_mask`` and ``NAME_labels``. A glob is matched against a
             file's name and against its path from any folder above it; ``|`` separates alternatives. A file that lies
             in a session belongs to that session, one that lies beside the sessions to all of them.
-        participants: a CSV or TSV to join by subject; a dataset's own ``participants.tsv`` is joined anyway. A table
-            inside the folder of one of several datasets is joined to that one alone.
+        participants: a CSV or TSV to join by subject; a dataset's own ``participants.tsv`` and ``sessions.tsv`` are
+            joined anyway, and noted where they cannot be read. A table inside the folder of one of several datasets is
+            joined to that one alone.
+        own_tables: whether those are joined.
 
     Raises:
         ManifestError: where there is no scan, a glob matches nothing, or two files of one session match one glob.
@@ -110,65 +89,65 @@ def find(
     if layout != "auto" and layout not in LAYOUTS:
         raise ConfigError(f"layout={layout!r}: expected auto or one of {', '.join(LAYOUTS)}")
     globs = _globs(masks or {}, labels or {})
-    tree = _walk(Path(root))
+    tree = walk(Path(root))
     table = Path(participants).absolute() if participants is not None else None
     parts = [(tree, layout)] if layout != "auto" else _datasets(tree)
     folders = {dataset.root for dataset, _ in parts} - {tree.root}
+    given = read_participants(table) if table is not None else None
     scans: list[Scan] = []
     notes: list[str] = []
+    left_out = list(tree.aside)
     matched: Counter[str] = Counter()
     for dataset, its_layout in parts:
         inside = table is not None and table.is_relative_to(dataset.root)
         elsewhere = table is not None and not inside and any(table.is_relative_to(folder) for folder in folders)
-        its_scans, its_notes = _read(dataset, its_layout, globs, matched, None if elsewhere else table)
-        scans.extend(its_scans)
-        notes.extend(f"{dataset.name}: {note}" for note in its_notes)
-    zips = sum(side[-1].endswith(".zip") for side in tree.sides)
-    if zips:
-        notes.append(f"{zips} .zip files were not looked into; unpack them where they are")
+        read = _read(dataset, its_layout, globs, matched)
+        tables, troubles = _own_tables(dataset, table) if own_tables and read.scans else ([], [])
+        joined = _joined(read.scans, [*tables, *([given] if given is not None and not elsewhere else [])])
+        scans.extend(joined[0])
+        notes.extend(f"{dataset.name}: {note}" for note in (*read.notes, *troubles, *joined[1]))
+        below = os.path.relpath(dataset.root, tree.root)
+        left_out += [(os.path.normpath(os.path.join(below, path)), why) for path, why in read.left_out]
+    notes += _aside_notes(tree.aside)
     if not scans:
-        raise ManifestError(f"no scan found in {root} ({len(tree.files)} image files), expected .nii or .nii.gz files")
+        raise _no_scan(root, tree, left_out)
     for column, patterns in globs.items():
         if not matched[column]:
             raise ManifestError(f"no file in {root} matches {'|'.join(patterns)!r} for {column}, expected at least one")
     scans.sort(key=lambda s: (s.dataset, s.subject, s.session, s.contrast, s.path))
-    return Found(scans, notes, parts[0][1] if len(parts) == 1 else "several")
+    notes += _sex_notes(scans)
+    return Found(scans, notes, parts[0][1] if len(parts) == 1 else "several", left_out)
 
 
-# ------------------------------------------------------------------------------------------------- walk and recognise
+def _no_scan(root: str | os.PathLike[str], tree: Tree, left_out: Sequence[tuple[str, str]]) -> ManifestError:
+    """What there was instead of a scan."""
+    reasons = Counter(why for _, why in left_out)
+    why = "".join(f"; {count} left out: {reason}" for reason, count in reasons.most_common(3))
+    endings = ", ".join(READ[:3])
+    return ManifestError(f"no scan found in {root} ({len(tree.files)} image files{why}), expected {endings} files")
 
 
-def _walk(root: Path) -> _Tree:
-    """All image files and the few side files that matter; hidden ones are passed over, linked folders entered once."""
-    if not root.is_dir():
-        raise ManifestError(f"no folder at {root}, expected the folder of a dataset")
-    top = os.path.abspath(root)
-    files: list[tuple[str, ...]] = []
-    sides: list[tuple[str, ...]] = []
-    linked = {os.path.realpath(top)}
-    pending: list[tuple[str, tuple[str, ...]]] = [(top, ())]
-    while pending:
-        folder, parts = pending.pop()
-        with os.scandir(folder) as entries:
-            for entry in entries:
-                name = entry.name
-                if name.startswith("."):
-                    continue
-                if name.endswith(_IMAGE):
-                    files.append((*parts, name))
-                elif name.endswith(_SIDE):
-                    sides.append((*parts, name))
-                elif entry.is_dir():
-                    if entry.is_symlink():
-                        target = os.path.realpath(entry.path)
-                        if target in linked:
-                            continue
-                        linked.add(target)
-                    pending.append((entry.path, (*parts, name)))
-    return _Tree(os.path.basename(top) or "dataset", top, tuple(sorted(files)), frozenset(sides))
+def _aside_notes(aside: Sequence[tuple[str, str]]) -> list[str]:
+    notes = []
+    for why in dict.fromkeys(reason for _, reason in aside):
+        files = [path for path, reason in aside if reason == why]
+        notes.append(f"left out {len(files)} files ({why}), e.g. {files[0]}")
+    return notes
 
 
-def _datasets(tree: _Tree) -> list[tuple[_Tree, str]]:
+def _sex_notes(scans: Sequence[Scan]) -> list[str]:
+    """Whether the datasets put together code sex in several ways."""
+    ways = {scan.columns["sex"].isdigit(): scan for scan in scans if scan.columns.get("sex")}
+    if len(ways) < 2:
+        return []
+    shown = " and ".join(f"{scan.columns['sex']} in {scan.dataset}" for scan in ways.values())
+    return [f"warning: sex is coded in two ways, {shown}; make it one before it is trained on"]
+
+
+# ------------------------------------------------------------------------------------------------- recognising
+
+
+def _datasets(tree: Tree) -> list[tuple[Tree, str]]:
     """The dataset with its layout, or, where at least one first-level folder is a dataset in itself, all of them."""
     layout = _recognise(tree)
     if layout != "folder":
@@ -177,11 +156,11 @@ def _datasets(tree: _Tree) -> list[tuple[_Tree, str]]:
     if not any(layout != "folder" for found in inside for _, layout in found):
         return [(tree, "folder")]
     loose = tuple(parts for parts in tree.files if len(parts) == 1)
-    alone = [(_Tree(tree.name, tree.root, loose, frozenset()), "folder")] if loose else []
+    alone = [(Tree(tree.name, tree.root, loose, frozenset(), tree.real), "folder")] if loose else []
     return [part for found in inside for part in found] + alone
 
 
-def _recognise(tree: _Tree) -> str:
+def _recognise(tree: Tree) -> str:
     """The layout in which at least half of the files make sense."""
     files = tree.files
     if not files:
@@ -215,53 +194,118 @@ def _index_of_subject(parts: Sequence[str]) -> int:
 # ------------------------------------------------------------------------------------------------- one dataset
 
 
-def _read(
-    tree: _Tree, layout: str, globs: Mapping[str, Sequence[str]], matched: Counter[str], table: Path | None
-) -> tuple[list[Scan], list[str]]:
+@dataclass(frozen=True)
+class _Dataset:
+    """What one dataset holds: its scans, what was noted, and its image files that are no scan, with the reasons."""
+
+    scans: list[Scan]
+    notes: list[str]
+    left_out: list[tuple[str, str]]
+
+
+def _read(tree: Tree, layout: str, globs: Mapping[str, Sequence[str]], matched: Counter[str]) -> _Dataset:
     places, notes = LAYOUTS[layout](tree)
     claims: dict[str, list[tuple[str, _Place]]] = {column: [] for column in globs}
-    found: list[tuple[Scan, _Place]] = []
+    scans: list[Scan] = []
     left_out: dict[str, list[str]] = defaultdict(list)
+    beside = _stems(tree.files)
     for parts, place in zip(tree.files, places):
-        path = "/".join(parts)
-        full = os.path.join(tree.root, *parts)
-        its = [] if "imagesTr" in parts else [c for c, any_of in globs.items() if _matches(parts, tree.name, any_of)]
+        full = tree.path(parts)
+        given = "imagesTr" in parts  # scans by definition, whatever they are called
+        its = [] if given else [c for c, any_of in globs.items() if _matches(parts, full, tree, any_of)]
         for column in its:
             claims[column].append((full, place))
         if its:
             matched.update(its)
-        elif place.left_out or _is_derived(parts):
-            left_out[place.left_out or "label or mask by name; claim with masks.NAME= or labels.NAME="].append(path)
+            continue
+        why = place.left_out or ("" if given else why_no_scan(parts, beside[parts[:-1]])) or _twin(parts, beside)
+        if why:
+            left_out[why].append(os.path.relpath(full, tree.root))
         else:
-            scan = Scan(place.dataset, place.subject, place.session, place.contrast, full, dict(place.columns))
-            found.append((scan, place))
-    scans = [scan for scan, _ in found]
+            shown = place.contrast
+            if shown == "unknown" and os.path.basename(full) != parts[-1]:
+                shown = contrast_of(full)  # the folder's name told nothing, that of its file may
+            scans.append(Scan(place.dataset, place.subject, place.session, shown, full, dict(place.columns)))
     if layout == "nnunet" and not any(claims.values()):
         claims["seg_labels"] = [(full, p) for full, p in _default_labels(tree, places)]
         left_out = {reason: paths for reason, paths in left_out.items() if reason != _LABELS_TR}
     kinds = Counter(scan.contrast for scan in scans)
-    shown = ", ".join(f"{kinds[c]} {c}" for c in CONTRASTS if kinds[c])
+    found = ", ".join(f"{kinds[c]} {c}" for c in CONTRASTS if kinds[c])
     people, visits = {scan.subject_key for scan in scans}, {scan.key for scan in scans}
     summary = f"layout {layout}: {len(scans)} scans, {len(people)} subjects, {len(visits)} sessions"
     silent = [scan.path for scan in scans if scan.contrast == "unknown"]
     if silent:
         notes.append(f"{len(silent)} scans are of unknown contrast, e.g. {os.path.relpath(silent[0], tree.root)}")
-    reasons = [f"left out {len(p)} files ({why}), e.g. {p[0]}" for why, p in sorted(left_out.items())]
+    notes += _several_notes(scans, tree.root)
     scans, claim_notes = _with_labels(scans, claims)
-    own = Path(tree.root, "participants.tsv")
-    tables = [own] if ("participants.tsv",) in tree.sides and own != table else []
-    table_notes: list[str] = []
-    for each in [*tables, *([table] if table else [])] if scans else []:
-        scans, its_notes = join(scans, read_participants(each))
-        table_notes.extend(its_notes)
-    return scans, [f"{summary}; {shown}" if shown else summary, *notes, *claim_notes, *reasons, *table_notes]
-
-
-def _is_derived(parts: Sequence[str]) -> bool:
-    """Whether a file is a label volume, a mask or a transform by its name or its folder's."""
-    return _DERIVED.search(strip_ending(parts[-1]).lower()) is not None or any(
-        _DERIVED_FOLDER.fullmatch(part) for part in parts[:-1]
+    reasons = [f"left out {len(p)} files ({why}), e.g. {p[0]}" for why, p in sorted(left_out.items())]
+    return _Dataset(
+        scans,
+        [f"{summary}; {found}" if found else summary, *notes, *claim_notes, *reasons],
+        [(path, why) for why, paths in left_out.items() for path in paths],
     )
+
+
+def _stems(files: Sequence[tuple[str, ...]]) -> dict[tuple[str, ...], dict[str, list[str]]]:
+    """Folder -> stem in small letters -> the names that have it."""
+    found: dict[tuple[str, ...], dict[str, list[str]]] = defaultdict(dict)
+    for parts in files:
+        found[parts[:-1]].setdefault(strip_ending(parts[-1]).lower(), []).append(parts[-1])
+    return found
+
+
+def _twin(parts: tuple[str, ...], beside: Mapping[tuple[str, ...], Mapping[str, list[str]]]) -> str:
+    """The reason for a file of which another packing or format lies beside it; the one named first in READ is taken."""
+    names = beside[parts[:-1]][strip_ending(parts[-1]).lower()]
+    best = min(names, key=lambda name: (READ.index(ending_of(name).lower()), name))
+    same = strip_ending(best) == strip_ending(parts[-1])
+    return "the same name with another ending beside it" if same and best != parts[-1] else ""
+
+
+def _several_notes(scans: Sequence[Scan], root: str) -> list[str]:
+    """Where a session has several scans of one contrast: which of them is read where one is wanted."""
+    groups: dict[tuple[tuple[str, str, str], str], list[Scan]] = defaultdict(list)
+    for scan in scans:
+        groups[scan.key, scan.contrast].append(scan)
+    several = [sorted(found, key=plain_first) for (_, c), found in groups.items() if len(found) > 1 and c != "unknown"]
+    if not several:
+        return []
+    first, *others = (os.path.relpath(scan.path, root) for scan in several[0])
+    sessions = len({found[0].key for found in several})
+    return [
+        f"{sessions} sessions have several scans of one contrast; where one is wanted the plainest name is taken, "
+        f"e.g. {first} and not {', '.join(others[:3])}"
+    ]
+
+
+def _own_tables(tree: Tree, given: Path | None) -> tuple[list[Participants], list[str]]:
+    """The dataset's tables of people and of their visits, and notes of those that cannot be read."""
+    tables, notes = [], []
+    own = Path(tree.root, "participants.tsv")
+    if ("participants.tsv",) in tree.sides and own != given:
+        try:
+            tables.append(read_participants(own))
+        except ManifestError as error:
+            notes.append(f"not joined: {error}")
+    visits = {
+        Path(tree.root, *side): _entity(side, "sub") for side in sorted(tree.sides) if side[-1].endswith("sessions.tsv")
+    }
+    whole = Path(tree.root, "sessions.tsv")
+    if visits.pop(whole, None) is not None:
+        try:
+            tables.append(read_participants(whole))
+        except ManifestError as error:
+            notes.append(f"not joined: {error}")
+    found, troubles = read_sessions({path: who for path, who in visits.items() if who and path != given})
+    return [*tables, *([found] if found else [])], [*notes, *troubles]
+
+
+def _joined(scans: list[Scan], tables: Sequence[Participants]) -> tuple[list[Scan], list[str]]:
+    notes: list[str] = []
+    for table in tables if scans else ():
+        scans, its_notes = join(scans, table)
+        notes.extend(its_notes)
+    return scans, notes + one_age_notes(scans, tables)
 
 
 def _globs(masks: Mapping[str, str], labels: Mapping[str, str]) -> dict[str, list[str]]:
@@ -277,8 +321,10 @@ def _globs(masks: Mapping[str, str], labels: Mapping[str, str]) -> dict[str, lis
     return found
 
 
-def _matches(parts: tuple[str, ...], dataset: str, patterns: Sequence[str]) -> bool:
-    tails = ["/".join(parts[i:]) for i in range(len(parts))] + ["/".join((dataset, *parts))]
+def _matches(parts: tuple[str, ...], full: str, tree: Tree, patterns: Sequence[str]) -> bool:
+    tails = ["/".join(parts[i:]) for i in range(len(parts))] + ["/".join((tree.name, *parts))]
+    if os.path.basename(full) != parts[-1]:  # in a folder that is called like an image: by its own name as well
+        tails += [os.path.basename(full), f"{'/'.join(parts)}/{os.path.basename(full)}"]
     return any(fnmatch.fnmatchcase(tail, pattern) for pattern in patterns for tail in tails)
 
 
@@ -311,14 +357,25 @@ def _with_labels(
             for session in whose:
                 by_session[place.dataset, subject, session].append((path, place.owner))
         several = 0
+        unclear: list[str] = []
         for key, candidates in by_session.items():
-            chosen, was_choice = _choose(column, key, candidates, sessions[key])
-            several += was_choice
+            chosen = _choose(candidates, sessions[key])
+            if not chosen:
+                first, second = sorted(path for path, _ in candidates)[:2]
+                unclear.append(
+                    f"{len(candidates)} files match {column} in session {'/'.join(key)}, {first} and {second}"
+                )
+                continue
+            several += len(candidates) > 1
             for scan in sessions[key]:
                 scan.columns[column] = chosen
-        notes.append(f"{column}: {len(by_session)} of {len(sessions)} sessions have one")
+        if unclear and len(unclear) == len(by_session):
+            raise ManifestError(f"{unclear[0]}, expected one or one for each scan")
+        notes.append(f"{column}: {len(by_session) - len(unclear)} of {len(sessions)} sessions have one")
+        if unclear:
+            notes.append(f"{column}: left empty in {len(unclear)} sessions where it is not clear: {unclear[0]}")
         if several:
-            notes.append(f"{column}: in {several} sessions each scan has its own; that of the first contrast was taken")
+            notes.append(f"{column}: in {several} sessions each scan has its own; that of the first was taken")
         if without:
             notes.append(f"{column}: {len(without)} files belong to no scan, e.g. {without[0]}")
     return list(scans), notes
@@ -333,45 +390,53 @@ def _subject_of_label(path: str, place: _Place, visits: Mapping[tuple[str, str],
     return next((name[:end] for end in reversed(ends) if (place.dataset, name[:end]) in visits), place.subject)
 
 
-def _choose(
-    column: str, key: tuple[str, str, str], candidates: Sequence[tuple[str, str]], scans: Sequence[Scan]
-) -> tuple[str, bool]:
-    """The one label file of a session, and whether there was a choice.
+def _choose(candidates: Sequence[tuple[str, str]], scans: Sequence[Scan]) -> str:
+    """The one label file of a session: that of its first scan that has one; empty where two may be meant.
 
-    Raises: ManifestError where several files match and do not belong to one scan each.
+    The first scan is that of the first contrast and the plainest name. A label belongs to the scan with which its name
+    shares the most words (``run-2``, ``FLAIR``), where no other scan shares as many.
     """
     if len(candidates) == 1:
-        return candidates[0][0], False
-    by_owner = {owner: path for path, owner in candidates if owner}
-    ordered = sorted(scans, key=lambda s: (CONTRASTS.index(s.contrast), s.path))
-    owned = [by_owner[stem] for stem in (strip_ending(s.path) for s in ordered) if stem in by_owner]
-    if len(by_owner) < len(candidates) or not owned:
-        first, second = sorted(path for path, _ in candidates)[:2]
-        raise ManifestError(
-            f"{len(candidates)} files match {column} in session {'/'.join(key)}, {first} and {second}, expected one"
-        )
-    return owned[0], True
+        return candidates[0][0]
+    ordered = sorted(scans, key=lambda s: (CONTRASTS.index(s.contrast), plain_first(s)))
+    by_owner: dict[str, list[str]] = defaultdict(list)
+    for path, owner in candidates:
+        by_owner[owner or _owner_by_name(path, ordered)].append(path)
+    if "" in by_owner:
+        return ""
+    owned = next((by_owner[stem] for stem in (strip_ending(s.path) for s in ordered) if stem in by_owner), [])
+    return owned[0] if len(owned) == 1 else ""
+
+
+def _owner_by_name(label: str, scans: Sequence[Scan]) -> str:
+    """The stem of the scan that a label is named after; empty where several or none may be."""
+    words = _name_words(label)
+    shared = [len(words & _name_words(scan.path)) for scan in scans]
+    best = [scan for scan, count in zip(scans, shared) if count == max(shared)]
+    return strip_ending(best[0].path) if len(best) == 1 and max(shared) else ""
+
+
+def _name_words(path: str) -> set[str]:
+    return set(re.findall(r"[a-z0-9-]+", strip_ending(os.path.basename(path)).lower()))
 
 
 # ------------------------------------------------------------------------------------------------- BIDS and its kin
 
 _BIDS_ASIDE = ("derivatives", "sourcedata", "code", "stimuli", "phenotype")
 _BIDS_SERIES = frozenset(("func", "fmap", "eeg", "meg", "ieeg", "beh", "nirs", "pet", "motion", "mrs", "micr"))
-_BIDS_SERIES_SUFFIX = re.compile(
-    r"_(?:bold|sbref|epi|phasediff|phase[12]?|magnitude[12]?|fieldmap|m0scan)\.nii(?:\.gz)?$"
-)
+_BIDS_SERIES_SUFFIX = re.compile(r"_(?:bold|sbref|epi|phasediff|phase[12]|magnitude[12]?|fieldmap|m0scan)$")
 
 
 def _entity(parts: Sequence[str], key: str) -> str:
     """``sub-01`` from a folder or, failing that, from the file's name; empty where there is none."""
     for part in parts[:-1]:
-        if re.fullmatch(rf"{key}[-_][\w.+-]+", part):
+        if re.fullmatch(rf"{key}[-_][\w.+-]+", part) and not ending_of(part):
             return part
-    found = re.search(rf"(?:^|_)({key}-[A-Za-z0-9+.]+)(?=_|\.nii)", parts[-1])
-    return found[1].removesuffix(".nii") if found else ""
+    found = re.search(rf"(?:^|_)({key}-[A-Za-z0-9+.]+)(?=_|$)", strip_ending(parts[-1]))
+    return found[1] if found else ""
 
 
-def _bids(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _bids(tree: Tree) -> tuple[list[_Place], list[str]]:
     bvals = {(*side[:-1], side[-1][: -len(".bval")]) for side in tree.sides if side[-1].endswith(".bval")}
     places = []
     for parts in tree.files:
@@ -380,7 +445,7 @@ def _bids(tree: _Tree) -> tuple[list[_Place], list[str]]:
             place.left_out = f"in {parts[0]}/"
         elif not place.subject:
             place.left_out = "no sub- in folder or name"
-        elif _BIDS_SERIES.intersection(parts[:-1]) or _BIDS_SERIES_SUFFIX.search(parts[-1]):
+        elif _BIDS_SERIES.intersection(parts[:-1]) or _BIDS_SERIES_SUFFIX.search(strip_ending(parts[-1])):
             place.left_out = "time series, field map or no MRI"
         elif (*parts[:-1], strip_ending(parts[-1])) in bvals:
             place.left_out = "diffusion series of many volumes: a .bval file lies beside it"
@@ -392,13 +457,13 @@ _FOMO_SUBJECT = re.compile(r"sub_\w+")
 _FOMO_SESSION = re.compile(r"ses_\w+")
 
 
-def _fomo60k(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _fomo60k(tree: Tree) -> tuple[list[_Place], list[str]]:
     """``sub_N/ses_M/<contrast>[_k].nii.gz``; the fine-tuning sets have it twice, in ``preprocessed`` and ``labels``."""
     answers: dict[tuple[str, str, str], str] = {}
     places = []
     for parts in sorted(side for side in tree.sides if side[-1] in ("label.txt", "labels.txt")):
         place = _fomo_place(tree, parts)
-        text = Path(tree.root, *parts).read_text(encoding="utf-8").split()
+        text = decoded(Path(tree.root, *parts).read_bytes())[0].split()
         answers[place.dataset, place.subject, place.session] = text[0] if text else ""
     for parts in tree.files:
         place = _fomo_place(tree, parts)
@@ -413,7 +478,7 @@ def _fomo60k(tree: _Tree) -> tuple[list[_Place], list[str]]:
     return places, [f"column label: {len(answers)} text files beside the sessions"] if answers else []
 
 
-def _fomo_place(tree: _Tree, parts: Sequence[str]) -> _Place:
+def _fomo_place(tree: Tree, parts: Sequence[str]) -> _Place:
     at = next((i for i, part in enumerate(parts[:-1]) if _FOMO_SUBJECT.fullmatch(part)), None)
     if at is None:
         return _Place(tree.name, "", "")
@@ -422,7 +487,7 @@ def _fomo_place(tree: _Tree, parts: Sequence[str]) -> _Place:
     return _Place(above[0] if above else tree.name, parts[at], session)
 
 
-def _fomo300k(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _fomo300k(tree: Tree) -> tuple[list[_Place], list[str]]:
     """Cohort folders ``PT…``, some with a level of ``ds…`` folders; ids repeat, so a dataset is cohort and ds."""
     places = []
     for parts in tree.files:
@@ -438,7 +503,7 @@ def _fomo300k(tree: _Tree) -> tuple[list[_Place], list[str]]:
     return places, []
 
 
-def _openmind(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _openmind(tree: Tree) -> tuple[list[_Place], list[str]]:
     """``ds…/sub-*/[ses-*]/…/<name>.nii.gz`` with masks of the scan in ``<name>__Data/``."""
     metadata, notes = _openmind_metadata(tree)
     places = []
@@ -459,22 +524,22 @@ def _openmind(tree: _Tree) -> tuple[list[_Place], list[str]]:
     return places, notes
 
 
-def _openmind_metadata(tree: _Tree) -> tuple[dict[str, dict[str, str]], list[str]]:
+def _openmind_metadata(tree: Tree) -> tuple[dict[str, dict[str, str]], list[str]]:
     """Path from ``ds…`` on -> the row of openneuro_metadata.csv, less its paths."""
     table = next((side for side in tree.sides if side[-1] == "openneuro_metadata.csv"), None)
     if table is None:
         return {}, []
     found = {}
-    with open(os.path.join(tree.root, *table), encoding="utf-8-sig", newline="") as file:
-        reader = csv.DictReader(file)
-        if "image_path" not in (reader.fieldnames or ()):
-            return {}, ["openneuro_metadata.csv has no column image_path and was not joined"]
-        kept = [name for name in reader.fieldnames or () if name and not name.endswith("_path")]
-        for row in reader:
-            path = re.search(r"ds\d+.*", row["image_path"])
-            if path:
-                empty = ("", "nan", "n/a", "None")
-                found[path[0]] = {name: "" if (row[name] or "") in empty else row[name] for name in kept}
+    text = decoded(Path(tree.root, *table).read_bytes())[0]
+    reader = csv.DictReader(io.StringIO(text, newline=""))
+    if "image_path" not in (reader.fieldnames or ()):
+        return {}, ["openneuro_metadata.csv has no column image_path and was not joined"]
+    kept = [name for name in reader.fieldnames or () if name and not name.endswith("_path")]
+    for row in reader:
+        path = re.search(r"ds\d+.*", row["image_path"] or "")
+        if path:
+            empty = ("", "nan", "n/a", "None")
+            found[path[0]] = {name: "" if (row[name] or "") in empty else row[name] for name in kept}
     return found, [f"openneuro_metadata.csv: {len(found)} rows"]
 
 
@@ -483,7 +548,7 @@ def _openmind_metadata(tree: _Tree) -> tuple[dict[str, dict[str, str]], list[str
 _LABELS_TR = "in labelsTr/; claim with masks.NAME= or labels.NAME="
 
 
-def _nnunet(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _nnunet(tree: Tree) -> tuple[list[_Place], list[str]]:
     """``imagesTr/case_0000.nii.gz`` with the channels' names in dataset.json, ``labelsTr/case.nii.gz``.
 
     The Medical Segmentation Decathlon's form, without the channel number, is understood as well.
@@ -494,6 +559,8 @@ def _nnunet(tree: _Tree) -> tuple[list[_Place], list[str]]:
     for parts in tree.files:
         stem = strip_ending(parts[-1])
         number = re.fullmatch(r"(.+)_(\d{4})", stem)
+        if number and channels and int(number[2]) not in channels:
+            number = None  # an id that ends in four digits
         if parts[0] == "imagesTr" and number and stem not in labelled:
             name = channels.get(int(number[2]), "")
             places.append(_Place(tree.name, number[1], "", contrast_of(name)))
@@ -507,7 +574,7 @@ def _nnunet(tree: _Tree) -> tuple[list[_Place], list[str]]:
     return places, notes
 
 
-def _channels(tree: _Tree) -> tuple[dict[int, str], list[str]]:
+def _channels(tree: Tree) -> tuple[dict[int, str], list[str]]:
     """Channel number -> name, of nnU-Net's ``channel_names`` or the older ``modality``."""
     if ("dataset.json",) not in tree.sides:
         return {}, ["no dataset.json: every contrast is unknown"]
@@ -522,7 +589,7 @@ def _channels(tree: _Tree) -> tuple[dict[int, str], list[str]]:
     return channels, [f"channels: {', '.join(f'{n} {name} -> {contrast_of(name)}' for n, name in channels.items())}"]
 
 
-def _default_labels(tree: _Tree, places: Iterable[_Place]) -> list[tuple[str, _Place]]:
+def _default_labels(tree: Tree, places: Iterable[_Place]) -> list[tuple[str, _Place]]:
     return [(os.path.join(tree.root, *p), place) for p, place in zip(tree.files, places) if p[0] == "labelsTr"]
 
 
@@ -559,7 +626,7 @@ _KNOWN_IDS = (
 )
 
 
-def _folder(tree: _Tree) -> tuple[list[_Place], list[str]]:
+def _folder(tree: Tree) -> tuple[list[_Place], list[str]]:
     """Guesses from names: which level of folders is the subject, what the file's name adds."""
     kinds = [_kinds(parts) for parts in tree.files]
     groups = _group_folders(tree.files, kinds)
@@ -577,7 +644,7 @@ def _folder(tree: _Tree) -> tuple[list[_Place], list[str]]:
         if contrast == "unknown":
             contrast = next((contrast_of(p) for p in parts[-2::-1] if _CONTRAST_FOLDER.fullmatch(p)), "unknown")
         places.append(_Place(tree.name, who, session, contrast))
-        if not _is_derived(parts):
+        if not why_no_scan(parts):
             contrasts.setdefault(contrast, parts[-1])
             subjects.setdefault(who, "/".join(parts))
             sessions.setdefault(session, "/".join(parts))
@@ -610,7 +677,7 @@ def _kinds(parts: Sequence[str]) -> tuple[str, str, list[str]]:
                 session = session or part
         elif _SESSION_FOLDER.fullmatch(part) and (subject or others):
             session = session or part
-        elif not _PLAIN_FOLDER.fullmatch(part):
+        elif not _PLAIN_FOLDER.fullmatch(part) and not ending_of(part):
             others.append(part)
     return subject, session, others
 
@@ -677,7 +744,7 @@ def _subject_in_name(stem: str) -> str:
     telling = [
         i
         for i, (_, word) in enumerate(words)
-        if contrast_of(word) != "unknown" or _DERIVED.fullmatch(word.lower()) or word.lower() == "lesion"
+        if contrast_of(word) != "unknown" or is_label_word(word) or word.lower() == "lesion"
     ]
     cut = next((i for i in telling if i > 0), None)
     if cut is not None and (telling[0] > 0 or len(telling) > 1):

@@ -17,6 +17,9 @@ from dataclasses import dataclass, field, replace
 from functools import lru_cache
 from pathlib import Path
 
+from brainfm.data.derived import why_no_scan
+from brainfm.files import write_whole
+from brainfm.imaging.endings import strip_ending
 from brainfm.specs import ManifestError
 
 REQUIRED = ("dataset", "subject", "session", "contrast", "path")
@@ -81,14 +84,6 @@ _ENTITY = re.compile(
 )
 # What acq- may add to what the suffix says: acq-FLAIR_T2w is a FLAIR.
 _REFINES = {("t2", "flair"), ("t2", "t2s"), ("t1", "t1c"), ("t2s", "swi"), ("dwi", "adc"), ("dwi", "fa"), ("dwi", "md")}
-
-
-def strip_ending(name: str) -> str:
-    """The name without ``.nii`` or ``.nii.gz``."""
-    for ending in (".nii.gz", ".nii"):
-        if name.lower().endswith(ending):
-            return name[: -len(ending)]
-    return name
 
 
 def contrast_of(text: str) -> str:
@@ -241,16 +236,62 @@ def write_manifest(path: str | os.PathLike[str], scans: Iterable[Scan]) -> None:
     writer.writerow([*REQUIRED, *further])
     for scan in ordered:
         writer.writerow([*scan.key, scan.contrast, scan.path, *(scan.columns.get(name, "") for name in further)])
-    path.parent.mkdir(parents=True, exist_ok=True)
-    part = path.with_name(f".{path.name}.{os.getpid()}.part")
-    part.write_text(text.getvalue(), encoding="utf-8", newline="")
-    os.replace(part, path)
+    try:
+        content = text.getvalue().encode()
+    except UnicodeEncodeError as error:
+        strange = error.object[max(0, error.start - 60) : error.end + 60]
+        raise ManifestError(f"{path}: {strange!r} is no text that UTF-8 can hold, expected names in UTF-8") from None
+    write_whole(path, content)
 
 
 def _written(scan: Scan, prefix: str) -> Scan:
     """The scan with its paths relative to the manifest's folder where they lie below it."""
-    labels = {name: cell.removeprefix(prefix) for name, cell in label_paths(scan).items()}
-    return replace(scan, path=scan.path.removeprefix(prefix), columns={**scan.columns, **labels})
+    labels = {name: _relative(cell, prefix) for name, cell in label_paths(scan).items()}
+    return replace(scan, path=_relative(scan.path, prefix), columns={**scan.columns, **labels})
+
+
+def _relative(path: str, prefix: str) -> str:
+    short = path.removeprefix(prefix)
+    # Blanks around a cell are forgiven when it is read, so those of a name must not stand at its end.
+    return f".{os.sep}{short}" if short != short.strip() else short
+
+
+# ------------------------------------------------------------------------------------------------- what was left out
+
+
+def left_out_file(path: str | os.PathLike[str]) -> Path:
+    """Where the files that a manifest left out are listed: beside it, ``NAME.left_out.csv``."""
+    return Path(path).with_suffix(".left_out.csv")
+
+
+def write_left_out(path: str | os.PathLike[str], left_out: Iterable[tuple[str, str]]) -> None:
+    """Writes (file, reason) beside a manifest, by reason and name; without any, a list of before is taken away.
+
+    Raises: OSError where it cannot be written.
+    """
+    file, rows = left_out_file(path), sorted(set(left_out), key=lambda row: (row[1], row[0]))
+    if not rows:
+        file.unlink(missing_ok=True)
+        return
+    text = io.StringIO(newline="")
+    writer = csv.writer(text, lineterminator="\n")
+    writer.writerow(["path", "reason"])
+    writer.writerows(rows)
+    write_whole(file, text.getvalue().encode(errors="backslashreplace"))
+
+
+def read_left_out(path: str | os.PathLike[str]) -> dict[str, list[str]]:
+    """Reason -> files that a manifest left out; empty where nothing is known of any."""
+    file = left_out_file(path)
+    if not file.is_file():
+        return {}
+    columns, rows = _table(file.read_bytes(), file)
+    if columns != ["path", "reason"] or any(len(values) != 2 for _, values in rows):
+        raise ManifestError(f"{file} has the columns {', '.join(columns)}, expected path and reason alone")
+    found: dict[str, list[str]] = {}
+    for _, (name, reason) in rows:
+        found.setdefault(reason, []).append(name)
+    return found
 
 
 def check_files(manifest: Manifest) -> None:
@@ -272,12 +313,22 @@ def label_paths(scan: Scan) -> dict[str, str]:
     return {name: path for name, path in scan.columns.items() if path and name.endswith(LABEL_ENDINGS)}
 
 
+def plain_first(scan: Scan) -> tuple[bool, bool, int, str]:
+    """Orders the scans of one contrast: what no program made, a name in BIDS' form, few words, then by path.
+
+    ``sub-01_T1w`` comes before ``sub-01_acq-fast_T1w`` and ``c1sub-01_T1w``.
+    """
+    name = scan.path.replace("\\", "/").rsplit("/", 1)[-1]
+    words = re.findall(r"[^_. ]+", strip_ending(name))
+    return bool(why_no_scan((name,))), not name.startswith("sub-") and "sub-" in name, len(words), scan.path
+
+
 def scan_names(scans: Sequence[Scan]) -> list[str]:
-    """A name for each scan of one session, in the order given: ``t1``, ``t1_2``, numbered by path.
+    """A name for each scan of one session, in the order given: ``t1``, ``t1_2``, numbered with the plainest first.
 
     The order of the rows does not matter: the same files get the same names.
     """
-    order = sorted(range(len(scans)), key=lambda i: (scans[i].contrast, scans[i].path))
+    order = sorted(range(len(scans)), key=lambda i: (scans[i].contrast, *plain_first(scans[i])))
     seen: Counter[str] = Counter()
     names = [""] * len(scans)
     for i in order:

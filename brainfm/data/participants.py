@@ -1,16 +1,15 @@
-"""The participants' table of a dataset, joined to its scans by subject and, where it has them, by session."""
+"""The participants' and sessions' tables of a dataset, joined to its scans by subject and visit, never by guess."""
 
 from __future__ import annotations
 
-import csv
-import io
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 from brainfm.data.manifest import LABEL_ENDINGS, REQUIRED, Scan
+from brainfm.data.tables import Table, read_table
 from brainfm.specs import ManifestError
 
 _SUBJECT_COLUMNS = ("participant_id", "subject_id", "patient_id", "subject", "participant", "patient", "mrid", "ptid",
@@ -20,6 +19,9 @@ _DATASET_COLUMNS = ("dataset", "cohort")
 _EMPTY = frozenset(("", "n/a", "na", "nan", "null", "#n/a"))
 _SEX = {"m": "M", "male": "M", "man": "M", "f": "F", "female": "F", "woman": "F"}
 _RENAMED = {"gender": "sex"}
+_AGE = re.compile(r"(?:^|_)age(?:$|_)")  # of the columns that belong to a visit the one that everybody has
+# Words before a number that say no more than "a person": another word may be that of another numbering.
+_PERSON = frozenset(("sub", "subject", "subj", "participant", "patient", "pat", "pt", "case", "p", "s", "id"))
 _Key = Callable[[str], str | None]
 
 
@@ -37,67 +39,131 @@ class Participants:
     rows: tuple[tuple[str, str, str, dict[str, str]], ...]
     notes: tuple[str, ...]
 
+    def columns(self) -> list[str]:
+        """The further columns, in the table's order."""
+        return list(dict.fromkeys(name for row in self.rows for name in row[3]))
+
+    def of_a_visit(self) -> set[str]:
+        """The columns that belong to a visit and not to the person: those that differ between visits, and ages."""
+        seen: dict[tuple[str, str, str], set[str]] = defaultdict(set)
+        for of, subject, session, values in self.rows:
+            for name, value in values.items():
+                if session and value:
+                    seen[of, subject, name].add(value)
+        visited = any(session for _, _, session, _ in self.rows)
+        ages = {name for name in self.columns() if visited and _AGE.search(name.lower())}
+        return ages | {name for (_, _, name), values in seen.items() if len(values) > 1}
+
 
 def read_participants(path: Path) -> Participants:
-    """Reads a CSV (comma or semicolon) or TSV. ``gender`` becomes ``sex`` (M, F), ``Age`` becomes ``age``.
+    """Reads a table of people, or of their visits. ``gender`` becomes ``sex`` (M, F), ``Age`` becomes ``age``.
 
     Raises:
-        ManifestError: where the file is missing, not text, or has no column of subject ids.
+        ManifestError: where the file is missing, no text, or has no column of subject ids.
     """
-    if not path.is_file():
-        raise ManifestError(f"no participants' table at {path}, expected a CSV or TSV file")
-    try:
-        text = path.read_text(encoding="utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise ManifestError(f"{path} is not UTF-8 (byte {error.start}), expected text saved as UTF-8") from None
-    first = text.partition("\n")[0]
-    delimiter = max("\t;,", key=first.count)
-    reader = csv.DictReader(io.StringIO(text, newline=""), delimiter=delimiter)
-    header = [name or "" for name in reader.fieldnames or ()]
-    subject = _column(header, _SUBJECT_COLUMNS)
+    table = read_table(path)
+    subject = _column(table.columns, _SUBJECT_COLUMNS)
     if subject is None:
-        raise ManifestError(f"{path} has no column of subject ids, expected one of {', '.join(_SUBJECT_COLUMNS)}")
-    session, dataset = _column(header, _SESSION_COLUMNS), _column(header, _DATASET_COLUMNS)
-    names, notes = _names([name for name in header if name not in (subject, session, dataset)], path)
+        shown = ", ".join(table.columns[:4])
+        raise ManifestError(
+            f"{path} has no column of subject ids, found {shown}, expected one of {', '.join(_SUBJECT_COLUMNS)}"
+        )
+    return _participants(table, subject, "")
+
+
+def read_sessions(files: Mapping[Path, str]) -> tuple[Participants | None, list[str]]:
+    """The ``sessions.tsv`` of several people as one table; None where none can be read.
+
+    Args:
+        files: the file of each person -> the subject.
+
+    Returns:
+        The table, and a note for what could not be read.
+    """
+    rows: list[tuple[str, str, str, dict[str, str]]] = []
+    notes: list[str] = []
+    for path, subject in files.items():
+        try:
+            table = read_table(path)
+            if _column(table.columns, _SESSION_COLUMNS) is None:
+                raise ManifestError(f"{path} has no column session_id")
+        except ManifestError as error:
+            notes.append(f"not joined: {error}")
+            continue
+        found = _participants(table, None, subject)
+        rows.extend(found.rows)
+        notes.extend(found.notes)
+    if not rows:
+        return None, notes
+    return Participants(next(iter(files)).with_name("sessions.tsv"), tuple(rows), ()), notes
+
+
+def _participants(table: Table, subject: int | None, who: str) -> Participants:
+    """The rows by what their columns mean; ``subject`` None: all rows are of one person."""
+    session, dataset = (_column(table.columns, names) for names in (_SESSION_COLUMNS, _DATASET_COLUMNS))
+    keys = {place for place in (subject, session, dataset) if place is not None}
+    names, notes = _names(table, keys)
     rows = []
-    for row in reader:
-        values = {new: _value(new, row[old]) for old, new in names.items()}
-        of, who, visit = (_value("", row[column]) if column else "" for column in (dataset, subject, session))
-        if who:
-            rows.append((of, who, visit, values))
-    return Participants(path, tuple(rows), (*notes, *_age_notes(rows, path)))
+    for cells in table.rows:
+        values = {name: _value(name, cells[place]) for place, name in names.items()}
+        of, visit = (_value("", cells[place]) if place is not None else "" for place in (dataset, session))
+        person = who if subject is None else _value("", cells[subject])
+        if person:
+            rows.append((of, person, visit, values))
+    notes += _mixed_sex(rows, table.path)
+    return Participants(table.path, tuple(rows), (*table.notes, *notes, *_age_notes(rows, table.path)))
 
 
-def _column(header: Sequence[str], wanted: Sequence[str]) -> str | None:
-    """The first of the wanted names that the header has, whatever its case and separators."""
-    plain = {re.sub(r"[\s-]+", "_", name.strip().lower()): name for name in reversed(header)}
-    return next((plain[name] for name in wanted if name in plain), None)
+def _column(header: Sequence[str], wanted: Sequence[str]) -> int | None:
+    """Where the first of the wanted names stands, whatever its case and separators; of equal names the first counts."""
+    plain = [re.sub(r"[\s-]+", "_", name.strip().lower()) for name in header]
+    return next((plain.index(name) for name in wanted if name in plain), None)
 
 
-def _names(header: Sequence[str], path: Path) -> tuple[dict[str, str], list[str]]:
-    """Old name -> name in the manifest."""
-    names: dict[str, str] = {}
+def _names(table: Table, keys: Collection[int]) -> tuple[dict[int, str], list[str]]:
+    """Place of a column -> its name in the manifest."""
+    names: dict[int, str] = {}
     notes = []
-    for old in header:
-        new = old.strip()
+    torn = set()
+    for place, old in enumerate(table.columns):
+        if place in keys:
+            continue
+        new = old
         if new.lower() in ("age", "sex", "gender"):
             new = _RENAMED.get(new.lower(), new.lower())
         if new in REQUIRED or new.endswith(LABEL_ENDINGS):
             # In a manifest these would be taken for something else.
             new = f"participant_{new}_value"
-            notes.append(f"{path.name}: column {old!r} is called {new!r} in the manifest")
-        if not new or new in names.values():
-            notes.append(f"{path.name}: column {old!r} has no name or the name of another and is left out")
+            notes.append(f"{table.path.name}: column {old!r} is called {new!r} in the manifest")
+        twin = next((other for other, name in names.items() if name == new), None)
+        if twin is not None and any(row[twin] != row[place] for row in table.rows):
+            torn.add(new)
+        if not new or twin is not None or old in (table.columns[key] for key in keys):
+            notes.append(f"{table.path.name}: column {old!r} has no name or the name of another and is left out")
             continue
-        names[old] = new
-    return names, notes
+        names[place] = new
+    if torn:
+        notes.append(f"{table.path.name}: {', '.join(sorted(torn))} stands there twice with other values, left out")
+    return {place: name for place, name in names.items() if name not in torn}, notes
 
 
-def _value(column: str, cell: str | None) -> str:
-    text = (cell or "").strip()
+def _value(column: str, cell: str) -> str:
+    text = cell.strip()
     if text.lower() in _EMPTY:
         return ""
     return _SEX.get(text.lower(), text) if column == "sex" else text
+
+
+def _mixed_sex(rows: Iterable[tuple[str, str, str, dict[str, str]]], path: Path) -> list[str]:
+    """Empties numbers in a column of M and F: 1 may be either. Returns a note where there were any."""
+    coded = [values for *_, values in rows if values.get("sex")]
+    numbers = [values for values in coded if _is_number(values["sex"])]
+    if not numbers or len(numbers) == len(coded):
+        return []
+    shown = ", ".join(sorted({values["sex"] for values in numbers})[:4])
+    for values in numbers:
+        values["sex"] = ""
+    return [f"warning: {path.name}: sex is coded in two ways, {shown} beside letters; {len(numbers)} rows left empty"]
 
 
 def _age_notes(rows: Iterable[tuple[str, str, str, dict[str, str]]], path: Path) -> list[str]:
@@ -109,23 +175,42 @@ def _is_number(text: str) -> bool:
     return re.fullmatch(r"[+-]?\d+(\.\d*)?|\.\d+", text) is not None
 
 
+# ---- who is who ------------------------------------------------------------------------------------------------------
+
+
 def match_ids(subjects: Iterable[str], listed: Iterable[str]) -> dict[str, str]:
     """Which id of a table means which subject.
 
     Four ways are tried, each among those still unmatched and only where one subject meets one id: the same text; the
-    same but for case and a ``sub-``; the same word and number (``sub-01`` and ``1``); the same number where one side
-    has no word (``patient07`` and ``7``).
+    same but for case and a ``sub-``; the same word and number (``sub-01`` and ``1``); and the same number, where one
+    side has nothing but numbers and the other one word before all of its numbers, which is a word for people or, where
+    the table has the numbers, any (``patient07`` or ``IXI007`` and ``7``). The last way counts only if it explains
+    every subject or every id: with one left over, the numbers may be of another numbering.
     """
-    left, right = sorted(set(subjects)), sorted(set(listed))
+    everyone, all_ids = sorted(set(subjects)), sorted(set(listed))
+    left, right = everyone, all_ids
     found: dict[str, str] = {}
     for way in (_as_is, _bare, _word_and_number):
         found.update(_pairs(left, right, way, way))
         left, right = [s for s in left if s not in found], [i for i in right if i not in set(found.values())]
-    forward = _pairs(left, right, _number, _lone_number)
-    backward = _pairs(left, right, _lone_number, _number)
-    used = Counter([*forward.values(), *(i for s, i in backward.items() if s not in forward)])
-    found.update({s: i for s, i in {**backward, **forward}.items() if used[i] == 1})
+    if left and right and _numbers_tell(everyone, all_ids):
+        by_number = _pairs(everyone, all_ids, _number, _number)
+        if len(by_number) in (len(everyone), len(all_ids)):
+            found.update({s: i for s, i in by_number.items() if s in left and i in right})
     return found
+
+
+def _numbers_tell(subjects: Sequence[str], listed: Sequence[str]) -> bool:
+    """Whether one side has bare numbers and the other one word before each number."""
+    words = []
+    for ids in (subjects, listed):
+        keys = [_word_and_number(text) for text in ids]
+        words.append({None if key is None else key.split(" ")[0] for key in keys})
+    ours, theirs = words
+    if len(ours) != 1 or len(theirs) != 1 or None in ours | theirs:
+        return False
+    (our_word,), (their_word,) = ours, theirs
+    return (our_word != "" and their_word == "") or (our_word == "" and their_word in _PERSON)
 
 
 def _pairs(left: Sequence[str], right: Sequence[str], of_left: _Key, of_right: _Key) -> dict[str, str]:
@@ -157,58 +242,95 @@ def _number(text: str) -> str | None:
     return key.split(" ")[1] if key else None
 
 
-def _lone_number(text: str) -> str | None:
-    key = _word_and_number(text)
-    return key.split(" ")[1] if key and key.startswith(" ") else None
+# ---- joining ---------------------------------------------------------------------------------------------------------
 
 
 def join(scans: Sequence[Scan], table: Participants) -> tuple[list[Scan], list[str]]:
     """The scans with the table's columns, and what was matched with what.
 
-    A subject's rows for the scan's session are used, else all rows of the subject; where they contradict one another
-    the cell stays empty. Columns that a scan already has are kept where the table is silent.
+    A subject's row for the scan's session is used; what that leaves open comes from the subject's other rows, where
+    they agree, unless the column belongs to a visit (`Participants.of_a_visit`): another visit's age is worse than
+    none. Columns that a scan already has are kept where the table is silent, those of a visit only where the table does
+    not know the subject.
     """
     by_dataset: dict[str, list[int]] = defaultdict(list)
     for number, scan in enumerate(scans):
         by_dataset[scan.dataset].append(number)
-    columns = list(dict.fromkeys(name for row in table.rows for name in row[3]))
+    columns, of_visit = table.columns(), table.of_a_visit()
     joined = list(scans)
     notes = list(table.notes)
     matched: dict[str, str] = {}
     unmatched: list[str] = []
     torn: Counter[str] = Counter()
-    named = any(_means(row[0], dataset) for row in table.rows for dataset in by_dataset)
+    elsewhere: Counter[str] = Counter()
+    named = {row[0] for row in table.rows if row[0]}
+    known = any(_means(of, dataset) for of in named for dataset in by_dataset)
     for dataset, numbers in by_dataset.items():
         listed: dict[str, list[tuple[str, dict[str, str]]]] = defaultdict(list)
         for of, subject, session, values in table.rows:
-            if not of or not named or _means(of, dataset):
+            # A table of one dataset may call it by another name than its folder; one of several must name it.
+            if not of or _means(of, dataset) or (not known and len(named) == 1):
                 listed[subject].append((session, values))
         ids = match_ids((scans[n].subject for n in numbers), listed)
         for n in numbers:
             scan = scans[n]
             rows = listed.get(ids.get(scan.subject, ""), [])
-            joined[n] = replace(scan, columns={**scan.columns, **_cells(scan, rows, columns, torn)})
+            cells = _cells(scan, rows, columns, of_visit, torn, elsewhere)
+            joined[n] = replace(scan, columns={**scan.columns, **cells})
         subjects = sorted({scans[n].subject for n in numbers})
         unmatched.extend(f"{dataset}/{subject}" for subject in subjects if subject not in ids)
         matched.update({s: ids[s] for s in subjects if s in ids})
-    return joined, notes + _join_notes(table, matched, unmatched, torn)
+    if named and not known and len(named) > 1:
+        notes.append(f"{table.path.name}: names {', '.join(sorted(named)[:4])}, none of the datasets found")
+    return joined, notes + _join_notes(table, matched, unmatched, torn, +elsewhere)
+
+
+def one_age_notes(scans: Sequence[Scan], tables: Sequence[Participants]) -> list[str]:
+    """Whether people who came more than once have one age for all visits, because no table tells visits apart."""
+    if any(session for table in tables for _, _, session, _ in table.rows):
+        return []
+    visits: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
+    for scan in scans:
+        for column, value in scan.columns.items():
+            if value and _AGE.search(column.lower()):
+                visits[scan.subject_key, column][scan.session] = value
+    several = [column for (_, column), ages in visits.items() if len(ages) > 1 and len(set(ages.values())) == 1]
+    return [f"{several[0]} is one a person and was given to every visit of {len(several)} people"] if several else []
 
 
 def _means(text: str, dataset: str) -> bool:
     """Whether a cell of the table's dataset column means this dataset: its name, its cohort or its ds number."""
-    return text != "" and (dataset.lower().startswith(text.lower()) or dataset.lower().endswith(f"_{text.lower()}"))
+    name, part = dataset.lower(), text.lower()
+    return part != "" and (name == part or name.startswith(f"{part}_") or name.endswith(f"_{part}"))
 
 
 def _cells(
-    scan: Scan, rows: Sequence[tuple[str, dict[str, str]]], columns: Sequence[str], torn: Counter[str]
+    scan: Scan,
+    rows: Sequence[tuple[str, dict[str, str]]],
+    columns: Sequence[str],
+    of_visit: Collection[str],
+    torn: Counter[str],
+    elsewhere: Counter[str],
 ) -> dict[str, str]:
-    same = [values for session, values in rows if session and _session_key(session) == _session_key(scan.session)]
+    """The columns of one scan; counts those that its rows contradict and those that only other visits have."""
+    visits = {_session_key(session) for session, _ in rows if session}
+    mine = {_session_key(scan.session)} if scan.session else visits if len(visits) == 1 else set()
+    same = [values for session, values in rows if session and _session_key(session) in mine]
+    plain = [values for session, values in rows if not session]
     cells = {}
     for name in columns:
-        found = {values[name] for values in (same or [values for _, values in rows]) if values[name]}
+        found = {values[name] for values in same if values[name]}
+        if not found and name in of_visit:
+            found = {values[name] for values in plain if values[name]}
+            if not found and visits:
+                elsewhere[name] += any(values[name] for _, values in rows)
+                cells[name] = ""
+                continue
+        elif not found:
+            found = {values[name] for _, values in rows if values[name]}
         if len(found) > 1:
             torn[name] += 1
-        cells[name] = found.pop() if len(found) == 1 else scan.columns.get(name, "")
+        cells[name] = found.pop() if len(found) == 1 else "" if found else scan.columns.get(name, "")
     return cells
 
 
@@ -217,14 +339,19 @@ def _session_key(text: str) -> str:
 
 
 def _join_notes(
-    table: Participants, matched: Mapping[str, str], unmatched: Sequence[str], torn: Mapping[str, int]
+    table: Participants,
+    matched: Mapping[str, str],
+    unmatched: Sequence[str],
+    torn: Mapping[str, int],
+    elsewhere: Mapping[str, int],
 ) -> list[str]:
     name = table.path.name
     loose = [f"{s} = {i}" for s, i in matched.items() if s != i]
     notes = [f"{name}: {len(matched)} subjects matched" + (f", e.g. {', '.join(loose[:3])}" if loose else "")]
     if unmatched:
         notes.append(f"{name}: {len(unmatched)} subjects have no row, e.g. {unmatched[0]}")
-    if torn:
-        shown = ", ".join(f"{column} ({count} scans)" for column, count in list(torn.items())[:5])
-        notes.append(f"{name}: rows of one subject contradict one another, left empty: {shown}")
+    for counted, said in ((torn, "rows of one subject contradict one another"), (elsewhere, "of another visit only")):
+        shown = ", ".join(f"{column} ({count} scans)" for column, count in list(counted.items())[:5])
+        if shown:
+            notes.append(f"{name}: {said}, left empty: {shown}")
     return notes

@@ -9,17 +9,20 @@ from __future__ import annotations
 
 import itertools
 import os
-from collections.abc import Callable, Generator, Iterator, Sequence
+from collections import Counter
+from collections.abc import Callable, Collection, Generator, Iterator, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from brainfm.data.manifest import Manifest, Scan, check_files, label_paths, scan_names, session_labels
+from brainfm.data.sources import SourceFile
 from brainfm.data.store import Failure, Key, Share, Store
 from brainfm.data.workers import in_pool, in_this_process, one_thread
 from brainfm.imaging import register
+from brainfm.imaging.endings import companions
 from brainfm.imaging.preprocess import Anchor, prepare_session
 from brainfm.specs import ConfigError, PreprocessSpec, ScanError, StoreError
 
@@ -32,11 +35,15 @@ class Report:
         done: sessions prepared by this run.
         skipped: sessions that were there already.
         failed: the manifest's scans and labels that are not in the store, whichever run found that.
+        again: of those prepared, the sessions that were there, and what of them had changed.
+        empty: label -> in how many of its sessions it has no voxel, and how many there are; those without are left out.
     """
 
     done: int
     skipped: int
     failed: tuple[Failure, ...]
+    again: tuple[tuple[Key, str], ...] = ()
+    empty: dict[str, tuple[int, int]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
@@ -46,7 +53,7 @@ class _Session:
     key: Key
     scans: tuple[Scan, ...]
     folder: Path  # where relative paths of the manifest begin
-    sizes: dict[str, int]
+    sources: dict[str, SourceFile]  # by their path as written
 
 
 _Piece = tuple[_Session, ...]  # sessions of one subject, the first visit first
@@ -64,9 +71,10 @@ def prepare(
 ) -> Report:
     """Brings every session of the manifest into the store, leaving those alone that are there already.
 
-    A session counts as there if it was made from the same rows of the manifest and from files of the same sizes. That
-    holds for failures as well: a scan that could not be prepared is tried again when it changes. Sessions of the store
-    that the manifest does not name stay.
+    A session counts as there if it was made from the same rows of the manifest and from files of the same content
+    (Store.why_not_current). That holds for failures as well: a scan that could not be prepared is tried again when it
+    changes. A session that fails in a way nobody foresaw is a failure of that session alone. Sessions of the store that
+    the manifest does not name stay.
 
     Args:
         store_path: a store made with the same spec, or a folder that is empty or does not exist.
@@ -97,7 +105,8 @@ def prepare(
         session_labels(scans)  # refuses contradictions before anything is written
     store = Store.create(store_path, spec, share)
     with store.locked():
-        pieces = [(piece, _missing(store, piece)) for piece in _pieces(_sessions(manifest, sessions), spec)]
+        again: list[tuple[Key, str]] = []
+        pieces = [(piece, _missing(store, piece, again)) for piece in _pieces(_sessions(manifest, sessions), spec)]
         todo = [(piece, missing) for piece, missing in pieces if missing]
         settled = len(sessions) - sum(missing for _, missing in todo)
         if progress:
@@ -112,14 +121,25 @@ def prepare(
         store.sweep()
         failures = store.finish()
     failed = tuple(f for f in failures if (f.dataset, f.subject, f.session) in sessions)
-    return Report(done, len(sessions) - done, failed)
+    return Report(done, len(sessions) - done, failed, tuple(again), _empty_labels(store, sessions))
+
+
+def _empty_labels(store: Store, sessions: Collection[Key]) -> dict[str, tuple[int, int]]:
+    """Label -> sessions in which it has no voxel, and all that have it; without those that are empty nowhere."""
+    labelled, empty = Counter[str](), Counter[str]()
+    for entry in store.sessions:
+        for label in entry.labels if entry.key in sessions else ():
+            labelled[label.name] += 1
+            empty[label.name] += len(store.label_points(entry, label.name)) == 0
+    return {name: (count, labelled[name]) for name, count in sorted(empty.items()) if count}
 
 
 def _sessions(manifest: Manifest, sessions: dict[Key, list[Scan]]) -> Iterator[_Session]:
     for key, scans in sessions.items():
+        folder = manifest.path.parent
         paths = {path for scan in scans for path in (scan.path, *label_paths(scan).values())}
-        sizes = {path: manifest.resolve(path).stat().st_size for path in sorted(paths)}
-        yield _Session(key, tuple(scans), manifest.path.parent, sizes)
+        paths |= {os.path.relpath(file, folder) for path in paths for file in companions(manifest.resolve(path))}
+        yield _Session(key, tuple(scans), folder, {path: SourceFile.of(folder / path) for path in sorted(paths)})
 
 
 def _pieces(sessions: Iterator[_Session], spec: PreprocessSpec) -> Iterator[_Piece]:
@@ -130,26 +150,32 @@ def _pieces(sessions: Iterator[_Session], spec: PreprocessSpec) -> Iterator[_Pie
         yield tuple(visits)
 
 
-def _missing(store: Store, piece: _Piece) -> int:
-    """How many sessions of a piece are to be prepared; without an anchor, all that follow the first that is."""
+def _missing(store: Store, piece: _Piece, again: list[tuple[Key, str]]) -> int:
+    """How many sessions of a piece are to be prepared; without an anchor, all that follow the first that is.
+
+    Those that are there and have changed are added to ``again``, with what has.
+    """
     anchor, missing = None, 0
     for session in piece:
-        if (missing and anchor is None) or not _is_current(store, session, anchor):
+        changed = _why_not_current(store, session, anchor)
+        if changed:
+            again.append((session.key, changed))
+        if (missing and anchor is None) or changed is not None:
             missing += 1
         else:
             anchor = anchor or _anchor(store, session)
     return missing
 
 
-def _is_current(store: Store, session: _Session, anchor: Anchor | None) -> bool:
-    return store.is_current(session.key, session.scans, _sizes(session, anchor))
+def _why_not_current(store: Store, session: _Session, anchor: Anchor | None) -> str | None:
+    return store.why_not_current(session.key, session.scans, _sources(session, anchor))
 
 
-def _sizes(session: _Session, anchor: Anchor | None) -> dict[str, int]:
+def _sources(session: _Session, anchor: Anchor | None) -> dict[str, SourceFile]:
     """The files that a session is made from: its own, and the one that its frame is taken from."""
     if anchor is None:
-        return session.sizes
-    return session.sizes | {os.path.relpath(anchor.path, session.folder): anchor.path.stat().st_size}
+        return session.sources
+    return session.sources | {os.path.relpath(anchor.path, session.folder): SourceFile.of(anchor.path)}
 
 
 def _anchor(store: Store, session: _Session) -> Anchor | None:
@@ -162,7 +188,7 @@ def _work(store: Store, piece: _Piece) -> int:
     """Prepares and writes what is missing of a piece; returns the number of sessions."""
     anchor, done = None, 0
     for session in piece:
-        if not _is_current(store, session, anchor):
+        if _why_not_current(store, session, anchor) is not None:
             _prepare(store, session, anchor)
             done += 1
         anchor = anchor or _anchor(store, session)
@@ -173,13 +199,16 @@ def _prepare(store: Store, session: _Session, anchor: Anchor | None) -> None:
     names = scan_names(session.scans)
     scans = {name: session.folder / scan.path for name, scan in sorted(zip(names, session.scans), key=lambda s: s[0])}
     labels = {name: session.folder / path for name, path in sorted(session_labels(session.scans).items())}
-    sizes = _sizes(session, anchor)
+    sources = _sources(session, anchor)
+    stamps = {path: source.stamp() for path, source in sources.items()}  # before: what changes meanwhile is noticed
     try:
         prepared = prepare_session(scans, labels, store.spec, anchor=anchor)
-    except ScanError as error:
-        store.write_failure(session.key, session.scans, dict.fromkeys(names, str(error)), sizes)
-    else:
-        store.write_session(session.key, session.scans, prepared, sizes)
+        store.write_session(session.key, session.scans, prepared, sources, stamps)
+    except (StoreError, ConfigError, OSError, MemoryError):
+        raise  # of the store or the machine: the next session would meet it as well
+    except Exception as error:  # one session in 60,000 must not end the run; it is reported, not swallowed
+        reason = str(error) if isinstance(error, ScanError) else f"cannot be prepared ({type(error).__name__}: {error})"
+        store.write_failure(session.key, session.scans, dict.fromkeys(names, reason), sources, stamps)
 
 
 _Steps = Generator[tuple[int, int], None, None]  # the number of a piece and of the sessions prepared of it, as they end

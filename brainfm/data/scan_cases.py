@@ -158,6 +158,12 @@ def _classes(store: Store, sessions: Sequence[SessionEntry], column: str) -> tup
         if text is not None:
             spellings.setdefault(text.casefold(), Counter())[text] += 1
     found = [min(c, key=lambda text: (-c[text], text)) for c in spellings.values()]
+    numbers = [name for name in found if name.isdigit()]
+    if column.lower() in ("sex", "gender") and numbers and len(numbers) < len(found):
+        raise ConfigError(
+            f"{store.path}: column {column} is coded in two ways, {', '.join(sorted(found))}, expected one; mend it, "
+            "or name the classes in task.values and leave the others out"
+        )
     people = len({s.subject_key for s in sessions})
     if len(found) > max(_MANY_CLASSES, people // 2):
         raise ConfigError(

@@ -57,15 +57,17 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import blosc2
 import numpy as np
 
 from brainfm import seeds
 from brainfm.data.levels import coarse_image, coarse_labels, coarse_shape, kept_levels
 from brainfm.data.manifest import LABEL_ENDINGS, Scan, scan_names, session_labels
+from brainfm.data.sources import SourceFile
 from brainfm.specs import ConfigError, PreprocessSpec, StoreError
 
 if TYPE_CHECKING:
+    import blosc2  # imported when used: windows of a packed file (data/packed) are read where there is none
+
     from brainfm.imaging.preprocess import Prepared, Recipe
 
 FORMAT = 1
@@ -268,23 +270,40 @@ class Store:
 
     # ---------------------------------------------------------------------------------------------------- writing
 
-    def is_current(self, key: Key, scans: Sequence[Scan], sizes: Mapping[str, int]) -> bool:
-        """Whether the session lies here, whole, made from the same rows and from files of the same sizes.
+    def is_current(self, key: Key, scans: Sequence[Scan], sources: Mapping[str, SourceFile]) -> bool:
+        """Whether the session lies here, whole, made from the same rows and from files of the same content."""
+        return self.why_not_current(key, scans, sources) is None
 
-        A source that was changed without changing its size is not noticed: delete the session's folder.
+    def why_not_current(self, key: Key, scans: Sequence[Scan], sources: Mapping[str, SourceFile]) -> str | None:
+        """None for a session that is current; else what has changed, empty where it is not here, or not whole.
+
+        A source is another one where its size differs, or its time of change and its content. A session from before
+        contents were kept is judged by sizes alone.
         """
         folder = self._folder(key)
         try:
             document = json.loads((folder / "session.json").read_bytes())
         except (FileNotFoundError, json.JSONDecodeError):
-            return False
-        if document["sources"] != _sources(scans, sizes):
-            return False
+            return ""
         files = document["files"]
-        return all((folder / f).is_file() and (folder / f).stat().st_size == files[f]["bytes"] for f in files)
+        if not all((folder / f).is_file() and (folder / f).stat().st_size == files[f]["bytes"] for f in files):
+            return ""
+        made_from, now = document["sources"], _sources(scans, sources)
+        if made_from["rows"] != now["rows"] or set(made_from["bytes"]) != set(now["bytes"]):
+            return "its rows of the manifest"
+        stamps = made_from.get("stamps", {})
+        for path, source in sorted(sources.items()):
+            if source.bytes != made_from["bytes"][path] or not source.is_as(stamps.get(path)):
+                return path
+        return None
 
     def write_session(
-        self, key: Key, scans: Sequence[Scan], prepared: Prepared, sizes: Mapping[str, int] | None = None
+        self,
+        key: Key,
+        scans: Sequence[Scan],
+        prepared: Prepared,
+        sources: Mapping[str, SourceFile] | None = None,
+        stamps: Mapping[str, Any] | None = None,
     ) -> None:
         """Adds a session, or replaces the one of the same key; complete or not at all.
 
@@ -292,7 +311,8 @@ class Store:
             key: dataset, subject, session.
             scans: its rows of the manifest.
             prepared: its volumes; scans are named as ``scan_names`` names the rows.
-            sizes: bytes of the source files by their path as written, so that a later run can tell what has changed.
+            sources: the source files by their path as written, so that a later run can tell what has changed.
+            stamps: of these, taken before they were read; by default taken now.
 
         Raises: StoreError where the disk is full or cannot be written.
         """
@@ -322,23 +342,30 @@ class Store:
             "volumes": volumes,
             "recipes": {name: recipe.to_dict() for name, recipe in prepared.recipes.items()},
         }
-        self._write_folder(key, scans, sizes or {}, prepared.failures, document, files)
+        self._write_folder(key, scans, _made_from(scans, sources or {}, stamps), prepared.failures, document, files)
 
     def write_failure(
-        self, key: Key, scans: Sequence[Scan], failures: Mapping[str, str], sizes: Mapping[str, int] | None = None
+        self,
+        key: Key,
+        scans: Sequence[Scan],
+        failures: Mapping[str, str],
+        sources: Mapping[str, SourceFile] | None = None,
+        stamps: Mapping[str, Any] | None = None,
     ) -> None:
         """Records that nothing of a session could be prepared: it is not tried again until its rows or files change.
 
         Args:
             failures: reason by scan or label name.
+            sources, stamps: as in `write_session`.
         """
-        self._write_folder(key, scans, sizes or {}, failures, {"shape": [], "volumes": [], "recipes": {}}, {})
+        made_from = _made_from(scans, sources or {}, stamps)
+        self._write_folder(key, scans, made_from, failures, {"shape": [], "volumes": [], "recipes": {}}, {})
 
     def _write_folder(
         self,
         key: Key,
         scans: Sequence[Scan],
-        sizes: Mapping[str, int],
+        made_from: Mapping[str, Any],
         failures: Mapping[str, str],
         document: dict[str, Any],
         files: Mapping[str, bytes],
@@ -357,7 +384,7 @@ class Store:
         document = document | {
             "key": list(key),
             "preprocess": self.spec.fingerprint(),
-            "sources": _sources(scans, sizes),
+            "sources": made_from,
             "columns": _columns(rows.values()),
             "failures": failed,
             "files": {f: {"bytes": len(b), "sha256": hashlib.sha256(b).hexdigest()} for f, b in files.items()},
@@ -445,6 +472,10 @@ class Store:
     def levels(self, entry: SessionEntry) -> int:
         """How many levels a session has beside its own: they follow from the spec, whether copies are kept or not."""
         return kept_levels(self.spec.spacing_mm)
+
+    def finest(self, entry: SessionEntry) -> int:
+        """The first level that shows more than the one after it."""
+        return 0
 
     def shape(self, entry: SessionEntry, level: int = 0) -> Triple:
         """The shape of a session's volumes at a level: ``entry.shape`` / 2^level, rounded up."""
@@ -646,6 +677,8 @@ def _entry(row: Sequence[str]) -> ScanEntry:
 
 
 def _open_array(file: Path) -> tuple[blosc2.NDArray, float]:
+    import blosc2
+
     try:
         array = blosc2.open(str(file), mode="r", mmap_mode="r", dparams={"nthreads": 1})
         if not isinstance(array, blosc2.NDArray):
@@ -711,6 +744,8 @@ def _packed(file: str, voxels: np.ndarray, background: float, levels: int) -> di
 
 
 def _pack(voxels: np.ndarray, background: float) -> bytes:
+    import blosc2
+
     chunks = tuple(min(_CHUNK, -(-n // _BLOCK) * _BLOCK) for n in voxels.shape)
     cparams = {
         "codec": blosc2.Codec.LZ4,
@@ -763,15 +798,23 @@ def _scan_rows(scans: Sequence[Scan]) -> dict[str, Scan]:
     return dict(zip(scan_names(ordered), ordered))
 
 
-def _sources(scans: Sequence[Scan], sizes: Mapping[str, int]) -> dict[str, Any]:
+def _sources(scans: Sequence[Scan], sources: Mapping[str, SourceFile]) -> dict[str, Any]:
     rows = _scan_rows(scans)
     return {
         "rows": [
             {"name": name, "contrast": s.contrast, "path": s.path, "columns": dict(sorted(s.columns.items()))}
             for name, s in rows.items()
         ],
-        "bytes": dict(sorted(sizes.items())),
+        "bytes": {path: source.bytes for path, source in sorted(sources.items())},
     }
+
+
+def _made_from(
+    scans: Sequence[Scan], sources: Mapping[str, SourceFile], stamps: Mapping[str, Any] | None
+) -> dict[str, Any]:
+    if stamps is None:
+        stamps = {path: source.stamp() for path, source in sorted(sources.items())}
+    return _sources(scans, sources) | {"stamps": dict(stamps)}
 
 
 def _columns(rows: Iterable[Scan]) -> dict[str, str]:

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import signal
 import threading
+import warnings
 from collections.abc import Callable, Generator, Iterator, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from concurrent.futures.process import BrokenProcessPool
@@ -13,7 +14,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
-from brainfm.specs import StoreError
+from brainfm.specs import BrainfmWarning, StoreError
 
 # Every worker has one core: libraries that start a thread per core would only get in each other's way.
 _THREADS = (
@@ -32,6 +33,21 @@ T = TypeVar("T")
 R = TypeVar("R")
 
 
+def why_no_processes() -> str:
+    """Why this system lets no process wait for another, said as a warning as well; empty where all is well.
+
+    Locks between processes live in shared memory, which a container may have mounted read-only, or not at all.
+    """
+    try:
+        multiprocessing.get_context("spawn").Lock()
+    except (OSError, ImportError) as error:
+        why = f"shared memory cannot be used ({error.strerror or error})" if isinstance(error, OSError) else str(error)
+        sentence = f"{why}, so the work is done in one process; a container needs a /dev/shm that can be written to"
+        warnings.warn(sentence, BrainfmWarning, stacklevel=2)
+        return sentence
+    return ""
+
+
 def in_this_process(work: Callable[[T], R], todo: Sequence[T]) -> Generator[tuple[int, R], None, None]:
     """What `in_pool` does, one after the other."""
     for number, piece in enumerate(todo):
@@ -42,6 +58,7 @@ def in_pool(
     work: Callable[[T], R], todo: Sequence[T], workers: int, killed: str
 ) -> Generator[tuple[int, R], None, None]:
     """Number and result of every piece as it is done; at any error hands out no more work and waits for the rest.
+    Where the system has no means for several processes, the work is done in this one.
 
     Args:
         work: picklable, a function of a module.
@@ -51,6 +68,9 @@ def in_pool(
     Raises:
         StoreError: with ``killed``. Whatever ``work`` raises.
     """
+    if why_no_processes():
+        yield from in_this_process(work, todo)
+        return
     workers = min(workers, len(todo))
     remaining = iter(enumerate(todo))
     pending: dict[Future[R], int] = {}

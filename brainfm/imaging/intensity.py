@@ -17,6 +17,10 @@ _BORDER_SHARE = 0.5  # of the border that must hold the background value
 _THRESHOLD = 0.1  # of the way from the 2nd to the 98th percentile
 _COARSE_MM = 4.0  # blocks in which air noise averages out
 _SPECK = 0.05  # of the largest piece; smaller pieces are dropped
+_LABELS = 1024  # different whole numbers at most in what may be a label map
+_PATCHY = 0.6  # of neighbours equal: label maps have .75 and more, scans of 8 bits .3 at most
+_NEAR_TOP, _MANY_NEAR_TOP, _SATURATED = 0.95, 0.05, 0.25  # of the largest value; shares of the image: scans have .001
+_MOST_SPREAD = 1e5  # clipped range against the size of 90 % of the foreground: whole numbers of 16 bits spread less
 
 
 @dataclass(frozen=True)
@@ -43,7 +47,8 @@ def foreground(volume: Volume) -> np.ndarray:
     foreground is what differs from it, dark cerebrospinal fluid included. Where that says nothing (more than 60 % of
     the array differs, or much of what differs is as dark as noise) the foreground is what lies above the robust
     threshold of 10 % between the 2nd and the 98th percentile; for it the scan is averaged to 4 mm as well, and
-    pieces smaller than 5 % of the largest are dropped.
+    pieces smaller than 5 % of the largest are dropped. A background brighter than the 98th percentile is never
+    foreground.
 
     Returns:
         bool [X, Y, Z] in the memory order of the voxels.
@@ -62,6 +67,8 @@ def foreground(volume: Volume) -> np.ndarray:
         sample = sample[sample != background]
         if sample.size == 0 or (share < _MOST_FOREGROUND and not _is_noisy(sample, background)):
             return differs
+        if background > np.percentile(sample, 98):
+            voxels = np.where(differs, voxels, sample.min())
     mask = _above_threshold(voxels, _threshold(sample), volume.spacing_mm)
     return mask if mask.any() else voxels > voxels.min()
 
@@ -70,7 +77,7 @@ def statistics(voxels: np.ndarray, mask: np.ndarray, clip_percentiles: tuple[flo
     """Percentiles of the foreground, and mean and standard deviation of the clipped foreground.
 
     Raises:
-        ScanError: the foreground is empty or has one value.
+        ScanError: the foreground is empty, has one value, or outliers that would flatten all the rest.
     """
     order = np.argsort(np.abs(voxels.strides))[::-1]  # selecting in memory order is several times faster
     values = voxels.transpose(order)[mask.transpose(order)]
@@ -83,9 +90,52 @@ def statistics(voxels: np.ndarray, mask: np.ndarray, clip_percentiles: tuple[flo
     return stats
 
 
+def no_scan(voxels: np.ndarray) -> str:
+    """Why an image looks like a label map or a map of probabilities, in words; empty where it looks like a scan."""
+    corner = voxels[0, 0, 0]
+    inside = voxels != corner
+    values = voxels[inside]
+    if values.size < 2:
+        return ""
+    low, high = float(values.min()), float(values.max())
+    few = high - low < 2**16 and _are_whole(values)
+    kinds = int(np.count_nonzero(np.bincount((values - low).astype(np.int64)))) if few else values.size
+    axis = int(np.argmin(np.abs(voxels.strides)))
+    a, b = voxels.swapaxes(0, axis)[1:], voxels.swapaxes(0, axis)[:-1]
+    pairs = (a != corner) & (b != corner)
+    if kinds <= _LABELS and pairs.any() and (a == b)[pairs].mean() > _PATCHY:
+        return f"it holds patches of {kinds} whole numbers, as a label map does"
+    near_top = float((values >= _NEAR_TOP * high).mean()) if high > 0 and low >= 0 else 0.0
+    if near_top > (_MANY_NEAR_TOP if high <= 1 + 1e-4 else _SATURATED):
+        return f"{near_top:.0%} of it are near its largest value, {high:g}, as in a map of probabilities"
+    return ""
+
+
+def _are_whole(values: np.ndarray) -> bool:
+    if values.dtype.kind in "iu":
+        return True
+    some = values[:: max(1, values.size // 4096)]
+    return bool((some == np.rint(some)).all() and (values == np.rint(values)).all())
+
+
+def background_above(voxels: np.ndarray, value: float) -> float | None:
+    """The exact background of a scan, where it is brighter than a value: the mark of some programs for "no value"."""
+    corners = voxels[:: max(1, voxels.shape[0] - 1), :: max(1, voxels.shape[1] - 1), :: max(1, voxels.shape[2] - 1)]
+    if corners.max() <= value:  # the common case, told without looking at the whole border
+        return None
+    background = _background_value(voxels)
+    return background if background is not None and background > value else None
+
+
 def _by_sorting(values: np.ndarray, clip_percentiles: tuple[float, float]) -> Stats:
     values = values.astype(np.float32)
-    low, high = (float(p) for p in np.percentile(values, clip_percentiles, overwrite_input=True))
+    low, high, fifth, last = (float(p) for p in np.percentile(values, (*clip_percentiles, 5, 95), overwrite_input=True))
+    most = max(abs(fifth), abs(last))
+    if most > 0 and high - low > _MOST_SPREAD * most:
+        raise ScanError(
+            f"outliers from {low:.3g} to {high:.3g} where 90 % of the foreground lie within {most:.3g} of 0, expected "
+            "an image without them"
+        )
     np.clip(values, low, high, out=values)
     mean = float(values.mean(dtype=np.float64))
     values -= np.float32(mean)

@@ -1,14 +1,11 @@
-"""NIfTI files: read onto RAS+ axes without losing the way back, write label maps onto the grid of an input file.
+"""Scan files: read onto RAS+ axes without losing the way back, write label maps onto the grid of an input file.
 
-The only module that knows nibabel. Single-file NIfTI-1 and NIfTI-2, plain or gzipped (told by content, not by name).
+Knows nibabel, as `imaging/formats` does, which says what is read. What is written is single-file NIfTI.
 """
 
 from __future__ import annotations
 
 import gzip
-import os
-import secrets
-import zlib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Self
@@ -17,14 +14,19 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
+from brainfm.files import write_whole
+from brainfm.imaging.formats import Opened, open_scan
 from brainfm.specs import ScanError
 from brainfm.volume import Volume, spacing_of
 
 MAX_NON_FINITE = 0.01  # of the voxels; a scan with more has lost data, not a few divisions by zero
-_SAME_PLACE_MM = 1e-3  # entries of two affines may differ by so much, as header fields are float32
 _FEW_SLICES = 8
-_DISAGREEMENT_MM = 0.1
+_DISAGREEMENT_MM = 0.1  # header fields are float32, and programs round them in ways of their own
+_DISAGREEMENT_VOX = 0.25  # where voxels are so small that 0.1 mm is much of one
 _PLAUSIBLE_SPACING_MM = (0.1, 20.0)
+_MM_IN = {1: 1000.0, 3: 0.001}  # codes of xyzt_units: metres, micrometres
+_LONG_QUATERNION = 1e-3  # above a length of 1; less is rounding
+_REACH = 2.0**60  # float32 can square and add up numbers of up to this size
 
 
 @dataclass(frozen=True)
@@ -77,9 +79,17 @@ class FileGrid:
         return affine
 
     def same_place(self, other: FileGrid) -> bool:
-        """Whether both hold the same voxels, in whatever axis order they are stored."""
-        apart = np.abs(self.ras_affine() - other.ras_affine()).max()
-        return self.ras_shape() == other.ras_shape() and bool(apart <= _SAME_PLACE_MM)
+        """Whether both hold the same voxels, in whatever axis order they are stored.
+
+        No corner may be further off than 0.1 mm, and a quarter of a voxel: what sform and qform of one file may.
+        """
+        if self.ras_shape() != other.ras_shape():
+            return False
+        return self.apart_mm(other) <= min(_DISAGREEMENT_MM, _DISAGREEMENT_VOX * min(spacing_of(self.ras_affine())))
+
+    def apart_mm(self, other: FileGrid) -> float:
+        """How far the furthest corner voxel of this grid lies, along an axis, from where the other grid has it."""
+        return _apart_mm(self.ras_affine(), other.ras_affine(), self.ras_shape())
 
     def to_dict(self) -> dict[str, Any]:
         return {
@@ -127,30 +137,31 @@ def read_header(path: Path) -> Header:
     """The header alone; of a gzipped file only the first block is unpacked.
 
     Raises:
-        ScanError: not a NIfTI file, not one real number per voxel, not 3D, or no usable affine.
+        ScanError: not a file of a known format, not one real number per voxel, not 3D, or no usable affine.
     """
-    return _interpret(_parse(_first_bytes(path), path), path)
+    return _interpret(open_scan(path), path)
 
 
 def read(path: Path, *, labels: bool = False, compact: bool = False) -> tuple[Volume, FileGrid]:
     """The voxels on RAS+ axes, and the grid they came from.
 
-    Non-finite voxels, where they are at most 1 % of all, become 0. The array keeps the file's memory order.
+    Non-finite voxels, where they are at most 1 % of all, become 0. An image whose numbers float32 cannot square, above
+    2^60 or all below 2^-60, comes in another unit, a power of two, with outliers cut at 2^60 of it. The array keeps the
+    file's memory order.
 
     Args:
-        path: a ``.nii`` or ``.nii.gz`` file.
-        labels: return int32, and insist on whole numbers; else float32 with the header's scaling applied.
+        path: a file of any format that `imaging/formats` reads.
+        labels: return int32, and insist on whole numbers from 0 on; else float32 with the header's scaling applied.
         compact: whole numbers of 8 or 16 bits that need no scaling stay as they are, read-only and without a copy.
 
     Raises:
         ScanError: as read_header, and where the file is cut short or damaged, has more than 1 % of non-finite voxels,
-            or, for labels, holds anything but whole numbers.
+            or, for labels, holds anything but whole numbers from 0 on.
     """
-    raw = _all_bytes(path)
-    header = _parse(raw, path)
-    grid = _interpret(header, path).grid
-    stored = grid.to_ras(_stored_voxels(raw, header, grid.shape_vox, path))
-    slope, intercept = _scaling(header)
+    opened = open_scan(path)
+    grid = _interpret(opened, path).grid
+    stored = grid.to_ras(opened.stored(grid.shape_vox))
+    slope, intercept = _scaling(opened.header)
     if labels:
         voxels = _as_labels(stored, slope, intercept, path)
     elif compact and stored.dtype.kind in "iu" and stored.dtype.itemsize <= 2 and (slope, intercept) == (1, 0):
@@ -164,28 +175,29 @@ def read(path: Path, *, labels: bool = False, compact: bool = False) -> tuple[Vo
 
 
 def write_labels(path: Path, labels_ras: np.ndarray, like: Path) -> None:
-    """Write a label map on the grid of another file: same shape, same sform and qform with their codes, uint8.
+    """Write a label map on the grid of another file: same shape, same sform and qform with their codes, in uint8, or in
+    uint16 where a label is above 255.
 
     Free text and extensions of `like` are not copied, for they may name the patient. A crash leaves no half a file.
 
     Args:
         path: ``.nii`` or ``.nii.gz``; an existing file is replaced.
-        labels_ras: [X, Y, Z] whole numbers 0 to 255 on the axes that `read` returned for `like`.
+        labels_ras: [X, Y, Z] whole numbers 0 to 65535 on the axes that `read` returned for `like`.
         like: the file whose grid is taken.
 
     Raises:
         ScanError: as read_header(like).
-        ValueError: the shape is not that of `like`, or a label does not fit into uint8.
+        ValueError: the shape is not that of `like`, or a label does not fit into uint16.
     """
-    path = Path(path)
-    source = _parse(_first_bytes(like), like)
+    source = open_scan(like)
     grid = _interpret(source, like).grid
-    if labels_ras.min() < 0 or labels_ras.max() > 255:
-        raise ValueError(f"labels reach from {labels_ras.min()} to {labels_ras.max()}, expected 0 to 255")
+    if labels_ras.min() < 0 or labels_ras.max() > 65535:
+        raise ValueError(f"labels reach from {labels_ras.min()} to {labels_ras.max()}, expected 0 to 65535")
     if not np.issubdtype(labels_ras.dtype, np.integer) and labels_ras.dtype != bool:
         raise ValueError(f"labels are {labels_ras.dtype}, expected whole numbers")
-    data = np.asfortranarray(grid.from_ras(labels_ras), dtype=np.uint8)
-    _place(path, _like(source, data), data)
+    dtype = np.uint16 if labels_ras.max() > 255 else np.uint8
+    data = np.asfortranarray(grid.from_ras(labels_ras), dtype=dtype)
+    _place(Path(path), _like(source.header, data), data)
 
 
 def write_map(path: Path, map_ras: np.ndarray, like: Path) -> None:
@@ -200,9 +212,9 @@ def write_map(path: Path, map_ras: np.ndarray, like: Path) -> None:
         ScanError: as read_header(like).
         ValueError: the shape is not that of `like`.
     """
-    source = _parse(_first_bytes(like), like)
+    source = open_scan(like)
     data = np.asfortranarray(_interpret(source, like).grid.from_ras(map_ras), dtype=np.float32)
-    _place(Path(path), _like(source, data), data)
+    _place(Path(path), _like(source.header, data), data)
 
 
 def _like(source: Any, data: np.ndarray) -> Any:
@@ -249,19 +261,12 @@ def write(path: Path, volume: Volume, axes: str = "RAS") -> None:
 
 def _place(path: Path, header: Any, data: np.ndarray) -> None:
     """A header and voxels in file order as one file, whole or not at all."""
+    data = data.astype(header.get_data_dtype(), copy=False)  # in the order of bytes that the header tells
     # The four zero bytes say that no extension follows.
     content = header.binaryblock.ljust(int(header.single_vox_offset), b"\0") + data.tobytes(order="F")
     if path.name.endswith(".gz"):
         content = gzip.compress(content, compresslevel=4, mtime=0)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_whole(path, content)
 
 
 def header_faults(path: Path) -> list[str]:
@@ -275,14 +280,12 @@ def header_faults(path: Path) -> list[str]:
 def voxel_faults(path: Path) -> list[str]:
     """For the doctor: what is wrong with a file's voxels, one line each; empty where the header is already refused."""
     try:
-        read_header(path)
+        opened = open_scan(path)
+        shape = _interpret(opened, path).grid.shape_vox
     except ScanError:
         return []  # header_faults says so
     try:
-        raw = _all_bytes(path)
-        header = _parse(raw, path)
-        shape = _interpret(header, path).grid.shape_vox
-        stored = _stored_voxels(raw, header, shape, path)
+        stored = opened.stored(shape)
     except ScanError as error:
         return [str(error).removeprefix(f"{path}: ")]
     faults = []
@@ -295,74 +298,24 @@ def voxel_faults(path: Path) -> list[str]:
             limit = f", more than the {MAX_NON_FINITE:.0%} that can be used" if worse else ""
             faults.append(f"{bad} of {stored.size} voxels are NaN or infinite{limit}")
             finite = stored[good]
-    if finite.size and finite.min() == finite.max():
-        faults.append(f"all voxels have the value {finite.flat[0]:g}")
+    if not finite.size:
+        return faults
+    low, high = finite.min(), finite.max()
+    slope, intercept = _scaling(opened.header)
+    top = max(abs(float(low) * slope + intercept), abs(float(high) * slope + intercept))
+    if low == high:
+        faults.append(f"all voxels have the value {low:g}")
+    elif not 1 / _REACH <= top <= _REACH:
+        faults.append(f"numbers of up to {top:.3g}; the image is read in another unit and its outliers are cut")
     return faults
-
-
-# ---- bytes -----------------------------------------------------------------------------------------------------------
-
-
-def _first_bytes(path: Path) -> bytes:
-    """Enough of the unpacked file for either header."""
-    try:
-        with open(path, "rb") as file:
-            if file.read(2) == b"\x1f\x8b":
-                file.seek(0)
-                with gzip.GzipFile(fileobj=file) as unpacked:
-                    return unpacked.read(544)
-            file.seek(0)
-            return file.read(544)
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from None
-
-
-def _all_bytes(path: Path) -> bytes:
-    """The unpacked file; one call on the whole, which is several times faster than a stream, checks length and CRC."""
-    try:
-        content = Path(path).read_bytes()
-        return gzip.decompress(content) if content[:2] == b"\x1f\x8b" else content
-    except (OSError, EOFError, zlib.error) as error:
-        raise _unreadable(path, error) from None
-
-
-def _unreadable(path: Path, error: Exception) -> ScanError:
-    if isinstance(error, FileNotFoundError):
-        return ScanError(f"{path}: no such file")
-    if isinstance(error, (EOFError, zlib.error, gzip.BadGzipFile)):
-        return ScanError(f"{path}: the gzip stream is cut short or damaged ({error}), expected a whole .nii.gz file")
-    reason = error.strerror if isinstance(error, OSError) and error.strerror else error
-    return ScanError(f"{path}: cannot be read ({reason})")
-
-
-def _stored_voxels(raw: bytes, header: Any, shape: tuple[int, int, int], path: Path) -> np.ndarray:
-    """The numbers as stored, in the file's axes, without a copy."""
-    dtype = header.get_data_dtype()
-    offset = max(int(header["vox_offset"]), int(header.sizeof_hdr))
-    count = shape[0] * shape[1] * shape[2]
-    needed = offset + count * dtype.itemsize
-    if len(raw) < needed:
-        raise ScanError(f"{path}: the file is cut short, found {len(raw)} bytes where the header promises {needed}")
-    return np.frombuffer(raw, dtype=dtype, count=count, offset=offset).reshape(shape, order="F")
 
 
 # ---- header ----------------------------------------------------------------------------------------------------------
 
 
-def _parse(raw: bytes, path: Path) -> Any:
-    """A nibabel Nifti1Header or Nifti2Header from the first bytes of a file."""
-    for kind in (nib.Nifti1Header, nib.Nifti2Header):
-        size = kind.sizeof_hdr
-        if len(raw) >= size and size in (int.from_bytes(raw[:4], "little"), int.from_bytes(raw[:4], "big")):
-            header = kind(raw[:size], check=False)
-            if header["magic"].item()[:4].rstrip(b"\0") != kind.single_magic.rstrip(b"\0")[:4]:
-                break
-            return header
-    raise ScanError(f"{path}: not a single-file NIfTI image, expected .nii or .nii.gz")
-
-
-def _interpret(header: Any, path: Path) -> Header:
+def _interpret(opened: Opened, path: Path) -> Header:
     """Check the header and settle the grid."""
+    header = opened.header
     try:
         dtype = header.get_data_dtype()
     except HeaderDataError:
@@ -375,6 +328,7 @@ def _interpret(header: Any, path: Path) -> Header:
         raise ScanError(f"{path}: found voxels of type {dtype}, expected real numbers")
     shape = _shape(header, path)
     affine, faults = _settle_affine(header, shape, path)
+    faults = [*opened.faults, *faults]
     orientation = tuple((int(axis), int(flip)) for axis, flip in nib.io_orientation(affine))
     grid = FileGrid(shape, tuple(tuple(float(v) for v in row) for row in affine), orientation)
     spacing = spacing_of(affine)
@@ -407,21 +361,29 @@ def _settle_affine(header: Any, shape: tuple[int, int, int], path: Path) -> tupl
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
         text = " x ".join(f"{p:g}" for p in pixdim)
         faults.append(f"a voxel size of {text} mm in the header, expected lengths above 0")
-    pixdim = np.abs(pixdim)
+    length = _quaternion_length(header)
+    if length > 1 + _LONG_QUATERNION and int(header["qform_code"]) > 0:
+        faults.append(f"the quaternion of the qform has the length {length:.3g}, expected 1; it is shortened")
     found: dict[str, np.ndarray] = {}
     for name, affine in (("sform", _sform(header)), ("qform", _qform(header))):
-        if affine is not None and _usable(affine):
+        if affine is None:
+            continue
+        affine, strange = _in_mm(affine, header)
+        faults += [text for text in strange if text not in faults]
+        if _usable(affine):
             found[name] = affine
-        elif affine is not None:
+        else:
             faults.append(f"the {name} is singular or not finite")
     if len(found) == 2:
-        corners = corner_points(shape)
-        apart = np.abs(_moved(found["sform"], corners) - _moved(found["qform"], corners)).max()
+        apart = _apart_mm(found["sform"], found["qform"], shape)
         if apart > _DISAGREEMENT_MM:
             faults.append(f"sform and qform disagree by {apart:.3g} mm, the sform is used")
     if found:
         return next(iter(found.values())), faults
-    base = np.diag([-pixdim[0], pixdim[1], pixdim[2], 1.0])  # radiological order, as the ANALYZE format had it
+    sizes = np.abs(pixdim)
+    base = np.diag([-sizes[0], sizes[1], sizes[2], 1.0])  # radiological order, as the ANALYZE format had it
+    base, strange = _in_mm(base, header)
+    faults += strange
     base[:3, 3] = -base[:3, :3] @ ((np.array(shape) - 1) / 2)
     if not _usable(base):
         raise ScanError(f"{path}: neither sform nor qform nor the voxel sizes give a usable affine")
@@ -435,12 +397,49 @@ def _sform(header: Any) -> np.ndarray | None:
 
 
 def _qform(header: Any) -> np.ndarray | None:
+    """As niftilib reads it: of pixdim[0] the sign alone counts, voxel sizes are lengths, a quaternion that rounding has
+    made longer than 1 is shortened. NaN where it tells no affine.
+
+    Source: nifti1.h, METHOD 2, and nifti_quatern_to_mat44 of nifti1_io.c.
+    Differs: a negative voxel size is taken as its length (as nibabel mends it), there as 1 mm.
+    """
     if int(header["qform_code"]) <= 0:
         return None
+    mended = header.copy()
+    mended["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
+    mended["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
+    length = _quaternion_length(header)
+    if length > 1:
+        for name in ("quatern_b", "quatern_c", "quatern_d"):
+            mended[name] = float(header[name]) / length
     try:
-        return np.asarray(header.get_qform(coded=False), dtype=np.float64)
+        return np.asarray(mended.get_qform(coded=False), dtype=np.float64)
     except (HeaderDataError, ValueError):
-        return np.full((4, 4), np.nan)  # quaternion longer than 1, or an impossible handedness
+        return np.full((4, 4), np.nan)
+
+
+def _quaternion_length(header: Any) -> float:
+    """Of the three numbers that a header keeps of it; NaN where one is."""
+    return float(np.linalg.norm([float(header[name]) for name in ("quatern_b", "quatern_c", "quatern_d")]))
+
+
+def _in_mm(affine: np.ndarray, header: Any) -> tuple[np.ndarray, list[str]]:
+    """An affine that its header gives in metres or micrometres, and what is odd about that.
+
+    Many headers name a unit that nobody meant: it is believed only where the voxels are of no plausible size in mm.
+    """
+    factor = _MM_IN.get(int(header["xyzt_units"]) & 7)
+    if factor is None or not np.isfinite(affine).all():
+        return affine, []
+    spacing, (least, most) = np.array(spacing_of(affine)), _PLAUSIBLE_SPACING_MM
+    converted = spacing * factor
+    if (spacing < least).any() or (spacing > most).any():
+        if (converted >= least).all() and (converted <= most).all():
+            return np.vstack([affine[:3] * factor, affine[3:]]), []
+        return affine, []
+    unit = "metres" if factor > 1 else "micrometres"
+    text = " x ".join(f"{size:g}" for size in spacing)
+    return affine, [f"the header gives voxels of {text} in {unit}; they are taken for mm"]
 
 
 def _usable(affine: np.ndarray) -> bool:
@@ -452,8 +451,10 @@ def corner_points(shape: tuple[int, int, int]) -> np.ndarray:
     return np.array(np.meshgrid(*[(0.0, size - 1.0) for size in shape], indexing="ij")).reshape(3, -1).T
 
 
-def _moved(affine: np.ndarray, points: np.ndarray) -> np.ndarray:
-    return points @ affine[:3, :3].T + affine[:3, 3]
+def _apart_mm(affine: np.ndarray, other: np.ndarray, shape: tuple[int, int, int]) -> float:
+    """How far the furthest corner voxel moves, along an axis, from one affine to the other."""
+    between = affine - other
+    return float(np.abs(corner_points(shape) @ between[:3, :3].T + between[:3, 3]).max())
 
 
 # ---- values ----------------------------------------------------------------------------------------------------------
@@ -467,23 +468,49 @@ def _scaling(header: Any) -> tuple[float, float]:
 
 
 def _as_image(stored: np.ndarray, slope: float, intercept: float, path: Path) -> np.ndarray:
-    """float32 in the file's memory order, scaled and finite."""
-    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is counted below
+    """float32 in the file's memory order, scaled, finite and of a size that can be reckoned with."""
+    with np.errstate(over="ignore", invalid="ignore"):  # what overflows is seen below
         voxels = stored.astype(np.float32, order="K")
         if slope != 1:
             voxels *= np.float32(slope)
         if intercept != 0:
             voxels += np.float32(intercept)
-    if stored.dtype.kind == "f" or slope != 1 or intercept != 0:
-        finite = np.isfinite(voxels)
-        bad = voxels.size - int(np.count_nonzero(finite))
-        if bad > MAX_NON_FINITE * voxels.size:
-            raise ScanError(
-                f"{path}: {bad} of {voxels.size} voxels are NaN or infinite, expected at most {MAX_NON_FINITE:.0%}"
-            )
-        if bad:
-            voxels[~finite] = 0
+    if stored.dtype.kind in "iu" and stored.dtype.itemsize <= 4 and (slope, intercept) == (1, 0):
+        return voxels
+    finite = np.isfinite(voxels)
+    bad = voxels.size - int(np.count_nonzero(finite))
+    there = voxels[finite] if bad else voxels
+    top = max(-float(there.min()), float(there.max())) if there.size else 0.0
+    overflowed = bad and bool(np.isfinite(stored[~finite]).any())
+    if overflowed or top > _REACH or 0 < top < 1 / _REACH:
+        return _brought_in_reach(stored, slope, intercept, path)
+    _refuse_lost(bad, voxels.size, path)
+    if bad:
+        voxels[~finite] = 0
     return voxels
+
+
+def _brought_in_reach(stored: np.ndarray, slope: float, intercept: float, path: Path) -> np.ndarray:
+    """The same in float64 first, in a unit in which the middle of the image is near 1 where that is needed."""
+    with np.errstate(over="ignore", invalid="ignore"):
+        values = stored.astype(np.float64, order="K") * slope + intercept
+    finite = np.isfinite(values)
+    _refuse_lost(values.size - int(np.count_nonzero(finite)), values.size, path)
+    values[~finite] = 0
+    sizes = np.abs(values)
+    # Padding has the value of a corner, which may be the largest number there is; it tells nothing of the image.
+    telling = sizes[(values != 0) & (values != values[0, 0, 0])]
+    middle = float(np.median(telling)) if telling.size else float(sizes.max())
+    unit = 1.0 if middle == 0 or 1 / _REACH <= middle <= _REACH else 2.0 ** round(np.log2(middle))
+    if unit != 1:
+        values /= unit
+    return np.clip(values, -_REACH, _REACH, out=values).astype(np.float32, order="K")
+
+
+def _refuse_lost(bad: int, size: int, path: Path) -> None:
+    """Raises: ScanError where too many voxels are not finite."""
+    if bad > MAX_NON_FINITE * size:
+        raise ScanError(f"{path}: {bad} of {size} voxels are NaN or infinite, expected at most {MAX_NON_FINITE:.0%}")
 
 
 def _as_labels(stored: np.ndarray, slope: float, intercept: float, path: Path) -> np.ndarray:
@@ -497,7 +524,9 @@ def _as_labels(stored: np.ndarray, slope: float, intercept: float, path: Path) -
         if np.abs(values - np.rint(values)).max() > 1e-4:  # scaled files miss whole numbers by rounding
             raise ScanError(f"{path}: a label map with fractions, expected whole numbers")
         values = np.rint(values)
-    limits = np.iinfo(np.int32)
-    if values.min() < limits.min or values.max() > limits.max:
-        raise ScanError(f"{path}: labels from {values.min()} to {values.max()}, expected 32-bit whole numbers")
+    low, high = values.min(), values.max()
+    if low < 0:
+        raise ScanError(f"{path}: labels from {low:g} to {high:g}, expected whole numbers from 0 on, 0 for nothing")
+    if high > np.iinfo(np.int32).max:
+        raise ScanError(f"{path}: labels from {low:g} to {high:g}, expected 32-bit whole numbers")
     return values.astype(np.int32, order="K")

@@ -5,13 +5,13 @@ from __future__ import annotations
 import csv
 import io
 import os
-import secrets
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
 import torch
 
+from brainfm.files import check_writable, write_whole
 from brainfm.nets.cpu import keep_freed_memory
 from brainfm.seen import SeenSubjects
 from brainfm.specs import ConfigError, Decisions, PreprocessSpec, TaskSpec
@@ -103,15 +103,21 @@ def settle_precision(name: str, device: torch.device) -> torch.dtype | None:
 
 def check_folder(folder: Path) -> None:
     """Raises: ConfigError where the folder neither exists nor could be made, before any time is spent."""
-    there = next(p for p in (folder.absolute(), *folder.absolute().parents) if os.path.exists(p))
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError(f"{folder}: nothing can be written there, expected a folder that may be written to")
+    try:
+        check_writable(folder)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise ConfigError(
+            f"{folder}: nothing can be written there ({reason}), expected a folder that may be written to"
+        ) from None
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A CSV that appears whole or not at all."""
+def write_table(
+    path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], delimiter: str = ","
+) -> None:
+    """A table that appears whole or not at all."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
     write_text(path, text.getvalue())
@@ -119,11 +125,7 @@ def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[obje
 
 def write_text(path: Path, text: str) -> None:
     """A text file that appears whole or not at all. Raises: ConfigError where it cannot be written."""
-    part = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
     try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        part.write_text(text, encoding="utf-8", newline="")
-        os.replace(part, path)
+        write_whole(path, text.encode(errors="backslashreplace"))
     except OSError as error:
-        part.unlink(missing_ok=True)
         raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None

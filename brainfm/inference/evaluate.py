@@ -34,6 +34,8 @@ from brainfm.tasks.statistics import bootstrap, mean_score
 
 CASES = "cases.csv"
 SUMMARY = "summary.json"
+_BOTH_EMPTY = {"fomo": "dice 1, surface dice 0 (as FOMO26 counts)", "skip": "left out of dice and surface dice"}
+EMPTY = tuple(_BOTH_EMPTY)
 _SCORES = ("dice", "surface_dice_1mm", "volume_ml_true", "volume_ml_predicted")
 
 
@@ -60,6 +62,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     overlap: float = 0.5,
+    empty: str = "fomo",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Scores a bundle, or what it answered earlier, on the labelled sessions of a manifest.
@@ -73,6 +76,8 @@ def evaluate(
         out: a folder; gets ``cases.csv``, ``summary.json`` and, with a bundle, the masks in ``predictions/``.
         bundle, predictions: one of them; ``predictions`` is a folder that predict_manifest wrote.
         seed: of the bootstrap.
+        empty: of a segmentation, what a class counts that neither mask nor label has in a case: ``fomo`` Dice 1 and
+            surface Dice 0, as the FOMO26 challenge does; ``skip`` neither.
         progress: called with (cases predicted, cases in all).
 
     Raises:
@@ -82,6 +87,8 @@ def evaluate(
     """
     if (bundle is None) == (predictions is None):
         raise ConfigError("evaluate needs either bundle= or predictions=, found both or neither")
+    if empty not in EMPTY:
+        raise ConfigError(f"empty={empty}: expected {' or '.join(EMPTY)}")
     folder = Path(out)
     check_folder(folder)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
@@ -105,8 +112,8 @@ def evaluate(
         masks = Path(str(predictions))
         labels = _labels(manifest, task.target, check_grids=False)
     files = _listed(masks)
-    rows = [_row(key, label, is_mask, files.get(key), task) for key, (label, is_mask) in labels.items()]
-    summary = _summary(rows, task, mark, len(manifest.sessions()) - len(labels), seed) | _seen(engine, rows)
+    rows = [_row(key, label, is_mask, files.get(key), task, empty) for key, (label, is_mask) in labels.items()]
+    summary = _summary(rows, task, mark, len(manifest.sessions()) - len(labels), seed, empty) | _seen(engine, rows)
     write_table(folder / CASES, list(rows[0]), [[_cell(v) for v in row.values()] for row in rows])
     write_text(folder / SUMMARY, json.dumps(summary, indent=2) + "\n")
     return Evaluation(rows, summary)
@@ -159,7 +166,7 @@ def _listed(masks: Path) -> dict[Key, Path]:
         raise ConfigError(f"{path} cannot be read ({error}); expected a table that brainfm predict wrote") from None
 
 
-def _row(key: Key, label: Path, is_mask: bool, mask: Path | None, task: TaskSpec) -> dict[str, Any]:
+def _row(key: Key, label: Path, is_mask: bool, mask: Path | None, task: TaskSpec, empty: str) -> dict[str, Any]:
     """One case. Raises: ScanError where label and mask lie on different grids or the label cannot be read."""
     row: dict[str, Any] = dict(zip(("dataset", "subject", "session"), key))
     true_volume, true_grid = nifti.read(label, labels=True)
@@ -172,13 +179,14 @@ def _row(key: Key, label: Path, is_mask: bool, mask: Path | None, task: TaskSpec
         if not mask_grid.same_place(true_grid):
             raise ScanError(f"{label}: lies on another grid than its prediction {mask}, expected the same grid")
         predicted = mask_volume.voxels
-    scores = {value: _scores(predicted == value, true == value, spacing) for value in task.values[1:]}
+    scores = {value: _scores(predicted == value, true == value, spacing, empty) for value in task.values[1:]}
     if mask is None:  # as the challenge counts a container that crashed, even where both masks would be empty
         none = {"dice": 0.0, "surface_dice_1mm": 0.0, "volume_ml_predicted": math.nan}
         scores = {value: found | none for value, found in scores.items()}
     for name in _SCORES:
         values = [s[name] for s in scores.values()]
-        row[name] = float(np.sum(values) if name.startswith("volume") else np.mean(values))
+        known = [value for value in values if math.isfinite(value)]
+        row[name] = float(np.sum(values)) if name.startswith("volume") else float(np.mean(known)) if known else math.nan
     if len(scores) > 1:
         row |= {f"{name}_{value}": s[name] for name in _SCORES for value, s in scores.items()}
     row["both_empty"] = int(mask is not None and not any((predicted == v).any() or (true == v).any() for v in scores))
@@ -186,16 +194,21 @@ def _row(key: Key, label: Path, is_mask: bool, mask: Path | None, task: TaskSpec
     return row
 
 
-def _scores(predicted: np.ndarray, true: np.ndarray, spacing_mm: tuple[float, float, float]) -> dict[str, float]:
+def _scores(
+    predicted: np.ndarray, true: np.ndarray, spacing_mm: tuple[float, float, float], empty: str
+) -> dict[str, float]:
+    skipped = empty == "skip" and not predicted.any() and not true.any()
     return {
-        "dice": dice(predicted, true),
-        "surface_dice_1mm": surface_dice(predicted, true, spacing_mm),
+        "dice": math.nan if skipped else dice(predicted, true),
+        "surface_dice_1mm": math.nan if skipped else surface_dice(predicted, true, spacing_mm),
         "volume_ml_true": volume_ml(true, spacing_mm),
         "volume_ml_predicted": volume_ml(predicted, spacing_mm),
     }
 
 
-def _summary(rows: list[dict[str, Any]], task: TaskSpec, bundle: str, unlabelled: int, seed: int) -> dict[str, Any]:
+def _summary(
+    rows: list[dict[str, Any]], task: TaskSpec, bundle: str, unlabelled: int, seed: int, empty: str
+) -> dict[str, Any]:
     """Means over cases with 95 % bootstrap intervals; a case without a number (no predicted volume) does not count."""
     metrics = {}
     for name in (n for n in rows[0] if n.startswith(_SCORES)):
@@ -213,7 +226,8 @@ def _summary(rows: list[dict[str, Any]], task: TaskSpec, bundle: str, unlabelled
         "both_empty": sum(row["both_empty"] for row in rows),
         "sessions_without_label": unlabelled,
         "interval": "bootstrap of the mean over cases by subject, expanded percentiles, 95 %, 2000 resamples",
-        "conventions": "both masks empty: dice 1, surface dice 0; one empty: 0; no prediction: 0 (FOMO26)",
+        "empty": empty,
+        "conventions": f"both masks empty: {_BOTH_EMPTY[empty]}; one empty: 0; no prediction: 0",
         "seed": seed,
         "metrics": metrics,
     }
@@ -234,6 +248,8 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     ]
     if isinstance(summary.get("seen_in_pretraining"), Mapping):
         lines.append(f"note: {Overlap(**summary['seen_in_pretraining'])}")
+    if "empty" in summary:
+        lines.append(f"both masks empty in {summary['both_empty']} cases; {summary['conventions']} (empty=fomo|skip)")
     metrics = summary["metrics"]
     for name in ("dice", "surface_dice_1mm") if "dice" in metrics else metrics:
         numbers = [

@@ -10,12 +10,24 @@ import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 
-from brainfm.data.manifest import CONTRASTS, LABEL_ENDINGS, Manifest, Scan, contrast_of, read_manifest, session_labels
+from brainfm.data.manifest import (
+    CONTRASTS,
+    LABEL_ENDINGS,
+    Manifest,
+    Scan,
+    contrast_of,
+    plain_first,
+    read_manifest,
+    session_labels,
+)
+from brainfm.data.sources import SourceFile
 from brainfm.imaging import nifti
+from brainfm.imaging.endings import companions
 from brainfm.imaging.nifti import FileGrid
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
 from brainfm.inference.engine import Engine, PathLike, check_folder, in_order, write_table, write_text
@@ -36,6 +48,8 @@ Key = tuple[str, str, str]  # dataset, subject, session
 CLAIM = "predictions.json"
 LISTING = "predictions.csv"
 FAILURES = "failures.csv"
+SOURCES = "sources.jsonl"  # a line an answer: what it was made from, so that a corrected scan is answered again
+_LONGEST = 180  # characters of a name's readable part: with target and ending it stays below the 255 of most systems
 _ENDINGS = (".nii", ".nii.gz")
 _PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")
 
@@ -200,11 +214,18 @@ def write_mask(path: Path, labels: np.ndarray, like: Path) -> None:
 
 @dataclass(frozen=True)
 class Report:
-    """What became of a manifest: sessions predicted now, found finished, and failed (key and reason)."""
+    """What became of a manifest.
+
+    Attributes:
+        done, kept: sessions predicted now, and found finished.
+        failures: key -> reason.
+        again: of those predicted now, the ones that were there but whose files had changed.
+    """
 
     done: int
     kept: int
     failures: dict[Key, str]
+    again: tuple[Key, ...] = ()
 
 
 def predict_manifest(
@@ -222,11 +243,12 @@ def predict_manifest(
     continues.
 
     A mask lies on the grid of the session's label for the target, where it has one, so that both can be compared; else
-    on that of the first contrast of the task that the session has. A session that fails is listed in ``failures.csv``
-    and the rest is done; ``predictions.csv`` lists the masks, or the answers themselves.
+    on that of the first contrast of the task that the session has. A session that fails, in whatever way, is listed in
+    ``failures.csv`` and the rest is done; ``predictions.csv`` lists the masks, or the answers themselves.
 
     Args:
-        out: a folder of its own; masks of this bundle that are already there are kept.
+        out: a folder of its own; masks of this bundle that are already there are kept, unless the files that they were
+            made from have changed.
         sessions: only these.
         progress: called with (sessions done, sessions in all).
 
@@ -243,31 +265,89 @@ def predict_manifest(
     columns = ["grid"] if dense else table_columns(engine.task)
     listed: list[list[object]] = []
     failures: dict[Key, str] = {}
+    again: list[Key] = []
     kept = 0
+    made_from = _read_sources(folder)
     for number, (key, scans) in enumerate(wanted.items()):
         progress(number, len(wanted))
         name = answer_name(key, engine.task)
         try:
-            files, reference, like = _plan(manifest, key, scans, engine.task)
+            plan = _plan(manifest, key, scans, engine.task)
             there = (folder / name).is_file()
-            kept += there
-            if not dense:
-                found = read_answer(folder / name) if there else answer_scan(engine, files, reference)
-                if not there:
-                    write_answer(folder / name, found)
-                cells = found.cells()
-                listed.append([*key, *(cells[column] for column in columns), name])
-                continue
-            if not there:
-                labels = answer(engine, files, reference, nifti.read_header(like).grid)
-                write_mask(folder / name, labels, like)
-            listed.append([*key, str(like), name])
+            if there and _have_changed(plan, made_from.get(name, {})):
+                again.append(key)
+                there = False
+            if there:
+                kept += 1
+                cells = [str(plan[2])] if dense else _table_cells(read_answer(folder / name), columns)
+            else:
+                stamps = {str(path): SourceFile.of(path).stamp() for path in _files_of(plan)}
+                cells = _answered(engine, plan, folder / name, columns)
+                _note_sources(folder, name, stamps)
+            listed.append([*key, *cells, name])
         except (ScanError, ManifestError) as error:
             failures[key] = str(error)
+        except (ConfigError, BundleError):
+            raise  # of the folder or the bundle: the next session would meet it as well
+        except Exception as error:  # one session's trouble must not cost the others; it is reported, not swallowed
+            failures[key] = f"cannot be answered ({type(error).__name__}: {error})"
     progress(len(wanted), len(wanted))
     write_table(folder / LISTING, ["dataset", "subject", "session", *columns, "file"], listed)
     write_table(folder / FAILURES, ["dataset", "subject", "session", "reason"], [[*k, r] for k, r in failures.items()])
-    return Report(len(listed) - kept, kept, failures)
+    return Report(len(listed) - kept, kept, failures, tuple(again))
+
+
+_Plan = tuple[dict[str, Path], str, Path]  # input files by contrast, the reference contrast, whose grid is answered on
+
+
+def _answered(engine: Engine, plan: _Plan, path: Path, columns: Sequence[str]) -> list[object]:
+    """Answers one session and writes it; returns its cells of the table."""
+    files, reference, like = plan
+    if engine.task.kind == "segmentation":
+        write_mask(path, answer(engine, files, reference, nifti.read_header(like).grid), like)
+        return [str(like)]
+    found = answer_scan(engine, files, reference)
+    write_answer(path, found)
+    return _table_cells(found, columns)
+
+
+def _table_cells(found: ScanAnswer, columns: Sequence[str]) -> list[object]:
+    cells = found.cells()
+    return [cells[column] for column in columns]
+
+
+def _files_of(plan: _Plan) -> list[Path]:
+    """All files that an answer depends on."""
+    shown = [*plan[0].values(), plan[2]]
+    return list(dict.fromkeys([*shown, *(other for path in shown for other in companions(path))]))
+
+
+def _have_changed(plan: _Plan, stamps: Mapping[str, Any]) -> bool:
+    """Whether any of the files is another than when the answer was made; of answers of before nothing is known."""
+    return bool(stamps) and any(
+        str(path) not in stamps or not SourceFile.of(path).is_as(stamps[str(path)]) for path in _files_of(plan)
+    )
+
+
+def _note_sources(folder: Path, name: str, stamps: Mapping[str, Any]) -> None:
+    try:
+        with (folder / SOURCES).open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"file": name, "made_from": stamps}) + "\n")
+    except OSError as error:
+        raise ConfigError(f"{folder / SOURCES}: cannot be written ({error.strerror or error})") from None
+
+
+def _read_sources(folder: Path) -> dict[str, dict[str, Any]]:
+    """Answer -> path -> stamp; of several lines the last counts, half a line is passed over."""
+    found = {}
+    path = folder / SOURCES
+    for line in path.read_text(encoding="utf-8").splitlines() if path.is_file() else []:
+        try:
+            entry = json.loads(line)
+            found[str(entry["file"])] = dict(entry["made_from"])
+        except (ValueError, KeyError, TypeError):
+            continue
+    return found
 
 
 def answer_name(key: Key, task: TaskSpec) -> str:
@@ -279,15 +359,16 @@ def mask_name(key: Key, target: str, ending: str = ".nii.gz") -> str:
     """A file name that is readable, legal on every system and another one for every session.
 
     An empty session is left out. Where a part holds other characters than letters, digits, ``.``, ``-`` and single
-    ``_``, they become ``-`` and eight digits of a hash keep the name unique.
+    ``_``, they become ``-``, what is too long is cut, and eight digits of a hash keep the name unique.
     """
     parts = list(key if key[2] else key[:2])
     readable = "__".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip(".-") for part in parts)
-    if all(_PLAIN.fullmatch(part) for part in parts):
+    if all(_PLAIN.fullmatch(part) for part in parts) and len("__".join(parts)) <= _LONGEST:
         readable = "__".join(parts)
     else:
-        readable += "-" + hashlib.blake2b("\0".join(key).encode(), digest_size=4).hexdigest()
-    return f"{readable}_{re.sub(r'[^A-Za-z0-9.-]+', '-', target)}{ending}"
+        digest = hashlib.blake2b("\0".join(key).encode(errors="surrogateescape"), digest_size=4).hexdigest()
+        readable = f"{readable[:_LONGEST]}-{digest}"
+    return f"{readable}_{re.sub(r'[^A-Za-z0-9.-]+', '-', target)[:50]}{ending}"
 
 
 @dataclass(frozen=True)
@@ -307,11 +388,11 @@ def label_of(scans: Sequence[Scan], target: str) -> Label | None:
     return None
 
 
-def _plan(manifest: Manifest, key: Key, scans: Sequence[Scan], task: TaskSpec) -> tuple[dict[str, Path], str, Path]:
+def _plan(manifest: Manifest, key: Key, scans: Sequence[Scan], task: TaskSpec) -> _Plan:
     """The input files, the reference contrast, and the file whose grid is answered on.
 
-    Of several scans of one contrast the first by path is read. A session without any contrast that the task was trained
-    on is answered from what it has, with a warning.
+    Of several scans of one contrast the one with the plainest name is read. A session without any contrast that the
+    task was trained on is answered from what it has, with a warning.
     """
     shown: dict[str, Path] = {}
     there = {scan.contrast for scan in scans} - {"unknown"}
@@ -326,9 +407,9 @@ def _plan(manifest: Manifest, key: Key, scans: Sequence[Scan], task: TaskSpec) -
             stacklevel=3,
         )
     for contrast in contrasts:
-        paths = sorted(scan.path for scan in scans if scan.contrast == contrast)
-        if paths:
-            shown[contrast] = manifest.resolve(paths[0])
+        found = sorted((scan for scan in scans if scan.contrast == contrast), key=plain_first)
+        if found:
+            shown[contrast] = manifest.resolve(found[0].path)
     if not shown:
         raise ManifestError(f"{'/'.join(key)} has none of the contrasts {', '.join(task.contrasts)}")
     first = next(iter(shown))

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -123,7 +124,7 @@ def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
     adapt = _settled_adapt(adapt, config, question)
     backbone, pretrained = _backbone(config, store, adapt)
     say(f"{len(question.cases)} sessions with {question.spec.target}, {len(question.left_out)} left out; "
-        f"contrasts {', '.join(question.spec.contrasts)}")  # fmt: skip
+        f"contrasts {', '.join(question.spec.contrasts)}{_classes_said(question)}")  # fmt: skip
     for sentence in question.left_out[:_MOST_SAID]:
         say(f"left out: {sentence}")
     if len(question.left_out) > _MOST_SAID:
@@ -162,6 +163,14 @@ def _settled_adapt(adapt: AdaptSpec, config: Mapping[str, Any], question: Questi
         raise ConfigError("adapt.decoder=true: backbone_from=none brings no decoder; expected a backbone file with one")
     scale = float(config["scratch_lr_scale"]) if adapt.pretrained else 1.0  # adapt=scratch brings its own
     return replace(adapt, decoder=False, layer_decay=1.0, lr_scale=adapt.lr_scale * scale)
+
+
+def _classes_said(question: Question) -> str:
+    """The classes of a question whose answer is one of them, with their sessions: a stray spelling is seen here."""
+    if question.spec.kind != "classification" or question.spec.mode == "multilabel":
+        return ""
+    counts = Counter(question.spec.values[int(case.answer[0])] for case in question.cases)
+    return f"; classes {', '.join(f'{name} ({counts[name]})' for name in question.spec.values)}"
 
 
 def build_question(config: Mapping[str, Any], store: Store) -> Question:

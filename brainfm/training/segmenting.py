@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
@@ -45,6 +46,7 @@ from brainfm.training.questions import (
 )
 
 _WORTH = 0.002  # Dice that a change must bring on held-out cases before it is kept
+_LONGEST_NAME = 180  # bytes
 _SCORES = ("dice", "lesion_f1", "false_positives", "volume_error_ml")
 
 
@@ -71,6 +73,7 @@ class Segmenting(Question):
             labelled = [s for s in store.sessions if any(entry.name in names for entry in s.labels)]
             contrasts = sorted({scan.contrast for session in labelled for scan in session.scans})
         cases, left_out = find_cases(store, contrasts, values["target"])
+        _refuse_one_value(store, cases, values["target"])
         self.cases, self.left_out = tuple(cases), tuple(left_out)
         self.loss = SegmentationLoss(values["loss"])
         self.deep_supervision = bool(values["deep_supervision"])
@@ -160,7 +163,7 @@ class Segmenting(Question):
                     decisions = replace(candidate, mirror=mirror)
                     cleaned = postprocess.apply(labels, decisions, self.store.spec.spacing_mm)
                     variants.append({"decisions": decisions.to_dict(), **self._scores(cleaned, true)})
-            file = folder / "held" / f"{'__'.join(p for p in case.session.key if p)}.npz".replace("/", "-")
+            file = folder / "held" / _file_name(case.session.key)
             _save_array(file, np.stack(indices))  # [1 | 2, X, Y, Z]: as it stands, and with mirroring
             rows.append(row | {"variants": variants, "file": f"{folder.name}/held/{file.name}"})
         return rows
@@ -299,12 +302,28 @@ def _words(decisions: Decisions) -> str:
     return " and ".join(words) or "as it is"
 
 
+def _file_name(key: Sequence[str]) -> str:
+    """Of a held-out answer: the session's key, cut where it is longer than a file may be called, and then marked."""
+    name = "__".join(part for part in key if part).replace("/", "-")
+    if len(name.encode()) > _LONGEST_NAME:
+        digest = hashlib.blake2b("\0".join(key).encode(), digest_size=4).hexdigest()
+        name = f"{name.encode()[:_LONGEST_NAME].decode(errors='ignore')}-{digest}"
+    return f"{name}.npz"
+
+
+def _refuse_one_value(store: Store, cases: Sequence[Case], target: str) -> None:
+    """Raises: ConfigError where there is nothing to tell apart: no case has a labelled voxel, or none has any other."""
+    if not any(len(store.label_points(case.session, case.label)) for case in cases):
+        raise ConfigError(f"{store.path}: none of the {len(cases)} sessions has a voxel of {target}, expected some")
+    if all(store.volume(case.session, case.label).all() for case in cases):
+        raise ConfigError(f"{store.path}: {target} fills all of the {len(cases)} sessions, expected some background")
+
+
 def _values_of(store: Store, cases: Sequence[Case], given: Sequence[int] | None) -> tuple[int, ...]:
     """The label values of the classes, background first: those given, 0 and 1 for masks, or those found.
 
     Raises:
         ManifestError: where a case has another value than those given.
-        ConfigError: where no case has any labelled voxel.
     """
     if all(case.label.endswith("_mask") for case in cases):
         return tuple(given or (0, 1))
@@ -319,8 +338,6 @@ def _values_of(store: Store, cases: Sequence[Case], given: Sequence[int] | None)
                 f"expected one of task.values={expected}"
             )
         found |= there
-    if len(found) < 2:
-        raise ConfigError(f"{store.path}: no case has any labelled voxel, expected at least one")
     return tuple(given or sorted(found))
 
 

@@ -78,7 +78,7 @@ def test_each_kind_of_fault_is_named_once_and_good_scans_are_not(tmp_path: Path,
     good = {f"good{i}": _save(tmp_path / f"good{i}.nii.gz", _noise(10 + i)) for i in range(3)}
     manifest = _manifest(tmp_path, {**{name: file for name, (file, _) in bad.items()}, **good})
     steps: list[tuple[int, int]] = []
-    found = _by_subject(examine(manifest, workers, lambda done, total: steps.append((done, total))))
+    found = _by_subject(examine(manifest, workers, lambda done, total: steps.append((done, total))).faults)
     assert set(found) == set(bad)
     for name, (_, text) in bad.items():
         assert len(found[name]) == 1, found[name]
@@ -97,7 +97,7 @@ def test_the_same_content_is_found_however_it_is_stored(tmp_path: Path) -> None:
         "d": _save(tmp_path / "d.nii.gz", _noise(2)),
         "e": "d.nii.gz",
     }
-    found = _by_subject(examine(_manifest(tmp_path, scans)))
+    found = _by_subject(examine(_manifest(tmp_path, scans)).faults)
     assert set(found) == {"b", "c", "e"}
     assert found["b"] == found["c"] == ["the same voxels as a.nii.gz of d/a"]
     assert found["e"] == ["the same voxels as d.nii.gz of d/d"]
@@ -116,7 +116,7 @@ def test_label_volumes(tmp_path: Path) -> None:
         "part": _save(tmp_path / "part_m.nii.gz", half),
         "gone": "gone_m.nii.gz",
     }
-    faults = examine(_manifest(tmp_path, scans, lesion_mask=masks))
+    faults = examine(_manifest(tmp_path, scans, lesion_mask=masks)).faults
     assert [(f.subject, f.contrast, f.path) for f in faults] == [
         (name, "lesion_mask", masks[name]) for name in ("gone", "moved", "part")
     ]
@@ -130,7 +130,8 @@ def test_a_label_volume_may_lie_on_any_scan_of_its_session_and_is_listed_once(tm
     _save(tmp_path / "m.nii.gz", np.ones(SHAPE, np.uint8), np.diag([2.0, 2, 2, 1]))
     rows = [Scan("d", "s", "", c, f"{c}.nii.gz", {"x_mask": "m.nii.gz", "y_mask": "n.nii.gz"}) for c in ("t1", "t2")]
     write_manifest(tmp_path / "m.csv", rows)
-    assert [(f.contrast, f.fault) for f in examine(read_manifest(tmp_path / "m.csv"))] == [("y_mask", "no such file")]
+    faults = examine(read_manifest(tmp_path / "m.csv")).faults
+    assert [(f.contrast, f.fault) for f in faults] == [("y_mask", "no such file")]
 
 
 def _inspect_or_die(path: Path, kind: str) -> object:
@@ -148,7 +149,7 @@ def test_a_worker_that_dies_takes_only_its_own_file_with_it(tmp_path: Path, monk
     scans = {f"s{i}": _save(tmp_path / f"s{i}.nii.gz", _noise(i)) for i in range(6)}
     scans["k"] = _save(tmp_path / "killer.nii.gz", _noise(7))
     scans["z"] = "gone.nii.gz"
-    found = _by_subject(examine(_manifest(tmp_path, scans), workers=2))
+    found = _by_subject(examine(_manifest(tmp_path, scans), workers=2).faults)
     assert set(found) == {"k", "z"}
     assert "died" in found["k"][0]
 

@@ -15,6 +15,7 @@ import pytest
 from brainfm.data import store as store_module
 from brainfm.data.levels import coarse_image, coarse_labels
 from brainfm.data.manifest import Scan
+from brainfm.data.sources import SourceFile
 from brainfm.data.store import STEP, Store
 from brainfm.specs import PreprocessSpec, StoreError
 
@@ -268,16 +269,42 @@ def test_fingerprint__changes_with_a_voxel(tmp_path):
 
 def test_is_current(tmp_path):
     store = Store.create(tmp_path / "s", SPEC)
-    sizes = {"t1.nii.gz": 5, "flair.nii.gz": 6}
-    assert not store.is_current(KEY, rows(), sizes)
-    store.write_session(KEY, rows(), fake(), sizes)
-    assert store.is_current(KEY, rows()[::-1], sizes)
-    assert not store.is_current(KEY, rows(age="3"), sizes)
-    assert not store.is_current(KEY, rows(contrasts=("t1",)), sizes)
-    assert not store.is_current(KEY, rows(), sizes | {"t1.nii.gz": 4})
+    for name, content in {"t1.nii.gz": b"right", "flair.nii.gz": b"second"}.items():
+        (tmp_path / name).write_bytes(content)
+
+    def now() -> dict[str, SourceFile]:
+        return {name: SourceFile.of(tmp_path / name) for name in ("t1.nii.gz", "flair.nii.gz")}
+
+    assert store.why_not_current(KEY, rows(), now()) == ""
+    store.write_session(KEY, rows(), fake(), now())
+    assert store.is_current(KEY, rows()[::-1], now())
+    assert store.why_not_current(KEY, rows(age="3"), now()) == "its rows of the manifest"
+    assert not store.is_current(KEY, rows(contrasts=("t1",)), now())
+    (tmp_path / "t1.nii.gz").write_bytes(b"wrong")  # of the same size
+    os.utime(tmp_path / "t1.nii.gz", ns=(now()["t1.nii.gz"].changed_ns[0],) * 2)
+    assert store.why_not_current(KEY, rows(), now()) == "t1.nii.gz"
+    (tmp_path / "t1.nii.gz").write_bytes(b"right")  # a copy of the same content, as of a folder that was moved
+    assert store.is_current(KEY, rows(), now())
+    (tmp_path / "t1.nii.gz").write_bytes(b"right, and more")
+    assert store.why_not_current(KEY, rows(), now()) == "t1.nii.gz"
+    (tmp_path / "t1.nii.gz").write_bytes(b"right")
     (file,) = (tmp_path / "s").rglob("t1.b2nd")
     file.write_bytes(file.read_bytes()[:-1])
-    assert not store.is_current(KEY, rows(), sizes)
+    assert store.why_not_current(KEY, rows(), now()) == ""
+
+
+def test_a_session_of_before_contents_were_kept_is_judged_by_sizes(tmp_path):
+    store = Store.create(tmp_path / "s", SPEC)
+    (tmp_path / "t1.nii.gz").write_bytes(b"right")
+    store.write_session(KEY, rows(), fake(), {"t1.nii.gz": SourceFile.of(tmp_path / "t1.nii.gz")})
+    (document,) = (tmp_path / "s").rglob("session.json")
+    old = json.loads(document.read_bytes())
+    del old["sources"]["stamps"]
+    document.write_text(json.dumps(old))
+    (tmp_path / "t1.nii.gz").write_bytes(b"wrong")
+    assert store.is_current(KEY, rows(), {"t1.nii.gz": SourceFile.of(tmp_path / "t1.nii.gz")})
+    (tmp_path / "t1.nii.gz").write_bytes(b"longer")
+    assert not store.is_current(KEY, rows(), {"t1.nii.gz": SourceFile.of(tmp_path / "t1.nii.gz")})
 
 
 def test_replacing_a_session(tmp_path):
