@@ -21,7 +21,7 @@ from brainfm.data.prepare import prepare
 from brainfm.data.schemes import to_groups
 from brainfm.data.store import Store
 from brainfm.imaging import anatomy, nifti
-from brainfm.specs import BrainfmError, ManifestError, PreprocessSpec
+from brainfm.specs import BrainfmError, ManifestError, PreprocessSpec, ScanError
 from brainfm.synthesis import contrast
 from brainfm.volume import Volume
 
@@ -213,9 +213,13 @@ def _rendered(t1: Path, labels: Volume, word: str, file: Path) -> bool:
 def _atlas(t1: Path, file: Path) -> Path | None:
     """CSF, grey and white matter of a T1 as `brainfm anatomy` tells them, or None where it does not trust them."""
     if not file.exists():
-        found = anatomy.segment(nifti.read(t1)[0])
-        if found.reason:
-            print(f"left out: tissues of {t1.name}: {found.reason}")
+        try:
+            found = anatomy.segment(nifti.read(t1)[0])
+            reason = found.reason
+        except ScanError as error:
+            reason = str(error)
+        if reason:
+            print(f"left out: tissues of {t1.name}: {reason}")
             return None
         file.parent.mkdir(parents=True, exist_ok=True)
         nifti.write_labels(file, found.labels, t1)
