@@ -98,10 +98,6 @@ class Question(ABC):
             pretrained: of a question that takes a decoder: the file whose decoder and heads the task begins with.
         """
 
-    def begins_as(self, pretrained: LoadedBackbone) -> str:
-        """What the last layer of a task with the file's decoder begins as, for people."""
-        return "fresh"
-
     @abstractmethod
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
         """What is learned in one go before the first step, if anything."""
