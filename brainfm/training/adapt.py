@@ -48,7 +48,7 @@ class AdaptSpec:
     warmup_fraction: float | None = None
     decoder: bool | str = "auto"
     trial_share: float = 0.25
-    trial_steps: int = 50
+    trial_steps: int = 25
 
     def __post_init__(self) -> None:
         if not isinstance(self.decoder, bool) and self.decoder != "auto":

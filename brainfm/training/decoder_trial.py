@@ -2,9 +2,8 @@
 
 Two candidates, the encoder alone and encoder with decoder, are trained for a short while on each of two halves of the
 training subjects and answer the other half; no case of the held-out side is looked at. The decoder is taken where it is
-better by more than one standard error, else the simpler candidate stays. What a trial says depends on its length: at
-first nothing has been learned by either (with 5 steps no decoder was ever taken, not even one that then brought .25
-Dice), and a training much shorter than the one it is for speaks for weights that need no learning.
+better by more than one standard error, else the simpler candidate stays. What a trial says depends on its length: a
+training much shorter than the one it is for speaks for weights that need no learning.
 """
 
 from __future__ import annotations

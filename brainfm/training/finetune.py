@@ -359,11 +359,12 @@ def _prepared(
     """A training of so many steps on ``split.trained``, ready to start or to go on."""
     config, fabric, question = study.config, study.fabric, study.question
     trainer = config["trainer"] | {"max_steps": max_steps}
-    task = _fresh(study, split, backbone, (folder / CHECKPOINT).exists(), decoder=adapt.decoder is True)
+    begun = (folder / CHECKPOINT).exists()
+    task = _fresh(study, split, backbone, begun, decoder=adapt.decoder is True)
     seed = _seed(study, split)
-    if backbone is not None and study.pretrained is not None and study.chief:
+    if backbone is not None and study.pretrained is not None and study.chief and not begun:
         report = transferred.report_of(task, study.pretrained, adapt.decoder is True)
-        transferred.write(folder, report, question.begins_as(study.pretrained) if adapt.decoder is True else "fresh")
+        transferred.write(folder, report, getattr(task, "began", ""))
     patches = question.patches(split.trained, seed, config["data"])
     loop = replace(loop_spec(trainer, config["optim"]), accumulate=study.plan.accumulate)
     augment = augment_spec(config["data"]["augment"])
@@ -425,6 +426,7 @@ def _takes_decoder(study: _Study, split: Split, folder: Path, backbone: Backbone
     if study.chief and decoder_trial.read(folder, mark) is None:
         say(f"{folder.name}: {spec}")
     found = decoder_trial.tried(split, folder, spec, study.question.strata(), trained, study.chief)
+    found = study.fabric.broadcast(found)  # last digits may differ between processes, the decision must not
     say(f"{folder.name}: {decoder_trial.words(found)}")
     return bool(found["taken"])
 

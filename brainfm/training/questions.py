@@ -107,10 +107,6 @@ class Question(ABC):
                 where its decoder and heads are what the task begins with.
         """
 
-    def begins_as(self, pretrained: LoadedBackbone) -> str:
-        """What the last layer of a task with the file's decoder begins as, for people."""
-        return "fresh"
-
     @abstractmethod
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
         """What is learned in one go before the first step, if anything."""
