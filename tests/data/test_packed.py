@@ -68,6 +68,16 @@ def test_windows_on_the_device_are_those_of_the_store(both: tuple[WindowPatches,
     assert lesions > 5  # the test has seen lesions put in
 
 
+def test_reading_never_asks_the_device_for_a_value(both: tuple[WindowPatches, PackedWindows]) -> None:
+    """A GPU would make the host wait for all that it has still to do; on the meta device there is no value to give."""
+    _, windows = both
+    without = dataclasses.replace(windows, targets=dataclasses.replace(windows.targets, synthesise=0.0))
+    device = DeviceWindows(without, torch.device("meta"))
+    batch = device.finish(device.begin(range(20)))
+    assert batch.image.device.type == "meta" and batch.image.shape == (20, 1, 24, 24, 24)
+    assert batch.corners is not None and batch.corners.device.type == "cpu"
+
+
 def test_the_host_reads_the_same_windows(both: tuple[WindowPatches, PackedWindows]) -> None:
     patches, windows = both
     for number in range(8):
