@@ -136,15 +136,24 @@ class _Batches:
     def __next__(self) -> Batch:
         try:
             return next(self._inner)
-        except BrainfmError as error:  # from a worker, with the worker's traceback as its text
-            raise type(error)(str(error).strip().splitlines()[-1].partition("Error: ")[2] or str(error)) from None
-        except RuntimeError as error:
-            if "DataLoader worker" not in str(error) or str(error).startswith("Caught"):
-                raise
-            raise TrainingError(
+        except StopIteration:
+            raise
+        except BaseException as error:
+            if self._shutdown_workers is not None:  # they ignore SIGTERM: none may be left to wait for
+                self._shutdown_workers()
+            raise self._told(error) from None
+
+    @staticmethod
+    def _told(error: BaseException) -> BaseException:
+        """An error in a worker without the worker's traceback, and the death of a worker, each in one sentence."""
+        if isinstance(error, BrainfmError) and str(error).startswith("Caught "):
+            return type(error)(str(error).strip().splitlines()[-1].partition("Error: ")[2])
+        if isinstance(error, RuntimeError) and str(error).startswith("DataLoader worker"):
+            return TrainingError(
                 f"a process that reads ahead has died ({str(error).splitlines()[0]}), most likely for want of memory; "
                 "the same command goes on from what is saved, trainer.workers=0 needs the least"
-            ) from None
+            )
+        return error
 
 
 def _start_worker(worker: int) -> None:

@@ -20,6 +20,7 @@ _SPECK = 0.05  # of the largest piece; smaller pieces are dropped
 _LABELS = 1024  # different whole numbers at most in what may be a label map
 _PATCHY = 0.6  # of neighbours equal: label maps have .75 and more, scans of 8 bits .3 at most
 _NEAR_TOP, _MANY_NEAR_TOP, _SATURATED = 0.95, 0.05, 0.25  # of the largest value; shares of the image: scans have .001
+_OUTSIDE = (0.5, 99.5)  # percent; less is no reason to refuse a scan
 _MOST_SPREAD = 1e5  # clipped range against the size of 90 % of the foreground: whole numbers of 16 bits spread less
 
 
@@ -54,7 +55,7 @@ def foreground(volume: Volume) -> np.ndarray:
         bool [X, Y, Z] in the memory order of the voxels.
 
     Raises:
-        ScanError: all voxels have one value.
+        ScanError: all voxels have one value, or some are outliers that would flatten all the rest.
     """
     voxels = volume.voxels
     background = _background_value(voxels)
@@ -65,6 +66,8 @@ def foreground(volume: Volume) -> np.ndarray:
         if share == 0:
             raise ScanError(f"all voxels have the value {background:g}, expected an image")
         sample = sample[sample != background]
+        if sample.size:
+            _without_outliers(sample, _OUTSIDE)
         if sample.size == 0 or (share < _MOST_FOREGROUND and not _is_noisy(sample, background)):
             return differs
         if background > np.percentile(sample, 98):
@@ -129,6 +132,17 @@ def background_above(voxels: np.ndarray, value: float) -> float | None:
 
 def _by_sorting(values: np.ndarray, clip_percentiles: tuple[float, float]) -> Stats:
     values = values.astype(np.float32)
+    low, high = _without_outliers(values, clip_percentiles)
+    np.clip(values, low, high, out=values)
+    mean = float(values.mean(dtype=np.float64))
+    values -= np.float32(mean)
+    std = float(np.sqrt(np.square(values, out=values).mean(dtype=np.float64)))
+    return Stats(low, high, mean, std)
+
+
+def _without_outliers(values: np.ndarray, clip_percentiles: tuple[float, float]) -> tuple[float, float]:
+    """The percentiles of float32 values, which are put into another order. Raises: ScanError where what lies between
+    them is so wide that all the rest would be one value."""
     low, high, fifth, last = (float(p) for p in np.percentile(values, (*clip_percentiles, 5, 95), overwrite_input=True))
     most = max(abs(fifth), abs(last))
     if most > 0 and high - low > _MOST_SPREAD * most:
@@ -136,11 +150,7 @@ def _by_sorting(values: np.ndarray, clip_percentiles: tuple[float, float]) -> St
             f"outliers from {low:.3g} to {high:.3g} where 90 % of the foreground lie within {most:.3g} of 0, expected "
             "an image without them"
         )
-    np.clip(values, low, high, out=values)
-    mean = float(values.mean(dtype=np.float64))
-    values -= np.float32(mean)
-    std = float(np.sqrt(np.square(values, out=values).mean(dtype=np.float64)))
-    return Stats(low, high, mean, std)
+    return low, high
 
 
 def _by_counting(values: np.ndarray, clip_percentiles: tuple[float, float]) -> Stats:
