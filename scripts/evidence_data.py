@@ -71,7 +71,7 @@ SETTINGS = {
                            (12, 5), "hippocampus", 20, overlap=0.5),
     "lesions": Setting("lesion", (0, 1), ("lesion",), "flair", 1.5,
                        ("openms_cross", "upenn_gbm", "tcga_lgg", "isles22"), (0, 0), "hippocampus", 4, align="rigid"),
-    "tissues": Setting("tissues", (0, 1, 2, 3), TISSUES, "t1", 2.0, ("ixi2mm",), (9, 5), "tissues", 10, boxed=True),
+    "tissues": Setting("tissues", (0, 1, 2, 3), TISSUES, "t1", 2.0, ("ixi2mm",), (9, 5), "tissues", 8, boxed=True),
 }  # fmt: skip
 
 
@@ -211,18 +211,23 @@ def _rendered(t1: Path, labels: Volume, word: str, file: Path) -> bool:
 
 
 def _atlas(t1: Path, file: Path) -> Path | None:
-    """CSF, grey and white matter of a T1 as `brainfm anatomy` tells them, or None where it does not trust them."""
-    if not file.exists():
+    """CSF, grey and white matter of a T1 as `brainfm anatomy` tells them, or None where it does not trust them, and why
+    in a file beside."""
+    refused = file.with_name(f"{file.name}.txt")
+    if not file.exists() and not refused.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             found = anatomy.segment(nifti.read(t1)[0])
             reason = found.reason
         except ScanError as error:
             reason = str(error)
         if reason:
-            print(f"left out: tissues of {t1.name}: {reason}")
-            return None
-        file.parent.mkdir(parents=True, exist_ok=True)
-        nifti.write_labels(file, found.labels, t1)
+            refused.write_text(f"{reason}\n")
+        else:
+            nifti.write_labels(file, found.labels, t1)
+    if refused.exists():
+        print(f"left out: tissues of {t1.name}: {refused.read_text().strip()}")
+        return None
     return file.absolute()
 
 

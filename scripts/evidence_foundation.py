@@ -14,8 +14,9 @@ Questions:
     hippocampus  MSD task 4 at 1 mm, manual labels, 5 people to learn from
     lesions      FLAIR at 1.5 mm: learned from the only patient of the training side (open MS 07), tested on one patient
                  each of four sets; the rates are those of the hippocampus, for there is nobody to try them on
-    tissues      CSF, grey and white matter at 2 mm from 1, 5 and 10 T1s. The labels are DLMUSE's, which the
-                 pre-training may have had of other people and of those learned from: the same source of labels
+    tissues      CSF, grey and white matter at 2 mm from 1, 5 and 10 T1s (1 and 10: the first half of the steps). The
+                 labels are DLMUSE's, which the pre-training may have had of other people and of those learned from: the
+                 same source of labels
     contrast     the runs of tissues with 5 people, tested on T2 and FLAIR as well: rendered by synthesis/contrast from
                  the T1s of held people, and real ones; beside them fresh weights that see renderings of their own five
                  label maps, painted as in pre-training (rendered; its rate is tried on T1s like all others)
@@ -52,7 +53,7 @@ from brainfm.training.segmenting import Segmenting
 QUESTIONS = ("hippocampus", "lesions", "tissues", "contrast", "one_pass")
 FAMILY = {"hippocampus": "hippocampus", "lesions": "lesions", "tissues": "tissues", "contrast": "tissues"}
 SHOTS = {"hippocampus": (5,), "lesions": (1,), "tissues": (1, 5, 10), "contrast": (5,)}
-HEADLINE = {"hippocampus": 5, "lesions": 1, "tissues": 5}  # shots whose runs go to the last read, others to that before
+HEADLINE = {"hippocampus": 5, "lesions": 1, "tissues": 5}  # shots whose runs go all the way, others the first half
 _TRIAL_SEED = 1000
 
 
@@ -74,14 +75,16 @@ def family_of(name: str, setting: data.Setting, people: data.People, args: argpa
     }  # fmt: skip
     question = Segmenting(store, values, clean=False)
     question.settle(setting.patch_vox)
-    tests: list[data.Test] = []
-    for word in (setting.contrast, *(data.RENDERED if name == "tissues" else ())):
-        cases, _ = find_cases(store, [word], setting.target)
-        tests += data.tests_of(store, cases, people.held, word, setting)
+    tests = data.tests_of(store, question.cases, people.held, setting.contrast, setting)
     trials = data.tests_of(store, question.cases, people.trial, "trial", setting)
-    pairs = data.pair_tests(data.pairs_store(args.data, args.out / "data")) if name == "tissues" else []
+    if name != "tissues":
+        return Family(name, setting, store, question, tuple(tests), tuple(trials))
+    others: list[data.Test] = []
+    for word in data.RENDERED:
+        others += data.tests_of(store, find_cases(store, [word], setting.target)[0], people.held, word, setting)
+    pairs = data.pair_tests(data.pairs_store(args.data, args.out / "data"))
     pairs = [test for test in pairs if test.subject in real_of(args)]
-    return Family(name, setting, store, question, tuple(tests), tuple(trials), tuple(pairs))
+    return Family(name, setting, store, question, tuple(tests), tuple(trials), tuple(others), tuple(pairs))
 
 
 def real_of(args: argparse.Namespace) -> tuple[str, ...]:
@@ -106,12 +109,14 @@ def runs_of(question: str, starts: Iterable[Start], people: data.People, args: a
     family, jobs = FAMILY[question], []
     for seed in range(args.seeds):
         for shots in SHOTS[question]:
-            reads = args.reads if shots == HEADLINE[family] else args.reads[: max(1, len(args.reads) - 1)]
+            headline = shots == HEADLINE[family]
+            reads = tuple(args.reads if headline else args.reads[: max(1, len(args.reads) // 2)])
+            wide = headline and family == "tissues"
             for start in starts:
                 if start.name == "rendered" and question != "contrast":
                     continue
                 trained = tuple(data.drawn(people.pool, shots, seed))
-                jobs.append(Job(family, start.name, start.mark, seed, trained, tuple(reads)))
+                jobs.append(Job(family, start.name, start.mark, seed, trained, reads, wide=wide))
     return jobs
 
 
@@ -248,7 +253,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reads", type=int, nargs="+", default=[60, 200, 600, 2000], help="steps")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="that each start tries")
     parser.add_argument("--draws", type=int, default=2, help="trials of each rate")
-    parser.add_argument("--trial-reads", type=int, nargs="+", default=[60, 200, 400], help="steps")
+    parser.add_argument("--trial-reads", type=int, nargs="+", default=[60, 200], help="steps")
     parser.add_argument("--tested", type=int, default=0, help="held people of a question at most; 0: as it has them")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--accelerator", default="cpu", help="cpu | gpu | auto")

@@ -102,6 +102,23 @@ def test_a_trial_is_not_tested_on_whom_it_learned_from(family: runs.Family, load
     assert {test.subject for test in runs.tests_for(job(start), family)} == {"d/p2", "d/p3"}
 
 
+def test_other_contrasts_are_asked_of_wide_runs_after_every_second_read(
+    family: runs.Family, loaded: LoadedBackbone
+) -> None:
+    start = runs.starts_of(loaded)["scratch"]
+    others = [replace(test, part="t2") for test in family.tests]
+    pairs = [*family.tests, *others]
+    wide = replace(family, others=tuple(others), pairs=tuple(pairs))
+    one = job(start, wide=True)
+    network = runs.prepared(one, wide, start).module.answering
+    found = {step: runs.read(network, one, wide, step, torch.device("cpu")) for step in one.reads}
+    assert list(found[2]) == ["t1"] and list(found[4]) == ["t1", "t2", "pairs"]
+    assert found[4]["t2"] == found[4]["t1"]  # the same scans here
+    assert set(found[4]["pairs"]["agreement"]["t2"].values()) == {1.0}
+    narrow = runs.read(network, job(start), wide, 4, torch.device("cpu"))
+    assert narrow == {"t1": found[4]["t1"]}
+
+
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
@@ -255,7 +272,7 @@ def _runs_of(start: str, table: np.ndarray, trained: str = "p{}") -> dict[int, d
     return {
         seed: {
             "setting": {"tested": [f"t1 {who}" for who in people], "trained": [trained.format(seed)], "reads": [7, 9],
-                        "store": "s"},
+                        "others": [], "wide_reads": [], "store": "s"},
             "reads": {"7": {"t1": {who: {"dice": float(v)} for who, v in zip(people, row)}}},
             "notes": [],
         }
@@ -300,6 +317,7 @@ def test_tables_come_from_the_records_alone(
             one = runs.Job("hippocampus", start, runs.starts_of(loaded)[start].mark, seed, trained, (7, 9))
             tested = [f"t1 {who}" for who in people.held]
             setting = {"tested": tested, "trained": sorted(trained), "reads": [7, 9], "store": "s"}
+            setting |= {"others": [], "wide_reads": []}
             read = {"t1": {who: {"dice": score} for who in people.held}}
             _record(one, tmp_path, setting, {"7": read, "9": read})
     assert script.main(words) == 0
@@ -333,7 +351,8 @@ def test_every_start_has_as_many_trials_and_runs(file: Path, loaded: LoadedBackb
         assert len(some) == starts * args.seeds == len({j.name for j in some})
         for seed in range(args.seeds):
             assert len({j.trained for j in some if j.seed == seed}) == 1
-        assert {j.reads[-1] for j in some} == {2000 if shots == 5 else 600}
+        assert {j.reads[-1] for j in some} == {2000 if shots == 5 else 200}
+        assert {j.wide_reads for j in some} == {(200, 2000) if shots == 5 else ()}
 
 
 # ---- one pass --------------------------------------------------------------------------------------------------------
