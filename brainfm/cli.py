@@ -460,7 +460,7 @@ def _predict(config: dict[str, Any]) -> int:
     if bool(config["input"]) == bool(config["manifest"]):
         raise ConfigError("brainfm predict: expected either input.CONTRAST=FILE or manifest=FILE")
     if not config["manifest"]:
-        predict(config["bundle"], config["input"], out=config["out"], on=config["grid"], **how)
+        predict(config["bundle"], config["input"], config["out"], config["grid"], labels=config["labels"], **how)
         print(config["out"])
         return 0
     with Progress("predict", 0) as bar:
@@ -546,8 +546,8 @@ def _explain(config: dict[str, Any]) -> int:
     with Progress("explain", 0) as bar:
         found = explain(
             bundle, config["input"], config["out"], config["class"],
-            on=config["grid"], method=config["method"], layer=config["layer"], device=config["device"],
-            overlap=float(config["overlap"]), cube_mm=float(config["cube_mm"]),
+            on=config["grid"], labels=config["labels"], method=config["method"], layer=config["layer"],
+            device=config["device"], overlap=float(config["overlap"]), cube_mm=float(config["cube_mm"]),
             step_mm=None if config["step_mm"] is None else float(config["step_mm"]),
             progress=lambda done, total: _move(bar, done, total),
         )  # fmt: skip

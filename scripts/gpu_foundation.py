@@ -320,7 +320,11 @@ class Session:
             if name not in ways:
                 raise ConfigError(f"--ways {name}: expected some of {', '.join(ways)}")
             course = self.course(**ways[name])
-            found = self.timed(course, batch_size, self.asked.trial_steps)
+            try:
+                found = self.timed(course, batch_size, self.asked.trial_steps)
+            except RuntimeError as error:  # a compiler that is missing or fails must not cost the call
+                say(f"{name} fails: {str(error).splitlines()[0]}")
+                continue
             self.trials.append({"way": name, "batch": batch_size, **found})
             say(f"{name}, batch {batch_size}: " + told(found))
             usable = name != "channels_last" or self.asked.ways == "channels_last"

@@ -227,8 +227,7 @@ def network_report(given: argparse.Namespace) -> tuple[list[str], dict[str, obje
     lines += ["", f"Agreement with the answer to the T1 ({given.look[0]}):", ""]
     lines += ["| patient | contrast | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     for row in rows:
-        digits = {column: 0 if column in ("regions", "icv_ml") else 3 for column in columns}
-        cells = [f"{row.get(column, float('nan')):.{digits[column]}f}" for column in columns]
+        cells = [f"{row.get(name, float('nan')):.{0 if name in columns[-2:] else 3}f}" for name in columns]
         lines.append(f"| {row['subject']} | {row['contrast']} | " + " | ".join(cells) + " |")
     return lines, figures | {"agreement": rows}
 

@@ -102,6 +102,18 @@ def test_a_later_call_starts_from_the_pieces_and_says_so(script: Any, trained: P
     assert 0 < max(apart) < 0.01  # one step of the warm-up from where the first call ended
 
 
+def test_a_way_that_fails_does_not_cost_the_call(
+    script: Any, trained: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def broken(course: Any, *_: Any, **__: Any) -> None:
+        raise RuntimeError("no compiler here\nand more")
+
+    monkeypatch.setattr(script.Session, "timed", lambda self, course, size, steps: broken(course))
+    with pytest.raises(RuntimeError):  # where nothing works there is nothing to train
+        call(script, "train", "--data", trained / "heads.zip", "--out", tmp_path, *SMALL)
+    assert "eager fails: no compiler here" in capsys.readouterr().out
+
+
 def test_pieces_are_small_and_a_mixture_of_two_saves_is_refused(
     script: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

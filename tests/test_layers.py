@@ -21,8 +21,8 @@ MAY_IMPORT: dict[str, set[str]] = {
     "tasks": {"root", "nets"},
     "training": {"root", "data", "nets", "objectives", "tasks"},
     "inference": {
-        "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.regions", "data.sources",
-        "data.store", "nets", "tasks",
+        "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.region_volumes", "data.regions",
+        "data.sources", "data.store", "nets", "tasks",
     },
 }
 # third party -> the modules that may import it

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
+from functools import lru_cache
 from pathlib import Path
 
 # Longest first, and in any spelling: .NII and .nii.GZ are scans as well.
 READ = (
-    ".nii.gz", ".nii.bz2", ".nii", ".img.gz", ".img.bz2", ".img", ".mgz", ".mgh",
+    ".nii.gz", ".nii.bz2", ".nii", ".img.gz", ".img.bz2", ".img", ".mgz", ".mgh.gz", ".mgh",
     ".mnc.gz", ".mnc", ".brik.gz", ".brik",
 )  # fmt: skip
 # Images in formats that are not read; files of these are named, so that nobody wonders where they went.
@@ -18,11 +19,14 @@ OTHER = (
 _HEADERS = {".img": ".hdr", ".brik": ".HEAD"}  # of formats that keep their header in a file of its own
 
 
+@lru_cache(maxsize=1 << 16)  # a walk asks of each name several times
 def ending_of(name: str) -> str:
     """The ending of a scan as it is spelt in the name; empty where the name is none of a scan."""
     lower = name.lower()
-    found = next((ending for ending in READ if lower.endswith(ending)), "")
-    return name[len(name) - len(found) :] if found and len(name) > len(found) else ""
+    if not lower.endswith(READ):
+        return ""
+    found = next(ending for ending in READ if lower.endswith(ending))
+    return name[len(name) - len(found) :] if len(name) > len(found) else ""
 
 
 def is_other(name: str) -> bool:
@@ -39,6 +43,8 @@ def strip_ending(name: str) -> str:
 def header_names(name: str) -> tuple[str, ...]:
     """How the header file of ``x.img`` or ``x.BRIK`` may be spelt, best first; empty where the format has none."""
     ending = ending_of(name)
+    if ending.lower().startswith((".nii", ".mg")):
+        return ()
     packed = next((p for p in (".gz", ".bz2") if ending.lower().endswith(p)), "")
     plain = ending[: len(ending) - len(packed)]
     header = _HEADERS.get(plain.lower())

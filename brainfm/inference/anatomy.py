@@ -49,6 +49,7 @@ VERSION = 1  # raised when the same weights would give other labels
 _ALWAYS = ("frontal_white", "superior_frontal", "thalamus")
 _AROUND_MM = 3.0  # of the largest connected part within the skull, in which what it nearly touches is kept
 _SHARE = 1e-6  # of a voxel: less is nothing
+_WHOLE_VOXELS, _WINDOW_VOX = 4_000_000, 128  # a larger head passes in windows: unet_s takes 4 GB at this size
 _ENDINGS = (".nii.gz", ".nii")
 
 
@@ -89,7 +90,7 @@ class Labeller:
         preprocess: how scans are prepared for it.
         device: where it is.
         autocast: the precision it computes in, None for float32.
-        patch_vox: edge lengths of its windows; None: a head passes in one piece.
+        patch_vox: edge lengths of its windows; None: a head passes in one piece, where memory allows.
         overlap: share of a window that its neighbour repeats, in [0, 1).
         fingerprint: of the backbone file.
     """
@@ -118,7 +119,7 @@ class Labeller:
 
         Args:
             spacing_mm: edge of the voxels that the network sees.
-            patch_vox: of windows, one length or three; None: a head passes in one piece.
+            patch_vox: of windows, one length or three; None: a head passes in one piece up to 4 million voxels.
 
         Raises:
             ConfigError: no file was given, or impossible values.
@@ -157,16 +158,20 @@ class Labeller:
 
     def probabilities(self, image: Tensor) -> Tensor:
         """[M, X, Y, Z] standardised scans of one head -> [K, X, Y, Z] float32 in main memory."""
-        patch = self.patch_vox or self._whole(tuple(image.shape[1:]))
+        patch = self.patch_vox or self._whole(image.shape[1:])
         return predict_windows(
             self.network, image, torch.ones(len(image), dtype=torch.bool), patch, overlap=self.overlap, batch=1,
             device=self.device, autocast=self.autocast,
         )  # fmt: skip
 
     def _whole(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """One window for all of a head, or the largest for which there is memory."""
         stride = self.network.backbone.strides[-1]
         x, y, z = (max(2, math.ceil(size / stride)) * stride for size in shape)
-        return x, y, z
+        if x * y * z <= _WHOLE_VOXELS:
+            return x, y, z
+        edge = math.ceil(_WINDOW_VOX / stride) * stride
+        return edge, edge, edge
 
     def find(self, files: Mapping[str, Path]) -> Found:
         """Regions of one head, on the grid of the first file.

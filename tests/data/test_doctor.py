@@ -13,7 +13,7 @@ import pytest
 
 from brainfm.data import doctor
 from brainfm.data.doctor import Fault, examine, write_faults
-from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
+from brainfm.data.manifest import Manifest, Scan, read_manifest, write_left_out, write_manifest
 
 SHAPE = (9, 10, 11)
 
@@ -164,3 +164,74 @@ def test_the_list_of_faults(tmp_path: Path) -> None:
         ]
     write_faults(tmp_path / "none.csv", [])
     assert len((tmp_path / "none.csv").read_text().splitlines()) == 1
+
+
+# ---- what looks like no scan, and what is no fault but should be known -----------------------------------------------
+
+
+def test_content_that_is_no_scan_is_a_fault(tmp_path: Path) -> None:
+    shape = (24, 24, 24)
+    grid = np.stack(np.meshgrid(*[np.linspace(-1, 1, n) for n in shape], indexing="ij"))
+    ball = (grid**2).sum(0)
+    rng = np.random.default_rng(0)
+    scan = np.where(ball < 0.8, 100 + 40 * grid[0] + rng.normal(0, 5, shape), 0)
+    spiked = scan.copy()
+    spiked[ball < 0.1] = 3e38
+    scans = {
+        "labels": np.select([ball < 0.2, ball < 0.5, ball < 0.8], [17, 3, 2], 0).astype(np.int16),
+        "probability": np.clip((0.9 - ball) * 3, 0, 1).astype(np.float32),
+        "spiked": spiked.astype(np.float32),
+        "scan": scan.astype(np.float32),
+        "normalised": (scan / scan.max() * 0.999).astype(np.float32),
+        "bytes": np.rint(scan).astype(np.uint8),
+    }
+    manifest = _manifest(tmp_path, {name: _save(tmp_path / f"{name}.nii.gz", v) for name, v in scans.items()})
+    found = _by_subject(examine(manifest).faults)
+    assert set(found) == {"labels", "probability", "spiked"}
+    assert found["labels"] == ["does not look like a scan: it holds patches of 3 whole numbers, as a label map does"]
+    assert "in a map of probabilities" in found["probability"][0]
+    assert "numbers of up to 3e+38" in found["spiked"][0]
+
+
+def test_empty_masks_masks_of_several_values_and_doubles_are_noted(tmp_path: Path) -> None:
+    one, two, none = np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8), np.zeros(SHAPE, np.uint8)
+    one[2, 2, 2] = two[3, 3, 3] = 1
+    two[2, 2, 2] = 2
+    scans = {name: _save(tmp_path / f"{name}.nii.gz", _noise(i)) for i, name in enumerate("abcd")}
+    masks = {name: _save(tmp_path / f"{name}_m.nii.gz", m) for name, m in zip("abcd", (one, two, none, none))}
+    manifest = _manifest(tmp_path, scans, lesion_mask=masks, tissue_labels={"b": masks["b"]})
+    found = examine(manifest)
+    assert found.faults == []
+    assert found.notes == [
+        "lesion_mask: 2 of 4 are empty: c_m.nii.gz, d_m.nii.gz",
+        "lesion_mask: 1 of 4 hold several values (1, 2), which all count as lesion; labels.lesion= keeps them apart: "
+        "b_m.nii.gz",
+    ]
+    minus = _save(tmp_path / "minus.nii.gz", one.astype(np.int16) - 1)
+    wrong = examine(_manifest(tmp_path, {"a": scans["a"]}, lesion_mask={"a": minus}))
+    assert "labels from -1 to 0, expected whole numbers from 0 on" in wrong.faults[0].fault and not wrong.notes
+    rows = [Scan("d", "s", "", "t1", scans[n], {}) for n in "ba"]
+    write_manifest(tmp_path / "m.csv", rows)
+    (note,) = examine(read_manifest(tmp_path / "m.csv")).notes
+    assert note == "several scans of one contrast in a session, 1 times: d/s has 2 of t1, a.nii.gz comes first"
+
+
+def test_the_doctor_names_what_the_manifest_left_out_and_why(tmp_path: Path) -> None:
+    manifest = _manifest(tmp_path, {"a": _save(tmp_path / "a.nii.gz", _noise(1))})
+    many = [(f"p{i}_seg.nii.gz", "label or mask by name") for i in range(9)]
+    write_left_out(manifest.path, [*many, ("x.nrrd", "format that is not read")])
+    assert examine(manifest).notes == [
+        "manifest left out 1 files (format that is not read): x.nrrd",
+        "manifest left out 9 files (label or mask by name): p0_seg.nii.gz, p1_seg.nii.gz, p2_seg.nii.gz, "
+        "p3_seg.nii.gz, p4_seg.nii.gz and 4 more",
+    ]
+
+
+def test_a_mask_that_is_off_by_rounding_is_no_fault(tmp_path: Path) -> None:
+    near, far = np.eye(4), np.eye(4)
+    near[:3, 3], far[0, 3] = 5e-3, 0.2
+    scans = {name: _save(tmp_path / f"{name}.nii.gz", _noise(i)) for i, name in enumerate(("near", "far"))}
+    one = np.ones(SHAPE, np.uint8)
+    one[0] = 0
+    masks = {"near": _save(tmp_path / "n.nii.gz", one, near), "far": _save(tmp_path / "f.nii.gz", one, far)}
+    assert [f.subject for f in examine(_manifest(tmp_path, scans, lesion_mask=masks)).faults] == ["far"]

@@ -376,3 +376,121 @@ def test_prepare__real_scans(tmp_path, data3d):
     assert file.stat().st_size < 0.25 * 4 * np.prod(entry.shape)
     lesion = nib.load(columns["lesion_mask"]).get_fdata() > 0
     assert abs(store.volume(entry, "lesion_mask").sum() - lesion.sum()) < 0.02 * lesion.sum()
+
+
+# ---- files that are corrected in place -------------------------------------------------------------------------------
+
+
+def lesion_centre(store_path: Path, subject: str) -> np.ndarray:
+    store = Store.open(store_path)
+    (entry,) = [s for s in store.sessions if s.subject == subject]
+    return np.argwhere(store.volume(entry, "lesion_mask")).mean(axis=0)
+
+
+def uncompressed(folder: Path) -> Manifest:
+    """Two subjects whose files keep their size whatever is in them."""
+    scans = []
+    for subject in ("a", "b"):
+        ball = head(folder / f"{subject}.nii", 1 if subject == "a" else 2)
+        mask = (ball & (np.arange(34)[:, None, None] < 12)).astype(np.uint8)
+        nib.save(nib.Nifti1Image(mask, np.diag([1, 1, 1.5, 1])), folder / f"{subject}_mask.nii")
+        columns = {"lesion_mask": f"{subject}_mask.nii"}
+        scans.append(Scan("ds", subject, "", "t1", f"{subject}.nii", columns))
+    write_manifest(folder / "manifest.csv", scans)
+    return read_manifest(folder / "manifest.csv")
+
+
+def correct(path: Path, keep_time: bool) -> None:
+    """Mirrors a mask in place: same size, and where asked for the same time of change."""
+    before = path.stat()
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.asarray(image.dataobj)[::-1].copy(), image.affine), path)
+    assert path.stat().st_size == before.st_size
+    if keep_time:
+        os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
+
+
+@pytest.mark.parametrize("keep_time", [False, True])
+def test_a_label_corrected_in_place_is_taken_over_and_told(tmp_path: Path, keep_time: bool) -> None:
+    manifest = uncompressed(tmp_path)
+    prepare(manifest, tmp_path / "store", SPEC, workers=1)
+    wrong = lesion_centre(tmp_path / "store", "a")
+    correct(tmp_path / "a_mask.nii", keep_time)
+    report = prepare(manifest, tmp_path / "store", SPEC, workers=1)
+    assert (report.done, report.skipped, report.again) == (1, 1, ((("ds", "a", ""), "a_mask.nii"),))
+    prepare(manifest, tmp_path / "fresh", SPEC, workers=1)
+    np.testing.assert_array_equal(lesion_centre(tmp_path / "store", "a"), lesion_centre(tmp_path / "fresh", "a"))
+    assert abs(lesion_centre(tmp_path / "store", "a")[0] - wrong[0]) > 5
+    assert Store.open(tmp_path / "store").fingerprint() == Store.open(tmp_path / "fresh").fingerprint()
+
+
+def test_a_copy_of_the_same_content_is_the_same_file(tmp_path: Path) -> None:
+    manifest = uncompressed(tmp_path)
+    prepare(manifest, tmp_path / "store", SPEC, workers=1)
+    before = tree(tmp_path / "store")
+    for path in tmp_path.glob("*.nii"):
+        content = path.read_bytes()
+        path.unlink()
+        path.write_bytes(content)
+        os.utime(path, (1, 1))
+    report = prepare(manifest, tmp_path / "store", SPEC, workers=1)
+    assert (report.done, report.again) == (0, ()) and tree(tmp_path / "store") == before
+
+
+def test_the_header_file_of_a_pair_counts_too(tmp_path: Path) -> None:
+    voxels = np.asarray(nib.load(uncompressed(tmp_path).resolve("a.nii")).dataobj)
+    for spacing in (1.0, 2.0):  # the numbers stay, the header says something else
+        nib.save(nib.Nifti1Pair(voxels, np.diag([spacing, 1, 1.5, 1])), tmp_path / "p.img")
+        write_manifest(tmp_path / "m.csv", [Scan("ds", "p", "", "t1", "p.img", {})])
+        report = prepare(read_manifest(tmp_path / "m.csv"), tmp_path / "store", SPEC, workers=1)
+        assert report.done == 1
+    assert report.again == ((("ds", "p", ""), "p.hdr"),)
+
+
+# ---- one session's trouble is its own --------------------------------------------------------------------------------
+
+
+def test_one_bad_scan_never_costs_the_others(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    manifest = cohort(tmp_path / "data", subjects=4)
+    image = nib.load(tmp_path / "data" / "sub-01" / "t1.nii.gz")
+    voxels = np.asarray(image.dataobj).copy()
+    voxels[voxels > np.quantile(voxels[voxels > 0], 0.98)] = 3e38
+    nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "data" / "sub-01" / "t1.nii.gz")
+    real = prepare_module.prepare_session
+
+    def unforeseen(scans, *arguments, **options):
+        if "sub-02" in str(scans["t1"]):
+            raise ZeroDivisionError("nobody thought of this")
+        return real(scans, *arguments, **options)
+
+    monkeypatch.setattr(prepare_module, "prepare_session", unforeseen)
+    report = prepare(manifest, tmp_path / "store", SPEC, workers=1)
+    assert [(s.subject, len(s.scans)) for s in Store.open(tmp_path / "store").sessions] == [
+        ("sub-00", 2), ("sub-01", 1), ("sub-03", 2)
+    ]  # fmt: skip
+    reasons = {f.subject: f.reason for f in report.failed}
+    assert "outliers from" in reasons["sub-01"] and "t1.nii.gz" in reasons["sub-01"]
+    assert reasons["sub-02"] == "cannot be prepared (ZeroDivisionError: nobody thought of this)"
+
+
+def test_empty_labels_are_counted(tmp_path: Path) -> None:
+    manifest = cohort(tmp_path / "data")
+    assert prepare(manifest, tmp_path / "store", SPEC, workers=1).empty == {}
+    for subject in ("sub-00", "sub-02"):
+        empty = np.zeros((34, 32, 22), np.uint8)
+        nib.save(nib.Nifti1Image(empty, np.diag([1, 1, 1.5, 1])), tmp_path / "data" / subject / "lesion.nii.gz")
+    assert prepare(manifest, tmp_path / "store", SPEC, workers=1).empty == {"lesion_mask": (2, 3)}
+
+
+def test_without_locks_between_processes_all_is_done_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from brainfm.data import workers as workers_module
+    from brainfm.specs import BrainfmWarning
+
+    class NoLocks:
+        def Lock(self):
+            raise OSError(errno.EROFS, os.strerror(errno.EROFS))
+
+    monkeypatch.setattr(workers_module.multiprocessing, "get_context", lambda kind=None: NoLocks())
+    with pytest.warns(BrainfmWarning, match=r"shared memory cannot be used \(Read-only file system\).*one process"):
+        report = prepare(cohort(tmp_path / "data"), tmp_path / "store", SPEC, workers=2)
+    assert (report.done, report.failed) == (3, ())

@@ -397,6 +397,8 @@ def test_windows_see_the_same_head(known: Path, tmp_path: Path) -> None:
     whole = labeller_of(known).find({"t1": scan})
     window = labeller_of(known, patch_vox=[44, 52, 40]).find({"t1": scan})
     assert np.array_equal(whole.labels, window.labels)
+    assert labeller_of(known)._whole((41, 52, 39)) == (44, 52, 40)
+    assert labeller_of(known)._whole((150, 190, 170)) == (128, 128, 128)
 
 
 def test_inputs_that_cannot_be(known: Path, tmp_path: Path) -> None:
