@@ -20,6 +20,8 @@ Questions:
     contrast     the runs of tissues with 5 people, tested on T2 and FLAIR as well: rendered by synthesis/contrast from
                  the T1s of held people, and real ones; beside them fresh weights that see renderings of their own five
                  label maps, painted as in pre-training (rendered; its rate is tried on T1s like all others)
+    whole_head   age and sex of IXI and of ds002748 at 2 mm, 10 and more people to learn from: what fine-tuning would
+                 ship, beside every candidate. The encoder is frozen, so there are no steps and no rates
     one_pass     no training: one head at 1 mm in windows and in one pass
 
 Every run leaves a small JSON in DIR, so the same command goes on where it was interrupted, and --tables-only makes the
@@ -38,6 +40,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import evidence_data as data
+import evidence_whole_head as whole_head
 import torch
 from evidence_one_pass import one_pass
 from evidence_runs import Family, Job, Start, best_rate, cost, is_done, measured, perform, recorded, starts_of
@@ -50,7 +53,7 @@ from brainfm.seen import overlap
 from brainfm.specs import BrainfmError, ConfigError
 from brainfm.training.segmenting import Segmenting
 
-QUESTIONS = ("hippocampus", "lesions", "tissues", "contrast", "one_pass")
+QUESTIONS = ("hippocampus", "lesions", "tissues", "contrast", "whole_head", "one_pass")
 FAMILY = {"hippocampus": "hippocampus", "lesions": "lesions", "tissues": "tissues", "contrast": "tissues"}
 SHOTS = {"hippocampus": (5,), "lesions": (1,), "tissues": (1, 5, 10), "contrast": (5,)}
 HEADLINE = {"hippocampus": 5, "lesions": 1, "tissues": 5}  # shots whose runs go all the way, others the first half
@@ -204,8 +207,14 @@ def _mean(values: dict[str, dict[str, float]]) -> float:
 def run(args: argparse.Namespace, loaded: LoadedBackbone) -> int:
     """Raises: ConfigError where it would take more than the budget."""
     work = Work(args, loaded)
-    if not args.tables_only and work.runs:
+    starts = [start for start in work.starts.values() if start.name != "rendered"]
+    heads = whole_head.asks(starts, args.seeds, args.tested) if "whole_head" in args.questions else []
+    todo = [ask for ask in heads if not args.tables_only and not ask.is_done(args.out)]
+    if not args.tables_only and (work.runs or todo):
         lines, hours = work.projected()
+        heads_hours = whole_head.projected(todo, work.starts)
+        lines += [f"  whole_head: {len(todo)} answers, {heads_hours:.2f} h"] * bool(todo)
+        hours += heads_hours
         begun = any((args.out / "runs").glob("*.json"))
         print(f"projected: {hours:.1f} core-hours", *lines, sep="\n", flush=True)
         if hours > args.budget_hours and not begun:
@@ -216,9 +225,9 @@ def run(args: argparse.Namespace, loaded: LoadedBackbone) -> int:
         fabric = Fabric(accelerator=args.accelerator, devices=1, precision="32-true")
         if not work.do(fabric):
             return 0
-    text = heading(args, loaded, work)
-    if work.runs:
-        text += tables(work.trials, work.runs, args.out)
+    whole_head.answer(todo, work.starts, args.data, args.out, torch.device("cpu"))
+    text = heading(args, loaded, work, {key for ask in heads for key in ask.held})
+    text += tables(work.trials, work.runs, args.out) + whole_head.tables(heads, args.out)
     if "one_pass" in args.questions:
         text += one_pass(loaded, args.data, args.out, cached_only=args.tables_only)
     write_atomically(args.out / f"tables_{loaded.fingerprint[:8]}.md", ("\n".join(text) + "\n").encode())
@@ -226,18 +235,20 @@ def run(args: argparse.Namespace, loaded: LoadedBackbone) -> int:
     return 0
 
 
-def heading(args: argparse.Namespace, loaded: LoadedBackbone, work: Work) -> list[str]:
+def heading(args: argparse.Namespace, loaded: LoadedBackbone, work: Work, held: set[str]) -> list[str]:
     """What is tested, and whether its pre-training saw those who are tested."""
     names = dict.fromkeys(job.family for job in work.runs)
-    held = {key for name in names for key in work.people[name].held}
+    held |= {key for name in names for key in work.people[name].held}
     held |= set(real_of(args)) if "tissues" in names else set()
     seen = overlap(loaded.subjects, held)
     lines = [f"## Backbone {loaded.fingerprint[:8]}: {loaded.provenance.steps} steps of {loaded.objective['name']}", ""]
     lines.append(f"{str(seen)[:1].upper()}{str(seen)[1:]}." if seen else "The file does not say whom it has seen.")
     for name in names:
+        learned = overlap(loaded.subjects, {key for job in work.runs if job.family == name for key in job.trained})
+        lines += [f"{name}: of {learned.of} people learned from it has seen {learned.seen}."] if learned else []
         note = spacing_note((work.settings[name].spacing_mm,) * 3, loaded.voxel_mm)
         lines += [f"{name}: {note}."] if note else []
-    files = [*(args.out / "runs").glob("*.json"), *(args.out / "trials").glob("*.json")]
+    files = [file for folder in ("runs", "trials", "whole_head") for file in (args.out / folder).glob("*.json")]
     spent = sum(json.loads(file.read_text())["core_seconds"] for file in files)
     return [*lines, f"{len(files)} runs and trials lie in the folder, {spent / 3600:.2f} core-hours.", ""]
 

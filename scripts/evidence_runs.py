@@ -25,7 +25,7 @@ from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import Case, Sample, TaskPatches
 from brainfm.data.regions import RENDERED, RENDERED_FAMILIES, outside_by_intensity, renders_of
 from brainfm.data.store import Store
-from brainfm.nets.backbone import build_backbone
+from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.transfer import transfer
 from brainfm.nets.weights import LoadedBackbone, write_atomically
 from brainfm.seeds import stream
@@ -269,13 +269,18 @@ class Prepared:
     patches: TaskPatches
 
 
-def prepared(job: Job, family: Family, start: Start) -> Prepared:
-    """The network, its optimiser and its patches: functions of the job and the start."""
-    torch.manual_seed(job.seed)
+def encoder_of(start: Start, seed: int) -> Backbone:
+    """The encoder of a start: the file's, or fresh from the seed. Whatever is made next is drawn alike for all."""
+    torch.manual_seed(seed)
     encoder = build_backbone(**start.network)
-    decoder = start.name == "decoder"
     if start.file is not None:
         transfer(encoder, start.file.backbone.state_dict(), origin="the backbone file")
+    return encoder
+
+
+def prepared(job: Job, family: Family, start: Start) -> Prepared:
+    """The network, its optimiser and its patches: functions of the job and the start."""
+    encoder, decoder = encoder_of(start, job.seed), start.name == "decoder"
     cases = [c for c in family.question.cases if c.session.subject_key in job.trained]
     if len(cases) != len(job.trained):
         raise ConfigError(f"{family.store.path}: {len(cases)} of the people {', '.join(job.trained)} are there")

@@ -132,7 +132,7 @@ def _question(family: str, shots: int, part: str, starts: Mapping[str, Records])
              "| steps | " + " | ".join([*(TITLES[s] for s in starts), *names]) + " |",
              "|" + "---|" * (1 + len(starts) + len(names))]  # fmt: skip
     for step in steps:
-        cells = [_cell(crossed_bootstrap(matrix(of, part, step), seed=0)) for of in starts.values()]
+        cells = [cell(crossed_bootstrap(matrix(of, part, step), seed=0)) for of in starts.values()]
         for a, b in against:
             mine, theirs = shared(starts[a], starts[b])
             cells.append(compared(matrix(mine, part, step) - matrix(theirs, part, step)))
@@ -151,7 +151,7 @@ def _each(starts: Mapping[str, Records], part: str, reads: Sequence[int]) -> lis
     for place, who in enumerate(people):
         for step in reads:
             columns = [matrix(of, part, step)[:, place : place + 1] for of in starts.values()]
-            cells = [_cell(crossed_bootstrap(column, seed=0)) for column in columns]
+            cells = [cell(crossed_bootstrap(column, seed=0)) for column in columns]
             lines.append(f"| {who} | {step} | " + " | ".join(cells) + " |")
     return lines
 
@@ -169,13 +169,13 @@ def _pairs(starts: Mapping[str, Records], out: Path) -> list[str]:
         steps = [step for step, read in next(iter(of.values()))["reads"].items() if "pairs" in read]
         for step in steps:
             found = {seed: r["reads"][step]["pairs"] for seed, r in of.items() if step in r["reads"]}
-            floor = _cell(crossed_bootstrap(_grid(found, "floor", None), seed=0)) if _has(found, "floor") else ""
+            floor = cell(crossed_bootstrap(_grid(found, "floor", None), seed=0)) if _has(found, "floor") else ""
             for contrast in [word for word in ("t1", "t2", "flair", "t1c") if _has(found, "accuracy", word)
                              or _has(found, "agreement", word)]:  # fmt: skip
                 cells = []
                 for what in ("agreement", "accuracy"):
                     there = _has(found, what, contrast)
-                    cells.append(_cell(crossed_bootstrap(_grid(found, what, contrast), seed=0)) if there else "")
+                    cells.append(cell(crossed_bootstrap(_grid(found, what, contrast), seed=0)) if there else "")
                 count = len(next(iter(found.values()))["agreement" if contrast != "t1" else "accuracy"][contrast])
                 against = _against(starts, name, step, contrast)
                 cells = [TITLES[name], step, contrast, str(count), cells[0], floor, cells[1], against]
@@ -226,5 +226,6 @@ def _notes(starts: Mapping[str, Records]) -> list[str]:
     return ["What happened in runs:", "", *lines, ""] if lines else []
 
 
-def _cell(i: Interval) -> str:
+def cell(i: Interval) -> str:
+    """A mean with its interval."""
     return f"{i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]"
