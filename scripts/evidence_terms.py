@@ -4,11 +4,11 @@
     python scripts/evidence_terms.py checks --store STORE --out DIR --backbone BACKBONE.safetensors
 
 `terms` trains one network after the other from equal weights, each by one term alone, and asks the same questions of
-held-out people before and after: (a) Dice of the fine classes and of three tissues, (b) the share of matched voxels that
-find their place, against chance, (c) the error of a view redrawn from the other view's anatomy, and of its own hidden
-blocks, in parts of the error of a constant image, (d) AUROC and Dice of inserted lesions, (e) correlation of the log
-volumes with those of the label maps. Intervals are over people. Interrupted, the same command goes on after the last
-finished term. DIR holds terms.json and terms.md. About 15 minutes of one processor.
+held-out people before and after: (a) Dice of the fine classes and of three tissues, (b) the share of matched voxels
+that find their place, against chance, (c) the error of a view redrawn from the other view's anatomy, and of its own
+hidden blocks, in parts of the error of a constant image, (d) AUROC and Dice of inserted lesions, (e) correlation of the
+log volumes with those of the label maps. Intervals are over people. Interrupted, the same command goes on after the
+last finished term. DIR holds terms.json and terms.md. About 15 minutes of one processor.
 
 `checks` asks a trained backbone file what must not be: matching on constant images, where only padding could tell the
 place, against chance; the subject from the contrast code, where several heads were rendered in several looks; how much
@@ -63,7 +63,8 @@ TITLES = {
     "d_dice": "lesions, Dice", "e": "log volumes, r",
 }  # fmt: skip
 ASKED_BY = {
-    "a": ("a", "a_tissues"), "b": ("b", "b_chance"), "c": ("c_cross", "c_hidden"), "d": ("d_auroc", "d_dice"), "e": ("e",)
+    "a": ("a", "a_tissues"), "b": ("b", "b_chance"), "c": ("c_cross", "c_hidden"), "d": ("d_auroc", "d_dice"),
+    "e": ("e",),
 }  # fmt: skip
 LATER = 10**7  # a step at which any schedule has settled
 Answer = dict[str, float]  # value, low, high, and people
