@@ -4,11 +4,11 @@
     python scripts/evidence_terms.py checks --store STORE --out DIR --backbone BACKBONE.safetensors
 
 `terms` trains one network after the other from equal weights, each by one term alone, and asks the same questions of
-held-out people before and after: (a) Dice of the fine classes, (b) the share of matched voxels that find their place,
-against chance, (c) the error of a view redrawn from the other view's anatomy, and of its own hidden blocks, in parts of
-the error of a constant image, (d) AUROC and Dice of inserted lesions, (e) correlation of the log volumes with those of
-the label maps. Intervals are over people. Interrupted, the same command goes on after the last finished term. DIR holds
-terms.json and terms.md. About 20 minutes of one processor.
+held-out people before and after: (a) Dice of the fine classes and of three tissues, (b) the share of matched voxels
+that find their place, against chance, (c) the error of a view redrawn from the other view's anatomy, and of its own
+hidden blocks, in parts of the error of a constant image, (d) AUROC and Dice of inserted lesions, (e) correlation of the
+log volumes with those of the label maps. Intervals are over people. Interrupted, the same command goes on after the
+last finished term. DIR holds terms.json and terms.md. About 15 minutes of one processor.
 
 `checks` asks a trained backbone file what must not be: matching on constant images, where only padding could tell the
 place, against chance; the subject from the contrast code, where several heads were rendered in several looks; how much
@@ -35,7 +35,7 @@ from brainfm.batch import Batch
 from brainfm.cli import resolve
 from brainfm.data.augment import apply, augment_spec, draw, look_spec, render
 from brainfm.data.patches import collate
-from brainfm.data.regions import REGIONS, merged_members
+from brainfm.data.regions import MERGED, REGIONS, TARGETS, merged_members
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
 from brainfm.data.windows import WindowPatches, WindowSpec
@@ -54,13 +54,18 @@ from brainfm.training.region_dice import RegionDice
 TERMS: dict[str, tuple[str, ...]] = {
     "a": ("regions",), "b": ("match",), "c": ("self", "cross"), "d": ("lesion",), "e": ("volumes",),
 }  # fmt: skip
+TISSUES = {"outside": "any_outside", "csf": "any_csf", "grey": "any_grey", "white": "any_white_matter"}
 WEIGHTS = tuple(name for of in TERMS.values() for name in of)
 TITLES = {
-    "a": "fine classes, Dice", "b": "matched voxels, right", "b_chance": "the same by chance",
+    "a": "fine classes, Dice", "a_tissues": "three tissues, Dice",
+    "b": "matched voxels, right", "b_chance": "the same by chance",
     "c_cross": "other view redrawn, error", "c_hidden": "hidden blocks redrawn, error", "d_auroc": "lesions, AUROC",
     "d_dice": "lesions, Dice", "e": "log volumes, r",
 }  # fmt: skip
-ASKED_BY = {"a": ("a",), "b": ("b", "b_chance"), "c": ("c_cross", "c_hidden"), "d": ("d_auroc", "d_dice"), "e": ("e",)}
+ASKED_BY = {
+    "a": ("a", "a_tissues"), "b": ("b", "b_chance"), "c": ("c_cross", "c_hidden"), "d": ("d_auroc", "d_dice"),
+    "e": ("e",),
+}  # fmt: skip
 LATER = 10**7  # a step at which any schedule has settled
 Answer = dict[str, float]  # value, low, high, and people
 
@@ -158,15 +163,33 @@ def over_people(values: Sequence[float], people: Sequence[str], seed: int = 0) -
 
 @torch.no_grad()
 def ask_regions(objective: DenseSplit, batches: Sequence[Batch], people: Sequence[str]) -> dict[str, Answer]:
-    scores = []
+    """Dice of the fine classes, and of the three tissues, whose probabilities are sums of those of their classes."""
+    fine, coarse = [], []
+    of_class, of_target = tissue_tables()
     for batch in batches:
-        predicted = objective.predict_regions(batch.image).argmax(dim=1)
+        logits = objective.predict_regions(batch.image)
+        by_tissue = torch.stack(
+            [logits[:, of_class == tissue].logsumexp(dim=1) for tissue in range(len(TISSUES))], dim=1
+        )
         assert batch.regions is not None
-        for one, target in zip(predicted, batch.regions, strict=True):
+        for one, tissue, target in zip(logits.argmax(dim=1), by_tissue.argmax(dim=1), batch.regions, strict=True):
             dice = RegionDice(list(REGIONS), merged_members())
             dice.add(one, target)
-            scores.append(dice.mean())
-    return {"a": over_people(scores, people)}
+            fine.append(dice.mean())
+            dice = RegionDice(["background", *list(TISSUES)[1:]], [])
+            dice.add(tissue, torch.where(target >= 0, of_target[target.long()], -1))
+            coarse.append(dice.mean())
+    return {"a": over_people(fine, people), "a_tissues": over_people(coarse, people)}
+
+
+def tissue_tables() -> tuple[Tensor, Tensor]:
+    """The place in TISSUES of each fine class, and of each target, -1 where it may be of several."""
+    place = {name: number for number, of in enumerate(TISSUES.values()) for name in MERGED[of]}
+    of_target = []
+    for target in TARGETS:
+        found = {place[name] for name in MERGED.get(target, (target,))}
+        of_target.append(found.pop() if len(found) == 1 else -1)
+    return torch.tensor([place[name] for name in REGIONS]), torch.tensor(of_target)
 
 
 @torch.no_grad()

@@ -123,6 +123,27 @@ def test_scores(script: Any) -> None:
     assert (mean["value"], mean["people"]) == (2.0, 2) and mean["low"] <= 2 <= mean["high"]
 
 
+def test_tissues_are_sums_of_their_classes(script: Any) -> None:
+    of_class, of_target = script.tissue_tables()
+    names, targets = list(script.REGIONS), list(script.TARGETS)
+    assert of_class[names.index("cuneus")] == of_class[names.index("thalamus")] == 2
+    assert of_target[targets.index("any_white")] == 3 and of_target[targets.index("outside_or_csf")] == -1
+    assert (of_target[: len(names)] == of_class).all() and set(of_class.tolist()) == {0, 1, 2, 3}
+
+    class Torn:
+        """Every voxel is one of two gyri with .3 each, or white with .4: grey matter, and white as a fine class."""
+
+        def predict_regions(self, image: Tensor) -> Tensor:
+            logits = torch.full((1, len(names), 4, 4, 4), -20.0)
+            for name, p in (("cuneus", 0.3), ("lingual", 0.3), ("frontal_white", 0.4)):
+                logits[:, names.index(name)] = float(np.log(p))
+            return logits
+
+    target = torch.full((1, 4, 4, 4), names.index("cuneus"))
+    found = script.ask_regions(Torn(), [Batch(torch.zeros(1, 1, 4, 4, 4), torch.tensor([0]), regions=target)], ["p"])
+    assert found["a"]["value"] == 0.0 and found["a_tissues"]["value"] == 1.0
+
+
 def test_terms_are_trained_one_by_one_from_equal_weights_and_not_twice(
     script: Any, people_store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
