@@ -15,6 +15,8 @@ of the means of the codes, on people held out (training is with the noise, every
     cos C, two contrasts  cosine of the contrast parts of one place in two contrasts; 1 tells them not apart
     cos A, one person     cosine of the anatomy parts of one place in two contrasts; and of two people in one contrast,
     cos A, two people     which should be lower. Each as it is, and about the mean over all there is
+    A told by the cell    share of the anatomy part's variance that the cell of the patch alone explains, as padding
+                          gives it away; and of the contrast part's that the contrast alone does
     contrast from C, ...  brainfm.training.probes: balanced accuracy of the contrast (chance 1/3), and how often the
                           nearest scan of another contrast is of the same person (chance 1/people), from each part
     r self, cross, ...    correlation of reconstructions, without mask and noise, with the scans: from the own codes,
@@ -47,8 +49,9 @@ from brainfm.training.probes import probe
 CONTRASTS = ("t1", "t2", "flair")
 ROWS = (
     "contrast S/N", "cos C, two contrasts", "centred cos C, two contrasts", "cos A, one person", "cos A, two people",
-    "centred cos A, one person", "centred cos A, two people", "contrast from C", "subject from C", "contrast from A",
-    "subject from A", "rank of A", "rank of C", "r self", "r cross", "r stranger",
+    "centred cos A, one person", "centred cos A, two people", "A told by the cell", "C told by the contrast",
+    "contrast from C", "subject from C", "contrast from A", "subject from A", "rank of A", "rank of C", "r self",
+    "r cross", "r stranger",
 )  # fmt: skip
 
 
@@ -117,6 +120,11 @@ class Codes:
         noise = float(self.of["logvar"].exp().mean())
         return float(self.centred("contrast").square().mean()) / noise if noise else float("inf")
 
+    def share(self, part: str, over: tuple[int, ...]) -> float:
+        """Of the variance of a part, what is left of it in the mean over these axes."""
+        code = self.centred(part)
+        return float(code.mean(dim=over).square().mean() / code.square().mean())
+
     def likeness(self, anatomy: Tensor, contrast: Tensor) -> float:
         latents = torch.cat([anatomy, contrast], dim=3).flatten(0, 2)
         output = torch.cat([self.objective.decoder(some) for some in latents.split(8)])
@@ -152,7 +160,8 @@ def ask(objective: CrossContrast, store: Store, sessions: list[SessionEntry], pl
     return dict(zip(ROWS, (
         codes.signal_to_noise(), cosines(c, False), cosines(codes.centred("contrast"), False),
         cosines(a, False), cosines(a, True), cosines(codes.centred("anatomy"), False),
-        cosines(codes.centred("anatomy"), True), known["contrast_contrast"], known["contrast_subject"],
+        cosines(codes.centred("anatomy"), True), codes.share("anatomy", (0, 1, 2)),
+        codes.share("contrast", (0, 2, 4, 5, 6)), known["contrast_contrast"], known["contrast_subject"],
         known["anatomy_contrast"], known["anatomy_subject"], known["anatomy_rank"], known["contrast_rank"],
         codes.likeness(a, c), codes.likeness(a.roll(1, dims=1), c), codes.likeness(a, c.roll(1, dims=0)),
     ), strict=True))  # fmt: skip
