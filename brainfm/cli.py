@@ -22,7 +22,7 @@ VERBS = {
     "manifest": "find the scans under a folder: one row a scan",
     "doctor": "read every scan and say what is wrong with it",
     "prepare": "bring every session to one grid, in a store of random patches",
-    "anatomy": "label CSF, grey and white matter and measure them where there are no labels",
+    "anatomy": "label and measure brain regions, or tissues by an atlas, in scans of any contrast",
     "pretrain": "pre-train a backbone without labels",
     "finetune": "fine-tune a backbone on labelled cases; leaves a bundle",
     "predict": "apply a bundle; masks lie on the scans that came in",
@@ -353,22 +353,56 @@ def _prepare(config: dict[str, Any]) -> int:
 def _anatomy(config: dict[str, Any]) -> int:
     from brainfm.data.anatomize import anatomize
     from brainfm.data.manifest import read_manifest
+    from brainfm.inference.anatomy import describe, label_files, label_regions
     from brainfm.training.monitor import Progress
 
-    manifest = read_manifest(Path(config["manifest"]))
+    method, out, fuse = _anatomy_method(config), config["out"], bool(config["fuse"])
     contrasts = config["contrasts"] if isinstance(config["contrasts"], list) else [config["contrasts"]]
+    if config["input"]:
+        print(describe(label_files(_labeller(config), config["input"], out, contrasts, fuse=fuse)))
+        return 0
+    manifest = read_manifest(Path(config["manifest"]))
+    labeller = _labeller(config) if method == "network" else None
     with Progress("anatomy", len(manifest.sessions())) as bar:
-        report = anatomize(
-            manifest, config["out"], contrasts, _workers(config), lambda done, total: _move(bar, done, total)
-        )
+        if labeller is None:
+            report = anatomize(
+                manifest, out, contrasts, _workers(config), lambda done, total: _move(bar, done, total)
+            )
+        else:
+            report = label_regions(
+                labeller, manifest, out, contrasts, fuse=fuse, progress=lambda done, total: _move(bar, done, total)
+            )
     for flagged in report.flagged:
         print(f"not trusted: {flagged.path}: {flagged.reason}")
     none = f", {report.without} sessions without a scan of {', '.join(contrasts)}" if report.without else ""
     print(
-        f"{Path(config['out']) / 'manifest.csv'}: {report.done} scans segmented, {report.skipped} were there, "
+        f"{Path(out) / 'manifest.csv'}: {report.done} scans segmented, {report.skipped} were there, "
         f"{len(report.flagged)} of them not trusted{none}"
     )
     return 0
+
+
+def _anatomy_method(config: dict[str, Any]) -> str:
+    """Raises: ConfigError for what does not go together."""
+    method = config["method"] or ("network" if config["backbone"] else "atlas")
+    if method not in ("network", "atlas"):
+        raise ConfigError(f"method={method}: expected network or atlas")
+    if bool(config["input"]) == bool(config["manifest"]):
+        raise ConfigError("brainfm anatomy: expected either input.CONTRAST=FILE or manifest=FILE")
+    given = {"backbone": config["backbone"], "input.CONTRAST": config["input"], "fuse": config["fuse"]}
+    alien = [key for key, value in given.items() if value]
+    if method == "atlas" and alien:
+        raise ConfigError(f"method=atlas takes a manifest and no network, found {alien[0]}=; use method=network")
+    return str(method)
+
+
+def _labeller(config: dict[str, Any]) -> Any:
+    from brainfm.inference.anatomy import Labeller
+
+    return Labeller.load(
+        config["backbone"], spacing_mm=float(config["spacing_mm"]), patch_vox=config["patch_vox"],
+        overlap=float(config["overlap"]), device=config["device"], precision=config["precision"],
+    )  # fmt: skip
 
 
 def preprocess_spec(values: dict[str, Any]) -> Any:
@@ -422,7 +456,7 @@ def _predict(config: dict[str, Any]) -> int:
     if bool(config["input"]) == bool(config["manifest"]):
         raise ConfigError("brainfm predict: expected either input.CONTRAST=FILE or manifest=FILE")
     if not config["manifest"]:
-        predict(config["bundle"], config["input"], out=config["out"], on=config["grid"], **how)
+        predict(config["bundle"], config["input"], config["out"], config["grid"], labels=config["labels"], **how)
         print(config["out"])
         return 0
     with Progress("predict", 0) as bar:
@@ -508,8 +542,8 @@ def _explain(config: dict[str, Any]) -> int:
     with Progress("explain", 0) as bar:
         found = explain(
             bundle, config["input"], config["out"], config["class"],
-            on=config["grid"], method=config["method"], layer=config["layer"], device=config["device"],
-            overlap=float(config["overlap"]), cube_mm=float(config["cube_mm"]),
+            on=config["grid"], labels=config["labels"], method=config["method"], layer=config["layer"],
+            device=config["device"], overlap=float(config["overlap"]), cube_mm=float(config["cube_mm"]),
             step_mm=None if config["step_mm"] is None else float(config["step_mm"]),
             progress=lambda done, total: _move(bar, done, total),
         )  # fmt: skip

@@ -4,9 +4,9 @@
     python scripts/foundation_train.py status [--run runs/foundation]
     python scripts/foundation_train.py stop [--run runs/foundation]
 
-`start` also resumes: the code of the commit that the run began with lies in RUN/code and goes on being used, whatever
-the checkout holds by then. One thread, the lowest priority. `stop` waits until the run has saved. Everything lies in
-RUN, which git ignores.
+`start` also resumes, with the keys it was started with: the code of the commit that the run began with lies in RUN/code
+and goes on being used, whatever the checkout holds by then. One thread, the lowest priority. `stop` waits until the run
+has saved. Everything lies in RUN, which git ignores.
 """
 
 from __future__ import annotations
@@ -48,7 +48,9 @@ def running(run: Path) -> int | None:
 def start(run: Path, store: Path, nice: int, keys: list[str]) -> str:
     if number := running(run):
         return f"{run}: process {number} is training already"
-    code = run / "code"
+    code, kept = run / "code", run / "keys"
+    keys = keys or (kept.read_text().splitlines() if kept.exists() else [])
+    kept.write_text("".join(f"{key}\n" for key in keys))
     if not (code / "COMMIT").exists():
         freeze(code, "HEAD")
     lesions = store.parent / "lesion_shapes"
@@ -105,7 +107,7 @@ def main() -> None:
     parser.add_argument("--store", type=Path, default=ROOT / "runs" / "foundation_data" / "store")
     parser.add_argument("--nice", type=int, default=19)
     parser.add_argument("keys", nargs="*", help="further keys of `brainfm pretrain`, e.g. optim.lr=1e-3")
-    asked = parser.parse_args()
+    asked = parser.parse_intermixed_args()
     asked.run.mkdir(parents=True, exist_ok=True)
     if asked.what == "start":
         print(start(asked.run, asked.store, asked.nice, asked.keys))

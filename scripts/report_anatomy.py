@@ -1,6 +1,7 @@
 """How well `anatomy` finds CSF, grey and white matter: against the truth of phantoms, and against DLMUSE on real scans.
 
     python scripts/report_anatomy.py --data FOLDER_WITH_ixi2mm --out report.md
+    python scripts/report_anatomy.py --data FOLDER --backbone FILE [--look 4:whole --look 1.5:96] --out report.md
 
 Phantoms are bent copies of the same ICBM152 template that the priors come from, already brain-extracted and without a
 neck: what is measured on them is intensities, bias field and deformation, not how well the atlas fits a stranger.
@@ -9,6 +10,13 @@ counted as follows: 1 (sulcal CSF) and the ventricles 4, 11, 46, 49-52 are CSF; 
 white matter 40, 41, brain stem 35, ventral DC 61, 62 and optic chiasm 69 are white matter; all others, deep nuclei
 included, are grey matter. Dice inside its mask counts only voxels that DLMUSE labels. Subjects used while the method
 was made are left out (TUNED).
+
+With --backbone it is method=network that is measured, on people of the side `held` of foundation/split.csv alone: Dice
+against DLMUSE on T1s of ixi2mm, by the groups of data/schemes and as a mean over the fine regions that DLMUSE tells;
+and the Dice between the answers to a patient's T1 and to the same patient's other contrasts. The second says nothing
+about who is right: an answer that is always the same would agree too, so the number of regions found and the volume
+within the skull stand beside it. A look is the edge of the voxels that the network sees, in mm, and that of its
+windows (`whole`: the head in one pass).
 """
 
 from __future__ import annotations
@@ -23,7 +31,10 @@ from pathlib import Path
 import numpy as np
 
 from brainfm import seeds
+from brainfm.data import regions, schemes
 from brainfm.imaging import anatomy, nifti
+from brainfm.inference.anatomy import Labeller
+from brainfm.nets.weights import load_backbone
 from brainfm.synthesis import phantom
 from brainfm.volume import Volume
 
@@ -107,6 +118,120 @@ def on_ixi(root: Path, count: int) -> list[dict[str, float | str]]:
     return rows
 
 
+# ---- by a network ----------------------------------------------------------------------------------------------------
+
+PATIENTS = ("openms_cross/patient19", "upenn_gbm/UPENN-GBM-00006_11", "tcga_lgg/TCGA-DU-7294")
+CONTRASTS = {"T1w": "t1", "T1c": "t1c", "T2w": "t2", "FLAIR": "flair"}
+FINE = [name for name in regions.REGIONS if name in regions.SCHEMES["dlmuse"].values()]
+SPLIT = Path(__file__).resolve().parents[1] / "foundation" / "split.csv"
+
+
+def held_people() -> set[tuple[str, str]]:
+    """(data set, person) on the side that no pre-training sees."""
+    with SPLIT.open(newline="", encoding="utf-8") as file:
+        return {(row["dataset"], row["subject"]) for row in csv.DictReader(file) if row["side"] == "held"}
+
+
+def labeller(backbone: Path, look: str) -> Labeller:
+    spacing, patch = look.split(":")
+    return Labeller.load(backbone, spacing_mm=float(spacing), patch_vox=None if patch == "whole" else int(patch))
+
+
+def group_dice(found: np.ndarray, other: np.ndarray, scheme: str) -> dict[str, float]:
+    """By the groups of data/schemes: of a map in the scheme brainfm and another one, where that tells them."""
+    a = schemes.to_groups(found, "brainfm", "the network's labels", unknown="ignore")
+    b = schemes.to_groups(other, scheme, "the other labels", unknown="ignore")
+    known = b != schemes.IGNORE
+    return {
+        name: dice((a == k) & known, b == k) for k, name in enumerate(schemes.GROUPS) if k and (b == k).any()
+    }  # fmt: skip
+
+
+def fine_dice(found: np.ndarray, muse: np.ndarray) -> float:
+    """Mean over the fine regions that DLMUSE tells, 0 for one that was not found; a voxel of which DLMUSE does not tell
+    whether it belongs to a region is not counted there."""
+    table = regions.targets_of("dlmuse")
+    target = np.where(muse < len(table), table[np.minimum(muse, len(table) - 1)], regions.IGNORE)
+    scores = []
+    for name in FINE:
+        open_to_it = [regions.TARGETS.index(merged) for merged, of in regions.MERGED.items() if name in of]
+        unknown = np.isin(target, [regions.IGNORE, *open_to_it])
+        true = target == regions.TARGETS.index(name)
+        if true.any():
+            scores.append(dice((found == regions.REGIONS[name]) & ~unknown, true))
+    return float(np.mean(scores))
+
+
+def network_on_ixi(root: Path, asked: Labeller, people: list[str]) -> list[dict[str, float | str]]:
+    rows = []
+    for name in people:
+        muse, _ = nifti.read(next((root / name).glob("*dseg.nii.gz")), labels=True)
+        start = time.perf_counter(), time.process_time()
+        found = asked.find({"t1": next((root / name).glob("*_T1w.nii.gz"))})
+        row: dict[str, float | str] = {
+            "seconds": time.perf_counter() - start[0], "cpu_seconds": time.process_time() - start[1],
+            "fine": fine_dice(found.labels, muse.voxels), **group_dice(found.labels, muse.voxels, "dlmuse"),
+            "within skull": dice(found.mask, muse.voxels > 0), "icv_ml": found.volumes_ml["icv"],
+            "icv_ref_ml": float((muse.voxels > 0).sum()) * 8e-3, "flag": found.reason, "subject": name,
+        }  # fmt: skip
+        rows.append(row)
+        print(name, line(row), found.reason, flush=True)
+    return rows
+
+
+def network_on_patients(data: Path, asked: Labeller) -> list[dict[str, float | str]]:
+    """Agreement of the answers to a patient's contrasts with that to the T1, all of which lie on one grid."""
+    rows = []
+    for place in PATIENTS:
+        files = {
+            contrast: path for word, contrast in CONTRASTS.items() for path in (data / place).glob(f"*_{word}.nii.gz")
+        }
+        grid = nifti.read_header(files["t1"]).grid
+        first = asked.find({"t1": files["t1"]})
+        for contrast, path in files.items():
+            if not nifti.read_header(path).grid.same_place(grid):
+                raise SystemExit(f"{path} lies on another grid than its T1")
+            found = first if contrast == "t1" else asked.find({contrast: path})
+            scores = group_dice(found.labels, first.labels, "brainfm")
+            row: dict[str, float | str] = {
+                **scores, "mean": float(np.mean(list(scores.values()))), "regions": found.checks["regions"],
+                "icv_ml": found.volumes_ml["icv"], "flag": found.reason, "subject": place, "contrast": contrast,
+            }  # fmt: skip
+            rows.append(row)
+            print(place, contrast, line(row), found.reason, flush=True)
+    return rows
+
+
+def network_report(given: argparse.Namespace) -> tuple[list[str], dict[str, object]]:
+    """Lines of the report, and the figures behind them."""
+    held, loaded = held_people(), load_backbone(given.backbone)
+    root = given.data / "ixi2mm"
+    people = sorted(name for dataset, name in held if dataset == "ixi2mm" and (root / name).is_dir())
+    people = [people[k] for k in np.linspace(0, len(people) - 1, given.subjects).round().astype(int)]
+    keys = [f"ixi2mm/{name}" for name in people] + [place.removesuffix("_11") for place in PATIENTS]
+    strangers = [key for key in keys if tuple(key.split("/")) not in held]
+    if strangers or (loaded.subjects and loaded.subjects.among(keys)):
+        raise SystemExit(f"{strangers or loaded.subjects.among(keys)}: expected people that no pre-training saw")
+    lines = [f"{loaded.provenance.steps} steps, {loaded.provenance.hours:.1f} h of {loaded.provenance.device}.", ""]
+    columns = ["fine", *schemes.GROUPS[1:], "within skull", "seconds", "cpu_seconds"]
+    lines += ["| look | flagged | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
+    figures: dict[str, object] = {}
+    for look in given.look:
+        rows = network_on_ixi(root, labeller(given.backbone, look), people)
+        cells = [interval(np.array([float(row[column]) for row in rows]), given.seed) for column in columns]
+        flagged = sum(bool(row["flag"]) for row in rows)
+        lines.append(f"| {look} | {flagged} of {len(rows)} | " + " | ".join(cells) + " |")
+        figures[look] = rows
+    rows = network_on_patients(given.data, labeller(given.backbone, given.look[0]))
+    columns = [*schemes.GROUPS[1:], "mean", "regions", "icv_ml"]
+    lines += ["", f"Agreement with the answer to the T1 ({given.look[0]}):", ""]
+    lines += ["| patient | contrast | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
+    for row in rows:
+        cells = [f"{row.get(name, float('nan')):.{0 if name in columns[-2:] else 3}f}" for name in columns]
+        lines.append(f"| {row['subject']} | {row['contrast']} | " + " | ".join(cells) + " |")
+    return lines, figures | {"agreement": rows}
+
+
 def line(row: dict[str, float | str]) -> str:
     return " ".join(f"{k} {v:.3f}" for k, v in row.items() if isinstance(v, float) and k != "age")
 
@@ -147,7 +272,16 @@ def main() -> None:
     parser.add_argument("--subjects", type=int, default=12)
     parser.add_argument("--spacing-mm", type=float, default=2.0, help="of the phantoms")
     parser.add_argument("--seed", type=int, default=23)
+    parser.add_argument("--backbone", type=Path, help="measures method=network with this file instead")
+    parser.add_argument("--look", action="append", help="EDGE_MM:WINDOW_VOX of the network, or EDGE_MM:whole")
     given = parser.parse_args()
+    if given.backbone:
+        given.look = given.look or ["1.5:whole"]
+        lines, figures = network_report(given)
+        memory = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+        lines = ["Dice: mean [95 % bootstrap interval].", *lines, "", f"Peak memory {memory:.2f} GB."]
+        write(given.out, lines, figures)
+        return
     groups = on_phantoms(given.phantoms, given.spacing_mm, given.seed)
     real = on_ixi(given.data / "ixi2mm", given.subjects) if given.data else []
     if real:
@@ -157,8 +291,12 @@ def main() -> None:
         "Dice: mean [95 % bootstrap interval]. " + " ".join((__doc__ or "").split("\n\n")[2].split()), "",
         *table(groups, given.seed), *(correlations(real) if real else []), "", f"Peak memory {memory:.2f} GB.",
     ]  # fmt: skip
-    given.out.write_text("\n".join(lines) + "\n", encoding="utf-8")
-    given.out.with_suffix(".json").write_text(json.dumps(groups, indent=1) + "\n", encoding="utf-8")
+    write(given.out, lines, groups)
+
+
+def write(out: Path, lines: list[str], figures: object) -> None:
+    out.write_text("\n".join(lines) + "\n", encoding="utf-8")
+    out.with_suffix(".json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     print("\n".join(lines))
 
 

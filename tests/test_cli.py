@@ -129,6 +129,10 @@ def test_fomo25_is_the_published_recipe() -> None:
     assert weights == {"self_weight": 3.0, "cross_weight": 1.0, "agreement_weight": 0.5, "separation_weight": 0.5,
                        "kl_weight": 0.001}  # fmt: skip
     assert objective["kl_ramp"] == 0.1 and objective["swap"] == "standard"
+    published = {"variational": True, "logvar_start": None, "terms_on": "samples", "centred": False}
+    assert published == {key: objective[key] for key in published} and objective["separation_floor"] == -1
+    plain = resolve("pretrain", [*NEEDED["pretrain"], "objective=cross_contrast"])["objective"]
+    assert (plain["logvar_start"], plain["terms_on"], plain["centred"]) == (-6, "means", True)
     assert values["optim"] == {"lr": 1e-4, "weight_decay": 0.01, "betas": [0.9, 0.999], "warmup_fraction": 0.05}
     assert (values["trainer"]["batch_size"], values["trainer"]["clip_norm"]) == (4, 1.0)
     assert values["data"]["augment"] is None and values["data"]["validation"] == 0.1

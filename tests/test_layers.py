@@ -20,7 +20,10 @@ MAY_IMPORT: dict[str, set[str]] = {
     "objectives": {"root", "nets"},
     "tasks": {"root", "nets"},
     "training": {"root", "data", "nets", "objectives", "tasks"},
-    "inference": {"root", "imaging", "data.answers", "data.manifest", "data.sources", "data.store", "nets", "tasks"},
+    "inference": {
+        "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.region_volumes", "data.regions",
+        "data.sources", "data.store", "nets", "tasks",
+    },
 }
 # third party -> the modules that may import it
 FENCES: dict[str, set[str]] = {
@@ -33,7 +36,9 @@ FENCES: dict[str, set[str]] = {
 NEVER = {"torchvision", "timm", "pickle", "wandb", "requests", "urllib.request"}
 NO_TORCH = {
     "imaging",
+    "data.anatomize",
     "data.fingerprint",
+    "data.labelling",
     "data.manifest",
     "data.layouts",
     "data.levels",

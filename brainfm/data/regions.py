@@ -134,8 +134,8 @@ def merged_members() -> list[list[int]]:
 
 BY_INTENSITY = 255  # in a table of renders_of: outside the brain, where only the scan tells air from tissue
 _CLUSTERS = 5  # of tissue outside the brain, by intensity
-_CLUSTER_EDGES = (-0.9, -0.3, 0.3, 1.0)  # of a standardised scan
-_AIR_MARGIN = 0.15  # standard deviations above a scan's smallest value that still count as air
+CLUSTER_EDGES = (-0.9, -0.3, 0.3, 1.0)  # of a standardised scan
+AIR_MARGIN = 0.15  # standard deviations above a scan's smallest value that still count as air
 _HEAD_IDS = (165, 502, 506, 507, 508, 509, 511, 512, 514, 515, 516, 530)  # tissues outside the brain of synthseg_head
 # render class: its family of looks.FAMILIES. Gyri are one class: they must not be told by their intensity.
 _RENDERED: dict[str, str] = {
@@ -189,6 +189,6 @@ def outside_by_intensity(tissue: np.ndarray, scan: np.ndarray) -> np.ndarray:
     unknown = tissue == BY_INTENSITY
     if not unknown.any():
         return tissue
-    cluster = np.digitize(scan, _CLUSTER_EDGES).astype(np.uint8) + RENDERED.index("cluster0")
-    air = scan <= float(scan.min()) + _AIR_MARGIN
+    cluster = np.digitize(scan, CLUSTER_EDGES).astype(np.uint8) + RENDERED.index("cluster0")
+    air = scan <= float(scan.min()) + AIR_MARGIN
     return np.where(unknown, np.where(air, RENDERED.index("air"), cluster), tissue).astype(np.uint8)

@@ -57,7 +57,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import blosc2
 import numpy as np
 
 from brainfm import seeds
@@ -67,6 +66,8 @@ from brainfm.data.sources import SourceFile
 from brainfm.specs import ConfigError, PreprocessSpec, StoreError
 
 if TYPE_CHECKING:
+    import blosc2  # imported when used: windows of a packed file (data/packed) are read where there is none
+
     from brainfm.imaging.preprocess import Prepared, Recipe
 
 FORMAT = 1
@@ -472,6 +473,10 @@ class Store:
         """How many levels a session has beside its own: they follow from the spec, whether copies are kept or not."""
         return kept_levels(self.spec.spacing_mm)
 
+    def finest(self, entry: SessionEntry) -> int:
+        """The first level that shows more than the one after it."""
+        return 0
+
     def shape(self, entry: SessionEntry, level: int = 0) -> Triple:
         """The shape of a session's volumes at a level: ``entry.shape`` / 2^level, rounded up."""
         return coarse_shape(entry.shape, level)
@@ -672,6 +677,8 @@ def _entry(row: Sequence[str]) -> ScanEntry:
 
 
 def _open_array(file: Path) -> tuple[blosc2.NDArray, float]:
+    import blosc2
+
     try:
         array = blosc2.open(str(file), mode="r", mmap_mode="r", dparams={"nthreads": 1})
         if not isinstance(array, blosc2.NDArray):
@@ -737,6 +744,8 @@ def _packed(file: str, voxels: np.ndarray, background: float, levels: int) -> di
 
 
 def _pack(voxels: np.ndarray, background: float) -> bytes:
+    import blosc2
+
     chunks = tuple(min(_CHUNK, -(-n // _BLOCK) * _BLOCK) for n in voxels.shape)
     cparams = {
         "codec": blosc2.Codec.LZ4,

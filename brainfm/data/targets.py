@@ -20,7 +20,7 @@ from brainfm.data.store import Key, SessionEntry, Store
 from brainfm.specs import ConfigError, ManifestError
 from brainfm.synthesis.shapes import Shapes, load_shapes, procedural_shapes
 
-_LESION_NAME = re.compile(r"lesion|tumou?r|infarct|stroke|wmh|h(ae|e)morrh|mening|gliom|metast|plaque|abnormal")
+LESION_NAME = re.compile(r"lesion|tumou?r|infarct|stroke|wmh|h(ae|e)morrh|mening|gliom|metast|plaque|abnormal")
 _HEALTH_COLUMNS = ("healthy", "health_status")
 _HEALTHY_WORDS = {"healthy", "control", "healthy control", "hc", "nc", "normal"}
 _NO_WORDS = {"", "n/a", "na", "nan", "none", "unknown", "unspecified"}
@@ -272,7 +272,7 @@ def ill(column: str, text: str) -> float | None:
 
 def _find_lesions(store: Store, spec: TargetSpec, notes: list[str]) -> dict[str, Any]:
     there = sorted({label.name for s in store.sessions for label in s.labels if label.name.endswith("_mask")})
-    names = [n for n in there if _LESION_NAME.search(n.lower())] if spec.lesions is None else list(spec.lesions)
+    names = [n for n in there if LESION_NAME.search(n.lower())] if spec.lesions is None else list(spec.lesions)
     missing = [name for name in names if name not in there]
     if missing:
         raise ManifestError(f"{store.path}: no mask column {missing[0]!r}, found {', '.join(there) or 'none'}")

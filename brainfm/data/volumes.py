@@ -14,7 +14,7 @@ import numpy as np
 
 from brainfm.specs import ManifestError
 
-_ICV_ML = (500.0, 3000.0)
+ICV_ML = (500.0, 3000.0)  # an intracranial volume outside is none
 _MOST_ZEROS = 0.05  # of the subjects; a region that is empty more often is no measure of size
 _LEAST_QUALITY = 0.65  # SynthSeg's authors reject a segmentation with a lower score for any structure
 _FS_ICV = ("EstimatedTotalIntraCranialVol", "eTIV", "IntraCranialVol")
@@ -184,7 +184,7 @@ def _own_rows(header: Sequence[str], cells: Iterable[Sequence[str]]) -> list[_Ra
         row = dict(zip(header, line))
         who = "/".join(row[name] for name in ("dataset", "subject", "session") if name in row)
         values = {name.removesuffix("_ml"): row[name] for name in header if name.endswith("_ml") and name != "icv_ml"}
-        flag = row.get("flag") or row.get("quality") or ""
+        flag = row["flag"] if "flag" in row else row.get("quality", "")  # quality is a number where there are flags
         raw.append((who, values, row["icv_ml"], f"flagged as {flag!r}" if flag else ""))
     return raw
 
@@ -241,7 +241,7 @@ def _checked(path: Path, kind: str, ml: float, raw: Sequence[_Raw]) -> VolumeTab
 def _fault(row: _Raw, ml: float) -> str:
     who, values, icv_text, reason = row
     icv = _number(icv_text)
-    low, high = _ICV_ML
+    low, high = ICV_ML
     if reason:
         return reason
     if not who:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -22,12 +23,14 @@ from brainfm.data.store import ScanEntry, SessionEntry, Store, Triple
 from brainfm.data.targets import Targets
 from brainfm.specs import ConfigError, StoreError, ViewSpec
 from brainfm.synthesis import lesions
-from brainfm.synthesis.deform import random_displacement
+from brainfm.synthesis.deform import INJECTIVE, random_coefficients, spline_bases, spline_field
 from brainfm.volume import spacing_of
 
+_Classes = TypeVar("_Classes", np.ndarray, torch.Tensor)
 PLACEHOLDER = "rendered"  # contrast of an image that was made from its label map alone: never shown as a real scan
 _FINER = 1.1  # a level is read where its voxels are at most this much larger than those wanted
 _OWN = 0.8  # voxels down to this part of a scan's own are asked for
+_BEND_CELLS = 4  # of the displacement's splines along a window's edge
 _ROOM_MM = 10.0  # of a finer window's middle from the border of the head
 
 
@@ -104,6 +107,46 @@ class Placed:
     positions: np.ndarray
 
 
+@dataclass(frozen=True)
+class Pose:
+    """How a window lies in a head, in few numbers: all that is drawn of it.
+
+    Attributes:
+        voxel_mm, whole: as in Placed.
+        edge_vox: W.
+        matrix: [3, 3] float32, from voxels of the window, counted from its middle, to voxels of the session.
+        middle: [3] of the window, in voxels of the session.
+        bend: [3, k, k, k] float32 spline coefficients of a displacement in the window; None where nothing bends.
+        reach_vox: what the coefficients are multiplied by, in voxels of the window.
+    """
+
+    voxel_mm: float
+    whole: bool
+    edge_vox: int
+    matrix: np.ndarray
+    middle: np.ndarray
+    bend: np.ndarray | None
+    reach_vox: float
+
+    @property
+    def bases(self) -> list[np.ndarray]:
+        """Of the displacement's splines."""
+        return bend_bases(self.edge_vox)
+
+    def placed(self) -> Placed:
+        offsets = np.arange(self.edge_vox, dtype=np.float32) - (self.edge_vox - 1) / 2
+        grid = np.stack(np.meshgrid(offsets, offsets, offsets, indexing="ij"))
+        if self.bend is not None:
+            grid = grid + self.reach_vox * np.stack([spline_field(of_axis, self.bases) for of_axis in self.bend])
+        positions = np.tensordot(self.matrix, grid, axes=1) + self.middle[:, None, None, None]
+        return Placed(self.voxel_mm, self.whole, positions.astype(np.float32))
+
+
+def bend_bases(edge_vox: int) -> list[np.ndarray]:
+    """For each axis [W, k] splines with four knots to a window's edge."""
+    return spline_bases((edge_vox,) * 3, 1.0, edge_vox / _BEND_CELLS)
+
+
 def draw_voxel_mm(rng: np.random.Generator, spec: WindowSpec, step: int, own_mm: float) -> tuple[float, bool]:
     """The edge of a sample's voxels and whether it shows a whole head.
 
@@ -131,7 +174,7 @@ def place_window(
     shape: Triple,
     spacing_mm: float,
     points: np.ndarray,
-) -> Placed:
+) -> Pose:
     """Turns, mirrors, stretches and bends a cube of ``edge_vox`` voxels and puts it into a head.
 
     Args:
@@ -160,13 +203,12 @@ def place_window(
     else:
         room = np.minimum(_ROOM_MM / spacing_mm, middle)
         middle = np.clip(points[rng.integers(len(points))], room, 2 * middle - room)
-    offsets = np.arange(edge_vox, dtype=np.float32) - (edge_vox - 1) / 2
-    grid = np.stack(np.meshgrid(offsets, offsets, offsets, indexing="ij"))
+    bend, reach_vox = None, 0.0
     if spec.elastic:
-        knots = edge_vox / 4
-        grid = grid + random_displacement(rng, (edge_vox,) * 3, 1.0, knots, spec.elastic * float(rng.random()))
-    positions = np.tensordot(matrix.astype(np.float32), grid, axes=1) + middle[:, None, None, None]
-    return Placed(voxel_mm, whole, positions.astype(np.float32))
+        reach_vox = spec.elastic * float(rng.random()) * INJECTIVE * edge_vox / _BEND_CELLS
+        bases = bend_bases(edge_vox)
+        bend = np.stack([random_coefficients(rng, bases) for _ in range(3)])
+    return Pose(voxel_mm, whole, edge_vox, matrix.astype(np.float32), middle, bend, reach_vox)
 
 
 def read_window(
@@ -176,10 +218,7 @@ def read_window(
 
     The level of the store is read whose voxels are as large as they may be without losing detail.
     """
-    spacing = store.spec.spacing_mm[0]
-    level = 0
-    while level < store.levels(session) and spacing * 2 ** (level + 1) <= _FINER * placed.voxel_mm:
-        level += 1
+    level = level_for(store, session, placed.voxel_mm)
     positions = (placed.positions + 0.5) / 2**level - 0.5
     low = np.floor(positions.reshape(3, -1).min(axis=1)).astype(int)
     high = np.ceil(positions.reshape(3, -1).max(axis=1)).astype(int)
@@ -195,6 +234,37 @@ def read_window(
     mode = "nearest" if labels else "bilinear"
     found = F.grid_sample(values, grid, mode=mode, padding_mode="border", align_corners=True)[0, 0].numpy()
     return np.rint(found).astype(block.dtype) if labels else found
+
+
+def level_for(store: Store, session: SessionEntry, voxel_mm: float) -> int:
+    """The level of a store that a window with voxels of this edge is read from."""
+    spacing, level = store.spec.spacing_mm[0], store.finest(session)
+    while level < store.levels(session) and spacing * 2 ** (level + 1) <= _FINER * voxel_mm:
+        level += 1
+    return level
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What a sample will show, settled before anything is read.
+
+    Attributes:
+        number: of the sample.
+        session: whose head.
+        pose: of the window.
+        corners: [2, 3] where the two views begin in it.
+        scans: of the two views; of a head without any the placeholder, which is never shown.
+        rendered: [2] bool, whether a view is a rendering.
+        real: whether there are scans.
+    """
+
+    number: int
+    session: SessionEntry
+    pose: Pose
+    corners: np.ndarray
+    scans: tuple[ScanEntry, ScanEntry]
+    rendered: np.ndarray
+    real: bool
 
 
 @dataclass
@@ -250,19 +320,39 @@ class WindowPatches(Dataset):
         return len(self.subjects)
 
     def __getitem__(self, i: int) -> Sample:
+        return self._sample(self.plan(i))
+
+    def plan(self, i: int) -> Plan:
+        """What sample number ``i`` will show."""
         rng = seeds.stream(self.seed, "window", i)
         of = list(self.people.values())[int(rng.choice(len(self.shares), p=self.shares))]
         sessions = of[int(rng.integers(len(of)))]
         session = sessions[int(rng.integers(len(sessions)))]
         step = self.from_step + i // self.steps_of
         voxel_mm, whole = draw_voxel_mm(rng, self.spec, step, self.own_mm(session))
-        edge = self.views.patch_vox[0] + self.spec.shift_vox
-        placed = place_window(
-            rng, self.spec, edge_vox=edge, voxel_mm=voxel_mm, whole=whole, shape=session.shape,
-            spacing_mm=self.store.spec.spacing_mm[0], points=self.middles(session),
+        pose = place_window(
+            rng, self.spec, edge_vox=self.views.patch_vox[0] + self.spec.shift_vox, voxel_mm=voxel_mm, whole=whole,
+            shape=session.shape, spacing_mm=self.store.spec.spacing_mm[0], points=self.middles(session),
         )  # fmt: skip
         corners = rng.integers(0, self.spec.shift_vox + 1, (2, 3))
-        return self._sample(i, rng, session, placed, corners)
+        real = [scan for scan in session.scans if scan.contrast != PLACEHOLDER]
+        rendered = rng.random(2) < (self.spec.rendered if session.key in self.targets.maps else 0.0)
+        if not real:
+            rendered[:] = True
+        order = rng.permutation(len(real))
+        scans = [real[order[min(n, len(order) - 1)]] for n in (0, 1)] if real else [session.scans[0]] * 2
+        return Plan(i, session, pose, corners, (scans[0], scans[1]), rendered, bool(real))
+
+    def facts(self, plan: Plan) -> dict[str, Any]:
+        """What a Sample says of a plan beside its voxels."""
+        unknown = np.full(len(self.targets.regions), np.nan, np.float32)
+        volumes = self.targets.volumes.get(plan.session.subject_key, unknown) if plan.pose.whole else unknown
+        one, other = plan.scans
+        return {
+            "paired": other is not one, "same_contrast": same_look(plan.scans, plan.rendered), "corners": plan.corners,
+            "rendered": plan.rendered, "real": plan.real, "tissue_shares": self.tissue_shares(plan.session),
+            "voxel_mm": plan.pose.voxel_mm, "volumes": volumes if len(volumes) else None,
+        }  # fmt: skip
 
     def middles(self, session: SessionEntry) -> np.ndarray:
         """[N, 3] voxels that may be a window's middle: of the brain, as many of each structure as there are, where a
@@ -305,29 +395,18 @@ class WindowPatches(Dataset):
             self._shares[key] = (counts / max(counts.sum(), 1)).astype(np.float32)
         return self._shares[key]
 
-    def _sample(
-        self, i: int, rng: np.random.Generator, session: SessionEntry, placed: Placed, corners: np.ndarray
-    ) -> Sample:
-        chosen = self.targets.maps.get(session.key)
-        real = [scan for scan in session.scans if scan.contrast != PLACEHOLDER]
-        rendered = rng.random(2) < (self.spec.rendered if chosen is not None else 0.0)
-        if not real:
-            rendered[:] = True
-        order = rng.permutation(len(real))
-        # without a real scan the placeholder stands in, for its shape alone: it is never shown
-        scans = [real[order[min(n, len(order) - 1)]] for n in (0, 1)] if real else [session.scans[0]] * 2
-        image = read_window(self.store, session, scans[0].name, placed)
-        partner = image if scans[1] is scans[0] else read_window(self.store, session, scans[1].name, placed)
-        target, tissue = self._anatomy(session, placed, image, bool(real))
-        weight, lesion, images = self._lesions(i, session, placed, scans, [image, partner], tissue)
-        unknown = np.full(len(self.targets.regions), np.nan, np.float32)
-        volumes = self.targets.volumes.get(session.subject_key, unknown) if placed.whole else unknown
+    def _sample(self, plan: Plan) -> Sample:
+        placed, (one, other) = plan.pose.placed(), plan.scans
+        if plan.real:
+            image = read_window(self.store, plan.session, one.name, placed)
+        else:  # a placeholder is never shown
+            image = np.zeros(placed.positions.shape[1:], np.float32)
+        partner = image if other is one else read_window(self.store, plan.session, other.name, placed)
+        target, tissue = self._anatomy(plan.session, placed, image, plan.real)
+        weight, lesion, images = self._lesions(plan, placed, [image, partner], tissue)
         return Sample(
-            i, images[0][None].astype(np.float16), partner=images[1][None].astype(np.float16),
-            paired=scans[1] is not scans[0], same_contrast=same_look(scans, rendered), regions=target, tissue=tissue,
-            lesion=lesion, lesion_weight=weight, corners=corners, rendered=rendered, real=bool(real),
-            tissue_shares=self.tissue_shares(session), voxel_mm=placed.voxel_mm,
-            volumes=volumes if len(volumes) else None,
+            plan.number, images[0][None].astype(np.float16), partner=images[1][None].astype(np.float16),
+            regions=target, tissue=tissue, lesion=lesion, lesion_weight=weight, **self.facts(plan),
         )  # fmt: skip
 
     def _anatomy(
@@ -349,37 +428,51 @@ class WindowPatches(Dataset):
         return target[ids].astype(np.int16), np.where(drawn == regions.BY_INTENSITY, 0, drawn).astype(np.uint8)
 
     def _lesions(
-        self,
-        i: int,
-        session: SessionEntry,
-        placed: Placed,
-        scans: Sequence[ScanEntry],
-        images: list[np.ndarray],
-        tissue: np.ndarray,
+        self, plan: Plan, placed: Placed, images: list[np.ndarray], tissue: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]]:
         """([X, Y, Z] float16 weight of an inserted lesion, int8 lesion or -1 unknown, the scans with it)."""
-        none = np.zeros(images[0].shape, np.float16)
+        none, session = np.zeros(images[0].shape, np.float16), plan.session
         masks = self.targets.lesions.get(session.key, ())
         if masks:
             lesion = np.zeros(images[0].shape, np.int8)
             for name in masks:
                 lesion |= (read_window(self.store, session, name, placed, labels=True) != 0).astype(np.int8)
             return none, lesion, images
-        health, shapes = self.targets.health.get(session.key), self.targets.shapes
-        if health == 1 or shapes is None:
-            return none, np.full(images[0].shape, 0 if health == 0 else -1, np.int8), images
-        rng = seeds.stream(self.seed, "lesion", i)
+        if not self.may_insert(session):
+            return none, np.full(images[0].shape, self.without_insertion(session), np.int8), images
         brain = is_brain(tissue) if tissue.any() else images[0] > max(-1.0, float(images[0].min()) + 0.25)
-        insertion = None
-        if rng.random() < self.targets.synthesise:
-            insertion = lesions.draw_insertion(rng, shapes, brain, images[0].shape, placed.voxel_mm)
+        found = self.inserted(plan, images, brain)
+        return (none, np.zeros(images[0].shape, np.int8), images) if found is None else found
+
+    def may_insert(self, session: SessionEntry) -> bool:
+        """Whether lesions may be put into a head: one that no mask and no diagnosis calls ill."""
+        ill = bool(self.targets.lesions.get(session.key)) or self.targets.health.get(session.key) == 1
+        return self.targets.shapes is not None and not ill
+
+    def without_insertion(self, session: SessionEntry) -> int:
+        """Of every voxel of a head that neither has masks nor gets lesions: 0 where it is healthy, else -1, unknown."""
+        return 0 if self.targets.health.get(session.key) == 0 else -1
+
+    def wants_lesion(self, number: int) -> bool:
+        """Whether a lesion is tried in a sample whose head may get one."""
+        return bool(seeds.stream(self.seed, "lesion", number).random() < self.targets.synthesise)
+
+    def inserted(
+        self, plan: Plan, images: Sequence[np.ndarray], brain: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray, list[np.ndarray]] | None:
+        """As `_lesions` of a head that may get one; None where none is wanted or none fits."""
+        if not self.wants_lesion(plan.number) or self.targets.shapes is None:
+            return None
+        rng = seeds.stream(self.seed, "lesion", plan.number)
+        rng.random()  # has decided that one is wanted
+        insertion = lesions.draw_insertion(rng, self.targets.shapes, brain, brain.shape, plan.pose.voxel_mm)
         if insertion is None:
-            return none, np.zeros(images[0].shape, np.int8), images
-        weight = none.astype(np.float32)
+            return None
+        weight = np.zeros(brain.shape, np.float32)
         for one in insertion.lesions:
             weight[one.box] = np.maximum(weight[one.box], one.weight * (1 + 0.5 * one.texture))
-        changed = [lesions.insert(image, scan.contrast, insertion, brain) for image, scan in zip(images, scans)]
-        return weight.astype(np.float16), insertion.mask(images[0].shape).astype(np.int8), changed
+        changed = [lesions.insert(image, scan.contrast, insertion, brain) for image, scan in zip(images, plan.scans)]
+        return weight.astype(np.float16), insertion.mask(brain.shape).astype(np.int8), changed
 
 
 def same_look(scans: Sequence[ScanEntry], rendered: np.ndarray) -> bool:
@@ -389,9 +482,10 @@ def same_look(scans: Sequence[ScanEntry], rendered: np.ndarray) -> bool:
     return scans[0] is scans[1] or (scans[0].contrast == scans[1].contrast and scans[0].contrast != "unknown")
 
 
-def is_brain(tissue: np.ndarray) -> np.ndarray:
+def is_brain(tissue: _Classes) -> _Classes:
     """Brain tissue, neither fluid nor anything outside, by render class."""
-    return (tissue >= regions.RENDERED.index("cortex")) & (tissue <= regions.RENDERED.index("other"))
+    inside: _Classes = (tissue >= regions.RENDERED.index("cortex")) & (tissue <= regions.RENDERED.index("other"))
+    return inside
 
 
 def source_shares(people: Sequence[int], cap: float) -> np.ndarray:

@@ -175,26 +175,28 @@ def read(path: Path, *, labels: bool = False, compact: bool = False) -> tuple[Vo
 
 
 def write_labels(path: Path, labels_ras: np.ndarray, like: Path) -> None:
-    """Write a label map on the grid of another file: same shape, same sform and qform with their codes, uint8.
+    """Write a label map on the grid of another file: same shape, same sform and qform with their codes, in uint8, or in
+    uint16 where a label is above 255.
 
     Free text and extensions of `like` are not copied, for they may name the patient. A crash leaves no half a file.
 
     Args:
         path: ``.nii`` or ``.nii.gz``; an existing file is replaced.
-        labels_ras: [X, Y, Z] whole numbers 0 to 255 on the axes that `read` returned for `like`.
+        labels_ras: [X, Y, Z] whole numbers 0 to 65535 on the axes that `read` returned for `like`.
         like: the file whose grid is taken.
 
     Raises:
         ScanError: as read_header(like).
-        ValueError: the shape is not that of `like`, or a label does not fit into uint8.
+        ValueError: the shape is not that of `like`, or a label does not fit into uint16.
     """
     source = open_scan(like)
     grid = _interpret(source, like).grid
-    if labels_ras.min() < 0 or labels_ras.max() > 255:
-        raise ValueError(f"labels reach from {labels_ras.min()} to {labels_ras.max()}, expected 0 to 255")
+    if labels_ras.min() < 0 or labels_ras.max() > 65535:
+        raise ValueError(f"labels reach from {labels_ras.min()} to {labels_ras.max()}, expected 0 to 65535")
     if not np.issubdtype(labels_ras.dtype, np.integer) and labels_ras.dtype != bool:
         raise ValueError(f"labels are {labels_ras.dtype}, expected whole numbers")
-    data = np.asfortranarray(grid.from_ras(labels_ras), dtype=np.uint8)
+    dtype = np.uint16 if labels_ras.max() > 255 else np.uint8
+    data = np.asfortranarray(grid.from_ras(labels_ras), dtype=dtype)
     _place(Path(path), _like(source.header, data), data)
 
 
@@ -259,6 +261,7 @@ def write(path: Path, volume: Volume, axes: str = "RAS") -> None:
 
 def _place(path: Path, header: Any, data: np.ndarray) -> None:
     """A header and voxels in file order as one file, whole or not at all."""
+    data = data.astype(header.get_data_dtype(), copy=False)  # in the order of bytes that the header tells
     # The four zero bytes say that no extension follows.
     content = header.binaryblock.ljust(int(header.single_vox_offset), b"\0") + data.tobytes(order="F")
     if path.name.endswith(".gz"):

@@ -415,7 +415,7 @@ def _in_any_mask(flat: np.ndarray, sources: Mapping[str, _Source], target: _Targ
 # ---- and back --------------------------------------------------------------------------------------------------------
 
 
-def restore_probabilities(probabilities: np.ndarray, recipe: Recipe) -> np.ndarray:
+def restore_probabilities(probabilities: np.ndarray, recipe: Recipe, *, shares: bool = False) -> np.ndarray:
     """Class probabilities on the prepared grid to a label map on the file's own grid.
 
     Each class is interpolated apart and the largest wins, the lower one in a tie, so that outlines stay smooth where
@@ -424,31 +424,52 @@ def restore_probabilities(probabilities: np.ndarray, recipe: Recipe) -> np.ndarr
     Args:
         probabilities: [K, X, Y, Z] real, on the grid of `recipe`; logits serve as well.
         recipe: of the scan on whose file's grid the answer is wanted.
+        shares: whether they are 0 or more and sum to 1 over K. Then one of them is at least 1 / K, and a class is
+            looked at only around the voxels where it has half of that: the same answer, much sooner for many classes.
 
     Returns:
         uint8 (uint16 from 257 classes on) class indices, in the file's own shape and axis order.
     """
     _check_shape(probabilities.shape[1:], recipe)
     file_shape, file_affine = recipe.file.ras_shape(), _place(recipe)
+    source_affine = np.array(recipe.affine_mm)
     dtype = np.uint8 if len(probabilities) <= 256 else np.uint16
     winner = np.zeros(file_shape, dtype=dtype)
-    best: np.ndarray | None = None
+    best = np.full(file_shape, -np.inf, dtype=np.float32)
     for index, share in enumerate(probabilities):
+        box: tuple[slice, ...] | None = tuple(slice(0, size) for size in file_shape)
+        if shares and index > 0:
+            box = _reach_of(share >= 0.5 / len(probabilities), source_affine, file_shape, file_affine)
+        if box is None:
+            continue
         moved = geometry.resample(
             np.asarray(share, dtype=np.float32),
-            np.array(recipe.affine_mm),
-            file_shape,
-            file_affine,
+            source_affine,
+            _triple(side.stop - side.start for side in box),
+            geometry.cropped_affine(file_affine, _triple(side.start for side in box)),
             order="linear",
             fill=np.inf if index == 0 else -np.inf,
         )
-        if best is None:
-            best = moved
-            continue
-        better = moved > best
-        winner[better] = index
-        np.maximum(best, moved, out=best)
+        better = moved > best[box]
+        winner[box][better] = index
+        np.maximum(best[box], moved, out=best[box])
     return np.ascontiguousarray(recipe.file.from_ras(winner))
+
+
+def _reach_of(
+    mask: np.ndarray, affine_mm: np.ndarray, other_shape: Shape, other_affine_mm: np.ndarray
+) -> tuple[slice, ...] | None:
+    """The box of another grid in which linear interpolation reads some voxel of a mask; None where there is none."""
+    if not mask.any():
+        return None
+    low, high = geometry.extent_between(mask, affine_mm, other_affine_mm)
+    there = np.linalg.inv(other_affine_mm) @ affine_mm
+    margin = np.abs(there[:3, :3]).sum(axis=1) + 1  # a voxel of either grid, whichever is larger, is read across
+    start = np.clip(np.floor(low - margin).astype(int), 0, other_shape)
+    stop = np.clip(np.ceil(high + margin).astype(int) + 1, 0, other_shape)
+    if (stop <= start).any():
+        return None
+    return tuple(slice(int(a), int(b)) for a, b in zip(start, stop, strict=True))
 
 
 def restore_labels(labels: np.ndarray, recipe: Recipe) -> np.ndarray:

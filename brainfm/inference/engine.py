@@ -112,10 +112,12 @@ def check_folder(folder: Path) -> None:
         ) from None
 
 
-def write_table(path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]]) -> None:
-    """A CSV that appears whole or not at all."""
+def write_table(
+    path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], delimiter: str = ","
+) -> None:
+    """A table that appears whole or not at all."""
     text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
+    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
     write_text(path, text.getvalue())

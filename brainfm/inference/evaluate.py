@@ -34,7 +34,11 @@ from brainfm.tasks.statistics import bootstrap, mean_score
 
 CASES = "cases.csv"
 SUMMARY = "summary.json"
-_BOTH_EMPTY = {"fomo": "dice 1, surface dice 0 (as FOMO26 counts)", "skip": "left out of dice and surface dice"}
+_BOTH_EMPTY = {
+    "one": "dice 1, surface dice 1",
+    "fomo": "dice 1, surface dice 0 (as FOMO26 counts)",
+    "skip": "left out of dice and surface dice",
+}
 EMPTY = tuple(_BOTH_EMPTY)
 _SCORES = ("dice", "surface_dice_1mm", "volume_ml_true", "volume_ml_predicted")
 
@@ -62,7 +66,7 @@ def evaluate(
     device: str = "auto",
     precision: str = "auto",
     overlap: float = 0.5,
-    empty: str = "fomo",
+    empty: str = "one",
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Evaluation:
     """Scores a bundle, or what it answered earlier, on the labelled sessions of a manifest.
@@ -76,8 +80,8 @@ def evaluate(
         out: a folder; gets ``cases.csv``, ``summary.json`` and, with a bundle, the masks in ``predictions/``.
         bundle, predictions: one of them; ``predictions`` is a folder that predict_manifest wrote.
         seed: of the bootstrap.
-        empty: of a segmentation, what a class counts that neither mask nor label has in a case: ``fomo`` Dice 1 and
-            surface Dice 0, as the FOMO26 challenge does; ``skip`` neither.
+        empty: of a segmentation, what a class counts that neither mask nor label has in a case: ``one`` Dice and
+            surface Dice 1; ``fomo`` surface Dice 0, as the FOMO26 challenge does; ``skip`` neither.
         progress: called with (cases predicted, cases in all).
 
     Raises:
@@ -88,7 +92,7 @@ def evaluate(
     if (bundle is None) == (predictions is None):
         raise ConfigError("evaluate needs either bundle= or predictions=, found both or neither")
     if empty not in EMPTY:
-        raise ConfigError(f"empty={empty}: expected {' or '.join(EMPTY)}")
+        raise ConfigError(f"empty={empty}: expected {', '.join(EMPTY)}")
     folder = Path(out)
     check_folder(folder)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
@@ -198,9 +202,10 @@ def _scores(
     predicted: np.ndarray, true: np.ndarray, spacing_mm: tuple[float, float, float], empty: str
 ) -> dict[str, float]:
     skipped = empty == "skip" and not predicted.any() and not true.any()
+    both_empty = 0.0 if empty == "fomo" else 1.0
     return {
         "dice": math.nan if skipped else dice(predicted, true),
-        "surface_dice_1mm": math.nan if skipped else surface_dice(predicted, true, spacing_mm),
+        "surface_dice_1mm": math.nan if skipped else surface_dice(predicted, true, spacing_mm, both_empty=both_empty),
         "volume_ml_true": volume_ml(true, spacing_mm),
         "volume_ml_predicted": volume_ml(predicted, spacing_mm),
     }
@@ -249,7 +254,8 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
     if isinstance(summary.get("seen_in_pretraining"), Mapping):
         lines.append(f"note: {Overlap(**summary['seen_in_pretraining'])}")
     if "empty" in summary:
-        lines.append(f"both masks empty in {summary['both_empty']} cases; {summary['conventions']} (empty=fomo|skip)")
+        both = f"both masks empty in {summary['both_empty']} cases"
+        lines.append(f"{both}; {summary['conventions']} (empty={'|'.join(EMPTY)})")
     metrics = summary["metrics"]
     for name in ("dice", "surface_dice_1mm") if "dice" in metrics else metrics:
         if metrics[name] is None:

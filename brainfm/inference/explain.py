@@ -8,6 +8,7 @@ reacted to. It does not show that they were right, and not that the same place w
 from __future__ import annotations
 
 import itertools
+import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -20,14 +21,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from brainfm.data.region_volumes import voxel_effects
 from brainfm.imaging import nifti
 from brainfm.imaging.preprocess import Recipe, prepare_session, restore_map
 from brainfm.imaging.views import covering_corners, views_of_volumes, whole_view_to_volume
 from brainfm.inference.engine import Engine, PathLike
+from brainfm.inference.label_maps import check_labels, decisions_for, note_missing, reads_of, volumes_of
 from brainfm.inference.predict import check_inputs, check_output
 from brainfm.inference.report import heat_figure
 from brainfm.inference.scan_answers import joined
-from brainfm.specs import BundleError, ConfigError, Decisions, ScanError, TaskSpec
+from brainfm.specs import BrainfmWarning, BundleError, ConfigError, Decisions, ScanError, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from brainfm.tasks.windows import gaussian_weight, predict_windows, window_slices
 
@@ -67,6 +70,7 @@ def explain(
     target: str | int | None = None,
     *,
     on: str | None = None,
+    labels: Mapping[str, PathLike] | None = None,
     method: str = "hirescam",
     layer: str | None = None,
     device: str = "auto",
@@ -85,6 +89,7 @@ def explain(
         target: the class as the bundle writes it, or the label of a multi-label question; by default the answer given:
             the most probable class, or of a segmentation the class that takes the largest volume.
         on: the contrast whose file's grid the map lies on; by default the first of the inputs.
+        labels: the label map that a bundle may answer from, by its name, as for predict.
         others: see `explain_volume`.
 
     Raises:
@@ -98,11 +103,15 @@ def explain(
         raise ConfigError(f"no input {on} to answer on, expected one of the inputs {', '.join(files)}")
     place = None if out is None else check_output(out, files.values())
     _check(engine.networks, engine.task, target, method, layer, cube_mm, step_mm)  # before any time is spent
-    image, present, recipe, shown = _prepared(engine, files, on)
+    maps = check_labels(labels or {}, engine.networks)
+    if not maps:
+        note_missing(engine.networks, str(files[on]))
+    image, present, recipe, shown, label_map = _prepared(engine, files, on, maps)
+    _note_unseen(engine.networks, method, label_map is not None)
     found = explain_volume(
         engine, engine.task, image, present, target,
-        method=method, layer=layer, spacing_mm=engine.preprocess.spacing_mm, cube_mm=cube_mm, step_mm=step_mm,
-        progress=progress,
+        labels=label_map, method=method, layer=layer, spacing_mm=engine.preprocess.spacing_mm, cube_mm=cube_mm,
+        step_mm=step_mm, progress=progress,
     )  # fmt: skip
     if place is not None:
         _write(place, files[on], found, recipe, image[shown].numpy(), engine)
@@ -128,6 +137,7 @@ def explain_volume(
     present: np.ndarray | Tensor,
     target: str | int | None = None,
     *,
+    labels: np.ndarray | None = None,
     method: str = "hirescam",
     layer: str | None = None,
     spacing_mm: Spacing = (1.0, 1.0, 1.0),
@@ -149,6 +159,8 @@ def explain_volume(
         image: [M, X, Y, Z] standardised voxels on the prepared grid.
         present: [M] bool.
         target: see `explain`.
+        labels: [X, Y, Z] the prepared label map that a whole-head answer may be made of. A voxel's part in that is by
+            how much, counted to its region, it raises the answer, to first order.
         layer: ``encoder.0`` (finest) and on, where the contrasts have met, ``encoder`` for the sum of all that reach
             the head, or of a segmentation ``decoder.0`` (coarsest) and on; by default ``encoder`` of a scan-level
             task, and of a segmentation the deepest of the encoder.
@@ -171,7 +183,9 @@ def explain_volume(
     _check(members, spec, target, method, layer, cube_mm, step_mm)
     device = engine.device if engine else next(members[0].parameters()).device
     overlap = engine.overlap if engine else 0.5
-    case = _Case(torch.as_tensor(image).float(), torch.as_tensor(present).bool(), spec, spacing_mm, device, overlap)
+    case = _Case(
+        torch.as_tensor(image).float(), torch.as_tensor(present).bool(), spec, spacing_mm, device, overlap, labels
+    )
     asked = _index(spec, target)
     question: _Question
     if spec.kind == "segmentation":
@@ -215,6 +229,7 @@ class _Case:
     spacing_mm: Spacing
     device: torch.device
     overlap: float
+    labels: np.ndarray | None = None
 
     @property
     def shape(self) -> Triple:
@@ -302,7 +317,7 @@ class _Voxels(_Question):
             with _watched(network, layer) as leaves:
                 logits = self._logits(network, self.image[(slice(None), *window)])
                 score = _log_odds(logits, self.index)[0][inside.to(logits.device)].sum()
-                maps = _cams(leaves, score, how, signed=False)
+                maps = _cams(leaves, _gradients(score, leaves), how, signed=False)
             total[window] += _upsampled(maps, patch)[0] * weight
         return (total / mass)[self.inner].numpy()
 
@@ -350,7 +365,9 @@ class _Whole(_Question):
     """A class's log odds or probability, or a regression's value, for the whole session."""
 
     def __init__(self, members: Sequence[nn.Module], case: _Case, index: int | None, decisions: Decisions) -> None:
-        self.members, self.case, self.decisions = members, case, decisions
+        self.members, self.case = members, case
+        self.volumes = volumes_of(members, case.labels, case.spacing_mm, "the label map")
+        self.decisions = decisions_for(members, decisions, self.volumes is not None)
         spec = case.spec
         answers = self._answers(case.image)
         if index is None:
@@ -361,11 +378,14 @@ class _Whole(_Question):
 
     def cam(self, network: nn.Module, layer: str, how: str) -> np.ndarray:
         case, spec = self.case, self.case.spec
+        signed = spec.kind == "regression"
         with _watched(network, layer) as leaves:
-            logits = self._output(network, self._views(case.image)).logits.float()[0]
+            volumes = None if self.volumes is None else self.volumes.to(case.device).requires_grad_(True)
+            logits = self._output(network, self._views(case.image), volumes).logits.float()[0]
             score = _scan_score(logits, spec, self.index)
-            heats = _upsampled(_cams(leaves, score, how, signed=spec.kind == "regression"), spec.patch_vox).numpy()
-        total = np.zeros(case.shape, dtype=np.float32)
+            *slopes, slope = _gradients(score, [*leaves, torch.zeros(1) if volumes is None else volumes])
+            heats = _upsampled(_cams(leaves, slopes, how, signed), spec.patch_vox).numpy()
+        total = self._of_volumes(slope, signed)
         if spec.view_mm > 0:
             whole = whole_view_to_volume(heats[0], case.spacing_mm, spec.view_mm, spec.patch_vox, case.shape)
             total += whole * float(
@@ -384,6 +404,16 @@ class _Whole(_Question):
             total += added / count
         return total
 
+    def _of_volumes(self, slope: Tensor, signed: bool) -> np.ndarray:
+        """[X, Y, Z] what the label map's voxels have to do with the answer; 0 without one."""
+        reads = reads_of(self.members)
+        if self.volumes is None or reads is None or self.case.labels is None:
+            return np.zeros(self.case.shape, dtype=np.float32)
+        found = voxel_effects(
+            self.case.labels, self.case.spacing_mm, reads.scheme, reads.volumes, slope[0].double().cpu().numpy()
+        )
+        return found if signed else np.maximum(found, 0)
+
     def places(self, start: Triple, stop: Triple) -> bool:
         return True
 
@@ -397,15 +427,17 @@ class _Whole(_Question):
         """[K] probabilities, or [1] value: of all members."""
         views = self._views(image)
         with torch.no_grad():
-            found = [member.decode(self._output(member, views)).float().cpu()[0] for member in self.members]  # type: ignore[operator]
+            volumes = None if self.volumes is None else self.volumes.to(self.case.device)
+            found = [member.decode(self._output(member, views, volumes)).float().cpu()[0] for member in self.members]  # type: ignore[operator]
         raw = torch.stack(found).reshape(len(found), -1).numpy().astype(np.float64)
         return joined(raw, self.case.spec, self.decisions)
 
     def _views(self, image: Tensor) -> Tensor:
         return torch.from_numpy(views_of_volumes(image.numpy(), self.case.spacing_mm, self.case.spec))
 
-    def _output(self, network: nn.Module, views: Tensor) -> Any:
-        return network(views[None].to(self.case.device), self.case.present[None].to(self.case.device))
+    def _output(self, network: nn.Module, views: Tensor, volumes: Tensor | None) -> Any:
+        given = () if volumes is None else (volumes,)
+        return network(views[None].to(self.case.device), self.case.present[None].to(self.case.device), *given)
 
 
 def _log_odds(logits: Tensor, index: int) -> Tensor:
@@ -482,10 +514,19 @@ def _watched(network: nn.Module, layer: str) -> Iterator[list[Tensor]]:
             parameter.requires_grad_(True)
 
 
-def _cams(leaves: Sequence[Tensor], score: Tensor, how: str, signed: bool) -> list[Tensor]:
+def _gradients(score: Tensor, of: Sequence[Tensor]) -> list[Tensor]:
+    """Of a score; zeros for what it does not depend on."""
+    if not score.requires_grad:
+        return [torch.zeros_like(one) for one in of]
+    known = [one for one in of if one.requires_grad]
+    found = dict(zip(map(id, known), torch.autograd.grad(score, known, allow_unused=True)))
+    return [torch.zeros_like(one) if (g := found.get(id(one))) is None else g for one in of]
+
+
+def _cams(leaves: Sequence[Tensor], gradients: Sequence[Tensor], how: str, signed: bool) -> list[Tensor]:
     """[B, x, y, z] for each layer on its own grid, on the CPU."""
     found = []
-    for leaf, gradient in zip(leaves, torch.autograd.grad(score, list(leaves))):
+    for leaf, gradient in zip(leaves, gradients):
         weight = gradient.mean(dim=(2, 3, 4), keepdim=True) if how == "gradcam" else gradient
         cam = (weight * leaf.detach()).sum(dim=1).float().cpu()
         found.append(cam if signed else functional.relu(cam))
@@ -585,9 +626,26 @@ def _or(words: Any) -> str:
     return f"one of {', '.join(most)} or {last}" if most else last
 
 
-def _prepared(engine: Engine, files: Mapping[str, Path], on: str) -> tuple[Tensor, Tensor, Recipe, int]:
-    """image [M, X, Y, Z], present [M], the recipe of the file answered for, and which contrast that is."""
-    prepared = prepare_session(files, {}, engine.preprocess, reference=on)
+def _note_unseen(networks: Sequence[Any], method: str, mapped: bool) -> None:
+    """A BrainfmWarning where the method cannot show all that the answer is made of."""
+    reads = getattr(networks[0], "reads", None)
+    if reads is None:
+        return
+    if method == "occlusion" and mapped:
+        text = "occlusion covers the scans, not the label map: what its volumes add to the answer is not shown"
+    elif method != "occlusion" and reads.decoder is not None:
+        text = f"method={method} shows the encoder's maps, not what the decoder sees; method=occlusion shows both"
+    else:
+        return
+    warnings.warn(text, BrainfmWarning, stacklevel=3)
+
+
+def _prepared(
+    engine: Engine, files: Mapping[str, Path], on: str, maps: Mapping[str, Path]
+) -> tuple[Tensor, Tensor, Recipe, int, np.ndarray | None]:
+    """image [M, X, Y, Z], present [M], the recipe of the file answered for, which contrast that is, and the label
+    map."""
+    prepared = prepare_session(files, maps, engine.preprocess, reference=on)
     if prepared.failures:
         raise ScanError(next(iter(prepared.failures.values())))
     names = [*engine.task.contrasts, *(name for name in files if name not in engine.task.contrasts)]
@@ -595,7 +653,7 @@ def _prepared(engine: Engine, files: Mapping[str, Path], on: str) -> tuple[Tenso
     for name, scan in prepared.scans.items():
         image[names.index(name)] = torch.from_numpy(scan)
     present = torch.tensor([name in files for name in names])
-    return image, present, prepared.recipes[on], names.index(on)
+    return image, present, prepared.recipes[on], names.index(on), next(iter(prepared.labels.values()), None)
 
 
 def _write(path: Path, like: Path, found: Explanation, recipe: Recipe, shown: np.ndarray, engine: Engine) -> None:

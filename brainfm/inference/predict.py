@@ -31,6 +31,7 @@ from brainfm.imaging.endings import companions
 from brainfm.imaging.nifti import FileGrid
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
 from brainfm.inference.engine import Engine, PathLike, check_folder, in_order, write_table, write_text
+from brainfm.inference.label_maps import check_labels, note_missing, reads_of
 from brainfm.inference.scan_answers import (
     ScanAnswer,
     answer_scan,
@@ -60,6 +61,7 @@ def predict(
     out: PathLike | None = None,
     on: str | None = None,
     *,
+    labels: Mapping[str, PathLike] | None = None,
     device: str = "auto",
     precision: str = "auto",
     overlap: float = 0.5,
@@ -74,6 +76,8 @@ def predict(
             answers for; or the answer, ``.json`` (all that is known) or ``.txt`` (the bare number). It appears whole or
             not at all.
         on: the contrast whose file's grid is answered on; by default the first of the inputs.
+        labels: the label map that a bundle may answer from, by its name, on the grid of an input; without it such a
+            bundle answers from the scans alone, with a BrainfmWarning.
         device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``.
         overlap: share of a window that its neighbour repeats; less is quicker and coarser.
         precision: ``auto`` (bfloat16 on a GPU that has it), ``32-true``, ``bf16-mixed`` or ``16-mixed``.
@@ -91,17 +95,20 @@ def predict(
     on = next(iter(files)) if on is None else on
     if on not in files:
         raise ConfigError(f"no input {on} to answer on, expected one of the inputs {', '.join(files)}")
+    maps = check_labels(labels or {}, engine.networks)
     if engine.task.kind != "segmentation":
         place = None if out is None else check_answer_file(Path(out))
-        found = answer_scan(engine, files, reference=on)
+        if not maps:
+            note_missing(engine.networks, str(files[on]))
+        found = answer_scan(engine, files, reference=on, labels=maps)
         if place is not None:
             write_answer(place, found)
         return found
     target = None if out is None else check_output(out, files.values())
-    labels = answer(engine, files, reference=on)
+    found_labels = answer(engine, files, reference=on)
     if target is not None:
-        write_mask(target, labels, files[on])
-    return labels
+        write_mask(target, found_labels, files[on])
+    return found_labels
 
 
 def answer(engine: Engine, files: Mapping[str, Path], reference: str, grid: FileGrid | None = None) -> np.ndarray:
@@ -262,6 +269,7 @@ def predict_manifest(
     _claim(folder, engine)
     wanted = {key: scans for key, scans in manifest.sessions().items() if sessions is None or key in sessions}
     dense = engine.task.kind == "segmentation"
+    maps = {} if dense else _label_maps(manifest, wanted, engine)
     columns = ["grid"] if dense else table_columns(engine.task)
     listed: list[list[object]] = []
     failures: dict[Key, str] = {}
@@ -274,15 +282,15 @@ def predict_manifest(
         try:
             plan = _plan(manifest, key, scans, engine.task)
             there = (folder / name).is_file()
-            if there and _have_changed(plan, made_from.get(name, {})):
+            if there and _have_changed(_files_of(plan, maps.get(key)), made_from.get(name, {})):
                 again.append(key)
                 there = False
             if there:
                 kept += 1
                 cells = [str(plan[2])] if dense else _table_cells(read_answer(folder / name), columns)
             else:
-                stamps = {str(path): SourceFile.of(path).stamp() for path in _files_of(plan)}
-                cells = _answered(engine, plan, folder / name, columns)
+                stamps = {str(path): SourceFile.of(path).stamp() for path in _files_of(plan, maps.get(key))}
+                cells = _answered(engine, plan, folder / name, columns, maps.get(key))
                 _note_sources(folder, name, stamps)
             listed.append([*key, *cells, name])
         except (ScanError, ManifestError) as error:
@@ -300,13 +308,15 @@ def predict_manifest(
 _Plan = tuple[dict[str, Path], str, Path]  # input files by contrast, the reference contrast, whose grid is answered on
 
 
-def _answered(engine: Engine, plan: _Plan, path: Path, columns: Sequence[str]) -> list[object]:
+def _answered(
+    engine: Engine, plan: _Plan, path: Path, columns: Sequence[str], maps: Mapping[str, Path] | None
+) -> list[object]:
     """Answers one session and writes it; returns its cells of the table."""
     files, reference, like = plan
     if engine.task.kind == "segmentation":
         write_mask(path, answer(engine, files, reference, nifti.read_header(like).grid), like)
         return [str(like)]
-    found = answer_scan(engine, files, reference)
+    found = answer_scan(engine, files, reference, maps)
     write_answer(path, found)
     return _table_cells(found, columns)
 
@@ -316,16 +326,16 @@ def _table_cells(found: ScanAnswer, columns: Sequence[str]) -> list[object]:
     return [cells[column] for column in columns]
 
 
-def _files_of(plan: _Plan) -> list[Path]:
+def _files_of(plan: _Plan, maps: Mapping[str, Path] | None) -> list[Path]:
     """All files that an answer depends on."""
-    shown = [*plan[0].values(), plan[2]]
+    shown = [*plan[0].values(), plan[2], *(maps or {}).values()]
     return list(dict.fromkeys([*shown, *(other for path in shown for other in companions(path))]))
 
 
-def _have_changed(plan: _Plan, stamps: Mapping[str, Any]) -> bool:
+def _have_changed(files: Sequence[Path], stamps: Mapping[str, Any]) -> bool:
     """Whether any of the files is another than when the answer was made; of answers of before nothing is known."""
     return bool(stamps) and any(
-        str(path) not in stamps or not SourceFile.of(path).is_as(stamps[str(path)]) for path in _files_of(plan)
+        str(path) not in stamps or not SourceFile.of(path).is_as(stamps[str(path)]) for path in files
     )
 
 
@@ -348,6 +358,21 @@ def _read_sources(folder: Path) -> dict[str, dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             continue
     return found
+
+
+def _label_maps(
+    manifest: Manifest, sessions: Mapping[Key, Sequence[Scan]], engine: Engine
+) -> dict[Key, dict[str, Path]]:
+    """The label map that the bundle reads, by session and column; who lacks it is said once."""
+    reads = reads_of(engine.networks)
+    if reads is None:
+        return {}
+    named = {key: session_labels(scans).get(reads.labels) for key, scans in sessions.items()}
+    lacking = [key for key, path in named.items() if path is None]
+    if lacking:
+        first = "/".join(part for part in lacking[0] if part)
+        note_missing(engine.networks, f"{len(lacking)} of {len(named)} sessions, first {first}")
+    return {key: {reads.labels: manifest.resolve(path)} for key, path in named.items() if path is not None}
 
 
 def answer_name(key: Key, task: TaskSpec) -> str:

@@ -15,6 +15,7 @@ import torch
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.imaging.views import views_of_volumes
 from brainfm.inference.engine import Engine, in_order, write_text
+from brainfm.inference.label_maps import decisions_for, volumes_of
 from brainfm.specs import ConfigError, Decisions, ScanError, TaskSpec
 from brainfm.tasks.calibration import apply_bias, apply_temperature, conformal_quantile
 
@@ -62,34 +63,42 @@ class ScanAnswer:
         return {"answer": answer, **{f"p_{name}": value for name, value in self.probabilities.items()}}
 
 
-def answer_scan(engine: Engine, files: Mapping[str, Path], reference: str) -> ScanAnswer:
+def answer_scan(
+    engine: Engine, files: Mapping[str, Path], reference: str, labels: Mapping[str, Path] | None = None
+) -> ScanAnswer:
     """The answer for one session.
 
     Args:
         engine: of a classification or regression.
         files: file by contrast; contrasts that the task was not trained on are looked at as well.
         reference: the contrast whose directions the network's grid takes.
+        labels: the label map that the bundle reads, by its column, where there is one (label_maps.check_labels).
 
     Raises:
         ScanError: where any file cannot be used.
     """
-    prepared = prepare_session(files, {}, engine.preprocess, reference=reference)
+    prepared = prepare_session(files, labels or {}, engine.preprocess, reference=reference)
     if prepared.failures:
         raise ScanError(next(iter(prepared.failures.values())))
     image = np.stack([prepared.scans[contrast] for contrast in in_order(files, engine.task)])
     views = torch.from_numpy(views_of_volumes(image, engine.preprocess.spacing_mm, engine.task))
-    return decided(engine, raw_answers(engine, views), tuple(files))
+    name, path = next(iter((labels or {}).items()), ("", Path()))
+    volumes = volumes_of(engine.networks, prepared.labels.get(name), engine.preprocess.spacing_mm, str(path))
+    decisions = decisions_for(engine.networks, engine.decisions, volumes is not None)
+    return decided(replace(engine, decisions=decisions), raw_answers(engine, views, volumes), tuple(files))
 
 
 @torch.no_grad()
-def raw_answers(engine: Engine, views: torch.Tensor) -> np.ndarray:
-    """[members, K] probabilities or [members, 1] values, of views [V, M, x, y, z] of contrasts that are all there."""
+def raw_answers(engine: Engine, views: torch.Tensor, volumes: torch.Tensor | None = None) -> np.ndarray:
+    """[members, K] probabilities or [members, 1] values, of views [V, M, x, y, z] of contrasts that are all there, and
+    of the volumes [1, F] of a label map, where there is one."""
     present = torch.ones(1, views.shape[1], dtype=torch.bool, device=engine.device)
     found = []
+    given = () if volumes is None else (volumes.to(engine.device),)
     network: Any
     for network in engine.networks:
         with torch.autocast(engine.device.type, dtype=engine.autocast, enabled=engine.autocast is not None):
-            output = network(views[None].to(engine.device), present)
+            output = network(views[None].to(engine.device), present, *given)
         found.append(network.decode(output)[0].float().cpu().numpy().reshape(-1))
     return np.stack(found).astype(np.float64)
 

@@ -14,6 +14,7 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.imaging.descriptors import head_mask
 from brainfm.inference import charts, report
 from brainfm.inference.explain import explain_volume, share_inside
+from brainfm.inference.label_maps import reads_of
 from brainfm.inference.report import Section
 from brainfm.seen import Overlap
 from brainfm.specs import ConfigError, Decisions, ScanError, TaskSpec
@@ -27,11 +28,21 @@ _NAMES = {
     "scratch": "same schedule from scratch",
     "random_linear": "random frozen encoder + linear",
     "features": "simple measurements + linear",
+    "volumes": "region volumes + linear",
 }
 _EXPLAINED = {
     "scratch": "the same network and schedule from fresh weights",
     "random_linear": "a linear model on the maps of a network that never learned anything",
     "features": "a linear model on simple measurements such as intensities and volumes",
+    "volumes": "a linear model on the logarithms of region volumes from label maps or a table",
+}
+_CANDIDATES = {
+    "mean": "training mean or class shares",
+    "volumes": "linear on volumes of label maps or a table",
+    "regions": "linear on volumes of the regions that the backbone sees",
+    "features": "linear on features of the frozen network",
+    "stacked": "mixture of the linear ones",
+    "tuned": "tuned network",
 }
 _EXPLAINED_VOXELS = {"features": "a logistic regression, voxel by voxel, on intensities and position"}
 _SHOWN_FIRST = ("flair", "dwi", "t2", "t1c", "t1")  # the contrast a case is shown on, where it has it
@@ -98,6 +109,8 @@ def write_study_report(run: str | Path, out: Path | None = None, store: str | Pa
     sections = [_cohort(found), _splits(found)]
     if "scores" in found:
         sections.append(_scores(found, spec))
+    if found.get("candidates"):
+        sections.append(_tried(found, spec))
     if found.get("learning_curve"):
         sections.append(_learning_curve(found, spec))
     if found.get("cases"):
@@ -257,7 +270,9 @@ def _splits(found: Mapping[str, Any]) -> Section:
         ", but for those of the other four fifths, which are trained on only."
     )  # fmt: skip
     text += " No site is on both sides." if config["sites_apart"] else ""
-    if chosen:
+    if found.get("candidates"):
+        text += " What a run ships was chosen among candidates in inner folds of its training side, see below."
+    elif chosen:
         text += " A run's weights are those of the step that was best on its inner cases, which are neither trained on "
         text += "nor scored."
     else:
@@ -308,6 +323,31 @@ def _scores(found: Mapping[str, Any], spec: TaskSpec) -> Section:
     )
 
 
+def _tried(found: Mapping[str, Any], spec: TaskSpec) -> Section:
+    """What each run chose among, and how every candidate does on the cases that are scored."""
+    tried = found["candidates"]
+    folds = tried["folds"].values()
+    word = _word(found["primary"], spec)
+    loss = f"mean absolute error{f' ({spec.unit})' if spec.unit else ''}" if spec.kind == "regression" else "log loss"
+    rows = [("candidate, simplest first", f"inner folds: {loss}", f"held-out cases: {word}", "shipped by")]
+    for name, c in tried["table"].items():
+        shipped = f"{c['chosen']} of {len(folds)}" if c["chosen"] else "-"
+        rows.append((_CANDIDATES.get(name, name), _number(c["inner"]), _interval(c["outer"]), shipped))
+    text = (
+        "Each run fits these candidates to its training side and ships the simplest that is within one standard error "
+        "of the best there, in inner folds by subject, and none that does worse than the mean. The held-out cases are "
+        "scored for all of them afterwards and choose nothing."
+    )
+    instead = [f for f in folds if f["fallback"] != f["chosen"]]
+    if instead:
+        names = sorted({_CANDIDATES.get(f["fallback"], f["fallback"]) for f in instead})
+        text += f" Where a new case has no label map, {_count(len(instead), 'run')} ship another for it: "
+        text += f"{'; '.join(names)}. Without label maps the held-out score is {_interval(tried['without_map'])}."
+    said = sorted({sentence for f in folds for sentence in f["said"]})
+    text += "".join(f" {sentence[0].upper()}{sentence[1:]}." for sentence in said)
+    return Section("What is shipped, and what was tried", text, table=tuple(rows))
+
+
 def _better(found: Mapping[str, Any]) -> str:
     return "larger is better" if found["larger_is_better"] else "smaller is better"
 
@@ -330,6 +370,11 @@ def _learning_curve(found: Mapping[str, Any], spec: TaskSpec) -> Section:
             name = _NAMES.get(c["against"], c["against"])
             compared.append((f"{p['subjects']:g}", name, _signed(c["difference"]), between, _p(c["p"])))
     figure = charts.learning_curve_figure(curves, word)
+    tried: list[tuple[str, ...]] = [("training subjects", "candidate", word, "shipped by")]
+    for p in points:
+        for name, c in ((p.get("candidates") or {}).get("table") or {}).items():
+            shipped = f"{c['chosen']} of {len(p['candidates']['folds'])}" if c["chosen"] else "-"
+            tried.append((f"{p['subjects']:g}", _CANDIDATES.get(name, name), _interval(c["outer"]), shipped))
     good = "above" if found["larger_is_better"] else "below"
     return Section(
         "How many cases it takes",
@@ -339,8 +384,10 @@ def _learning_curve(found: Mapping[str, Any], spec: TaskSpec) -> Section:
         figures=((f"{word[0].upper() + word[1:]} over the number of training subjects, {_better(found)}", figure),),
         table=tuple(rows),
         tables=(
-            ((f"Paired differences in {word}: {good} 0 this model is better", tuple(compared)),)
-            if len(compared) > 1 else ()
+            *(((f"Paired differences in {word}: {good} 0 this model is better", tuple(compared)),)
+              if len(compared) > 1 else ()),
+            *((("Candidates on the held-out cases, and in how many runs each was chosen", tuple(tried)),)
+              if len(tried) > 1 else ()),
         ),
         figures_first=True,
     )  # fmt: skip
@@ -598,8 +645,9 @@ def _saliency(found: Mapping[str, Any], store: Store, spec: TaskSpec, bundle: Bu
         entry = _entry(store, row)
         image, present = _contrasts(store, entry, spec)
         method = "gradcam" if spec.kind == "segmentation" else "hirescam"
-        heat = explain_volume([bundle.networks[row["fold"]]], spec, image, present, method=method,
-                              spacing_mm=store.spec.spacing_mm)  # fmt: skip
+        network = bundle.networks[row["fold"]]
+        heat = explain_volume([network], spec, image, present, labels=_label_map(store, entry, network),
+                              method=method, spacing_mm=store.spec.spacing_mm)  # fmt: skip
         volume, contrast = _shown(store, entry, spec)
         caption = f"{word} case: {_who(row)}, {_said(row, spec)}; {_about(heat.target, spec)}, on {contrast}"
         if spec.kind == "segmentation":
@@ -634,6 +682,13 @@ def _saliency(found: Mapping[str, Any], store: Store, spec: TaskSpec, bundle: Bu
         text += " The planes cut the head where the map is strongest. What lies outside the head is no anatomy: "
         text += f"compare it with {'the shortcuts' if found.get('audit') else 'what else could tell the answer'}."
     return [Section("What it looks at", text, figures=tuple(figures))] if figures else []
+
+
+def _label_map(store: Store, entry: SessionEntry, network: Any) -> np.ndarray | None:
+    """The label map that the answer may be made of."""
+    reads = reads_of([network])
+    there = reads is not None and any(label.name == reads.labels for label in entry.labels)
+    return store.volume(entry, reads.labels) if there and reads is not None else None
 
 
 def _contrasts(store: Store, entry: SessionEntry, spec: TaskSpec) -> tuple[torch.Tensor, torch.Tensor]:

@@ -57,13 +57,20 @@ class Latents(nn.Module):
         parts: name -> fraction of the latent channels.
         channels: of all parts together.
         variational: whether each part also has a log variance, clamped to LOGVAR_RANGE.
+        logvar_start: where the log variances begin; None leaves them to the layers' own start, about 0: noise of a
+            deviation of 1 beside means that at first deviate by a quarter of that.
 
     Source: github.com/jbanusco/fomo25 at de35782, src/models/networks/mmunetvae.py (two halves of 256 channels).
     Differs: any number of named parts; the log variance is clamped (there it is not).
     """
 
     def __init__(
-        self, widths: Sequence[int], parts: Mapping[str, float], channels: int = 512, variational: bool = False
+        self,
+        widths: Sequence[int],
+        parts: Mapping[str, float],
+        channels: int = 512,
+        variational: bool = False,
+        logvar_start: float | None = None,
     ) -> None:
         super().__init__()
         self.sizes = part_channels(parts, channels)
@@ -72,6 +79,12 @@ class Latents(nn.Module):
         self.mean = nn.ModuleDict({name: nn.Conv3d(sum(widths), size, 1) for name, size in self.sizes.items()})
         logvar = {name: nn.Conv3d(sum(widths), size, 1) for name, size in self.sizes.items()} if variational else {}
         self.logvar = nn.ModuleDict(logvar)
+        if logvar_start is not None:
+            if not LOGVAR_RANGE[0] <= logvar_start <= LOGVAR_RANGE[1]:
+                low, high = LOGVAR_RANGE
+                raise ConfigError(f"objective.logvar_start={logvar_start}: expected {low:g} to {high:g}, or null")
+            for conv in logvar.values():
+                nn.init.constant_(conv.bias, logvar_start)  # type: ignore[arg-type]
 
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Code]:
         """Maps [B, E, X/s, Y/s, Z/s] -> name -> Code on the coarsest grid."""

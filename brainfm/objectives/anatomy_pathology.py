@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from types import MappingProxyType
 from typing import Any
@@ -13,14 +13,24 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import LightDecoder
+from brainfm.nets.decoders import LightDecoder, Pointwise
+from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.latents import Latents
-from brainfm.objectives.losses import RECONSTRUCTIONS, cosine, reconstruction
+from brainfm.objectives.losses import (
+    RECONSTRUCTIONS,
+    centred,
+    cosine,
+    mean_of_valid,
+    mean_where,
+    reconstruction,
+    spread_floor,
+)
 from brainfm.objectives.masking import draw_mask, hidden_blocks
 from brainfm.objectives.objective import Objective
 from brainfm.specs import ConfigError, ViewSpec
 
 _PARTS = MappingProxyType({"anatomy": 0.5, "pathology": 0.3, "free": 0.2})
+_DENSE = MappingProxyType({"anatomy": 32})  # channels of the skip decoder's last map
 
 
 @dataclass(frozen=True)
@@ -95,9 +105,16 @@ class AnatomyPathology(Objective):
             data have before it builds).
         volumes: R, regions of the volume table; likewise.
         mask_unit_vox, mask_ratio: edge length and share of the hidden blocks.
+        region_decoder: who answers with the label map. ``skip``: a decoder with skip connections on the backbone's
+            maps, which teaches every level where borders are and travels in the file (``dense``, and ``regions`` in
+            ``heads``); the anatomy part is asked what share of each of its cells a group has. ``light``: a decoder on
+            the anatomy part alone, which cannot know of borders.
+        regions_on: whether the label map is asked for in the ``visible`` voxels, or in ``all``: a guess in the rest.
         loss, beta: of the reconstruction of hidden voxels, as in MAE.
         reconstruction_weight, anatomy_weight, pathology_weight: of the terms; 0 switches a term off.
         agreement_weight: of 1 - cosine between the anatomy parts of two scans of a subject at one place.
+        centred: whether that looks at codes less the mean vector of all cells and samples, which else satisfies it,
+            beside a floor under their spread, with the same weight.
         visits: whether the second scan may come from another visit.
 
     Source: the winner of SSL3D's ResEnc-L track as described in arXiv 2601.13166: shares .5/.3/.2 and weights
@@ -105,6 +122,8 @@ class AnatomyPathology(Objective):
     Differs: label maps or standardised log fractions in place of a cosine to raw volumes, which mostly asks for the
     average brain; lesions in the patch in place of a session's label alone; parts are projections of all levels, not
     slices of the last one.
+    The defaults of region_decoder, regions_on and centred are what files without these keys were trained with; what is
+    recommended stands in configs/.
     Raises: ConfigError for impossible values.
     """
 
@@ -123,12 +142,15 @@ class AnatomyPathology(Objective):
         volumes: int | None = None,
         mask_unit_vox: int = 16,
         mask_ratio: float = 0.75,
+        region_decoder: str = "light",
+        regions_on: str = "all",
         loss: str = "mse",
         beta: float = 0.1,
         reconstruction_weight: float = 0.7,
         anatomy_weight: float = 0.15,
         pathology_weight: float = 0.15,
         agreement_weight: float = 0.0,
+        centred: bool = False,
         visits: bool = False,
     ) -> None:
         groups, volumes = groups or 0, volumes or 0
@@ -139,12 +161,15 @@ class AnatomyPathology(Objective):
             "volumes": volumes,
             "mask_unit_vox": mask_unit_vox,
             "mask_ratio": mask_ratio,
+            "region_decoder": region_decoder,
+            "regions_on": regions_on,
             "loss": loss,
             "beta": beta,
             "reconstruction_weight": reconstruction_weight,
             "anatomy_weight": anatomy_weight,
             "pathology_weight": pathology_weight,
             "agreement_weight": agreement_weight,
+            "centred": centred,
             "visits": visits,
         }
         weights = {
@@ -154,6 +179,7 @@ class AnatomyPathology(Objective):
             "agreement": agreement_weight,
         }
         _check(parts, loss, beta, groups, volumes, weights)
+        _check_regions(region_decoder, regions_on)
         views = ViewSpec(
             patch_vox,
             pairs=agreement_weight > 0,
@@ -166,23 +192,38 @@ class AnatomyPathology(Objective):
         self.weights = weights
         hidden_blocks(self.views.patch_vox, mask_unit_vox, mask_ratio)
         self.mask_unit_vox, self.mask_ratio = mask_unit_vox, mask_ratio
+        self.regions_on, self.centred = regions_on, centred
         self.loss, self.beta = loss, beta
         self.latents = Latents(backbone.widths, parts, latent_channels)
         self.decoder = LightDecoder(latent_channels, backbone.widths, backbone.strides)
         sizes = self.latents.sizes
-        self.region_decoder = RegionDecoder(sizes["anatomy"], backbone, groups) if views.regions else None
+        self.region_decoder: RegionDecoder | None = None
+        self.share_head: Pointwise | None = None
+        if views.regions:
+            self._add_regions(region_decoder, groups)
         self.volume_head = VolumeHead(sizes["anatomy"], volumes) if views.volumes else None
         self.pathology_head = PathologyHead(sizes["pathology"]) if views.lesions else None
 
+    def _add_regions(self, kind: str, groups: int) -> None:
+        anatomy = self.latents.sizes["anatomy"]
+        if kind == "light":
+            self.region_decoder = RegionDecoder(anatomy, self.backbone, groups)
+            return
+        self.dense = DenseDecoder(self.backbone.widths, self.backbone.strides, _DENSE)
+        names = [f"group_{number}" for number in range(groups)]
+        self.heads = nn.ModuleDict({"regions": DenseHead("anatomy", _DENSE["anatomy"], names)})
+        self.share_head = Pointwise(anatomy, groups)
+
     def forward(self, batch: Batch, progress: float) -> Terms:
-        """Parts ``reconstruction``, ``regions``, ``volumes``, ``patch``, ``cells``, ``agreement``, where they apply,
-        unweighted."""
+        """Parts ``reconstruction``, ``regions``, ``shares``, ``volumes``, ``patch``, ``cells``, ``agreement``,
+        ``anatomy_floor``, where they apply, unweighted."""
         views = self._views(batch)
-        codes = self._codes(views)
+        maps = self._maps(views)
+        codes = self._codes(maps)
         parts = {"reconstruction": self._reconstruction(codes, views)}
         total = self.weights["reconstruction"] * parts["reconstruction"]
         for weight, terms in (
-            (self.weights["anatomy"], self._anatomy(codes["anatomy"], views, batch)),
+            (self.weights["anatomy"], self._anatomy(codes["anatomy"], maps, views, batch)),
             (self.weights["pathology"], self._pathology(codes["pathology"], views, batch)),
             (self.weights["agreement"], self._agreement(codes["anatomy"], views)),
         ):
@@ -196,15 +237,17 @@ class AnatomyPathology(Objective):
         """``input``, ``masked``, ``self``, and where the data have label maps ``regions`` (the target) and
         ``predicted``, group indices as grey values."""
         views = self._views(batch)
-        codes = self._codes(views)
+        maps = self._maps(views)
+        codes = self._codes(maps)
         count = len(batch)
         output = self.decoder(torch.cat(list(codes.values()), dim=1)).float()[:count]
         image = views.image[:count]
         pictures = {"input": image, "masked": image.masked_fill(views.hidden[:count], 0), "self": output}
-        if self.region_decoder is not None and batch.regions is not None:
+        if self.views.regions and batch.regions is not None:
             low, width = image.amin(), image.amax() - image.amin()  # onto the grey values of the scans beside it
             step = width / max(1, int(self.config["groups"]) - 1)
-            predicted = self.region_decoder(codes["anatomy"][:count]).argmax(dim=1, keepdim=True)
+            logits = self._regions(codes["anatomy"][:count], [level[:count] for level in maps])
+            predicted = logits.argmax(dim=1, keepdim=True)
             pictures["regions"] = low + step * batch.regions[:, None].clamp(min=0).float()
             pictures["predicted"] = low + step * predicted.float()
         return pictures
@@ -223,23 +266,38 @@ class AnatomyPathology(Objective):
         image = torch.cat([batch.image, batch.partner[partners]]).float()
         return _Views(image, torch.cat([hidden, second]), torch.cat([every, partners]), partners)
 
-    def _codes(self, views: _Views) -> dict[str, Tensor]:
-        maps = self.backbone.features_masked(views.image, views.hidden)
+    def _maps(self, views: _Views) -> list[Tensor]:
+        return self.backbone.features_masked(views.image, views.hidden)
+
+    def _codes(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         return {name: code.mean for name, code in self.latents(maps).items()}
 
     def _reconstruction(self, codes: Mapping[str, Tensor], views: _Views) -> Tensor:
         output = self.decoder(torch.cat(list(codes.values()), dim=1))
-        return reconstruction(output, views.image, self.loss, self.beta, where=views.hidden).mean()
+        return mean_of_valid(reconstruction(output, views.image, self.loss, self.beta, where=views.hidden))
 
-    def _anatomy(self, code: Tensor, views: _Views, batch: Batch) -> dict[str, Tensor]:
+    def _regions(self, code: Tensor, maps: Sequence[Tensor]) -> Tensor:
+        """Logits [V, K, X, Y, Z] of the groups."""
+        if self.region_decoder is not None:
+            return self.region_decoder(code)
+        assert self.dense is not None and self.heads is not None
+        logits: Tensor = self.heads["regions"](self.dense.split(self.dense(maps))["anatomy"])
+        return logits
+
+    def _anatomy(self, code: Tensor, maps: Sequence[Tensor], views: _Views, batch: Batch) -> dict[str, Tensor]:
         """The heads answer for every scan, and only known targets count: no network is ever left without a gradient."""
         terms = {}
         mapped = torch.zeros(len(views.rows), dtype=torch.bool, device=code.device)
-        if self.region_decoder is not None:
-            logits = self.region_decoder(code)
+        if self.views.regions:
             target = _or_unknown(batch.regions, batch.image)[views.rows]
             mapped = (target >= 0).flatten(1).any(dim=1)
-            terms["regions"] = mean_where(region_errors(logits, target), mapped)
+            if self.regions_on == "visible":
+                target = target.masked_fill(views.hidden[:, 0], -1)
+            asked = (target >= 0).flatten(1).any(dim=1)
+            terms["regions"] = mean_where(region_errors(self._regions(code, maps), target), asked)
+            if self.share_head is not None:
+                errors, known = share_errors(self.share_head(code), target)
+                terms["shares"] = mean_where(errors, known)
         if self.volume_head is not None:
             found = self.volume_head(code)
             wanted = torch.full_like(found, torch.nan) if batch.volumes is None else batch.volumes[views.rows]
@@ -276,15 +334,12 @@ class AnatomyPathology(Objective):
     def _agreement(self, anatomy: Tensor, views: _Views) -> dict[str, Tensor]:
         if self.weights["agreement"] == 0:
             return {}
-        pairs = len(views.partners)
-        count = len(anatomy) - pairs
-        one, other = anatomy[:count][views.partners], anatomy[count:]
-        return {"agreement": (1 - cosine(one, other)).sum() / max(pairs, 1)}
-
-
-def mean_where(values: Tensor, known: Tensor) -> Tensor:
-    """The mean of [V] values where ``known``; exactly 0, and still part of the graph, where nothing is."""
-    return torch.where(known, values, 0.0).sum() / known.sum().clamp(min=1)
+        count = len(anatomy) - len(views.partners)
+        pair = anatomy[:count][views.partners], anatomy[count:]
+        if not self.centred:
+            return {"agreement": mean_of_valid(1 - cosine(*pair))}
+        pair = centred(*pair)
+        return {"agreement": mean_of_valid(1 - cosine(*pair)), "anatomy_floor": spread_floor(*pair)}
 
 
 def region_errors(logits: Tensor, target: Tensor) -> Tensor:
@@ -304,6 +359,22 @@ def region_errors(logits: Tensor, target: Tensor) -> Tensor:
     occurs = truth.flatten(2).any(dim=2)
     dice = torch.where(occurs, 2 * both / sizes.clamp(min=1e-6), 0.0).sum(dim=1) / occurs.sum(dim=1).clamp(min=1)
     return entropy + (1 - dice)
+
+
+def share_errors(logits: Tensor, target: Tensor) -> tuple[Tensor, Tensor]:
+    """How far the shares of the groups in each cell are from the truth, as a divergence: [V], and where one is known.
+
+    Args:
+        logits: [V, K, x, y, z].
+        target: [V, X, Y, Z] int64 group indices; -1 where unknown. A cell counts where more than half of it is known.
+    """
+    logits = logits.float()
+    scale = [edge // cells for edge, cells in zip(target.shape[1:], logits.shape[2:], strict=True)]
+    truth = torch.cat([F.avg_pool3d((target == k).float()[:, None], scale) for k in range(logits.shape[1])], dim=1)
+    sizes = truth.sum(dim=1, keepdim=True)
+    known = (sizes > 0.5)[:, 0].flatten(1)
+    errors = F.kl_div(logits.log_softmax(dim=1), truth / sizes.clamp(min=1e-6), reduction="none").sum(dim=1).flatten(1)
+    return (errors * known).sum(dim=1) / known.sum(dim=1).clamp(min=1), known.any(dim=1)
 
 
 def balanced_errors(logits: Tensor, target: Tensor) -> Tensor:
@@ -352,3 +423,12 @@ def _check(
     if bad or sum(weights.values()) == 0:
         key = bad[0] if bad else "reconstruction"
         raise ConfigError(f"objective.{key}_weight={weights[key]}: expected weights of 0 or more, not all of them 0")
+
+
+def _check_regions(region_decoder: str, regions_on: str) -> None:
+    for key, value, legal in (
+        ("region_decoder", region_decoder, ("skip", "light")),
+        ("regions_on", regions_on, ("visible", "all")),
+    ):
+        if value not in legal:
+            raise ConfigError(f"objective.{key}={value!r}: expected one of {', '.join(legal)}")

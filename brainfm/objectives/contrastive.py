@@ -13,7 +13,7 @@ from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import LightDecoder
 from brainfm.nets.latents import Latents
-from brainfm.objectives.losses import mean_of_valid, reconstruction
+from brainfm.objectives.losses import mean_of_valid, mean_over_processes, reconstruction
 from brainfm.objectives.masking import draw_mask, hidden_blocks
 from brainfm.objectives.objective import Objective
 from brainfm.specs import ConfigError, ViewSpec
@@ -223,7 +223,7 @@ class MAEContrastive(Objective):
             self.temperature,
         )
         weight = self._weight(batch)
-        loss = (losses * torch.cat([weight, weight])).sum() / (2 * weight.sum()).clamp(min=1e-6)
+        loss = mean_over_processes((losses * torch.cat([weight, weight])).sum(), 2 * weight.sum())
         with torch.no_grad():
             nearest = (mine @ keys.T).scatter(1, (place + first)[:, None], -torch.inf).argmax(dim=1)
             rank1 = (nearest == partner).float().mean()

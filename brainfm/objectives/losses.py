@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor
 
@@ -13,7 +14,62 @@ RECONSTRUCTIONS = ("mse", "smooth_l1")
 
 def mean_of_valid(values: Tensor) -> Tensor:
     """The mean of [V] values of the samples a term applies to; exactly 0, and still part of the graph, where V is 0."""
-    return values.sum() / max(len(values), 1)
+    return mean_over_processes(values.sum(), values.new_full((), len(values)))
+
+
+def mean_where(values: Tensor, known: Tensor) -> Tensor:
+    """The mean of [V] values where ``known``; exactly 0, and still part of the graph, where nothing is."""
+    return mean_over_processes(torch.where(known, values, 0.0).sum(), known.sum())
+
+
+def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
+    """``total`` / ``count``, both summed over the processes of a run: what one process with all the samples would find.
+
+    A term that applies to few samples would otherwise weigh more on the rank that has fewest of them. The value is the
+    same on every process; the gradient is that of this process's own ``total``, times the number of processes, because
+    DDP averages where a sum is meant. Every process has to call this, in the same order, also with a count of 0. The
+    parts of an accumulated batch cannot be joined here: each is a batch of its own, as LoopSpec.accumulate says.
+
+    Args:
+        total: scalar, with its gradient.
+        count: scalar >= 0, samples or their weights; where all of them are 0, so is the mean.
+    """
+    processes = _processes()
+    if processes == 1:
+        return total / _at_least(count.to(total))
+    sums = torch.stack([total.detach(), count.to(total)])
+    dist.all_reduce(sums)
+    count = _at_least(sums[1])
+    share = total * (processes / count)
+    return share + (sums[0] / count - share).detach()
+
+
+def centred(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
+    """Codes [V, E, X, Y, Z] twice, less the mean vector of all their cells, over the processes of a run.
+
+    A vector that all codes share says nothing of any of them, but makes every cosine between them large. The mean is
+    over samples and cells, so that one pair of scans on a grid of a few cells is enough to take it.
+    """
+    cells = _cells(one, other)
+    mean = _sum_over_processes(cells.sum(dim=0)) / _at_least(_count(cells))
+    mean = mean[:, None, None, None]
+    return one.float() - mean, other.float() - mean
+
+
+def spread_floor(one: Tensor, other: Tensor) -> Tensor:
+    """How far the deviation of each channel of centred codes, over all their cells, falls short of 1: scalar in [0, 1],
+    0 where there is no code.
+
+    The companion of a cosine, which does not see how large a code is: without it a hair's breadth of difference would
+    do, and the noise of a variational code would drown it.
+
+    Source: Bardes et al. 2022, VICReg (arXiv 2105.04906), equation 1, with its target of 1.
+    """
+    cells = _cells(one, other)
+    count = _count(cells)
+    variance = _sum_over_processes(cells.square().sum(dim=0)) / _at_least(count)
+    short = (1 - (variance + 1e-4).sqrt()).clamp(min=0).mean()
+    return torch.where(count > 0, short, 0.0)
 
 
 def reconstruction(
@@ -60,3 +116,31 @@ def kl_to_standard_normal(code: Code) -> Tensor:
 def ramp(progress: float, length: float) -> float:
     """0 at the start of the run, 1 from ``length`` (a share of the run) on; always 1 where the length is 0."""
     return 1.0 if length <= 0 else min(1.0, max(0.0, progress / length))
+
+
+def _processes() -> int:
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+
+def _sum_over_processes(values: Tensor) -> Tensor:
+    """With gradients to every process's own values."""
+    if _processes() == 1:
+        return values
+    from torch.distributed.nn.functional import all_reduce
+
+    summed: Tensor = all_reduce(values)
+    return summed
+
+
+def _cells(one: Tensor, other: Tensor) -> Tensor:
+    """[V, E, X, Y, Z] twice -> [cells of both, E] float32."""
+    return torch.cat([code.float().movedim(1, -1).flatten(0, -2) for code in (one, other)])
+
+
+def _count(cells: Tensor) -> Tensor:
+    """Rows on all processes together."""
+    return _sum_over_processes(cells.new_full((), len(cells)))
+
+
+def _at_least(count: Tensor) -> Tensor:
+    return torch.where(count > 0, count, 1.0)

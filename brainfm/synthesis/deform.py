@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 # A displacement by cubic B-splines is one to one where no coefficient exceeds this part of the distance of the knots
@@ -21,13 +23,27 @@ def _basis(length: int, spacing_mm: float, knots_mm: float) -> np.ndarray:
     return basis
 
 
-def random_field(rng: np.random.Generator, shape: tuple[int, ...], spacing_mm: float, knots_mm: float) -> np.ndarray:
-    """[X, Y, Z] float32 in [-1, 1]: cubic B-splines with normal coefficients (standard deviation 0.4, cut at 1)."""
-    bases = [_basis(length, spacing_mm, knots_mm) for length in shape]
-    coefficients = np.clip(0.4 * rng.standard_normal([b.shape[1] for b in bases], dtype=np.float32), -1, 1)
+def spline_bases(shape: tuple[int, ...], spacing_mm: float, knots_mm: float) -> list[np.ndarray]:
+    """For each axis [length, knots] values of the cubic B-splines at its voxels."""
+    return [_basis(length, spacing_mm, knots_mm) for length in shape]
+
+
+def random_coefficients(rng: np.random.Generator, bases: Sequence[np.ndarray]) -> np.ndarray:
+    """[kx, ky, kz] float32 normal coefficients (standard deviation 0.4, cut at 1) for these bases."""
+    return np.clip(0.4 * rng.standard_normal([b.shape[1] for b in bases], dtype=np.float32), -1, 1)
+
+
+def spline_field(coefficients: np.ndarray, bases: Sequence[np.ndarray]) -> np.ndarray:
+    """[kx, ky, kz] coefficients to the values at the voxels, [X, Y, Z]."""
     for basis in bases:  # each product moves the next axis to the front of the queue; after three the order is restored
         coefficients = np.tensordot(coefficients, basis, axes=(0, 1))
     return coefficients
+
+
+def random_field(rng: np.random.Generator, shape: tuple[int, ...], spacing_mm: float, knots_mm: float) -> np.ndarray:
+    """[X, Y, Z] float32 in [-1, 1]: cubic B-splines with random_coefficients."""
+    bases = spline_bases(shape, spacing_mm, knots_mm)
+    return spline_field(random_coefficients(rng, bases), bases)
 
 
 def random_displacement(

@@ -11,7 +11,6 @@ import numpy as np
 import scipy.ndimage
 
 from brainfm import seeds
-from brainfm.imaging import nifti
 from brainfm.specs import ManifestError
 from brainfm.synthesis.deform import random_field
 
@@ -64,6 +63,8 @@ def load_shapes(folder: Path, spacing_mm: float | Sequence[float]) -> Shapes:
         ManifestError: no such file, or no lesion of at least 20 voxels in any.
         ScanError: a file that is no label map.
     """
+    from brainfm.imaging import nifti  # imported when used: shapes that are at hand need no reader of files
+
     edge_mm = finest(spacing_mm)
     files = sorted(p for p in Path(folder).rglob("*_mask.nii*") if p.name.endswith(("_mask.nii", "_mask.nii.gz")))
     if not files:

@@ -3,6 +3,7 @@
     task.json preprocess.json provenance.json backbone.json   what it answers, and how to rebuild it
     decisions.json                                            what cross-validation decided about its answers, if it did
     members.json seen.json                                    how members differ in build; whom their backbone has seen
+    reads.json                                                what answers for whole heads are made of (tasks/reads.py)
     member0.safetensors ...                                   weights, one file a member of the ensemble
     README.md                                                 the model card
     checksums.json                                            SHA-256 of every other file
@@ -38,6 +39,7 @@ CHECKSUMS = "checksums.json"
 DECISIONS = "decisions.json"
 MEMBERS = "members.json"
 SEEN = "seen.json"
+READS = "reads.json"
 _DESCRIPTIONS = ("task.json", "preprocess.json", "provenance.json", "backbone.json")
 
 
@@ -75,6 +77,7 @@ def write_bundle(
     preprocess: PreprocessSpec,
     provenance: Provenance,
     decisions: Decisions | None = None,
+    reads: Mapping[str, Any] | None = None,
     scores: Mapping[str, Any] | None = None,
     settings: Sequence[Mapping[str, Any]] | None = None,
     seen: SeenSubjects | None = None,
@@ -87,6 +90,7 @@ def write_bundle(
         backbone_config: ``Backbone.config``.
         members: ``Task.state_dict()`` of each member of the ensemble.
         decisions: what is done to its answers; None leaves them as they are.
+        reads: of an answer for a whole head, ``Reads.to_dict()``; None: the network's features alone.
         scores: for the model card; JSON-able.
         settings: ``Task.settings()`` of each member, where they have any.
         seen: see Bundle.
@@ -107,7 +111,8 @@ def write_bundle(
         "provenance.json": _json(provenance.to_dict()),
         "backbone.json": _json(dict(backbone_config)),
         "README.md": model_card(
-            task, preprocess, provenance, len(members), scores or {}, licence, decisions or Decisions()
+            task, preprocess, provenance, len(members), scores or {}, licence, decisions or Decisions(),
+            labels=str((reads or {}).get("labels", "")),
         ).encode(),
     }
     if decisions is not None:
@@ -117,8 +122,10 @@ def write_bundle(
         contents[MEMBERS] = _json({f"member{number}": own for number, own in enumerate(built)})
     if seen is not None:
         contents[SEEN] = _json(seen.to_dict())
+    if reads is not None:
+        contents[READS] = _json(dict(reads))
     for number, (state, own) in enumerate(zip(members, built, strict=True)):
-        _member(task, backbone_config, own, state, f"member {number}")
+        _member(task, backbone_config, own | _read(reads), state, f"member {number}")
         # clone: safetensors refuses tensors that share storage
         tensors = {name: value.detach().cpu().clone().contiguous() for name, value in state.items()}
         contents[f"member{number}.safetensors"] = save_tensors(tensors)
@@ -150,17 +157,22 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
     except (ConfigError, TypeError, ValueError) as error:
         raise BundleError(f"{directory}: its description cannot be used: {error}") from None
     built = _parsed(directory / MEMBERS, contents[MEMBERS]) if MEMBERS in contents else {}
+    reads = _parsed(directory / READS, contents[READS]) if READS in contents else None
     networks = []
     for name in sorted((n for n in contents if n.endswith(".safetensors")), key=lambda n: (len(n), n)):
         try:
             state = load_tensors(contents.pop(name))
         except SafetensorError as error:
             raise BundleError(f"{directory / name}: cannot be read as safetensors ({error})") from None
-        own = built.get(name.removesuffix(".safetensors"), {})
+        own = built.get(name.removesuffix(".safetensors"), {}) | _read(reads)
         networks.append(_member(task, described["backbone.json"], own, state, str(directory / name)).eval())
     if not networks:
         raise BundleError(f"{directory}: holds no member*.safetensors, expected at least one")
     return Bundle(directory, task, preprocess, provenance, tuple(networks), fingerprint, decisions, seen)
+
+
+def _read(reads: Mapping[str, Any] | None) -> dict[str, Any]:
+    return {} if reads is None else {"reads": reads}
 
 
 def _member(
@@ -174,7 +186,7 @@ def _member(
     try:
         network = build_task(task, build_backbone(**backbone_config), **settings)
         transfer(network, state, origin=origin)
-    except (ConfigError, WeightsError, TypeError, ValueError) as error:
+    except (ConfigError, WeightsError, KeyError, TypeError, ValueError) as error:
         raise BundleError(f"the bundle's task, backbone and weights do not fit together: {error}") from None
     return network
 
@@ -261,6 +273,7 @@ def model_card(
     scores: Mapping[str, Any],
     licence: str,
     decisions: Decisions,
+    labels: str = "",
 ) -> str:
     """README.md of a bundle: what it is, what it saw, how it scored, how to run it, what it is not for."""
     averaged = "values" if task.kind == "regression" else "probabilities"
@@ -270,12 +283,17 @@ def model_card(
     note = f"\n{scores['note']}\n" if scores.get("note") else ""
     table = f"| | |\n|---|---|\n{rows}\n{note}" if rows else "None were recorded; evaluate it on your own data first.\n"
     inputs = " ".join(f"input.{contrast}={contrast}.nii.gz" for contrast in task.contrasts)
+    mapped = ""
+    if labels:
+        name = labels.removesuffix("_labels")
+        inputs += f" labels.{name}={name}.nii.gz"
+        mapped = f" With the label map `{name}` those members that were chosen so answer from its volumes."
     return f"""# {task.target}: {task.kind}
 
 A brainfm bundle: {members} network{"s" if members != 1 else ""}{f" whose {averaged} are averaged" * (members > 1)}.
 
 - Answers: {_answers(task)}.
-- Reads: {", ".join(task.contrasts)}. Any of them may be missing; what is given must lie in one scanner space.
+- Reads: {", ".join(task.contrasts)}. Any of them may be missing; what is given must lie in one scanner space.{mapped}
 - Looks: {_looks(task, preprocess)}.
 - What is done to the answers, as held-out cases decided: {done or "nothing"}.
 - Made by brainfm {provenance.version}, commit {provenance.commit or "unknown"}, data {provenance.data or "unknown"}, \

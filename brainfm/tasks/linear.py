@@ -23,9 +23,10 @@ KINDS = ("logistic", "ridge", "knn")
 _LOGISTIC = tuple(10.0**e for e in range(-2, 4))  # 1 / penalty
 _RIDGE = tuple(10.0 ** (e / 2) for e in range(8, -9, -1))
 _NEIGHBOURS = (41, 25, 15, 9, 5, 3, 1)
+_STRENGTHS: dict[str, Sequence[float]] = {"logistic": _LOGISTIC, "ridge": _RIDGE, "knn": _NEIGHBOURS}
 _INNER = 5
 _BINS = 5
-_ENOUGH = 5  # cases, before a penalty can be chosen among them
+_ENOUGH = 5  # subjects, before a penalty can be chosen among them
 _NEWTON = 50  # steps at most
 _LEAST = 1e-6  # a probability, where its logarithm is taken
 
@@ -154,22 +155,27 @@ def logistic(
     """
     found = np.zeros((len(strengths), len(other), classes))
     seen = np.unique(y)
-    weight = 1 / np.bincount(y, minlength=classes)[y] if balanced else np.full(len(y), 1 / len(y))
-    weight = weight * len(y) / weight.sum()
+    weight = _row_weights(y, classes, balanced)
     if len(seen) == 1:
         found[:, :, seen[0]] = 1
     elif len(seen) == 2:
-        found[:, :, seen] = _binary(train, y == seen[1], other, weight, strengths)
+        right = expit(np.stack([other @ t[:-1] + t[-1] for t in _binary(train, y == seen[1], weight, strengths)]))
+        found[:, :, seen] = np.stack([1 - right, right], axis=2)
     else:
         found[:, :, seen] = _multinomial(train, y, other, weight, strengths)
     return found
 
 
-def _binary(
-    train: np.ndarray, true: np.ndarray, other: np.ndarray, weight: np.ndarray, strengths: Sequence[float]
-) -> np.ndarray:
-    """[S, M, 2] by Newton's method, whose steps are halved where they lead uphill. On 128 rows 3 times (128 features)
-    to 17 times (5) as quick as scikit-learn's Newton solver, and tables need thousands of fits."""
+def _row_weights(y: np.ndarray, classes: int, balanced: bool) -> np.ndarray:
+    """[N] with the sum N: every class counts alike, or every row."""
+    weight = 1 / np.bincount(y, minlength=classes)[y] if balanced else np.ones(len(y))
+    return weight * len(y) / weight.sum()
+
+
+def _binary(train: np.ndarray, true: np.ndarray, weight: np.ndarray, strengths: Sequence[float]) -> list[np.ndarray]:
+    """For each strength the weights and the intercept [F + 1], by Newton's method, whose steps are halved where they
+    lead uphill. On 128 rows 3 times (128 features) to 17 times (5) as quick as scikit-learn's Newton solver, and tables
+    need thousands of fits."""
     rows = np.hstack([train, np.ones((len(train), 1))])
     shrunk = np.append(np.ones(train.shape[1]), 1e-9)  # the intercept is free; the trace keeps the system solvable
 
@@ -194,9 +200,8 @@ def _binary(
             done, value = value - new <= 1e-10 * abs(value), new
             if done:
                 break
-        found.append(expit(other @ theta[:-1] + theta[-1]))
-    right = np.stack(found)
-    return np.stack([1 - right, right], axis=2)
+        found.append(theta)
+    return found
 
 
 def _multinomial(
@@ -268,13 +273,20 @@ def rotated(train: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarra
 
 
 def linear_head(
-    x: np.ndarray, answers: np.ndarray, spec: TaskSpec, mean: float = 0.0, std: float = 1.0, balanced: bool = True
+    x: np.ndarray,
+    answers: np.ndarray,
+    spec: TaskSpec,
+    mean: float = 0.0,
+    std: float = 1.0,
+    balanced: bool = True,
+    groups: Sequence[str] | None = None,
+    seed: int = 0,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights [T', F] and biases [T'] of a last layer whose logits are those of a regularised linear model.
 
     A ridge regression of the standardised value; a logistic regression of the classes, of each threshold between
-    ordered classes, or of each label. The penalty is chosen by cross-validation where every class has two cases or
-    more, and is strong where not.
+    ordered classes, or of each label. The penalty is chosen by cross-validation by subject, and is strong where there
+    are too few cases to choose.
 
     Args:
         x: [N, F] standardised features.
@@ -282,53 +294,67 @@ def linear_head(
         spec: of a scan-level question.
         mean, std: of a regression's values.
         balanced: whether every class counts alike.
+        groups: [N] the subject of each row; None: each row is a subject's only one.
+        seed: of the folds that choose the penalty.
     """
     from threadpoolctl import threadpool_limits  # sums must not depend on the number of cores
 
-    y = np.asarray(answers, dtype=np.float64)
-    with threadpool_limits(1), warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # of convergence: a fit that stops early is a start too
+    x, y = np.asarray(x, dtype=np.float64), np.asarray(answers, dtype=np.float64)
+    who = [str(row) for row in range(len(y))] if groups is None else list(groups)
+    with threadpool_limits(1):
         if spec.kind == "regression":
-            return _value_head(x, (y[:, 0] - mean) / std)
+            weight, bias = _value_head(x, (y[:, 0] - mean) / std, who, seed)
+            return weight[None], np.array([bias])
+
+        def event(so: np.ndarray) -> tuple[np.ndarray, float]:
+            return _event_head(x, so, who, seed, balanced)
+
         if spec.mode == "multilabel":
-            heads = [_event_head(x, y[:, t], balanced) for t in range(y.shape[1])]
+            heads = [event(y[:, t]) for t in range(y.shape[1])]
         elif spec.mode == "ordinal":
-            heads = [_event_head(x, (y[:, 0] > k).astype(np.float64), balanced) for k in range(spec.classes - 1)]
+            heads = [event((y[:, 0] > k).astype(np.float64)) for k in range(spec.classes - 1)]
         elif spec.classes == 2:
-            weight, bias = _event_head(x, y[:, 0], balanced)
+            weight, bias = event(y[:, 0])
             heads = [(-weight / 2, -bias / 2), (weight / 2, bias / 2)]
         else:
-            heads = [_event_head(x, (y[:, 0] == k).astype(np.float64), balanced) for k in range(spec.classes)]
+            heads = [event((y[:, 0] == k).astype(np.float64)) for k in range(spec.classes)]
     return np.stack([weight for weight, _ in heads]), np.array([bias for _, bias in heads])
 
 
-def _value_head(x: np.ndarray, y: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    from sklearn.linear_model import Ridge, RidgeCV
+def _value_head(x: np.ndarray, y: np.ndarray, groups: Sequence[str], seed: int) -> tuple[np.ndarray, float]:
+    scale, centre = _scale(x), x.mean(axis=0)
+    left, singular, right = np.linalg.svd((x - centre) / scale, full_matrices=False)
+    penalty = _RIDGE[_place(x, y, groups, "ridge", seed, None, True)]
+    weight = right.T @ (singular / (singular**2 + penalty) * (left.T @ (y - y.mean()))) / scale
+    return weight, float(y.mean() - centre @ weight)
 
-    penalties = x.shape[1] * np.logspace(-3, 3, 13)
-    model = RidgeCV(penalties).fit(x, y) if len(y) > _ENOUGH else Ridge(float(x.shape[1])).fit(x, y)
-    return np.atleast_2d(model.coef_), np.atleast_1d(model.intercept_)
 
-
-def _event_head(x: np.ndarray, y: np.ndarray, balanced: bool) -> tuple[np.ndarray, float]:
+def _event_head(
+    x: np.ndarray, y: np.ndarray, groups: Sequence[str], seed: int, balanced: bool
+) -> tuple[np.ndarray, float]:
     """Of whether something is so; where all known cases agree, the answer is their share whatever the features."""
-    from sklearn.linear_model import LogisticRegression, LogisticRegressionCV
-
     known = np.isfinite(y)
-    x, y = x[known], y[known]
+    x, y, groups = x[known], y[known], [g for g, k in zip(groups, known) if k]
     yes, no = int((y == 1).sum()), int((y == 0).sum())
     if not yes or not no:
         return np.zeros(x.shape[1]), float(np.log((yes + 0.5) / (no + 0.5)))
-    weights = "balanced" if balanced else None
-    if min(yes, no) < 2:
-        model = LogisticRegression(C=1 / x.shape[1], class_weight=weights, max_iter=500)
-    else:
-        model = LogisticRegressionCV(
-            Cs=np.logspace(-3, 3, 7) / x.shape[1], cv=min(5, yes, no), scoring="neg_log_loss", class_weight=weights,
-            max_iter=500,
-        )  # fmt: skip
-    model.fit(x, y)
-    return model.coef_[0], float(model.intercept_[0])
+    place = _place(x, y.astype(np.int64), groups, "logistic", seed, 2, balanced)
+    rows, scale, axes = x, _scale(x), None
+    if x.shape[1] > len(x):
+        axes = np.linalg.svd(x, full_matrices=False)[2].T
+        rows = x @ axes
+    theta = _binary(rows / scale, y == 1, _row_weights(y.astype(np.int64), 2, balanced), _LOGISTIC[: place + 1])[-1]
+    weight = theta[:-1] if axes is None else axes @ theta[:-1]
+    return weight / scale, float(theta[-1])
+
+
+def _place(
+    x: np.ndarray, y: np.ndarray, groups: Sequence[str], kind: str, seed: int, classes: int | None, balanced: bool
+) -> int:
+    """Of the strength among those of a kind; 1 where there are too few cases, or of a class, to choose."""
+    path = {"logistic": _LOGISTIC, "ridge": _RIDGE}[kind]
+    few = len(set(groups)) <= _ENOUGH or (classes is not None and np.bincount(y, minlength=classes).min() < 2)
+    return path.index(1.0) if few else _chosen(x, y, groups, kind, seed, classes, balanced, _INNER)
 
 
 # ------------------------------------------------------------------------------------------------------------ tuning
@@ -347,30 +373,59 @@ def _tuned(
 ) -> Tuned:
     from threadpoolctl import threadpool_limits  # sums must not depend on the number of cores
 
-    strengths: Sequence[float] = {"logistic": _LOGISTIC, "ridge": _RIDGE, "knn": _NEIGHBOURS}[kind]
-
-    def answers(train: np.ndarray, target: np.ndarray, rows: np.ndarray, path: Sequence[float]) -> np.ndarray:
-        scale = np.sqrt(max(1, np.ptp(train, axis=0).astype(bool).sum()))  # of features that vary
-        train, rows = prepared(train, rows)
-        train, rows = train / scale, rows / scale
-        if kind == "ridge":
-            return ridge(train, target, rows, path)
-        if kind == "knn":
-            return neighbours(train, target, rows, [int(n) for n in path], classes, balanced)
-        assert classes is not None
-        return logistic(train, target, rows, classes, path, balanced)
-
     with threadpool_limits(1):
-        chosen = len(strengths) // 2
-        by_fold = [np.isin(groups, fold) for fold in deal(groups, y, inner, seed)]
-        if len(by_fold) > 1:
-            loss = np.zeros(len(strengths))
-            for away in by_fold:
-                guess = answers(x[~away], y[~away], x[away], strengths)
-                loss += _losses(guess, y[away], classes, _weights(y, classes, balanced)[away], kind)
-            chosen = int(np.argmin(loss))  # of equals the strongest penalty
+        strengths = _STRENGTHS[kind]
+        chosen = _chosen(x, y, groups, kind, seed, classes, balanced, inner)
         path = strengths[: chosen + 1] if kind == "logistic" else strengths[chosen : chosen + 1]
-        return Tuned(answers(x, y, other, path)[-1], float(strengths[chosen]))
+        return Tuned(_answers(x, y, other, path, kind, classes, balanced)[-1], float(strengths[chosen]))
+
+
+def _chosen(
+    x: np.ndarray,
+    y: np.ndarray,
+    groups: Sequence[str],
+    kind: str,
+    seed: int,
+    classes: int | None,
+    balanced: bool,
+    inner: int,
+) -> int:
+    """The place of the strength that does best on subjects held out in turn; of equals the strongest penalty."""
+    strengths = _STRENGTHS[kind]
+    by_fold = [np.isin(groups, fold) for fold in deal(groups, y, inner, seed)]
+    if len(by_fold) < 2:
+        return len(strengths) // 2
+    loss, weight = np.zeros(len(strengths)), _weights(y, classes, balanced)
+    for away in by_fold:
+        guess = _answers(x[~away], y[~away], x[away], strengths, kind, classes, balanced)
+        loss += _losses(guess, y[away], classes, weight[away], kind)
+    return int(np.argmin(loss))
+
+
+def _answers(
+    train: np.ndarray,
+    y: np.ndarray,
+    rows: np.ndarray,
+    path: Sequence[float],
+    kind: str,
+    classes: int | None,
+    balanced: bool,
+) -> np.ndarray:
+    """[S, M, ...] of a model fitted to ``train``, for each strength."""
+    scale = _scale(train)
+    train, rows = prepared(train, rows)
+    train, rows = train / scale, rows / scale
+    if kind == "ridge":
+        return ridge(train, y, rows, path)
+    if kind == "knn":
+        return neighbours(train, y, rows, [int(n) for n in path], classes, balanced)
+    assert classes is not None
+    return logistic(train, y, rows, classes, path, balanced)
+
+
+def _scale(x: np.ndarray) -> float:
+    """What standardised rows are divided by to have a mean square length of 1."""
+    return float(np.sqrt(max(1, np.ptp(x, axis=0).astype(bool).sum())))  # of features that vary
 
 
 def _losses(guess: np.ndarray, y: np.ndarray, classes: int | None, weight: np.ndarray, kind: str) -> np.ndarray:

@@ -1,8 +1,8 @@
 """Scores of masks and of the lesions in them, and how sure one can be of a mean.
 
-Empty masks follow the metric code of the FOMO26 challenge: where neither mask holds a voxel, Dice is 1 and surface
-Dice is 0; where only one does, both are 0. A mean over cases therefore never meets a NaN.
-Source: fomo26/fomo-metrics, segmentation.
+Where neither mask holds a voxel, Dice and surface Dice are 1: nothing was asked for and nothing was said. Where only
+one does, both are 0. A mean over cases therefore never meets a NaN. The metric code of the FOMO26 challenge
+(fomo26/fomo-metrics, segmentation) has the same Dice, but a surface Dice of 0 where both are empty: ``both_empty=0``.
 """
 
 from __future__ import annotations
@@ -36,6 +36,7 @@ def surface_dice(
     true: np.ndarray,
     spacing_mm: tuple[float, float, float],
     tolerance_mm: float = 1.0,
+    both_empty: float = 1.0,
 ) -> float:
     """The share of both surfaces that lies within the tolerance of the other one.
 
@@ -45,6 +46,8 @@ def surface_dice(
     Args:
         predicted, true: [X, Y, Z]; a voxel that is not 0 belongs to the mask. The volume's border counts as surface.
         spacing_mm: edge lengths of a voxel along the three axes.
+        tolerance_mm: how far the surfaces may lie apart.
+        both_empty: the answer where neither mask holds a voxel; 1 as Dice has it, 0 as FOMO26 counts.
 
     Raises:
         ValueError: where the shapes differ or are not 3D, or a spacing is not a positive number.
@@ -58,7 +61,7 @@ def surface_dice(
     if p.ndim != 3 or len(spacing) != 3 or not all(np.isfinite(s) and s > 0 for s in spacing):
         raise ValueError(f"surface Dice needs 3D masks and three spacings > 0, found {p.shape} and {spacing_mm}")
     if not p.any() or not t.any():
-        return 0.0
+        return both_empty if not p.any() and not t.any() else 0.0
     require_monai()
     import torch
     from monai.metrics import compute_surface_dice

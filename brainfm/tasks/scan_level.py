@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -11,9 +12,11 @@ from torch.nn import functional as F
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.heads import Fusion, GatedAttention, Standardise, fused_features
+from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.heads import Fusion, GatedAttention, LinearHead, Standardise, fused_features
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.linear import linear_head
+from brainfm.tasks.reads import PARTS, Reads, dense_numbers, dense_width, log_head_volume
 from brainfm.tasks.task import Task
 
 _LEVELS = 3  # deepest maps that are pooled
@@ -42,6 +45,10 @@ class ScanTask(Task):
     A view is the whole head on coarse voxels or a window of it. Both scales begin with the same total weight, so the
     answer does not hang on how many windows are given: training shows a few, prediction all that cover the head.
 
+    With ``reads`` the answer is a mixture of several parts' logits (tasks/reads.PARTS): the network, linear models of
+    region volumes, and the mean. Which, inner folds have chosen (`mix`); fresh, it is the network alone. The network
+    then sees the size of the head as well and, where there is a decoder, what that sees.
+
     Args:
         spec: a classification or regression.
         backbone: pre-trained or fresh.
@@ -49,6 +56,8 @@ class ScanTask(Task):
         label_smoothing: how far the classes' targets are moved towards indifference, in [0, 1).
         dropout: of the pooled features, in [0, 1).
         balanced: whether rare classes count more in the loss, see ``set_statistics``.
+        reads: what there is beside the encoder's maps, or the same as ``reads.json`` says it; None: nothing, as in
+            bundles of before.
 
     Raises:
         ConfigError: where the spec is no scan-level question, lists a contrast twice or none, its classes do not suit
@@ -59,6 +68,8 @@ class ScanTask(Task):
     class_weights: Tensor
     mean: Tensor
     std: Tensor
+    mix: Tensor
+    prior: Tensor
 
     def __init__(
         self,
@@ -69,6 +80,7 @@ class ScanTask(Task):
         label_smoothing: float = 0.05,
         dropout: float = 0.2,
         balanced: bool = True,
+        reads: Reads | Mapping[str, Any] | None = None,
     ) -> None:
         super().__init__()
         _check(spec)
@@ -86,28 +98,86 @@ class ScanTask(Task):
         both = spec.view_mm > 0 and spec.crops
         self.scale = nn.Parameter(torch.zeros(2, width)) if both else None  # row 0: whole head, row 1: windows
         self.pool = GatedAttention(width)
-        self.norm = Standardise(2 * width)
+        self.reads = Reads.from_dict(reads) if isinstance(reads, Mapping) else reads
+        seen = 2 * width + self._build_parts()
+        self.norm = Standardise(seen)
         self.dropout = nn.Dropout(dropout)
-        self.out = nn.Linear(2 * width, _outputs(spec))
+        self.out = nn.Linear(seen, _outputs(spec))
         nn.init.normal_(self.out.weight, std=0.01)  # a fresh network is undecided, or answers the training mean
         nn.init.zeros_(self.out.bias)
         self.register_buffer("class_weights", torch.ones(max(1, spec.classes)))
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
 
-    def forward(self, image: Tensor, present: Tensor) -> ScanOutput:
+    def _build_parts(self) -> int:
+        """What ``reads`` asks for, frozen: closed forms fill it. Returns how many numbers it adds to the features."""
+        self.dense: DenseDecoder | None = None
+        self.regions: DenseHead | None = None
+        self.volume_head: LinearHead | None = None
+        self.region_head: LinearHead | None = None
+        reads, outputs = self.reads, _outputs(self.spec)
+        if reads is None:
+            return 0
+        self.register_buffer("prior", torch.zeros(outputs))
+        self.register_buffer("mix", torch.zeros(2, len(PARTS)))
+        self.mix[:, PARTS.index("network")] = 1
+        if reads.volumes:
+            self.volume_head = LinearHead(len(reads.volumes), outputs).requires_grad_(False)
+        if not self.spec.view_mm:  # the size of a head is not seen in windows
+            return 0
+        if reads.decoder is None:
+            return 1
+        self.dense = DenseDecoder(self.backbone.widths, self.backbone.strides, reads.decoder["parts"])
+        self.dense.requires_grad_(False)
+        if reads.regions is not None:
+            self.regions = DenseHead(**reads.regions).requires_grad_(False)
+            self.region_head = LinearHead(len(reads.region_names), outputs).requires_grad_(False)
+        return 1 + dense_width(reads, self.backbone)
+
+    def forward(self, image: Tensor, present: Tensor, volumes: Tensor | None = None) -> ScanOutput:
         """Without gradients the views pass one by one, so that a head of many windows takes the memory of one.
 
         Args:
             image: [B, V, M, X, Y, Z] standardised voxels, the whole head first if the spec has that view; any contrasts
                 in any order.
             present: [B, M] bool, at least one contrast a case.
+            volumes: [B, F] numbers of a label map, as ``reads`` names them; NaN for a case without, None for all.
 
         Raises:
             ValueError: where the shapes do not fit or a case has no contrast.
         """
         pooled, weights = self.pooled(image, present)
-        return ScanOutput(self.out(self.dropout(self.norm(pooled))), weights)
+        if self.reads is None:
+            return ScanOutput(self.out(self.dropout(self.norm(pooled))), weights)
+        parts = self.parts(pooled, volumes)
+        there = torch.zeros(len(pooled), dtype=torch.bool, device=pooled.device)
+        if self.volume_head is not None and volumes is not None:
+            there = torch.isfinite(volumes).all(dim=1)
+        shares = self.mix[torch.where(there, 0, 1)]  # [B, P]
+        return ScanOutput(torch.einsum("bp,pbk->bk", shares, parts), weights)
+
+    def parts(self, pooled: Tensor, volumes: Tensor | None = None) -> Tensor:
+        """[P, B, T'] float32: the logits of each of PARTS; 0 of one that this member lacks.
+
+        Args:
+            pooled: of `pooled`.
+            volumes: as for ``forward``; NaN counts as 0.
+        """
+        with torch.autocast(pooled.device.type, enabled=False):
+            network = self.out(self.dropout(self.norm(pooled.float())))
+        found = {"mean": self.prior.expand_as(network), "network": network}
+        if self.volume_head is not None and volumes is not None:
+            found["volumes"] = self.volume_head(torch.nan_to_num(volumes))
+        if self.region_head is not None:
+            found["regions"] = self.region_head(pooled[:, self.region_columns])
+        return torch.stack([found.get(name, torch.zeros_like(network)) for name in PARTS])
+
+    @property
+    def region_columns(self) -> slice:
+        """Where the numbers about the volumes of regions lie in what `pooled` gives."""
+        assert self.reads is not None
+        first = self.norm.mean.numel() - dense_width(self.reads, self.backbone)
+        return slice(first, first + len(self.reads.region_names))
 
     def pooled(self, image: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """What the last layers see of each case, [B, E], and the attention that made it; see ``forward``."""
@@ -128,7 +198,30 @@ class ScanTask(Task):
             place = self.scale[[0] + [1] * (views - 1)].repeat_interleave(grid.numel(), dim=0)
         prior = (prior / grid.numel()).to(tokens.device).repeat_interleave(grid.numel())
         pooled, weights = self.pool(tokens.flatten(1, 4), squares.flatten(1, 4), prior, place)
+        if self.reads is not None and self.spec.view_mm:
+            pooled = torch.cat([pooled, self._measured(image[:, 0], present)], dim=1)
         return pooled, weights.view(cases, views, *grid)
+
+    @torch.no_grad()
+    def _measured(self, whole: Tensor, present: Tensor) -> Tensor:
+        """Numbers about the whole-head views [B, M, X, Y, Z], the mean over the contrasts that are there. Without a
+        gradient: they tell the head of the encoder's maps nothing, and keep no activations."""
+        voxel_ml = self.spec.view_mm**3 / 1000
+        total: Tensor | None = None
+        for m in range(whole.shape[1]):
+            cases = present[:, m].nonzero()[:, 0]
+            if not len(cases):
+                continue
+            scans = whole[cases, m : m + 1].float()
+            numbers = log_head_volume(scans, voxel_ml)
+            if self.dense is not None:
+                assert self.reads is not None
+                seen = dense_numbers(self.reads, self.backbone, self.dense, self.regions, scans, voxel_ml)
+                numbers = torch.cat([numbers, seen], dim=1)
+            total = numbers.new_zeros(len(whole), numbers.shape[1]) if total is None else total
+            total.index_add_(0, cases, numbers)
+        assert total is not None
+        return total / present.sum(dim=1, keepdim=True)
 
     def _tokens(self, image: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
         """[B, V, M, X, Y, Z] -> means and mean squares of all levels on the coarsest grid, [B, V, x, y, z, E]."""
@@ -143,21 +236,27 @@ class ScanTask(Task):
     # ---- training ----------------------------------------------------------------------------------------------------
 
     @torch.no_grad()
-    def start_linear(self, features: Tensor, answers: np.ndarray) -> None:
-        """Begins the last layer as the linear model that tells most from the features as they are.
+    def start_linear(
+        self, features: Tensor, answers: np.ndarray, groups: Sequence[str] | None = None, seed: int = 0
+    ) -> None:
+        """Makes the last layer the linear model that tells most from the features as they are.
 
         Few steps then go on from a linear probe instead of from nothing, and the encoder is not distorted by the
-        gradients of a head that knows nothing yet. Call ``set_statistics`` before.
+        gradients of a head that knows nothing yet. After training the same is done again: features drift together, and
+        what is small against what all heads share makes that drift large. Call ``set_statistics`` before.
 
         Args:
-            features: [N, E] of ``pooled``, of the cases that will be trained on.
+            features: [N, E] of ``pooled``, of the cases that are trained on.
             answers: [N, T] as in ``Batch.answer``.
+            groups: [N] their subjects, see `linear_head`.
 
         Source: Kumar et al. 2022 (arXiv:2202.10054), linear probing, then fine-tuning.
         """
         self.norm.fit(features)
         x = self.norm(features).double().cpu().numpy()
-        weight, bias = linear_head(x, answers, self.spec, float(self.mean), float(self.std), self.balanced)
+        weight, bias = linear_head(
+            x, answers, self.spec, float(self.mean), float(self.std), self.balanced, groups, seed
+        )
         self.out.weight.copy_(torch.from_numpy(weight))
         self.out.bias.copy_(torch.from_numpy(bias))
 
@@ -248,16 +347,24 @@ class ScanTask(Task):
         Thresholds of ordered classes are learned apart and may cross: each is taken to be no more likely passed than
         those before it, so that no class gets a negative probability.
         """
-        logits = output.logits.float()
-        if self.spec.kind == "regression":
-            return self.mean + self.std * logits[:, 0]
-        if self.spec.mode == "multilabel":
-            return torch.sigmoid(logits)
-        if self.spec.mode == "exclusive":
-            return torch.softmax(logits, dim=1)
-        beyond = torch.cummin(torch.sigmoid(logits), dim=1).values
-        ones, zeros = torch.ones_like(beyond[:, :1]), torch.zeros_like(beyond[:, :1])
-        return torch.cat([ones, beyond], dim=1) - torch.cat([beyond, zeros], dim=1)
+        return self.decode_logits(output.logits)
+
+    def decode_logits(self, logits: Tensor) -> Tensor:
+        """The same of logits [B, T']."""
+        return decode_logits(self.spec, logits.float(), self.mean, self.std)
+
+
+def decode_logits(spec: TaskSpec, logits: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
+    """Logits [B, T'] as ``ScanTask.decode`` gives them."""
+    if spec.kind == "regression":
+        return mean + std * logits[:, 0]
+    if spec.mode == "multilabel":
+        return torch.sigmoid(logits)
+    if spec.mode == "exclusive":
+        return torch.softmax(logits, dim=1)
+    beyond = torch.cummin(torch.sigmoid(logits), dim=1).values
+    ones, zeros = torch.ones_like(beyond[:, :1]), torch.zeros_like(beyond[:, :1])
+    return torch.cat([ones, beyond], dim=1) - torch.cat([beyond, zeros], dim=1)
 
 
 def lesion_guidance(attention: Tensor, lesion: Tensor) -> Tensor:

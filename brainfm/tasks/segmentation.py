@@ -7,6 +7,7 @@ from typing import Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
+from torch.nn.functional import cross_entropy
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
@@ -55,6 +56,7 @@ class SegmentationTask(Task):
     Attributes:
         decoder: levels and ``out``, in both cases.
         head: after a pre-trained decoder, the last layer; else None.
+        began: in words, what the last layer began as.
 
     Source: for the bias of the last layer: Lin et al. 2017 (arXiv:1708.02002), section 4.1.
     Raises:
@@ -85,6 +87,7 @@ class SegmentationTask(Task):
         self.fusion = Fusion(backbone.widths, spec.fusion)
         self.decoder = SkipDecoder(backbone.widths, backbone.strides, dense_channels or spec.classes)
         self.head = Pointwise(dense_channels, spec.classes) if dense_channels else None
+        self.began = "fresh"
         self.auxiliary = nn.ModuleList()  # last, so that the weights before it are drawn alike with and without
         if deep_supervision or loss.deep_supervision:
             self.auxiliary.extend(Pointwise(width, spec.classes) for width in backbone.widths[1:-1])
@@ -105,12 +108,15 @@ class SegmentationTask(Task):
         Raises:
             ValueError: where the shapes do not fit or a case has no contrast.
         """
-        maps = fused_features(self.backbone, self.fusion, image, present)
+        *coarser, finest = self.climb(image, present)
         if not (self.training and self.auxiliary):
-            return self._logits(self.decoder.climb(maps)[-1])
-        *coarser, finest = self.decoder.climb(maps)
+            return self._logits(finest)
         answers = tuple(head(level) for head, level in zip(self.auxiliary, reversed(coarser), strict=True))
         return DeepLogits(self._logits(finest), answers)
+
+    def climb(self, image: Tensor, present: Tensor) -> list[Tensor]:
+        """The decoder's features [B, E, X/s, Y/s, Z/s], coarse to fine, of what ``forward`` reads."""
+        return self.decoder.climb(fused_features(self.backbone, self.fusion, image, present))
 
     def _logits(self, finest: Tensor) -> Tensor:
         """The decoder's last features -> [B, K, X, Y, Z]."""
@@ -152,6 +158,38 @@ class SegmentationTask(Task):
         _answer(self.head, self.prior)
         self.head.bias.sub_(self.head.weight.flatten(1) @ self.decoder.out.bias)
 
+    def begin_linear(self, features: Tensor, classes: Tensor) -> None:
+        """Behind a pre-trained decoder: lets the last layer begin as a linear probe of it, a logistic regression of the
+        classes on the decoder's last features (in units of their deviation, L2 penalty 1e-3, L-BFGS in float64).
+
+        Args:
+            features: [N, E] of voxels of training patches.
+            classes: [N] int64.
+
+        Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning.
+        """
+        assert self.head is not None and self.head.bias is not None and self.decoder.out.bias is not None
+        mean, scale = features.double().mean(0), features.double().std(0).clamp(min=1e-6)
+        known = (features.double() - mean) / scale
+        weight = known.new_zeros(self.spec.classes, known.shape[1], requires_grad=True)
+        bias = self.prior.to(known).log().requires_grad_()
+        solver = torch.optim.LBFGS([weight, bias], max_iter=100, line_search_fn="strong_wolfe")
+
+        def loss() -> Tensor:
+            solver.zero_grad()
+            error = cross_entropy(known @ weight.t() + bias, classes) + 1e-3 * weight.square().sum()
+            error.backward()
+            return error
+
+        with torch.enable_grad():
+            solver.step(loss)
+        with torch.no_grad():
+            # the smallest weights on the widened map that say the same of the features before it
+            wide = (weight / scale) @ torch.linalg.pinv(self.decoder.out.weight.flatten(1).double())
+            self.head.weight.copy_(wide[:, :, None, None, None])
+            self.head.bias.copy_(bias - (weight / scale) @ mean - wide @ self.decoder.out.bias.double())
+        self.began = "a linear probe of the decoder's features"
+
     @torch.no_grad()
     def begin_as(self, head: DenseHead, start: int) -> None:
         """Lets the answer of two classes begin as that of a pre-trained head with one output: the same probability in
@@ -170,6 +208,7 @@ class SegmentationTask(Task):
         nn.init.zeros_(self.head.weight)  # softmax over (0, z) is the sigmoid of z
         self.head.weight[1, start : start + head.in_channels] = head.weight[0]
         self.head.bias.copy_(torch.stack([head.bias.new_zeros(()), head.bias[0]]))
+        self.began = f"a pre-trained head on part {head.part}"
 
     def bundle_state(self) -> dict[str, Tensor]:
         """The weights without the heads of coarser levels, which nothing asks after training."""

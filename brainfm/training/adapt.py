@@ -32,7 +32,8 @@ class AdaptSpec:
             ``warmup_fraction``, where the head has no tooth of its own.
         decoder: whether the decoder of the backbone's file is taken as well; ``auto``: where a trial on inner folds of
             the training side says so (training/decoder_trial.py).
-        trial_share: of the steps of a training that such a trial costs in all.
+        trial_share: of the steps of a training that the four short trainings of such a trial cost together.
+        trial_steps: each of them has at least these, or all that the training has.
 
     Raises:
         ConfigError: for values outside their ranges.
@@ -47,12 +48,15 @@ class AdaptSpec:
     warmup_fraction: float | None = None
     decoder: bool | str = "auto"
     trial_share: float = 0.25
+    trial_steps: int = 25
 
     def __post_init__(self) -> None:
         if not isinstance(self.decoder, bool) and self.decoder != "auto":
             raise ConfigError(f"adapt.decoder={self.decoder}: expected auto, true or false")
         if not 0 < self.trial_share <= 1:
             raise ConfigError(f"adapt.trial_share={self.trial_share}: expected more than 0 and at most 1")
+        if self.trial_steps < 1:
+            raise ConfigError(f"adapt.trial_steps={self.trial_steps}: expected 1 or more")
         if self.last_blocks is not None and (isinstance(self.last_blocks, bool) or self.last_blocks < 0):
             raise ConfigError(f"adapt.last_blocks={self.last_blocks}: expected 0 or more blocks, or null for all")
         if not 0 < self.layer_decay <= 1:

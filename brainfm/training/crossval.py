@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
 from brainfm.data.splits import draw_shots, stratified_folds
@@ -101,11 +101,26 @@ def split_cases(
 
 
 def with_shots(split: Split, shots: int, seed: int, strata: Mapping[str, str] | None) -> Split:
-    """The split with the cases of that many of its training subjects. Raises: ConfigError where there are fewer."""
-    subjects = sorted({case.session.subject_key for case in (*split.trained, *split.inner)})
+    """The split with the cases of that many of its training subjects, of whom as large a share chooses the checkpoint
+    as did before. Raises: ConfigError where there are fewer."""
+    cases = (*split.trained, *split.inner)
+    subjects = sorted({case.session.subject_key for case in cases})
     drawn = set(draw_shots(subjects, shots, seed + 104729 * split.repeat + split.fold, strata))
-    trained = tuple(c for c in (*split.trained, *split.inner) if c.session.subject_key in drawn)
-    return Split(split.repeat, split.fold, trained, (), split.held)
+    few = replace(split, trained=tuple(c for c in cases if c.session.subject_key in drawn), inner=())
+    kept = {case.session.subject_key for case in split.inner}
+    return with_inner(few, len(kept) / len(subjects), seed, strata) if kept else few
+
+
+def with_inner(split: Split, share: float, seed: int, strata: Mapping[str, str] | None) -> Split:
+    """The split with that share of its training subjects kept to choose on; none where that is not even one."""
+    cases = (*split.trained, *split.inner)
+    subjects = sorted({case.session.subject_key for case in cases})
+    if round(share * len(subjects)) < 1 or len(subjects) < 2:
+        return replace(split, trained=cases, inner=())
+    parts = min(len(subjects), max(2, round(1 / share)))
+    kept = set(stratified_folds(subjects, parts, seed + 1 + split.fold, strata=strata)[0])
+    trained, inner = (tuple(c for c in cases if (c.session.subject_key in kept) == side) for side in (False, True))
+    return replace(split, trained=trained, inner=inner)
 
 
 def _inner(subjects: Sequence[str], spec: SplitSpec, seed: int, strata: Mapping[str, str] | None) -> list[str]:

@@ -2,8 +2,8 @@
 
 Two candidates, the encoder alone and encoder with decoder, are trained for a short while on each of two halves of the
 training subjects and answer the other half; no case of the held-out side is looked at. The decoder is taken where it is
-better by more than one standard error, else the simpler candidate stays. A short training speaks for weights that need
-no learning: what a long one would say may differ.
+better by more than one standard error, else the simpler candidate stays. What a trial says depends on its length: a
+training much shorter than the one it is for speaks for weights that need no learning.
 """
 
 from __future__ import annotations
@@ -41,7 +41,8 @@ class TrialSpec:
 
     Attributes:
         max_steps: of the training that the trial is for.
-        share: of these steps that all short trainings take together.
+        share: of these steps that all short trainings take together,
+        least: but each of them at least this many, or ``max_steps``.
         larger_is_better: of the score.
         seed: of the halves.
         mark: of all that the outcome depends on; an outcome of another mark is refused.
@@ -49,6 +50,7 @@ class TrialSpec:
 
     max_steps: int
     share: float
+    least: int
     larger_is_better: bool
     seed: int
     mark: str
@@ -56,7 +58,8 @@ class TrialSpec:
     @property
     def steps(self) -> int:
         """Of each of the four trainings."""
-        return max(1, round(self.share * self.max_steps / (_FOLDS * len(CANDIDATES))))
+        share = round(self.share * self.max_steps / (_FOLDS * len(CANDIDATES)))
+        return min(self.max_steps, max(self.least, share))
 
     def __str__(self) -> str:
         count = _FOLDS * len(CANDIDATES)

@@ -7,6 +7,7 @@ import hashlib
 import io
 import json
 import math
+import time
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -15,7 +16,7 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from safetensors.torch import load_file
+from safetensors.torch import load_file, save
 
 from brainfm.data.augment import augment_spec
 from brainfm.data.loader import StepSampler, make_loader
@@ -39,8 +40,11 @@ from brainfm.training.speed import settled
 from brainfm.training.supervised import Supervised
 
 MEMBER = "member.safetensors"
+SHIPPED = "shipped.safetensors"  # where the bundle gets other weights than those that were trained
+START = "start.json"  # the score before the first step, where a checkpoint is chosen
+IDENTITY = "identity.json"  # of a fold in which nothing is trained
 HELD = "held.json"
-BASELINES = ("scratch", "random_linear", "features")
+BASELINES = ("scratch", "random_linear", "features", "volumes")
 # What may change between two calls that go on with one run.
 _NOT_IN_A_FOLD = ("baselines", "audit", "audit_columns", "report", "command", "protocol")
 _MOST_SAID = 20  # sessions that are left out, one by one
@@ -129,12 +133,16 @@ def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
         say(f"left out: {sentence}")
     if len(question.left_out) > _MOST_SAID:
         say(f"left out: {len(question.left_out) - _MOST_SAID} more; results.json will name them all")
+    for sentence in question.notes:
+        say(sentence)
     spec = SplitSpec(
         folds=int(config["folds"]), repeats=int(config["repeats"]), inner=float(config["inner"]),
         sites_apart=bool(config["sites_apart"]), seed=int(config["seed"]),
     )  # fmt: skip
     strata = question.strata()
     splits = split_cases(question.cases, spec, strata, _sites(question, config))
+    if config["protocol"] == "cv":
+        splits = [question.arranged(split, int(config["seed"]), strata) for split in splits]
     if config["protocol"] == "fewshot":  # too many shots are refused now, not after the first hour
         for shots in _shots(config):
             for split in splits if shots is not None else []:
@@ -320,7 +328,9 @@ def _fresh(study: _Study, split: Split, backbone: Backbone | None, begun: bool =
     encoder = build_backbone(**study.backbone.config)
     if backbone is not None and study.config["backbone_from"] != "none":
         transfer(encoder, backbone.state_dict(), origin=str(study.config["backbone_from"]))
-    task = study.question.task(encoder, split.trained, study.pretrained if decoder else None)
+    # a segmenter begins with the file's decoder where it takes it; an answer for a whole head reads its features
+    taken = decoder or (backbone is not None and not study.question.takes_decoder)
+    task = study.question.task(encoder, split.trained, study.pretrained if taken else None)
     if not begun:
         study.question.start(task, split.trained, study.fabric.device)
     set_checkpointing(task, study.plan.checkpointing)
@@ -330,14 +340,17 @@ def _fresh(study: _Study, split: Split, backbone: Backbone | None, begun: bool =
 def _fold(
     study: _Study, split: Split, folder: Path, backbone: Backbone | None, adapt: AdaptSpec
 ) -> tuple[State, list[Row]]:
+    if not study.question.trains(split):
+        return _untrained(study, split, folder, backbone)
     adapt = replace(adapt, decoder=backbone is not None and _takes_decoder(study, split, folder, backbone, adapt))
     max_steps = int(study.config["trainer"]["max_steps"])
     run, module = _prepared(study, split, folder, backbone, adapt, max_steps)
+    _score_start(study, module, split, folder)
     run = replace(run, evaluate=_watch(study, module, split, folder, run.spec))
     state = train(run)
     if state.step < max_steps:
         raise _Interrupted(f"{folder.parent.name}/{folder.name} after step {state.step}")
-    return state, _held(study, module, split, folder)
+    return state, _held(study, module, split, folder, backbone)
 
 
 def _prepared(
@@ -346,11 +359,12 @@ def _prepared(
     """A training of so many steps on ``split.trained``, ready to start or to go on."""
     config, fabric, question = study.config, study.fabric, study.question
     trainer = config["trainer"] | {"max_steps": max_steps}
-    task = _fresh(study, split, backbone, (folder / CHECKPOINT).exists(), decoder=adapt.decoder is True)
-    seed = study.seed * 1000 + 100 * split.repeat + split.fold
-    if backbone is not None and study.pretrained is not None and study.chief:
+    begun = (folder / CHECKPOINT).exists()
+    task = _fresh(study, split, backbone, begun, decoder=adapt.decoder is True)
+    seed = _seed(study, split)
+    if backbone is not None and study.pretrained is not None and study.chief and not begun:
         report = transferred.report_of(task, study.pretrained, adapt.decoder is True)
-        transferred.write(folder, report, question.begins_as(study.pretrained) if adapt.decoder is True else "fresh")
+        transferred.write(folder, report, getattr(task, "began", ""))
     patches = question.patches(split.trained, seed, config["data"])
     loop = replace(loop_spec(trainer, config["optim"]), accumulate=study.plan.accumulate)
     augment = augment_spec(config["data"]["augment"])
@@ -402,13 +416,43 @@ def _takes_decoder(study: _Study, split: Split, folder: Path, backbone: Backbone
 
     mark = hashlib.sha256(json.dumps(_identity(study, split, backbone), sort_keys=True).encode()).hexdigest()[:16]
     spec = decoder_trial.TrialSpec(
-        int(study.config["trainer"]["max_steps"]), adapt.trial_share, study.question.larger_is_better, study.seed, mark
+        max_steps=int(study.config["trainer"]["max_steps"]),
+        share=adapt.trial_share,
+        least=adapt.trial_steps,
+        larger_is_better=study.question.larger_is_better,
+        seed=study.seed,
+        mark=mark,
     )
     if study.chief and decoder_trial.read(folder, mark) is None:
         say(f"{folder.name}: {spec}")
     found = decoder_trial.tried(split, folder, spec, study.question.strata(), trained, study.chief)
+    found = study.fabric.broadcast(found)  # last digits may differ between processes, the decision must not
     say(f"{folder.name}: {decoder_trial.words(found)}")
     return bool(found["taken"])
+
+
+def _seed(study: _Study, split: Split) -> int:
+    return study.seed * 1000 + 100 * split.repeat + split.fold
+
+
+def _untrained(study: _Study, split: Split, folder: Path, backbone: Backbone | None) -> tuple[State, list[Row]]:
+    """A fold whose answers are closed forms.
+
+    Raises: ConfigError where the folder holds a fold of another configuration.
+    """
+    began = time.perf_counter()
+    mine, file = _identity(study, split, backbone), folder / IDENTITY
+    there = json.loads(file.read_text()) if file.exists() else None
+    if there is None and study.chief:
+        write_atomically(file, (json.dumps(mine, indent=1) + "\n").encode())
+    elif there is not None and there != json.loads(json.dumps(mine)):
+        key = next(k for k in sorted(set(there) | set(mine)) if there.get(k) != json.loads(json.dumps(mine)).get(k))
+        raise ConfigError(f"{folder} holds a run with another {key}: use another run= folder, or the same values")
+    if backbone is not None and study.pretrained is not None and study.chief:
+        task = _fresh(study, split, backbone, begun=True)
+        transferred.write(folder, transferred.report_of(task, study.pretrained, False), "fresh")
+    rows = _held(study, None, split, folder, backbone)
+    return State(seconds=time.perf_counter() - began), rows
 
 
 def _after_step(
@@ -434,35 +478,73 @@ def _watch(
     cases, word = (split.inner, "inner") if split.inner else (split.held, "held")
     question = study.question
 
+    started = json.loads((folder / START).read_text()) if (folder / START).exists() else {}
+
     def evaluate(state: State) -> dict[str, float]:
-        with torch.no_grad():
-            score = question.watch(module.answering.eval(), cases, study.engine())
+        score, member = _scored(study, module, split, cases)
         if split.inner:
             sign = 1 if question.larger_is_better else -1
-            best = state.extra.get("best")
+            best = state.extra.get("best", started.get("best"))
             # A score that is undefined (of one class among the inner cases) chooses nothing: the last weights stay.
             if best is None or math.isnan(best) or sign * score > sign * best:
                 state.extra |= {"best": score, "best_step": state.step}
                 if study.chief:
-                    write_atomically(folder / MEMBER, module.member())
+                    write_atomically(folder / MEMBER, member)
         return {f"{word}_{question.primary}": score}
 
     return evaluate
 
 
-def _held(study: _Study, module: Supervised, split: Split, folder: Path) -> list[Row]:
+def _scored(study: _Study, module: Supervised, split: Split, cases: Sequence[Any]) -> tuple[float, bytes]:
+    """The primary score of some cases as the task stands, and the weights that it is the score of."""
+    network, question = module.answering.eval(), study.question
+    with torch.no_grad(), question.refitted(network, split.trained, study.engine()):
+        return question.watch(network, cases, study.engine()), module.member()
+
+
+def _score_start(study: _Study, module: Supervised, split: Split, folder: Path) -> None:
+    """The task as it is before its first step is the first checkpoint that may be chosen."""
+    if not (split.inner and study.question.starts_well) or (folder / CHECKPOINT).exists():
+        return
+    if study.chief:
+        module.answering.to(study.fabric.device)
+        score, member = _scored(study, module, split, split.inner)
+        write_atomically(folder / MEMBER, member)
+        text = json.dumps({"best": score if math.isfinite(score) else None}) + "\n"
+        write_atomically(folder / START, text.encode())
+    study.fabric.barrier()
+
+
+def _held(
+    study: _Study, module: Supervised | None, split: Split, folder: Path, backbone: Backbone | None
+) -> list[Row]:
     """The answers to the held-out cases, made once, by the weights that go into the bundle."""
-    if not split.inner and study.chief and not (folder / MEMBER).exists():
-        write_atomically(folder / MEMBER, module.member())
+    if module is not None and not split.inner and study.chief and not (folder / MEMBER).exists():
+        with torch.no_grad(), study.question.refitted(module.answering, split.trained, study.engine()):
+            write_atomically(folder / MEMBER, module.member())
     study.fabric.barrier()
     if not (folder / HELD).exists() and study.chief:
-        network = module.answering
-        network.load_state_dict(network.state_dict() | load_file(folder / MEMBER))
+        network = None
+        if module is not None:
+            network = module.answering
+            network.load_state_dict(network.state_dict() | load_file(folder / MEMBER))
+            network.eval()
         with torch.no_grad():
-            rows = study.question.answer(network.eval(), split, study.engine(), folder)
+            rows, shipped = study.question.conclude(
+                network, lambda: _fresh(study, split, backbone, begun=True), split, study.engine(), folder,
+                _seed(study, split),
+            )  # fmt: skip
+        if shipped is not None:
+            tensors = {name: value.detach().cpu().clone().contiguous() for name, value in shipped.items()}
+            write_atomically(folder / SHIPPED, save(tensors))
         write_atomically(folder / HELD, (json.dumps(rows) + "\n").encode())
     study.fabric.barrier()
     return json.loads((folder / HELD).read_text())
+
+
+def _member(folder: Path) -> dict[str, torch.Tensor]:
+    """What a fold gives to the bundle."""
+    return load_file(folder / (SHIPPED if (folder / SHIPPED).exists() else MEMBER))
 
 
 # ---- what came of it -------------------------------------------------------------------------------------------------
@@ -472,6 +554,8 @@ def _baseline_rows(study: _Study, splits: Sequence[Split], folder: Path) -> dict
     """Decided rows of each baseline that was asked for; made once and kept."""
     found: dict[str, list[Row]] = {}
     for name in study.config["baselines"]:
+        if name == "volumes" and not study.question.has_volumes:
+            continue
         if name == "scratch":
             if study.config["backbone_from"] == "none":
                 continue  # the model itself is that
@@ -504,10 +588,11 @@ def _conclude(
     if not study.chief:
         return study.run / "bundle"
     decided = study.question.decide(rows)
+    tried = results.candidates(study.question, study.run, splits, rows, study.seed)
     came = transferred.of_run(study.run, splits, study.pretrained, study.adapt.decoder)
     document = came | results.collect(
         study.question, study.config, splits, decided, others, study.plan.to_dict(), study.seed, curve,
-        results.training_curves(study.run, splits),
+        results.training_curves(study.run, splits), tried,
     )  # fmt: skip
     scores = results.headline(document)
     _write_cases(study.run / "cases.csv", decided.rows)
@@ -526,8 +611,9 @@ def _conclude(
         study.run / "bundle",
         task=study.question.spec,
         backbone_config=study.backbone.config,
-        members=[load_file(folder / MEMBER) for folder in first],
+        members=[_member(folder) for folder in first],
         settings=[{"dense_channels": e} if e else {} for e in channels],
+        reads=study.question.bundle_reads(study.pretrained),
         preprocess=study.store.spec,
         provenance=provenance,
         decisions=decided.decisions,
@@ -547,12 +633,15 @@ def _few_shot(study: _Study, splits: list[Split]) -> Path | None:
     for shots in _shots(study.config):
         name = "all" if shots is None else str(shots)
         drawn = splits if shots is None else [with_shots(s, shots, study.seed, strata) for s in splits]
+        drawn = [study.question.arranged(split, study.seed, strata) for split in drawn]
         folder = study.run if shots is None else study.run / "shots" / name
         rows, states = _cross_validate(study, drawn, folder, study.backbone, study.adapt)
         others = _baseline_rows(study, drawn, folder / "baselines")
         if study.chief:
+            tried = results.candidates(study.question, folder, drawn, rows, study.seed)
             came = transferred.of_run(folder, drawn, study.pretrained, study.adapt.decoder)
-            points.append(results.point(study.question, shots, drawn, rows, others, study.seed) | results.finite(came))
+            point = results.point(study.question, shots, drawn, rows, others, study.seed, tried)
+            points.append(point | results.finite(came))
             results.write_curve(study.run / "learning_curve.csv", points)
         last = (drawn, rows, states, folder) if shots is None else last
     curve = {"points": points, "primary": study.question.primary}
@@ -581,7 +670,7 @@ def _summed(receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 def _write_cases(file: Path, rows: Sequence[Row]) -> None:
     text = io.StringIO(newline="")
-    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("file", "decisions")))
+    names = list(dict.fromkeys(name for row in rows for name in row if name not in ("file", "decisions", "candidates")))
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     writer.writerows([[_cell(row.get(name)) for name in names] for row in rows])

@@ -7,6 +7,7 @@ is plain JSON in the run's state, so that an interrupted run is judged like an u
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from statistics import median
@@ -19,6 +20,7 @@ from brainfm.specs import ConfigError
 
 _MEMORY = 100  # logged losses whose median counts as usual
 _ENOUGH = 20  # of them, before anything is called unusual
+_OF_A_LEVEL = re.compile(r"(level\d+|decoder\d+|dense)_(dice|rank|random_(dice|rank|low_dice))")  # level_probes.py
 
 
 @dataclass(frozen=True)
@@ -31,6 +33,9 @@ class GuardSpec:
             contrast can come near it.
         rank_exempt: parts that may have few directions: a contrast code of two contrasts needs one.
         probes: how many probes in a row must be below.
+        level_dice: what becomes of a level whose linear Dice is below that of every fresh network, once the rate has
+            warmed up: ``warn`` says it, ``stop`` says it and stops the run after ``probes`` in a row.
+        min_level_rank: the same of a level whose map has a smaller effective rank.
         explode: how many times the median of the last 100 logged losses is too much.
         explode_logs: how many logged losses in a row must be above.
     """
@@ -39,6 +44,8 @@ class GuardSpec:
     min_rank: float | None = 1.05
     rank_exempt: tuple[str, ...] = ("contrast", "pathology")
     probes: int = 3
+    level_dice: str | None = "warn"
+    min_level_rank: float | None = 3.0
     explode: float | None = 10.0
     explode_logs: int = 20
 
@@ -47,10 +54,12 @@ class GuardSpec:
         for key in ("probes", "explode_logs"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"guard.{key}={getattr(self, key)}: expected 1 or more")
-        for key, least in (("min_std", 0.0), ("min_rank", 0.0), ("explode", 1.0)):
+        for key, least in (("min_std", 0.0), ("min_rank", 0.0), ("min_level_rank", 0.0), ("explode", 1.0)):
             value = getattr(self, key)
             if value is not None and value <= least:
                 raise ConfigError(f"guard.{key}={value}: expected more than {least:g}, or null for no guard")
+        if self.level_dice not in (None, "warn", "stop"):
+            raise ConfigError(f"guard.level_dice={self.level_dice}: expected warn, stop or null")
         if self.explode_logs > _MEMORY // 2:
             raise ConfigError(f"guard.explode_logs={self.explode_logs}: expected at most {_MEMORY // 2}")
 
@@ -60,10 +69,11 @@ class Guards:
 
     Args:
         kept: what they remember; changed in place, JSON-able, kept with the checkpoint.
+        warmup_steps: of the rate: until then no level is judged.
     """
 
-    def __init__(self, spec: GuardSpec, kept: dict[str, Any]) -> None:
-        self.spec, self.kept = spec, kept
+    def __init__(self, spec: GuardSpec, kept: dict[str, Any], warmup_steps: int = 0) -> None:
+        self.spec, self.kept, self.warmup_steps = spec, kept, warmup_steps
 
     def see_loss(self, step: int, loss: float) -> str | None:
         """Looks at a logged loss. A sentence where it has been far above its median for long."""
@@ -91,7 +101,8 @@ class Guards:
         ):
             for name, value in values.items():
                 part, _, last = name.rpartition("_")
-                if least is None or last != what or (what == "rank" and part in spec.rank_exempt):
+                exempt = what == "rank" and (part in spec.rank_exempt or _OF_A_LEVEL.fullmatch(name))
+                if least is None or last != what or exempt:
                     continue
                 # Written so that a value that is no number counts as low.
                 low[name] = 0 if value >= least else low.get(name, 0) + 1
@@ -103,9 +114,41 @@ class Guards:
                     )
         return None
 
+    def see_levels(self, step: int, values: Mapping[str, float]) -> tuple[str | None, bool]:
+        """Looks at what every level tells: ``<level>_dice`` and ``_rank``, of fresh networks ``_random_low_dice``.
+
+        Returns:
+            A sentence about the levels that are too low, and whether the run shall stop for it.
+        """
+        spec = self.spec
+        if spec.level_dice is None or step < self.warmup_steps:
+            return None, False
+        before, low, said = self.kept.get("low_levels", {}), {}, []
+        for name, value in values.items():
+            found = _OF_A_LEVEL.fullmatch(name)
+            level, what = found.groups()[:2] if found else ("", "")
+            fresh = values.get(f"{level}_random_low_dice")
+            least, word = {
+                "dice": (fresh, "a linear Dice of {:.3f} (fresh weights {:.3f})"),
+                "rank": (spec.min_level_rank, "an effective rank of {:.2f} (guard.min_level_rank={:g})"),
+            }.get(what, (None, ""))
+            if least is None or value >= least:  # what is no number is below
+                continue
+            low[name] = before.get(name, 0) + 1
+            said.append(f"{level} has {word.format(value, least)}")
+        self.kept["low_levels"] = low
+        if not said:
+            return None, False
+        sentence = (
+            f"levels that a segmenter reads tell little after step {step}: {', '.join(said)}; try a smaller optim.lr, "
+            "an objective with a skip decoder, or guard.level_dice=null"
+        )
+        return sentence, spec.level_dice == "stop" and max(low.values()) >= spec.probes
+
     def is_low(self) -> bool:
-        """Whether some part was below its threshold at the last probe."""
-        return any(self.kept.get("low", {}).values())
+        """Whether some part, or with level_dice=stop some level, was below its threshold at the last probe."""
+        levels = self.kept.get("low_levels", {}) if self.spec.level_dice == "stop" else {}
+        return any(self.kept.get("low", {}).values()) or any(levels.values())
 
 
 class CollapseGuard:

@@ -13,6 +13,7 @@ import os
 import shutil
 import signal
 import time
+import warnings
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -24,7 +25,7 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
-from brainfm.specs import ConfigError, TrainingError
+from brainfm.specs import BrainfmWarning, ConfigError, TrainingError
 from brainfm.training.guards import FiniteWatch, Guards, GuardSpec, first_not_finite
 from brainfm.training.monitor import Curves, Progress
 from brainfm.training.optim import Rates, Wsd, lr_factor
@@ -74,6 +75,11 @@ class LoopSpec:
     def factor(self, step: int) -> float:
         """The share of the peak learning rate at a step (0-based)."""
         return self.wsd.factor(step) if self.wsd else lr_factor(step, self.max_steps, self.warmup_steps)
+
+    @property
+    def warmup(self) -> int:
+        """Steps until the rate is at its peak."""
+        return self.wsd.warmup_steps if self.wsd else self.warmup_steps
 
     def progress(self, step: int) -> float:
         """How far the objective's own schedules are after ``step`` steps, in [0, 1]."""
@@ -169,7 +175,7 @@ def train(run: Run) -> State:
         return state
     chief = fabric.is_global_zero
     meter, watch = Meter(fabric.device, state.receipt), FiniteWatch(fabric.device)
-    guards = Guards(run.guard, state.guard) if run.guard is not None else None
+    guards = Guards(run.guard, state.guard, spec.warmup) if run.guard is not None else None
     curves = Curves(run.folder, state.step) if chief else None
     batches = iter(run.loader_from(state.step))
     run.module.train()
@@ -213,6 +219,7 @@ def train(run: Run) -> State:
                     curves.add(state.step, {f"probe_{name}": value for name, value in scores.items()})
                 if guards is not None:
                     _stop_at(run, state, guards.see_probe(state.step, scores))
+                    _judge_levels(run, state, guards, scores)
                     passed = not guards.is_low()
             stop = _of_any_rank(fabric, interrupted())
             if stop or passed or _due(state.step, spec.checkpoint_every, spec):
@@ -291,6 +298,13 @@ def _probe(run: Run, state: State) -> dict[str, float]:
         finally:
             run.module.train()
     return run.fabric.broadcast(scores)
+
+
+def _judge_levels(run: Run, state: State, guards: Guards, scores: dict[str, float]) -> None:
+    said, stops = guards.see_levels(state.step, scores)
+    _stop_at(run, state, said if stops else None)
+    if said is not None and run.fabric.is_global_zero:
+        warnings.warn(said, BrainfmWarning, stacklevel=3)
 
 
 def _speed(state: State) -> dict[str, float]:

@@ -7,6 +7,7 @@ import json
 import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import torch
@@ -16,10 +17,10 @@ from torch import Tensor
 
 from brainfm import __version__
 from brainfm.batch import Batch, Terms
-from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw
+from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, look_spec, render
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
-from brainfm.data.regions import REGIONS, RENDERED_FAMILIES, merged_members
+from brainfm.data.regions import REGIONS, merged_members
 from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
@@ -28,18 +29,17 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import save_backbone, write_atomically
 from brainfm.objectives.objective import Objective, build_objective
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, PreprocessSpec, Provenance, ViewSpec
-from brainfm.synthesis.looks import LookSpec
-from brainfm.synthesis.render import render_views
+from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance, ViewSpec
 from brainfm.training import receipt
 from brainfm.training.average import WeightAverage
 from brainfm.training.finish import Finish, branch
 from brainfm.training.guards import GuardSpec
 from brainfm.training.launch import make_fabric
+from brainfm.training.level_probes import LevelProbe
 from brainfm.training.loop import LoopSpec, Run, State, train
 from brainfm.training.monitor import save_pictures
 from brainfm.training.optim import Wsd, build_optimizer
-from brainfm.training.probes import OnlineProbe, ProbeSpec, describe, with_whole
+from brainfm.training.probes import OnlineProbe, ProbeSpec, with_whole
 from brainfm.training.speed import quicken, settled
 
 BACKBONE_FILE = "backbone.safetensors"
@@ -52,7 +52,7 @@ class Augmented(torch.nn.Module):
 
     Args:
         decay: of the average of the whole objective; None: none.
-        looks: how renderings vary, of an objective that wants windows.
+        looks: how renderings vary, of an objective that wants windows (``data.looks``).
     """
 
     def __init__(
@@ -61,10 +61,10 @@ class Augmented(torch.nn.Module):
         spec: AugmentSpec | None,
         seed: int,
         decay: float | None = None,
-        looks: LookSpec | None = None,
+        looks: Mapping[str, Any] = MappingProxyType({}),
     ) -> None:
         super().__init__()
-        self.question, self.spec, self.seed, self.looks = question, spec, seed, looks or LookSpec()
+        self.question, self.spec, self.seed, self.looks = question, spec, seed, look_spec(looks)
         self.average = None if decay is None else WeightAverage(question, decay)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
@@ -75,9 +75,7 @@ class Augmented(torch.nn.Module):
 
     def shown(self, batch: Batch) -> Batch:
         """Windows cut into views, and rendered where they are to be; patches as they are."""
-        if batch.tissue is None:
-            return batch
-        return render_views(batch, RENDERED_FAMILIES, self.looks, self.question.views.patch_vox, self.seed)
+        return render(batch, self.looks, self.question.views.patch_vox, self.seed)
 
     @property
     def answering(self) -> Objective:
@@ -136,7 +134,7 @@ def pretrain(config: dict[str, Any]) -> State:
     batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
     decay = None if config["average"] is None else float(config["average"])
     artefacts = _artefacts(data["augment"], objective.views)
-    module = Augmented(objective, artefacts, seed, decay, LookSpec(**data["looks"]))
+    module = Augmented(objective, artefacts, seed, decay, data["looks"])
     quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
     train_set = make_patches(config, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
     if fabric.is_global_zero:
@@ -161,6 +159,7 @@ def pretrain(config: dict[str, Any]) -> State:
             device=fabric.device,
             batch_size=batch_size,
             folder=folder,
+            levels=_level_probe(config, module.answering, store, sides, fabric),
         )
         spec = dataclasses.replace(spec, probe_every=probe.spec.every)
         if fabric.is_global_zero:
@@ -194,10 +193,31 @@ def pretrain(config: dict[str, Any]) -> State:
             say(file.write(state))
             say(receipt.describe(state.receipt))
             if probe is not None and probe.table:
-                say("\n".join(describe(probe.table)))
+                say("\n".join(probe.describe()))
         else:
             say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
     return state
+
+
+def _level_probe(
+    config: Mapping[str, Any],
+    objective: Objective,
+    store: Store,
+    sides: tuple[list[SessionEntry], list[SessionEntry]],
+    fabric: Fabric,
+) -> LevelProbe | None:
+    """What is asked of every level, on held-out people alone; their label maps are read in the words all maps share."""
+    spec = ProbeSpec(**config["probe"])
+    if not spec.levels:
+        return None
+    wanted = TargetSpec(**(dict(config["data"]["targets"]) | {"level": None, "volumes": None}))
+    try:
+        targets = find_targets(store, wanted, {s.subject_key for s in sides[0]}, pathology=False)
+    except ManifestError as error:
+        say(f"levels: {error}; no Dice of regions is asked")
+        targets = Targets()
+    every = spec.every * spec.fewshot_every if spec.fewshot_every else None
+    return LevelProbe(objective, store, sides[1], targets, fabric.device, Path(config["run"]), every)
 
 
 def _schedule(

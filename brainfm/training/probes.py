@@ -24,6 +24,7 @@ from brainfm.nets.backbone import Backbone
 from brainfm.nets.weights import write_atomically
 from brainfm.specs import ConfigError
 from brainfm.tasks import linear
+from brainfm.training import level_probes
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 Table = dict[str, dict[str, float]]
@@ -51,12 +52,16 @@ class ProbeSpec:
         subjects: at most; those with scans of two contrasts first.
         scans: of a session at most.
         patches: places in a head, the same for all scans of a subject.
+        levels: whether every level is asked by itself too (level_probes.py).
+        fewshot_every: every how many-th probe puts the few-shot question; 0: none.
     """
 
     every: int = 1000
     subjects: int = 32
     scans: int = 4
     patches: int = 2
+    levels: bool = True
+    fewshot_every: int = 5
 
     def __post_init__(self) -> None:
         if self.every < 0:
@@ -64,6 +69,8 @@ class ProbeSpec:
         for key in ("subjects", "scans", "patches"):
             if getattr(self, key) < 1:
                 raise ConfigError(f"probe.{key}={getattr(self, key)}: expected 1 or more")
+        if self.fewshot_every < 0:
+            raise ConfigError(f"probe.fewshot_every={self.fewshot_every}: expected 0 or more probes")
 
 
 @dataclass(frozen=True)
@@ -447,6 +454,7 @@ class OnlineProbe:
         encode: of the network as it stands when this is called.
         held, trained: sessions of the two sides of the split.
         folder: of the run; gets ``probes.json``, the last answers.
+        levels: what is asked of every level.
     """
 
     def __init__(
@@ -461,11 +469,13 @@ class OnlineProbe:
         device: torch.device,
         batch_size: int,
         folder: Path,
+        levels: level_probes.LevelProbe | None = None,
     ) -> None:
         self.encode, self.store, self.spec, self.folder = encode, store, spec, folder
         self.patch_vox, self.seed, self.device, self.batch_size = tuple(patch_vox), seed, device, batch_size
         self.held_out = len({s.subject_key for s in held if s.scans}) >= ENOUGH_HELD
         self.sessions = choose(held if self.held_out else [*held, *trained], spec, seed)
+        self.levels = levels
         self.table: Table = {}
 
     def plan(self) -> list[str]:
@@ -478,7 +488,8 @@ class OnlineProbe:
             "cross-validated by subject"
         ]
         note = ages_of(self.sessions)[1]
-        return [*said, f"probes: {note}; left out"] if note else said
+        said += [f"probes: {note}; left out"] if note else []
+        return [*said, self.levels.plan()] if self.levels else said
 
     def __call__(self, step: int) -> dict[str, float]:
         """The answers after ``step`` steps, as ``<part>_<what>``; the network must be in eval mode."""
@@ -501,8 +512,16 @@ class OnlineProbe:
             "scans": len(features.rows),
             "parts": self.table,
         }
+        answers = flat(self.table)
+        if self.levels is not None:
+            answers |= self.levels(step)
+            document["levels"] = self.levels.table
         write_atomically(self.folder / FILE, (json.dumps(document, indent=1) + "\n").encode())
-        return flat(self.table)
+        return answers
+
+    def describe(self) -> list[str]:
+        """The last answers in plain words; nothing before the first."""
+        return [*describe(self.table), *(level_probes.describe(self.levels.table) if self.levels else [])]
 
 
 def describe(table: Table) -> list[str]:

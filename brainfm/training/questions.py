@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.utils.data import Dataset
 
 from brainfm.data.store import SessionEntry, Store
@@ -20,6 +22,7 @@ from brainfm.tasks.task import Task
 from brainfm.training.crossval import Split
 
 Row = dict[str, Any]
+CHOICE = "choice.json"  # in the folder of a fold, where candidates were chosen among
 
 
 @dataclass(frozen=True)
@@ -71,7 +74,12 @@ class Question(ABC):
         values: of the configuration group ``task``.
         primary: name of the score that decides; ``larger_is_better`` says which way.
         takes_decoder: whether its network can begin with a decoder of a backbone's file; ``each`` must then be there.
+        starts_well: whether the fresh task is worth scoring before its first step.
+        notes: sentences about what was found, for the log.
     """
+
+    starts_well: bool = False
+    notes: Sequence[str] = ()
 
     store: Store
     spec: TaskSpec
@@ -95,12 +103,9 @@ class Question(ABC):
         """A fresh task around the backbone, with the statistics of the cases it will be trained on.
 
         Args:
-            pretrained: of a question that takes a decoder: the file whose decoder and heads the task begins with.
+            pretrained: the file that the backbone's weights come from. Of a question that takes a decoder it is given
+                where its decoder and heads are what the task begins with.
         """
-
-    def begins_as(self, pretrained: LoadedBackbone) -> str:
-        """What the last layer of a task with the file's decoder begins as, for people."""
-        return "fresh"
 
     @abstractmethod
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
@@ -123,6 +128,31 @@ class Question(ABC):
         """A JSON-able row for each held-out case, with all that deciding and scoring needs; larger things go into
         files of the folder."""
 
+    def trains(self, split: Split) -> bool:
+        """Whether any weights are trained for this split."""
+        return True
+
+    def arranged(self, split: Split, seed: int, strata: Mapping[str, str] | None) -> Split:
+        """The split with the inner cases that this question needs."""
+        return split
+
+    def refitted(self, task: Task, trained: Sequence[Any], engine: Engine) -> AbstractContextManager[None]:
+        """While open, the task is as it is scored and shipped: what is learned in one go has been learned anew."""
+        return nullcontext()
+
+    def conclude(
+        self, tuned: Task | None, fresh: Callable[[], Task], split: Split, engine: Engine, folder: Path, seed: int
+    ) -> tuple[list[Row], dict[str, Tensor] | None]:
+        """`answer`, and the weights that are shipped where they are not those that were trained.
+
+        Args:
+            tuned: as its training left it; None where nothing was trained.
+            fresh: makes the task with the encoder as it was before.
+            seed: of this split.
+        """
+        assert tuned is not None
+        return self.answer(tuned, split, engine, folder), None
+
     @abstractmethod
     def decide(self, rows: Sequence[Row]) -> Decided:
         """Chooses what is done to the answers."""
@@ -133,7 +163,17 @@ class Question(ABC):
 
     @abstractmethod
     def baseline(self, name: str, backbone: Backbone, splits: Sequence[Split], seed: int) -> list[Row]:
-        """Decided rows of a baseline without training of a network: ``random_linear`` or ``features``."""
+        """Decided rows of a baseline without training of a network: ``random_linear``, ``features`` or, where
+        `has_volumes`, ``volumes``."""
+
+    def bundle_reads(self, loaded: LoadedBackbone | None) -> dict[str, Any] | None:
+        """``reads.json`` of the bundle (tasks/reads.py), where it needs one."""
+        return None
+
+    @property
+    def has_volumes(self) -> bool:
+        """Whether region volumes of every case are there to answer from."""
+        return False
 
     @abstractmethod
     def audit(self, rows: Sequence[Row], columns: Sequence[str], seed: int) -> dict[str, Any] | None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import io
+import json
 import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -17,7 +18,7 @@ from brainfm.tasks.metrics import Interval
 from brainfm.training import transferred
 from brainfm.training.crossval import Split
 from brainfm.training.monitor import read_curves
-from brainfm.training.questions import Decided, Question, Row, subjects_of
+from brainfm.training.questions import CHOICE, Decided, Question, Row, subjects_of
 
 FILE = "results.json"
 FORMAT = 2
@@ -35,6 +36,7 @@ def collect(
     seed: int,
     curve: Mapping[str, Any] | None = None,
     curves: Mapping[str, Any] | None = None,
+    tried: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
     """The document; numbers that are not finite become null.
 
@@ -43,6 +45,7 @@ def collect(
         baselines: decided rows by name.
         curve: of the few-shot protocol.
         curves: see `training_curves`.
+        tried: see `candidates`.
     """
     scored = question.score(decided.rows, seed)
     scores = {"model": _intervals(scored.metrics)}
@@ -56,12 +59,49 @@ def collect(
         "decisions": decided.decisions.to_dict(),
         "decided": list(decided.said),
         "calibration": decided.calibration,
-        "cases": scored.rows,
+        "cases": [{k: v for k, v in row.items() if k != "candidates"} for row in scored.rows],
+        "candidates": tried,
         "audit": question.audit(decided.rows, list(config["audit_columns"]), seed) if config["audit"] else None,
         "learning_curve": curve,
         "curves": curves,
     }
     return finite(document)
+
+
+def candidates(
+    question: Question, folder: Path, splits: Sequence[Split], rows: Sequence[Row], seed: int
+) -> dict[str, Any] | None:
+    """What was chosen among in each fold, by what, and how every candidate does on the cases that are scored.
+
+    Args:
+        folder: holds a folder for each split.
+        rows: held-out rows as `Question.conclude` gives them.
+
+    Returns:
+        ``table``: name -> ``outer`` (the primary score of that candidate alone, decided as the model's answers are,
+        with its interval), ``inner`` (mean loss in the inner folds) and ``chosen`` (in how many folds);
+        ``folds``: run -> what was written about its choice; ``without_map``: the primary score where cases came without
+        a label map, None where that makes no difference. None in all where nothing was to be chosen.
+    """
+    told = {s.name: json.loads((folder / s.name / CHOICE).read_text()) for s in splits
+            if (folder / s.name / CHOICE).exists()}  # fmt: skip
+    names = list(dict.fromkeys(name for row in rows for name in row.get("candidates", ())))
+    if not told:
+        return None
+
+
+    def outer_of(own: Sequence[Row]) -> dict[str, Any]:
+        return vars(question.score(question.decide(own).rows, seed).metrics[question.primary])
+
+    table: dict[str, Any] = {}
+    for name in names:
+        outer = outer_of([row | {"raw": row["candidates"][name]} for row in rows if name in row["candidates"]])
+        inner = [found["losses"][name] for found in told.values() if name in found["losses"]]
+        chosen = sum(found["chosen"] == name for found in told.values())
+        table[name] = {"outer": outer, "inner": float(np.mean(inner)) if inner else None, "chosen": chosen}
+    without = [row | {"raw": row["candidates"][row["fallback"]]} for row in rows]
+    differs = any(row["fallback"] != row["chosen"] for row in rows)
+    return finite({"table": table, "folds": told, "without_map": outer_of(without) if differs else None})
 
 
 def training_curves(folder: Path, splits: Sequence[Split]) -> dict[str, dict[str, list[tuple[float, float]]]]:
@@ -148,8 +188,13 @@ def point(
     rows: Sequence[Row],
     baselines: Mapping[str, Sequence[Row]],
     seed: int,
+    tried: Mapping[str, Any] | None = None,
 ) -> dict[str, Any]:
-    """One point of a learning curve: the primary score of each condition with its interval."""
+    """One point of a learning curve: the primary score of each condition with its interval.
+
+    Args:
+        tried: see `candidates`.
+    """
     decided = question.decide(rows).rows
     conditions = {"model": decided, **baselines}
     trained = [len({case.session.subject_key for case in (*s.trained, *s.inner)}) for s in splits]
@@ -163,6 +208,7 @@ def point(
             for name, found in conditions.items()
         },
         "comparisons": [{"against": n, **question.compare(decided, found, seed)} for n, found in baselines.items()],
+        "candidates": tried,
     })  # fmt: skip
 
 
@@ -172,7 +218,8 @@ def write_curve(file: Path, points: Sequence[Mapping[str, Any]]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(["shots", "training_subjects", "condition", "score", "low", "high", "cases"])
     for found in points:
-        for name, score in found["scores"].items():
+        tried = {f"candidate {n}": c["outer"] for n, c in ((found.get("candidates") or {}).get("table") or {}).items()}
+        for name, score in (found["scores"] | tried).items():
             shots = "all" if found["shots"] is None else found["shots"]
             numbers = ["" if score[k] is None else f"{score[k]:.6g}" for k in ("mean", "low", "high")]
             writer.writerow([shots, f"{found['subjects']:g}", name, *numbers, score["n"]])
@@ -193,9 +240,19 @@ def headline(document: Mapping[str, Any]) -> dict[str, Any]:
         "folds": len(document["splits"]),
         "baselines": {n: s[primary]["mean"] for n, s in document["scores"].items() if n != "model"},
         **transferred.headline(document),
+        **(_candidates_told(document["candidates"]) if document.get("candidates") else {}),
         "note": "each case is answered by the fold that did not train on it; nothing was chosen on the cases that are "
         f"scored; interval of {primary}: bootstrap by subject, 95 %",
     }
+
+
+def _candidates_told(tried: Mapping[str, Any]) -> dict[str, Any]:
+    table = {
+        name: {"outer": c["outer"]["mean"], "inner_loss": c["inner"], "folds_that_ship_it": c["chosen"]}
+        for name, c in tried["table"].items()
+    }
+    without = tried.get("without_map")
+    return {"candidates": table, **({"without_label_map": without["mean"]} if without else {})}
 
 
 def describe(document: Mapping[str, Any]) -> list[str]:
@@ -207,12 +264,19 @@ def describe(document: Mapping[str, Any]) -> list[str]:
     for c in document.get("comparisons", []):
         lines.append(f"against {c['against']}: {_signed(c['difference'])} [{_signed(c['low'])}, {_signed(c['high'])}], "
                      f"p {'below 0.001' if (c['p'] or 1) < 0.001 else _number(c['p'])}")  # fmt: skip
+    for name, c in ((document.get("candidates") or {}).get("table") or {}).items():
+        lines.append(f"candidate {name}: {primary} {_interval_words(c['outer'])}, shipped by {c['chosen']} of "
+                     f"{len(document['candidates']['folds'])} folds")  # fmt: skip
     lines += document.get("decided", [])
     lines += transferred.describe(document["transfer"]) if document.get("transfer") else []
     for found in (document.get("learning_curve") or {}).get("points", []):
         shots = "all" if found["shots"] is None else found["shots"]
         said = ", ".join(f"{name} {_interval_words(score)}" for name, score in found["scores"].items())
         lines.append(f"{shots} shots: {said}")
+        tried = (found.get("candidates") or {}).get("table") or {}
+        if tried:
+            each = ", ".join(f"{n} {_number(c['outer']['mean'])} ({c['chosen']})" for n, c in tried.items())
+            lines.append(f"{shots} shots: candidates (folds that ship them): {each}")
     audit = document.get("audit")
     if audit:
         lines.append(f"shortcuts: {audit['verdict']}")

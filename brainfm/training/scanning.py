@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -11,20 +12,25 @@ import numpy as np
 import torch
 from torch.utils.data import Dataset
 
-from brainfm.data import scan_cases
+from brainfm.data import regions, scan_cases
+from brainfm.data.region_volumes import find_volumes
 from brainfm.data.scan_cases import ScanViews, choose_view_mm, find_scan_cases, views_of
 from brainfm.data.splits import strata_of
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.transfer import transfer
 from brainfm.nets.weights import LoadedBackbone
 from brainfm.specs import ConfigError, Decisions
 from brainfm.tasks import calibration, scores
+from brainfm.tasks.reads import Reads
 from brainfm.tasks.scan_level import ScanTask
 from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
 from brainfm.tasks.task import Task
 from brainfm.training import baselines
 from brainfm.training.audit import audit
-from brainfm.training.crossval import Split
+from brainfm.training.candidates import CANDIDATES
+from brainfm.training.crossval import Split, with_inner
+from brainfm.training.members import Members, pooled
 from brainfm.training.questions import (
     Decided,
     Engine,
@@ -38,6 +44,7 @@ from brainfm.training.questions import (
     triple,
 )
 
+_INNER = 0.2  # share of the training subjects that choose where nobody said so
 _LEAST_SLOPE = 0.3  # of answers on the truth; stretching those below would stretch little else than noise
 LEVEL = 0.9  # of prediction intervals
 _QUANTILES = 4  # strata of a value
@@ -57,6 +64,17 @@ class Scanning(Question):
         self.cases, self.left_out = tuple(found.cases), tuple(found.left_out)
         self.spec = found.spec
         self.primary, self.larger_is_better = scores.primary(self.spec)
+        self.volumes, self.notes = find_volumes(
+            store, [case.session for case in self.cases], self.spec.target, str(values["volumes"])
+        )
+        asked = values["candidates"]
+        strange = [] if asked == "auto" else [name for name in asked if name not in CANDIDATES]
+        if strange or not asked:
+            what = strange[0] if strange else "none"
+            raise ConfigError(f"task.candidates: found {what}, expected auto or some of {', '.join(CANDIDATES)}")
+        if "volumes" in (CANDIDATES if asked == "auto" else asked) and self.volumes is None:
+            self.notes.append("no region volumes of every session: they are no candidate")
+        self.members = Members(store, self.volumes)
 
     def patch(self, backbone: Backbone, most_voxels: int) -> tuple[int, int, int]:
         if self.values["patch_vox"] != "auto":
@@ -78,7 +96,12 @@ class Scanning(Question):
             dropout=float(values["dropout"]),
             label_smoothing=float(values.get("label_smoothing", 0)),
             balanced=bool(values.get("class_weights", True)),
+            reads=self.reads(pretrained),
         )
+        for own, read in ((task.dense, "decoder"), (task.regions, "regions")):
+            if own is not None and pretrained is not None:
+                source = pretrained.decoder if read == "decoder" else pretrained.heads[read]
+                transfer(own, source.state_dict(), origin=f"the {read} of the backbone's file")  # type: ignore[union-attr]
         task.set_statistics(torch.from_numpy(np.stack([case.answer for case in trained])))
         return task
 
@@ -90,14 +113,28 @@ class Scanning(Question):
         if self.values["head_start"] == "fresh":
             return
         assert isinstance(task, ScanTask)
-        task.eval().to(device)
-        rows = []
-        for case in trained:
-            image, present = (
-                torch.from_numpy(array)[None].to(device) for array in views_of(self.store, case, self.spec)
-            )
-            rows.append(task.pooled(image, present)[0][0])
-        task.start_linear(torch.stack(rows), np.stack([case.answer for case in trained]))
+        self._refit(task.to(device), trained, Engine(device, None))
+
+    def reads(self, loaded: LoadedBackbone | None) -> Reads:
+        """What answers are made of beside the encoder's maps: what the store and the backbone's file have."""
+        made = Reads()
+        if self.volumes is not None and self.volumes.of_labels:
+            made = Reads(labels=self.volumes.source, scheme=self.volumes.scheme, volumes=self.volumes.names)
+        if loaded is None or loaded.decoder is None or not self.spec.view_mm:
+            return made
+        head = loaded.heads.get("regions")
+        if head is None:
+            return replace(made, decoder=loaded.decoder.config)
+        outside = tuple(name for name in head.names if name in regions.MERGED["any_outside"]) or head.names[:1]
+        tissues = {
+            word: tuple(name for name in regions.MERGED[merged] if name in head.names)
+            for word, merged in (("csf", "any_csf"), ("grey", "any_grey"), ("white", "any_white_matter"))
+        }
+        known = {word: members for word, members in tissues.items() if members}
+        return replace(made, decoder=loaded.decoder.config, regions=head.config, outside=outside, tissues=known)
+
+    def bundle_reads(self, loaded: LoadedBackbone | None) -> dict[str, Any] | None:
+        return self.reads(loaded).to_dict()
 
     def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
         return ScanViews(
@@ -115,11 +152,84 @@ class Scanning(Question):
         return found[self.primary]
 
     def answer(self, task: Task, split: Split, engine: Engine, folder: Path) -> list[Row]:
-        return [
-            identity(case.session, split)
-            | {"truth": _listed(case.answer), "raw": _listed(np.atleast_1d(self._output(task, case, engine)))}
-            for case in split.held
-        ]
+        rows = []
+        for case in split.held:
+            raw = _listed(np.atleast_1d(self._output(task, case, engine)))
+            row = identity(case.session, split) | {"truth": _listed(case.answer), "raw": raw}
+            rows.append(row | {"chosen": "tuned", "fallback": "tuned", "candidates": {"tuned": raw}})
+        return rows
+
+    # ---- the choice among candidates (training/candidates.py) --------------------------------------------------------
+
+    def candidates(self, split: Split) -> tuple[str, ...]:
+        """What is asked of this split, simplest first: the network is tuned where there are enough subjects."""
+        asked = self.values["candidates"]
+        if asked != "auto":
+            return tuple(name for name in CANDIDATES if name in asked)
+        people = len({case.session.subject_key for case in (*split.trained, *split.inner)})
+        return CANDIDATES if people >= int(self.values["tune_from"]) else CANDIDATES[:-1]
+
+    def trains(self, split: Split) -> bool:
+        return "tuned" in self.candidates(split)
+
+    def arranged(self, split: Split, seed: int, strata: Mapping[str, str] | None) -> Split:
+        """Where nothing is tuned all training cases are inner cases in turn; a tuned network always gets some."""
+        if not self.trains(split):
+            return replace(split, trained=(*split.trained, *split.inner), inner=())
+        if split.inner or self.candidates(split) == ("tuned",):
+            return split
+        return with_inner(split, _INNER, seed, strata)
+
+    @contextmanager
+    def refitted(self, task: Task, trained: Sequence[Any], engine: Engine) -> Iterator[None]:
+        """While open, the last layer is the linear model of the features as they are now."""
+        if self.values["head_start"] == "fresh":
+            yield
+            return
+        assert isinstance(task, ScanTask)
+        layers = (task.norm, task.out)
+        before = [{name: value.clone() for name, value in layer.state_dict().items()} for layer in layers]
+        self._refit(task, trained, engine)
+        try:
+            yield
+        finally:
+            for layer, state in zip(layers, before):
+                layer.load_state_dict(state)
+
+    @property
+    def starts_well(self) -> bool:  # type: ignore[override]
+        return self.values["head_start"] != "fresh"
+
+    @property
+    def has_volumes(self) -> bool:
+        return self.volumes is not None
+
+    @torch.no_grad()
+    def conclude(
+        self,
+        tuned: Task | None,
+        fresh: Callable[[], Task],
+        split: Split,
+        engine: Engine,
+        folder: Path,
+        seed: int,
+    ) -> tuple[list[Row], dict[str, torch.Tensor] | None]:
+        names = self.candidates(split)
+        if names == ("tuned",):
+            assert tuned is not None
+            return self.answer(tuned, split, engine, folder), None
+        task = fresh()
+        assert isinstance(task, ScanTask) and (tuned is None or isinstance(tuned, ScanTask))
+        return self.members.conclude(task, tuned, split, names, engine, folder, seed)
+
+    @torch.no_grad()
+    def _refit(self, task: ScanTask, trained: Sequence[Any], engine: Engine) -> None:
+        task.eval()
+        features = torch.cat([pooled(self.store, task, case, engine) for case in trained])
+        groups = [case.session.subject_key for case in trained]
+        task.start_linear(features, np.stack([case.answer for case in trained]), groups)
+
+    # ---- what is made of the answers ---------------------------------------------------------------------------------
 
     def decide(self, rows: Sequence[Row]) -> Decided:
         truth, raw = _arrays(rows)
@@ -208,7 +318,12 @@ class Scanning(Question):
             of_repeat = [split for split in splits if split.repeat == repeat]
             parts = [(self._places(s.trained + s.inner), self._places(s.held)) for s in of_repeat]
             truth = self._truth(self.cases)
-            if name == "features":
+            if name == "volumes":
+                assert self.volumes is not None
+                x = np.stack([self.volumes.values[case.session.key] for case in self.cases])
+                who = [case.session.subject_key for case in self.cases]
+                found = baselines.linear_answers(x, truth, who, parts, self.spec, seed + repeat)
+            elif name == "features":
                 found = baselines.feature_baseline(self.store, self.cases, truth, parts, self.spec, seed + repeat)
             else:
                 found = baselines.random_linear_scans(

@@ -14,13 +14,14 @@ import torch
 from torch.utils.data import Dataset
 
 from brainfm.data.fingerprint import choose_patch, fingerprint
-from brainfm.data.patches import Case, TaskPatches, class_shares, find_cases, whole_case
+from brainfm.data.patches import Case, TaskPatches, class_shares, collate, find_cases, whole_case
 from brainfm.data.store import Store
-from brainfm.data.targets import _LESION_NAME
+from brainfm.data.targets import LESION_NAME
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.dense import DenseHead
 from brainfm.nets.transfer import transfer
 from brainfm.nets.weights import LoadedBackbone, write_atomically
+from brainfm.seeds import stream
 from brainfm.specs import ConfigError, Decisions, ManifestError, TaskSpec
 from brainfm.tasks import postprocess
 from brainfm.tasks.metrics import dice, instance_scores, volume_ml
@@ -47,6 +48,7 @@ from brainfm.training.questions import (
 
 _WORTH = 0.002  # Dice that a change must bring on held-out cases before it is kept
 _LONGEST_NAME = 180  # bytes
+_PROBED, _PROBED_VOXELS = 16, 2500  # patches, and voxels of each, that a linear start looks at
 _SCORES = ("dice", "lesion_f1", "false_positives", "volume_error_ml")
 
 
@@ -77,6 +79,9 @@ class Segmenting(Question):
         self.cases, self.left_out = tuple(cases), tuple(left_out)
         self.loss = SegmentationLoss(values["loss"])
         self.deep_supervision = bool(values["deep_supervision"])
+        self.head_start = values.get("head_start", "linear")
+        if self.head_start not in ("linear", "fresh"):
+            raise ConfigError(f"task.head_start={self.head_start}: expected linear or fresh")
         self.mirror, self.clean = tuple(mirror), clean
         self.instances = all(case.label.endswith("_mask") for case in cases)
         self.spec = TaskSpec(
@@ -116,18 +121,31 @@ class Segmenting(Question):
                 task.begin_as(head, sum(decoder.parts[part] for part in parts[: parts.index(head.part)]))
         return task
 
-    def begins_as(self, pretrained: LoadedBackbone) -> str:
-        head = self.row_of(pretrained)
-        return "fresh" if head is None else f"the row of the file's lesion head, on part {head.part}"
-
     def row_of(self, pretrained: LoadedBackbone) -> DenseHead | None:
         """The pre-trained head that the last layer begins as: of a question about a lesion the file's ``lesion``."""
         head = pretrained.heads.get("lesion")
-        asked = self.spec.classes == 2 and _LESION_NAME.search(self.spec.target.lower())
+        asked = self.spec.classes == 2 and LESION_NAME.search(self.spec.target.lower())
         return head if head is not None and head.out_channels == 1 and asked else None
 
+    @torch.no_grad()
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
-        """Nothing: whatever does not come from the backbone's file is learned by steps."""
+        """Behind a pre-trained decoder the last layer begins as a linear probe of it, unless it began as a head of the
+        file: what the decoder knows would else not be heard before a hundred steps. Nothing in other cases."""
+        assert isinstance(task, SegmentationTask)
+        if self.head_start == "fresh" or task.head is None or task.began != "fresh":
+            return
+        patches = TaskPatches(self.store, trained, self.spec.values, self.spec.patch_vox, 0, 0.5, 0.0)
+        task.eval().to(device)
+        features, classes = [], []
+        for number in range(_PROBED):
+            batch = collate([patches[number]]).to(device)
+            assert batch.present is not None and batch.label is not None
+            voxels = task.climb(batch.image.float(), batch.present)[-1][0].flatten(1).t()
+            drawn = stream(0, "linear start", number).integers(len(voxels), size=_PROBED_VOXELS)
+            chosen = torch.from_numpy(drawn).to(device)
+            features.append(voxels[chosen])
+            classes.append(batch.label[0].flatten()[chosen])
+        task.begin_linear(torch.cat(features), torch.cat(classes))
 
     def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
         return TaskPatches(

@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.decoders import SkipDecoder
 from brainfm.specs import ConfigError
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
@@ -56,6 +57,8 @@ def quicken(module: nn.Module, trainer: Mapping[str, Any]) -> None:
     for child in module.children():
         if isinstance(child, Backbone):
             child.features = torch.compile(child.features, mode=trainer["compile"])  # type: ignore[method-assign]
+        elif isinstance(child, SkipDecoder):  # objectives climb it without calling it
+            child.climb = torch.compile(child.climb, mode=trainer["compile"])  # type: ignore[method-assign]
         else:
             child.compile(mode=trainer["compile"])
 

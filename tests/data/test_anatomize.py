@@ -11,7 +11,9 @@ import numpy as np
 import pytest
 
 from brainfm.data import anatomize as module
-from brainfm.data.anatomize import anatomize, pick
+from brainfm.data import labelling
+from brainfm.data.anatomize import anatomize
+from brainfm.data.labelling import pick
 from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
@@ -67,7 +69,7 @@ def scan(contrast: str, path: str = "x") -> Scan:
 
 def test_one_scan_of_a_session_by_priority() -> None:
     session = [scan("flair"), scan("dwi"), scan("t2", "b"), scan("t2", "a")]
-    assert pick(session, module.PRIORITY) == session[3]
+    assert pick(session, labelling.PRIORITY) == session[3]
     assert pick(session, ["flair", "t2"]) == session[0]
     assert pick(session, ["t1", "others"]) == session[1]
     assert pick(session, ["t1", "pd"]) is None
@@ -211,5 +213,5 @@ def test_refusals(manifest: Manifest, calls: list[int], tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", ["..", "", "a/b", "ä b"])
 def test_no_key_leaves_its_folder(name: str) -> None:
-    assert "/" not in module._as_folder(name) and module._as_folder(name) not in ("", ".", "..")
-    assert module._as_folder(name) != module._as_folder(name + "'")
+    assert "/" not in labelling._as_folder(name) and labelling._as_folder(name) not in ("", ".", "..")
+    assert labelling._as_folder(name) != labelling._as_folder(name + "'")

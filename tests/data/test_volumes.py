@@ -229,6 +229,14 @@ def test_a_closer_match_takes_the_row() -> None:
     assert found == {"a/ab-1": "ab-1"} and missing == ["a/ab: the row ab-1 of t.csv fits a/ab-1 as well"]
 
 
+def test_quality_beside_an_empty_flag_is_no_reason_to_leave_a_row_out(tmp_path: Path) -> None:
+    """The tables of `brainfm anatomy` have both; a table with quality alone tells by it what is bad."""
+    text = "dataset,subject,session,csf_ml,icv_ml,quality,flag\na,01,1,250,1500,0.91,\na,02,1,250,1500,0.31,dark\n"
+    assert list(read_volumes(write(tmp_path / "volumes.csv", text)).rows) == ["a/01/1"]
+    alone = "dataset,subject,session,csf_ml,icv_ml,quality\na,01,1,250,1500,\na,02,1,250,1500,bad\n"
+    assert list(read_volumes(write(tmp_path / "alone.csv", alone)).rows) == ["a/01/1"]
+
+
 def test_own_rows_match_by_session_or_by_their_only_one(tmp_path: Path) -> None:
     table = read_volumes(write(tmp_path / "volumes.csv", OWN))
     found, missing = match(table, ["a/01/2", "a/02", "a/01", "b/02", "a/02/9"])

@@ -62,7 +62,7 @@ def test_a_still_window_holds_the_store_voxels_and_left_stays_left(people_store:
     placed = place_window(
         np.random.default_rng(5), STILL, edge_vox=edge, voxel_mm=2.0, whole=True, shape=shape, spacing_mm=2.0,
         points=np.zeros((0, 3)),
-    )  # fmt: skip
+    ).placed()  # fmt: skip
     scan, ids = (read_window(people_store, session, n, placed, labels=n != "t1") for n in ("t1", "tissue_labels"))
     flipped = placed.positions[0, 0, 0, 0] > placed.positions[0, -1, 0, 0]
     nearest = np.rint(placed.positions).astype(int)
@@ -83,6 +83,7 @@ def test_a_coarser_level_shows_the_same_places(people_store: Store) -> None:
 
     class Ramps:
         spec, levels, shape = people_store.spec, lambda self, s: 1, people_store.shape
+        finest = people_store.finest
 
         def block(self, entry, name, corner, size, level=0):
             places = np.clip(np.arange(corner[0], corner[0] + size[0]), 0, self_shape(level) - 1)

@@ -100,6 +100,22 @@ def test_labels_are_written_on_the_very_grid(kind: str, ending: str, tmp_path: P
     assert sorted(p.name for p in tmp_path.iterdir()) == sorted([like.name, out.name])
 
 
+@pytest.mark.parametrize("kind", ["big_endian", "lps"])
+def test_ids_above_255_and_maps_come_back_whatever_the_order_of_bytes(
+    kind: str, tmp_path: Path, rng: np.random.Generator
+) -> None:
+    like, out = tmp_path / "scan.nii", tmp_path / "out.nii.gz"
+    phantoms.READABLE[kind](like, rng)
+    volume, _ = nifti.read(like)
+    ids = rng.choice([0, 17, 258, 3201, 11104], volume.shape)
+    nifti.write_labels(out, ids, like)
+    assert nib.load(out).get_data_dtype().itemsize == 2
+    np.testing.assert_array_equal(nifti.read(out, labels=True)[0].voxels, ids)
+    values = rng.standard_normal(volume.shape).astype(np.float32)
+    nifti.write_map(out, values, like)
+    np.testing.assert_array_equal(nifti.read(out)[0].voxels, values)
+
+
 def test_written_labels_carry_no_text_of_the_patient(tmp_path: Path, rng: np.random.Generator) -> None:
     like = tmp_path / "scan.nii"
     image = phantoms.write(like, np.ones((4, 5, 6)), np.eye(4))
@@ -115,8 +131,8 @@ def test_labels_that_do_not_fit_are_refused(tmp_path: Path, rng: np.random.Gener
     like = tmp_path / "scan.nii"
     phantoms.READABLE["ras"](like, rng)
     shape = nifti.read_header(like).grid.shape_vox
-    with pytest.raises(ValueError, match="expected 0 to 255"):
-        nifti.write_labels(tmp_path / "out.nii", np.full(shape, 256), like)
+    with pytest.raises(ValueError, match="expected 0 to 65535"):
+        nifti.write_labels(tmp_path / "out.nii", np.full(shape, 65536), like)
     with pytest.raises(ValueError, match="expected whole numbers"):
         nifti.write_labels(tmp_path / "out.nii", np.full(shape, 0.5), like)
     with pytest.raises(ValueError, match="expected"):

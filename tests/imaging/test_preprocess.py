@@ -112,6 +112,23 @@ def test_probabilities_choose_the_largest_and_class_0_outside(session: tuple) ->
         restore_probabilities(logits[:, 1:], recipe)
 
 
+def test_shares_come_back_the_same_when_each_class_is_looked_at_where_it_can_win(session: tuple) -> None:
+    """On every grid of the session: finer and coarser ones, oblique ones, slices thicker than the network's voxels."""
+    scans, _, prepared = session
+    rng = np.random.default_rng(2)
+    shape = prepared.scans["lps"].shape
+    cells = rng.integers(0, 12, (5, 5, 5))
+    classes = np.kron(cells, np.ones([n // 5 + 1 for n in shape], int))[tuple(slice(0, n) for n in shape)]
+    shares = np.stack([classes == k for k in range(13)]).astype(np.float32)  # the last is nowhere
+    shares += rng.random(shares.shape, dtype=np.float32) * 0.3
+    shares /= shares.sum(axis=0)
+    for kind in scans:
+        recipe = prepared.recipes[kind]
+        everywhere = restore_probabilities(shares, recipe)
+        np.testing.assert_array_equal(restore_probabilities(shares, recipe, shares=True), everywhere)
+        assert len(np.unique(everywhere)) == 12
+
+
 def test_foreground_points_lie_in_the_head(session: tuple) -> None:
     scans, labels, prepared = session
     points = prepared.foreground

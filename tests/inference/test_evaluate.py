@@ -110,7 +110,7 @@ def test_classes_apart(cohort, tmp_path):
     found = evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path, (0, 1, 5), Two()), device="cpu")
     by_subject = {row["subject"]: row for row in found.rows}
     # class 5 is empty on both sides for a and c, and missed in b
-    assert by_subject["a"]["dice_5"] == 1 and by_subject["a"]["surface_dice_1mm_5"] == 0
+    assert by_subject["a"]["dice_5"] == by_subject["a"]["surface_dice_1mm_5"] == 1
     assert by_subject["a"]["dice"] == pytest.approx((by_subject["a"]["dice_1"] + 1) / 2)
     assert by_subject["b"]["dice_5"] == 0 and by_subject["b"]["dice_1"] == 0
     assert by_subject["b"]["volume_ml_true"] == by_subject["b"]["volume_ml_true_5"] > 0
@@ -125,7 +125,7 @@ def test_empty_on_both_sides_is_counted(cohort, tmp_path):
     write_label(tmp_path / "a_marker.nii.gz", tmp_path / "a.nii.gz", 0)
     found = evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path, network=Nothing()), device="cpu")
     assert found.summary["both_empty"] == 1
-    assert [(r["dice"], r["surface_dice_1mm"]) for r in found.rows] == [(1, 0), (0, 0), (0, 0)]
+    assert [(r["dice"], r["surface_dice_1mm"]) for r in found.rows] == [(1, 1), (0, 0), (0, 0)]
 
 
 def test_a_label_on_another_grid(cohort, tmp_path):

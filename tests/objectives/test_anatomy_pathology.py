@@ -8,7 +8,7 @@ import torch.nn.functional as F
 
 from brainfm.batch import Batch
 from brainfm.nets.backbone import build_backbone
-from brainfm.objectives.anatomy_pathology import AnatomyPathology, balanced_errors, region_errors
+from brainfm.objectives.anatomy_pathology import AnatomyPathology, balanced_errors, region_errors, share_errors
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import build_objective
 from brainfm.specs import ConfigError
@@ -107,28 +107,103 @@ def test_terms__compare():
 
 def test_gradients_do_not_leak_between_the_parts():
     """Each head's term reaches its own projection and the encoder, and nobody else's projection or head."""
-    own = {"regions": "anatomy", "volumes": "anatomy", "patch": "pathology", "cells": "pathology"}
-    heads = {"regions": "region_decoder", "volumes": "volume_head", "pathology": "pathology_head"}
-    for name, part in own.items():
-        objective = _objective()
+    light, skip = {}, {"region_decoder": "skip"}
+    own = (
+        ("regions", light, "anatomy", ("region_decoder.",)),
+        ("regions", skip, None, ("dense.", "heads.regions.")),
+        ("shares", skip, "anatomy", ("share_head.",)),
+        ("volumes", light, "anatomy", ("volume_head.",)),
+        ("patch", light, "pathology", ("pathology_head.",)),
+        ("cells", light, "pathology", ("pathology_head.",)),
+    )
+    for name, config, part, networks in own:
+        objective = _objective(**config)
         batch = _batch()
         views = objective._views(batch)
-        codes = objective._codes(views)
-        terms = objective._anatomy(codes["anatomy"], views, batch)
+        maps = objective._maps(views)
+        codes = objective._codes(maps)
+        terms = objective._anatomy(codes["anatomy"], maps, views, batch)
         terms |= objective._pathology(codes["pathology"], views, batch)
         terms[name].backward()
         reached = {n for n, p in objective.named_parameters() if p.grad is not None and p.grad.abs().sum() > 0}
-        assert {n for n in reached if n.startswith("latents.")} == {
-            f"latents.mean.{part}.weight",
-            f"latents.mean.{part}.bias",
-        }
+        wanted = {f"latents.mean.{part}.{kind}" for kind in ("weight", "bias")} if part else set()
+        assert {n for n in reached if n.startswith("latents.")} == wanted, name
         assert any(n.startswith("backbone.") for n in reached)
-        outside = ("backbone.", "latents.", heads.get(name, heads["pathology"]))
-        assert all(n.startswith(outside) for n in reached), name
+        assert all(n.startswith(("backbone.", "latents.", *networks)) for n in reached), name
 
 
-def test_missing_targets_drop_their_term_and_not_the_sample():
-    objective, batch = _objective(), _batch()
+def test_skip_decoder_teaches_every_level_and_travels_apart():
+    """The finest map gets its gradient at single voxels, where the light decoder hands down block means only."""
+    slopes = {}
+    for kind in ("light", "skip"):
+        objective, batch = _objective(region_decoder=kind), _batch()
+        views = objective._views(batch)
+        maps = [m.detach().requires_grad_() for m in objective._maps(views)]
+        terms = objective._anatomy(objective._codes(maps)["anatomy"], maps, views, batch)
+        terms["regions"].backward()
+        slope = maps[0].grad[0].unfold(1, 4, 4).unfold(2, 4, 4).unfold(3, 4, 4).flatten(-3)
+        slopes[kind] = float((slope - slope.mean(-1, keepdim=True)).norm() / slope.norm())
+        assert all(m.grad[0].abs().sum() > 0 for m in maps)
+    assert slopes["light"] < 1e-3 and slopes["skip"] > 0.3
+    apart = {n.split(".")[0] for n in objective.state_dict()} - {n.split(".")[0] for n in objective.state_for_file()}
+    assert apart == {"backbone", "dense", "heads"} and objective.share_head is not None
+    assert objective.dense.parts == {"anatomy": 32} and objective.heads["regions"].names[-1] == f"group_{K - 1}"
+    assert _objective(groups=0, region_decoder="skip").dense is None
+
+
+@pytest.mark.parametrize("kind", ["skip", "light"])
+def test_label_maps_are_asked_for_in_visible_voxels(kind):
+    objective, batch = _objective(region_decoder=kind, regions_on="visible"), _batch()
+    hidden = draw_mask(batch.sample, PATCH, 4, 0.75, SEED, "mask_a")[:, 0]
+    elsewhere = torch.where(hidden & (batch.regions >= 0), (batch.regions + 1) % K, batch.regions)
+    one, two = objective(batch, 0.0).parts, objective(replace(batch, regions=elsewhere), 0.0).parts
+    assert one["regions"] == two["regions"] > 0 and one.get("shares") == two.get("shares")
+    nothing = torch.where(hidden, batch.regions, -1)  # known under the mask alone: a question to nobody
+    assert objective(replace(batch, regions=nothing), 0.0).parts["regions"] == 0
+    everywhere = _objective(region_decoder=kind, regions_on="all")
+    one, two = everywhere(batch, 0.0).parts, everywhere(replace(batch, regions=elsewhere), 0.0).parts
+    assert one["regions"] != two["regions"]
+
+
+def test_share_errors__compare():
+    torch.manual_seed(2)
+    target = torch.randint(-1, K, (2, 8, 8, 8))
+    target[0, :4, :4, :3] = -1  # most of the first cell, so that it is no question
+    target[1] = -1
+    logits = torch.randn(2, K, 2, 2, 2)
+    errors, known = share_errors(logits, target)
+    wanted = []
+    for x in range(2):
+        for y in range(2):
+            for z in range(2):
+                block = target[0, 4 * x : 4 * x + 4, 4 * y : 4 * y + 4, 4 * z : 4 * z + 4].flatten()
+                block = block[block >= 0]
+                if len(block) <= 32:
+                    continue
+                truth = torch.bincount(block, minlength=K) / len(block)
+                said = logits[0, :, x, y, z].softmax(0)
+                wanted.append(sum(t * (t / s).log() for t, s in zip(truth, said) if t > 0))
+    assert 0 < len(wanted) < 8
+    torch.testing.assert_close(errors[0], torch.stack(wanted).mean())
+    assert known.tolist() == [True, False] and errors[1] == 0
+
+
+def test_centred_agreement_is_not_met_by_a_common_vector():
+    batch = _batch()
+    parts = {}
+    for centred in (False, True):
+        objective = _objective(agreement_weight=0.3, centred=centred)
+        with torch.no_grad():
+            objective.latents.mean["anatomy"].weight.mul_(1e-3)
+            objective.latents.mean["anatomy"].bias.fill_(1.0)
+        parts[centred] = objective(batch, 0.0).parts
+    assert parts[False]["agreement"] < 1e-4 and "anatomy_floor" not in parts[False]
+    assert parts[True]["agreement"] > 0.1 and parts[True]["anatomy_floor"] > 0.9
+
+
+@pytest.mark.parametrize("kind", ["skip", "light"])
+def test_missing_targets_drop_their_term_and_not_the_sample(kind):
+    objective, batch = _objective(region_decoder=kind), _batch()
     bare = Batch(image=batch.image, sample=batch.sample)
     terms = objective(bare, 0.0)
     torch.testing.assert_close(terms.total.detach(), 0.7 * terms.parts["reconstruction"])
@@ -190,8 +265,9 @@ def test_learns_its_targets():
         assert terms.parts[name] < 0.5 * first.parts[name], name
 
 
-def test_pictures_show_the_regions():
-    pictures = _objective().pictures(_batch())
+@pytest.mark.parametrize("kind", ["skip", "light"])
+def test_pictures_show_the_regions(kind):
+    pictures = _objective(region_decoder=kind).pictures(_batch())
     assert set(pictures) == {"input", "masked", "self", "regions", "predicted"}
     assert all(p.shape == (4, 1, *PATCH) and p.dtype == torch.float32 for p in pictures.values())
 
@@ -204,6 +280,8 @@ def test_pictures_show_the_regions():
         ({"anatomy_weight": -1.0}, "objective.anatomy_weight=-1.0"),
         ({"loss": "l1"}, "expected one of mse"),
         ({"beta": 0.0}, "beta"),
+        ({"region_decoder": "unet"}, "region_decoder='unet': expected one of skip, light"),
+        ({"regions_on": "hidden"}, "regions_on='hidden': expected one of visible, all"),
         ({"mask_unit_vox": 5}, "divisor"),
     ],
 )

@@ -15,6 +15,7 @@ from brainfm.objectives.objective import build_objective
 from brainfm.specs import ConfigError
 
 PATCH, SEED = (16, 16, 16), 4
+MENDED = {"terms_on": "means", "centred": True, "logvar_start": -6.0}
 
 
 def _objective(**config) -> CrossContrast:
@@ -143,6 +144,75 @@ def test_terms__on_hidden_voxels_only():
     _same(objective(batch, 1.0).parts, _reference(objective, batch, "standard", "other", loss_on="hidden"))
 
 
+@pytest.mark.parametrize("config", [MENDED, MENDED | {"terms_on": "samples"}, {"terms_on": "means"}])
+def test_mended_terms__compare_to_a_loop_over_samples(config):
+    """Which codes are looked at, and less what; everything else stays the published objective."""
+    objective, batch = _objective(**config), _batch()
+    found = objective(batch, 0.05)
+    want = _reference(objective, batch, "standard", "other")
+    pairs = {"anatomy": [], "contrast": []}
+    for i, number in enumerate(batch.sample.tolist()):
+        if batch.paired[i]:
+            a, b = (
+                _codes(objective, image[i], number, which)[0]
+                for image, which in ((batch.image, "a"), (batch.partner, "b"))
+            )
+            for part, seen in pairs.items():
+                seen.append([code[part][0 if config["terms_on"] == "means" else 2][0] for code in (a, b)])
+    floors = {}
+    if config.get("centred"):
+        for part, seen in pairs.items():
+            for channel in range(8):
+                values = torch.cat([code[channel].flatten() for pair in seen for code in pair])
+                for pair in seen:
+                    for k in range(2):
+                        pair[k] = pair[k].clone()
+                        pair[k][channel] -= values.mean()
+                short = (1 - (values.var(correction=0) + 1e-4).sqrt()).clamp(min=0)
+                floors.setdefault(f"{part}_floor", []).append(short)
+    cosines = {part: [F.cosine_similarity(*(c.flatten() for c in pair), dim=0) for pair in seen]
+               for part, seen in pairs.items()}  # fmt: skip
+    want["agreement"] = 1 - torch.stack(cosines["anatomy"]).mean()
+    # of the samples 0, 2 and 3 that have a pair, 2 shows one contrast twice
+    want["separation"] = torch.stack([cosines["contrast"][0], cosines["contrast"][2]]).mean()
+    kl = want.pop("kl")
+    want |= {name: torch.stack(values).mean() for name, values in floors.items()} | {"kl": kl}
+    _same(found.parts, want)
+    weights = {"self": 3.0, "cross": 1.0, "kl": 0.001 * 0.5}
+    torch.testing.assert_close(found.total, sum(weights.get(n, 0.5) * want[n] for n in want), atol=1e-4, rtol=1e-4)
+
+
+def test_noise_no_longer_separates_the_contrasts():
+    """Codes that are the same for both scans: samples are far apart where the noise is large, means are not."""
+    parts = {}
+    for terms_on in ("samples", "means"):
+        objective = _objective(terms_on=terms_on)
+        with torch.no_grad():
+            objective.latents.mean["contrast"].weight.zero_()
+            objective.latents.logvar["contrast"].bias.fill_(4.0)
+        parts[terms_on] = objective(_batch(), 1.0).parts["separation"].item()
+    assert parts["samples"] < 0.3 and parts["means"] == pytest.approx(1.0)
+
+
+def test_a_common_vector_no_longer_agrees():
+    parts = {}
+    for centred in (False, True):
+        objective = _objective(terms_on="means", centred=centred)
+        with torch.no_grad():
+            for part in ("anatomy", "contrast"):
+                objective.latents.mean[part].weight.mul_(1e-4)
+                objective.latents.mean[part].bias.fill_(2.0)
+        parts[centred] = objective(_batch(), 1.0).parts
+    assert parts[False]["agreement"] < 1e-4
+    assert parts[True]["agreement"] > 0.1 and parts[True]["anatomy_floor"] > 0.9 and parts[True]["contrast_floor"] > 0.9
+
+
+def test_the_noise_starts_where_it_is_told():
+    quiet, loud = (_objective(logvar_start=start).latents.logvar["contrast"].bias for start in (-6.0, None))
+    assert (quiet == -6).all() and loud.abs().max() < 1
+    assert not _objective(variational=False, logvar_start=-6.0).latents.logvar
+
+
 @pytest.mark.parametrize("swap", ["standard", "published"])
 def test_a_swapped_target_would_be_noticed(swap):
     objective, batch = _objective(swap=swap), _batch()
@@ -156,9 +226,10 @@ def test_standard_and_published_differ():
     assert abs(parts[0] - parts[1]) > 1e-3
 
 
+@pytest.mark.parametrize("config", [{}, {"terms_on": "means", "centred": True}])
 @pytest.mark.parametrize("partner", ["absent", "repeats", "nan"])
-def test_single_scans_give_self_and_kl_of_a_only(partner):
-    objective = _objective()
+def test_single_scans_give_self_and_kl_of_a_only(partner, config):
+    objective = _objective(**config)
     batch = _batch(paired=(False,) * 4)
     if partner == "absent":
         batch = replace(batch, partner=None, paired=None, same_contrast=None)
@@ -166,8 +237,8 @@ def test_single_scans_give_self_and_kl_of_a_only(partner):
         batch = replace(batch, partner=torch.full_like(batch.image, float("nan")))
     terms = objective(batch, 1.0)
     want = _reference(objective, _batch(paired=(False,) * 4), "standard", "other")
-    _same(terms.parts, want)
-    assert all(terms.parts[name].item() == 0 for name in ("cross", "agreement", "separation"))
+    _same({name: value for name, value in terms.parts.items() if name in want}, want)
+    assert all(value.item() == 0 for name, value in terms.parts.items() if name not in ("self", "kl"))
     terms.total.backward()
     assert all(p.grad is not None and torch.isfinite(p.grad).all() for p in objective.parameters())
 
@@ -195,9 +266,9 @@ def test_separation_floor():
 
 
 @pytest.mark.parametrize("autocast", [False, True])
-@pytest.mark.parametrize("swap", ["standard", "published"])
-def test_every_parameter_gets_a_gradient(autocast, swap):
-    objective = _objective(swap=swap)
+@pytest.mark.parametrize("config", [{"swap": "standard"}, {"swap": "published"}, MENDED])
+def test_every_parameter_gets_a_gradient(autocast, config):
+    objective = _objective(**config)
     with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
         terms = objective(_batch(), 0.5)
     assert terms.total.dtype == torch.float32 and all(p.dtype == torch.float32 for p in terms.parts.values())
@@ -271,6 +342,8 @@ def test_pictures():
     ("config", "words"),
     [
         ({"swap": "both"}, "expected one of standard, published"),
+        ({"terms_on": "codes"}, "expected one of means, samples"),
+        ({"logvar_start": -20.0}, "expected -10 to 10, or null"),
         ({"loss_on": "visible"}, "expected one of all, hidden"),
         ({"anatomy_from": "a"}, "expected one of null, other, mean"),
         ({"swap": "published", "anatomy_from": "other"}, "expected 'mean'"),

@@ -3,6 +3,8 @@ that mixes devices and any question for a value, which on a GPU would make the h
 
 from __future__ import annotations
 
+from typing import Any
+
 import pytest
 import torch
 
@@ -26,6 +28,11 @@ def _batch() -> Batch:
         volumes=torch.zeros(4, 3),
         pathology=torch.zeros(4),
         lesion=torch.zeros(4, *PATCH, dtype=torch.int8),
+        corners=torch.tensor([[[0, 2, 1], [1, 0, 1]]]).repeat(4, 1, 1),
+        voxel_mm=torch.full((4,), 2.0),
+        rendered=torch.zeros(4, 2, dtype=torch.bool),
+        real=torch.ones(4, dtype=torch.bool),
+        tissue_shares=torch.zeros(4, 5),
     )
 
 
@@ -36,12 +43,26 @@ def test_what_decides_about_the_work_stays_on_the_host() -> None:
     assert moved.subject.device.type == moved.lesion.device.type == "meta"
 
 
-@pytest.mark.parametrize("name", list(OBJECTIVES))
+MORE: dict[str, dict[str, Any]] = {
+    "anatomy_pathology": {"groups": 4, "volumes": 3, "agreement_weight": 0.1},
+    "anatomy_pathology, mended": {
+        "groups": 4, "volumes": 3, "agreement_weight": 0.1, "region_decoder": "skip", "regions_on": "visible",
+        "centred": True,
+    },
+    "cross_contrast, mended": {"terms_on": "means", "centred": True, "logvar_start": -6.0},
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, *(n for n in MORE if "," in n)])
 def test_no_value_is_asked_of_the_device(name: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    more = {"groups": 4, "volumes": 3, "agreement_weight": 0.1} if name == "anatomy_pathology" else {}
-    objective = build_objective(
-        name, build_backbone("unet_tiny"), patch_vox=PATCH, seed=0, latent_channels=20, mask_unit_vox=4, **more
-    )
+    more = MORE.get(name, {})
+    name = name.split(",")[0]
+    if name == "dense_split":
+        more = {"classes": ("a", "b", "c"), "merged": [[1, 2]], "volumes": 3, "stride": 2}
+    else:
+        more = more | {"latent_channels": 20}
+    backbone = build_backbone("unet_tiny")
+    objective = build_objective(name, backbone, patch_vox=PATCH, seed=0, mask_unit_vox=4, **more)
     objective.to("meta")
     # generators do not exist there; where the noise lands is what matters
     real = torch.randn

@@ -6,7 +6,16 @@ import pytest
 import torch
 
 from brainfm.nets.latents import Code
-from brainfm.objectives.losses import cosine, kl_to_standard_normal, mean_of_valid, ramp, reconstruction
+from brainfm.objectives.losses import (
+    centred,
+    cosine,
+    kl_to_standard_normal,
+    mean_of_valid,
+    mean_where,
+    ramp,
+    reconstruction,
+    spread_floor,
+)
 
 
 def _pair() -> tuple[torch.Tensor, torch.Tensor]:
@@ -58,6 +67,47 @@ def test_mean_of_valid__nothing_is_an_exact_zero_with_a_gradient():
     nothing.backward()
     assert nothing.item() == 0 and source.grad is not None and not source.grad.any()
     assert mean_of_valid(torch.tensor([1.0, 3.0])).item() == 2
+
+
+def test_mean_where__compare():
+    values = torch.tensor([1.0, float("nan"), 5.0], requires_grad=True)
+    found = mean_where(values, torch.tensor([True, False, True]))
+    found.backward()
+    assert found.item() == 3 and values.grad.tolist() == [0.5, 0.0, 0.5]
+    assert mean_where(values.detach(), torch.zeros(3, dtype=torch.bool)).item() == 0
+
+
+def test_centred_and_floor__compare_to_loops():
+    torch.manual_seed(0)
+    one, other = 0.4 * torch.randn(2, 3, 2, 1, 2) + 5, 0.4 * torch.randn(2, 3, 2, 1, 2) + 5
+    other[:, 2] *= 20
+    got = centred(one, other)
+    floors = []
+    for e in range(3):
+        values = [v for code in (one, other) for b in range(2) for v in code[b, e].flatten().tolist()]
+        mean = sum(values) / len(values)
+        for code, found in zip((one, other), got, strict=True):
+            torch.testing.assert_close(found[:, e], code[:, e] - mean, atol=1e-5, rtol=1e-5)
+        variance = sum((v - mean) ** 2 for v in values) / len(values)
+        floors.append(max(0.0, 1 - math.sqrt(variance + 1e-4)))
+    assert floors[0] > 0.3 and floors[2] == 0
+    assert spread_floor(*got).item() == pytest.approx(sum(floors) / 3, rel=1e-4)
+
+
+@pytest.mark.parametrize("pairs", [1, 2, 0])
+def test_a_common_vector_meets_no_centred_term(pairs):
+    """One pair is enough, the mean being over cells too; without a pair there is no term and no trouble."""
+    torch.manual_seed(0)
+    common = torch.full((pairs, 4, 2, 2, 2), 7.0).requires_grad_()
+    one, other = common + 0.01 * torch.randn(2, pairs, 4, 2, 2, 2)
+    if pairs:
+        assert cosine(one, other).min() > 0.999
+        assert cosine(*centred(one, other)).max() < 0.7 and spread_floor(*centred(one, other)) > 0.95
+        same = torch.full_like(one, 3.0)
+        assert cosine(*centred(same, same)).abs().max() == 0
+    terms = mean_of_valid(1 - cosine(*centred(one, other))) + spread_floor(*centred(one, other))
+    terms.backward()
+    assert common.grad.isfinite().all() and (pairs > 0 or terms.item() == 0)
 
 
 def test_ramp():

@@ -7,7 +7,9 @@ import json
 import os
 import pickle
 from dataclasses import replace
+from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 
@@ -240,3 +242,15 @@ def test_members_must_fit(tmp_path):
     with pytest.raises(BundleError, match="at least one member"):
         write(tmp_path / "bundle", members=0)
     assert not (tmp_path / "bundle").exists()
+
+
+def test_a_bundle_of_before_answers_as_it_did():
+    """Written by commit 9c41fdf: no reads.json, features that are cut at five deviations."""
+    bundle = read_bundle(Path(__file__).parent / "bundle_of_before")
+    (network,) = bundle.networks
+    assert network.reads is None and float(network.norm.bound) == 5
+    rng = np.random.default_rng(0)
+    image = torch.from_numpy(rng.normal(size=(12, 1, 1, 16, 16, 16))).float()[:2] * 3
+    with torch.no_grad():
+        found = network.decode(network(image, torch.ones(2, 1, dtype=torch.bool)))
+    assert found.tolist() == pytest.approx([70.7085, 61.9248], abs=1e-3)

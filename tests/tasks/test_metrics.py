@@ -97,11 +97,12 @@ def test_dice():
         dice(p, t[:4])
 
 
-def test_empty_masks_score_as_in_fomo():
+def test_dice_and_surface_dice_agree_on_empty_masks():
+    """Both empty is right for both; FOMO26's own 0 for the surface is to be had."""
     empty, full = np.zeros((4, 4, 4), bool), np.ones((4, 4, 4), bool)
-    assert dice(empty, empty) == 1
+    assert dice(empty, empty) == surface_dice(empty, empty, (1, 1, 1)) == 1
+    assert surface_dice(empty, empty, (1, 1, 1), both_empty=0.0) == 0
     assert dice(empty, full) == dice(full, empty) == 0
-    assert surface_dice(empty, empty, (1, 1, 1)) == 0
     assert surface_dice(empty, full, (1, 1, 1)) == surface_dice(full, empty, (1, 1, 1)) == 0
 
 

@@ -258,6 +258,46 @@ def test_a_pre_trained_decoder_keeps_its_names_and_adds_a_last_layer():
         SegmentationTask(SPEC, build_backbone("unet_tiny"), dense_channels=-1)
 
 
+@pytest.mark.parametrize("scale", [0.01, 1.0, 100.0])
+def test_a_linear_start_hears_what_the_decoder_knows(scale):
+    """Classes that are a linear function of the decoder's features are told at once, whatever the widened map's scale
+    and offset; those that are not keep their shares."""
+    torch.manual_seed(1)
+    task = SegmentationTask(SPEC, build_backbone("unet_tiny"), dense_channels=20).eval()
+    with torch.no_grad():
+        for parameter in task.decoder.out.parameters():
+            parameter.mul_(scale).add_(scale)
+    image, present = torch.randn(2, 3, 16, 16, 16), torch.ones(2, 3, dtype=torch.bool)
+    with torch.no_grad():
+        features = task.climb(image, present)[-1].movedim(1, -1)
+        told = (features @ torch.randn(features.shape[-1], 3)).argmax(-1)
+    task.begin_linear(features[0].flatten(0, 2), told[0].flatten())
+    with torch.no_grad():
+        assert (task(image, present).argmax(1)[1] == told[1]).float().mean() > 0.93
+    assert task.began == "a linear probe of the decoder's features"
+    nothing = torch.multinomial(torch.tensor([0.5, 0.2, 0.3]), 4096, replacement=True)
+    task.begin_linear(features[0].flatten(0, 2), nothing)
+    with torch.no_grad():
+        answered = torch.softmax(task(image, present), 1).mean((0, 2, 3, 4))
+    assert answered.tolist() == pytest.approx([0.5, 0.2, 0.3], abs=0.04)
+
+
+def test_a_linear_start_is_that_of_a_reference():
+    """scikit-learn's logistic regression with the same penalty, on the same features in units of their deviation."""
+    linear_model = pytest.importorskip("sklearn.linear_model")
+    torch.manual_seed(2)
+    task = SegmentationTask(SPEC, build_backbone("unet_tiny"), dense_channels=20).eval()
+    edge = task.decoder.out.in_channels
+    features = 3 + 2 * torch.randn(500, edge)
+    classes = (features @ torch.randn(edge, 3) + torch.randn(500, 3)).argmax(1)
+    task.begin_linear(features, classes)
+    with torch.no_grad():
+        found = torch.softmax(task._logits(features.t()[None, :, :, None, None])[0, :, :, 0, 0].t(), 1)
+    z = ((features - features.mean(0)) / features.std(0)).double().numpy()
+    reference = linear_model.LogisticRegression(C=1 / (2 * 1e-3 * 500), tol=1e-10, max_iter=10_000).fit(z, classes)
+    assert found.numpy() == pytest.approx(reference.predict_proba(z), abs=2e-3)
+
+
 def test_a_head_that_does_not_fit_is_no_beginning():
     two = replace(SPEC, values=(0, 1))
     lesion = DenseHead("pathology", 4, ("lesion",))

@@ -13,7 +13,13 @@ from scipy.stats import t as student
 
 from brainfm.seeds import stream
 from brainfm.tasks.scores import auroc
-from brainfm.tasks.statistics import bootstrap, mean_score, paired_bootstrap, paired_permutation
+from brainfm.tasks.statistics import (
+    bootstrap,
+    crossed_bootstrap,
+    mean_score,
+    paired_bootstrap,
+    paired_permutation,
+)
 
 
 def names(n: int) -> list[str]:
@@ -218,3 +224,48 @@ def test_rows_that_do_not_belong_together_are_refused() -> None:
 def test_one_subject_alone_has_an_interval_without_width() -> None:
     found = bootstrap(shifted, np.array([0.2, 0.6, 0.7]), groups=["a"] * 3, seed=0)
     assert found.low == found.high == found.mean == pytest.approx(0.6)
+
+
+def test_the_crossed_bootstrap_against_a_loop_over_the_drawn_runs_and_subjects() -> None:
+    scores = np.random.default_rng(2).random((3, 4))
+    found = crossed_bootstrap(scores, seed=4, resamples=400)
+    generator = stream(4, "crossed bootstrap")
+    rows = generator.multinomial(3, [1 / 3] * 3, size=400)
+    columns = generator.multinomial(4, [1 / 4] * 4, size=400)
+    means = []
+    for of_run, of_subject in zip(rows, columns):
+        picked = [np.repeat(np.arange(n), of) for n, of in ((3, of_run), (4, of_subject))]
+        drawn = [scores[r, s] for r in picked[0] for s in picked[1]]
+        assert len(drawn) == 12
+        means.append(np.mean(drawn))
+    tail = norm.cdf(student.ppf(0.025, 2) * math.sqrt(3 / 2))  # as for three
+    assert (found.low, found.high) == pytest.approx(tuple(np.quantile(means, [tail, 1 - tail])))
+    assert found.mean == pytest.approx(scores.mean()) and found.n == 12
+
+
+def test_the_crossed_bootstrap_of_one_subject_is_over_runs_and_of_one_score_has_no_width() -> None:
+    column = np.array([[0.2], [0.4], [0.9]])
+    alone = crossed_bootstrap(column, seed=0)
+    repeated = crossed_bootstrap(np.repeat(column, 30, axis=1), seed=0)  # subjects who do not differ add nothing
+    assert 0.2 <= alone.low < alone.mean < alone.high <= 0.9
+    assert (repeated.low, repeated.high) == pytest.approx((alone.low, alone.high), abs=0.02)
+    one = crossed_bootstrap(np.array([[0.3]]), seed=0)
+    assert (one.low, one.mean, one.high) == (0.3, 0.3, 0.3)
+    with pytest.raises(ValueError, match="expected finite scores of trainings by subjects"):
+        crossed_bootstrap(np.array([[0.1, np.nan]]), seed=0)
+    with pytest.raises(ValueError, match="expected finite scores"):
+        crossed_bootstrap(np.zeros((0, 3)), seed=0)
+
+
+def test_the_crossed_interval_holds_the_truth_where_subjects_alone_do_not() -> None:
+    """Five runs that differ by .05, ten subjects that differ by .03."""
+    rng, crossed, subjects = np.random.default_rng(0), 0, 0
+    for _ in range(300):
+        noise = 0.03 * rng.standard_normal((5, 10))
+        scores = 0.05 * rng.standard_normal((5, 1)) + 0.03 * rng.standard_normal((1, 10)) + noise
+        found = crossed_bootstrap(scores, seed=0, resamples=3000)
+        crossed += found.low <= 0 <= found.high
+        means = scores.mean(axis=0)
+        half = student.ppf(0.975, 9) * means.std(ddof=1) / math.sqrt(10)
+        subjects += abs(means.mean()) <= half
+    assert crossed >= 0.92 * 300 and subjects <= 0.75 * 300

@@ -229,6 +229,7 @@ def test_refusals() -> None:
         ({"decoder": "perhaps"}, r"adapt\.decoder=perhaps: expected auto, true or false"),
         ({"decoder": 1}, r"adapt\.decoder=1"),
         ({"trial_share": 0.0}, r"adapt\.trial_share=0\.0"),
+        ({"trial_steps": 0}, r"adapt\.trial_steps=0"),
         ({"layers": 3}, r"unknown key adapt\.layers"),
     ):
         with pytest.raises(ConfigError, match=said):

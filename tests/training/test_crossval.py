@@ -90,12 +90,15 @@ def test_shots_are_nested_have_every_class_and_leave_the_held_alone() -> None:
     strata = classes(cases, 0.25)
     for split in split_cases(cases, SplitSpec(folds=4, inner=0.2), strata):
         few = [with_shots(split, shots, 3, strata) for shots in (2, 5, 15)]
-        assert [len(s.trained) for s in few] == [2, 5, 15]
-        assert subjects(few[0].trained) < subjects(few[1].trained) < subjects(few[2].trained)
+        assert [len(s.trained) + len(s.inner) for s in few] == [2, 5, 15]
+        assert [len(s.inner) for s in few] == [0, 1, 3], "as large a share as before"
+        both = [subjects((*s.trained, *s.inner)) for s in few]
+        assert both[0] < both[1] < both[2]
         assert {strata[k] for k in subjects(few[0].trained)} == {"ill", "well"}
         for s in few:
-            assert s.held == split.held and s.inner == () and s.name == split.name
-            assert not subjects(s.trained) & subjects(s.held)
+            assert s.held == split.held and s.name == split.name
+            assert not subjects(s.trained) & subjects(s.held) and not subjects(s.inner) & subjects(s.held)
+            assert not subjects(s.trained) & subjects(s.inner)
         with pytest.raises(ConfigError, match="at most the 15 training subjects"):
             with_shots(split, 16, 3, strata)
 

@@ -15,7 +15,7 @@ from brainfm.training.crossval import Split
 from brainfm.training.decoder_trial import TrialSpec, inner_folds, tried, verdict
 from brainfm.training.loop import State
 
-SPEC = TrialSpec(max_steps=200, share=0.2, larger_is_better=True, seed=0, mark="abc")
+SPEC = TrialSpec(max_steps=200, share=0.2, least=1, larger_is_better=True, seed=0, mark="abc")
 
 
 @dataclass(frozen=True)
@@ -93,6 +93,9 @@ def test_the_cost_is_said_before_it_is_paid() -> None:
     assert SPEC.steps == 10
     assert str(SPEC).endswith("4 trainings of 10 steps, 20 % of the 200 steps that follow")
     assert replace(SPEC, max_steps=3).steps == 1
+    long = replace(SPEC, least=50)
+    assert long.steps == 50 and str(long).endswith("4 trainings of 50 steps, 100 % of the 200 steps that follow")
+    assert replace(long, max_steps=2000).steps == 100 and replace(long, max_steps=20).steps == 20
 
 
 def test_an_outcome_is_remembered_and_goes_on_after_a_crash(tmp_path: Path) -> None:

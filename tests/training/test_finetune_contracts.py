@@ -30,7 +30,7 @@ from brainfm.training.monitor import read_curves
 from brainfm.training.scanning import Scanning
 
 SEGMENTATION = ("task=segmentation", "task.target=lesion")
-CLASSIFICATION = ("task=classification", "task.target=ill")
+CLASSIFICATION = ("task=classification", "task.target=ill", "task.candidates=[tuned]")
 
 
 def small_store(root: Path) -> Store:
@@ -199,12 +199,19 @@ def test_little_memory_is_planned_for(
 
 
 @pytest.mark.parametrize(
-    ("scores", "best"), [([0.1, 0.9, 0.2, 0.3], 2), ([np.nan, 0.2, np.nan, 0.2], 2), ([np.nan] * 4, 4)]
+    ("scores", "best"),
+    [
+        ([0.0, 0.1, 0.9, 0.2, 0.3], 2),
+        ([0.9, 0.1, 0.8, 0.9, 0.3], 0),
+        ([np.nan, np.nan, 0.2, np.nan, 0.2], 2),
+        ([np.nan] * 5, 4),
+    ],
 )
 def test_inner_cases_choose_the_step(
     scores: list[float], best: int, store: Store, backbone: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The weights of the best step are answered with and shipped; held-out cases are not asked before the end."""
+    """The weights of the best step, the start included, are answered with and shipped; held-out cases are not asked
+    before the end."""
     seen: list[dict[str, torch.Tensor]] = []
     asked: list[set[str]] = []
 
@@ -217,13 +224,13 @@ def test_inner_cases_choose_the_step(
     more = ("inner=0.3", "trainer.max_steps=4", "trainer.evaluate_every=1", "average=0", *CLASSIFICATION)
     finetune(config(store, tmp_path / "run", backbone, *more))
     shipped = member(tmp_path / "run")
-    assert len(seen) == 4 and all(torch.equal(value, seen[best - 1][name]) for name, value in shipped.items())
+    assert len(seen) == 5 and all(torch.equal(value, seen[best][name]) for name, value in shipped.items())
     (split,) = json.loads((tmp_path / "run" / "results.json").read_text())["splits"]
     held = {key.split("/")[1] for key in split["held"]}
     assert split["inner"] == len(asked[0]) > 0 and not held & asked[0]
     curves = read_curves(tmp_path / "run" / "fold0" / "curves.csv")
     curve = [value for _, name, value in curves if name == "inner_auroc"]
-    assert np.array_equal(curve, scores, equal_nan=True)
+    assert np.array_equal(curve, scores[1:], equal_nan=True)
 
 
 def test_without_inner_cases_the_last_step_is_taken(store: Store, backbone: Path, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from brainfm.training.finetune import MEMBER
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from tests.training.test_ddp import by_hand, by_torchrun
 from tests.training.test_finetune_contracts import small_store
+from tests.training.test_transferred import backbone_file
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["brainfm.training.launch", "brainfm.training.finetune", "brainfm.cli", __name__])
@@ -105,3 +106,17 @@ def test_two_processes_equal_one(task: str, store: Store, tmp_path: Path) -> Non
     assert json.loads(read_checkpoint(tmp_path / "two" / "fold0" / CHECKPOINT)["state"])["step"] == 4
     assert "training 1 of 2" in said[0] and "model: " in said[0], "the first process speaks, the other does not"
     assert "training 1 of 2" not in said[1] and "model: " not in said[1] and "Traceback" not in said[1]
+
+
+@pytest.mark.slow
+def test_two_processes_try_a_decoder_and_decide_alike(store: Store, tmp_path: Path) -> None:
+    origin = backbone_file(tmp_path / "backbone.safetensors", store)
+    given = dict(word.split("=", 1) for word in words(store, tmp_path / "run", "segmentation", *TWO))
+    given |= {"backbone_from": str(origin), "adapt.trial_steps": "2"}
+    said = go([f"{key}={value}" for key, value in given.items()], tmp_path / "out", 2)
+    for fold in ("fold0", "fold1"):
+        trial = json.loads((tmp_path / "run" / fold / "decoder.json").read_text())
+        taken = "head.weight" in load_file(tmp_path / "run" / fold / MEMBER)
+        assert trial["taken"] == taken and trial["subjects"] == 4 and trial["steps"] == 8
+        assert not (tmp_path / "run" / fold / "trial").exists()
+    assert said[0].count("trial of the decoder on inner folds") == 2 and "trial of the decoder" not in said[1]

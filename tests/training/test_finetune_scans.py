@@ -135,17 +135,21 @@ def test_a_regression_ends_with_values_in_its_unit(store: Store, manifest: Path,
     assert np.mean(inside) >= 0.9
 
 
-def test_resumed_equals_uninterrupted(store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("cut", [2, 5, 12])  # before the first step, at the first checkpoint, in the second fold
+def test_resumed_equals_uninterrupted(
+    cut: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     import brainfm.training.scanning as module
 
-    whole = words(store, tmp_path / "whole", "classification", "lesion", "inner=0.3", "trainer.evaluate_every=2")
+    more = ("inner=0.3", "trainer.evaluate_every=2", "task.candidates=[mean,features,tuned]")
+    whole = words(store, tmp_path / "whole", "classification", "lesion", *more)
     assert main(["finetune", *whole]) == 0
-    broken = words(store, tmp_path / "broken", "classification", "lesion", "inner=0.3", "trainer.evaluate_every=2")
+    broken = words(store, tmp_path / "broken", "classification", "lesion", *more)
     original, calls = module.views_of, []
 
     def failing(*args):
         calls.append(1)
-        if len(calls) == 9:
+        if len(calls) == cut:
             raise RuntimeError("power cut")
         return original(*args)
 
@@ -164,7 +168,7 @@ def test_a_training_broken_off_between_checkpoints_is_resumed_exactly(
     """With dropout and augmentation, which draw from streams of the samples."""
     import brainfm.training.supervised as module
 
-    more = ("folds=1", "trainer.max_steps=7", "data.augment=light", "task.dropout=0.5")
+    more = ("folds=1", "trainer.max_steps=7", "data.augment=light", "task.dropout=0.5", "task.candidates=[tuned]")
     assert main(["finetune", *words(store, tmp_path / "whole", "classification", "lesion", *more)]) == 0
     original, calls = module.draw, []
 
@@ -192,9 +196,11 @@ def test_a_learning_curve_has_nested_draws(store: Store, tmp_path: Path) -> None
     with (run / "learning_curve.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(r["shots"], r["condition"]) for r in rows] == [
-        (s, c) for s in ("2", "4", "all") for c in ("model", "features")
+        (s, c)
+        for s in ("2", "4", "all")
+        for c in ("model", "features", "candidate mean", "candidate features")
     ]
-    assert [float(r["training_subjects"]) for r in rows[::2]] == [2, 4, 6] and {r["cases"] for r in rows} == {"12"}
+    assert [float(r["training_subjects"]) for r in rows[::4]] == [2, 4, 6] and {r["cases"] for r in rows} == {"12"}
     assert (run / "bundle").is_dir()
 
 

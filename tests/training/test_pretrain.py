@@ -14,6 +14,7 @@ import pytest
 import torch
 
 from brainfm.cli import main, resolve
+from brainfm.data.patches import PretrainPatches
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
@@ -95,7 +96,8 @@ def test_a_decoder_and_heads_travel_with_the_backbone(toy_store: Store, tmp_path
     objective.dense = DenseDecoder(backbone.widths, backbone.strides, {"anatomy": 3, "pathology": 2})
     objective.heads = torch.nn.ModuleDict({"lesion": DenseHead("pathology", 2, ("lesion",))})
     path = tmp_path / "backbone.safetensors"
-    write_backbone(path, objective, toy_store.spec, toy_store.sessions[:2], 0, Provenance("0", "", ""))
+    trained = PretrainPatches(toy_store, toy_store.sessions[:2], objective.views, seed=0)
+    write_backbone(path, objective, toy_store.spec, trained, 0, Provenance("0", "", ""))
     loaded = load_backbone(path, needs_decoder=True)
     assert loaded.decoder is not None
     for ours, theirs in ((objective.dense, loaded.decoder), (objective.heads["lesion"], loaded.heads["lesion"])):

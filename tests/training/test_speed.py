@@ -75,6 +75,14 @@ def test_channels_last_changes_the_layout_and_nothing_else() -> None:
         torch.testing.assert_close(one, two, atol=1e-5, rtol=1e-3)
 
 
+def test_a_skip_decoder_is_compiled_where_objectives_enter_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch, "compile", lambda function, mode: (mode, function))
+    question = build_objective("dense_split", build_backbone("unet_tiny"), patch_vox=(16, 16, 16), seed=0)
+    climb = question.dense.climb
+    speed.quicken(question, {"channels_last": False, "compile": "default"})
+    assert question.dense.climb == ("default", climb) and question.backbone.features[0] == "default"
+
+
 @pytest.mark.slow
 def test_compiled_step_is_the_same_step_and_keeps_the_names() -> None:
     plain = objective()

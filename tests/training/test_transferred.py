@@ -21,7 +21,7 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.weights import load_backbone, save_backbone
 from brainfm.seen import SeenSubjects
-from brainfm.specs import PreprocessSpec, Provenance
+from brainfm.specs import ConfigError, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import read_bundle
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.training.finetune import MEMBER, _begin, _fresh, finetune
@@ -132,7 +132,7 @@ def test_a_file_without_decoder_costs_no_trial(store: Store, tmp_path: Path) -> 
     assert not (tmp_path / "run" / "fold0" / "decoder.json").exists() and "decoder" not in scores(tmp_path / "run")
 
 
-AUTO = ("folds=2", "trainer.max_steps=8", "adapt.trial_share=0.5", *SEGMENTATION)
+AUTO = ("folds=2", "trainer.max_steps=8", "adapt.trial_share=0.5", "adapt.trial_steps=1", *SEGMENTATION)
 
 
 def scripted(monkeypatch: pytest.MonkeyPatch, gain: float) -> list[set[str]]:
@@ -216,7 +216,7 @@ def test_a_trial_that_was_broken_off_goes_on(
     from brainfm.training.average import WeightAverage
 
     values = [
-        config(store, tmp_path / name, backbone, "trainer.checkpoint_every=1", "adapt.trial_share=1", *AUTO[:2],
+        config(store, tmp_path / name, backbone, "trainer.checkpoint_every=1", "adapt.trial_steps=2", *AUTO[:2],
                *SEGMENTATION) for name in ("whole", "broken")
     ]  # fmt: skip
     finetune(values[0])
@@ -301,15 +301,36 @@ def test_a_lesion_question_begins_as_the_pathology_row(store: Store, backbone: P
         answered = torch.softmax(task(image, torch.ones(2, 1, dtype=torch.bool)), dim=1)[:, 1:]
         dense = loaded.decoder(loaded.backbone.features(image))
         torch.testing.assert_close(answered, torch.sigmoid(row(loaded.decoder.split(dense)["pathology"])))
-    assert study.question.begins_as(loaded) == "the row of the file's lesion head, on part pathology"
+    assert task.began == "a pre-trained head on part pathology"
 
 
-def test_other_questions_begin_fresh(store: Store, backbone: Path) -> None:
+def test_an_anatomical_question_begins_as_a_linear_probe_of_the_decoder(people_store: Store, tmp_path: Path) -> None:
+    """The probe is of the training side, the same each time; with head_start=fresh, and with a fresh decoder, none."""
+    origin = backbone_file(tmp_path / "b.safetensors", people_store)
+    more = ("task=segmentation", "task.target=tissue", "adapt.decoder=true", "folds=2")
+    study, splits = _begin(config(people_store, tmp_path / "a", origin, *more))
+    one, again, other = (_fresh(study, s, study.backbone, decoder=True) for s in (splits[0], splits[0], splits[1]))
+    for task in (one, again, other):
+        assert isinstance(task, SegmentationTask) and task.began == "a linear probe of the decoder's features"
+    assert all(torch.equal(value, again.state_dict()[name]) for name, value in one.state_dict().items())
+    assert not torch.equal(one.state_dict()["head.weight"], other.state_dict()["head.weight"])
+    case = splits[0].held[0]
+    engine = study.engine()
+    fresh_study, _ = _begin(config(people_store, tmp_path / "f", origin, "task.head_start=fresh", *more))
+    fresh = _fresh(fresh_study, splits[0], study.backbone, decoder=True)
+    assert isinstance(fresh, SegmentationTask) and fresh.began == "fresh"
+    with torch.no_grad():
+        linear, chance = (study.question.watch(task.eval(), [case], engine) for task in (one, fresh))
+    assert linear > chance + 0.1, "even features that nothing was learnt with tell something"
+    assert getattr(_fresh(study, splits[0], study.backbone), "began", "") == "fresh"
+    with pytest.raises(ConfigError, match=r"task\.head_start=warm: expected linear or fresh"):
+        _begin(config(people_store, tmp_path / "w", origin, "task.head_start=warm", *more))
+
+
+def test_only_a_question_about_one_lesion_begins_as_the_row(store: Store, backbone: Path) -> None:
     loaded = load_backbone(backbone)
     asked = object.__new__(Segmenting)
     study = {"kind": "segmentation", "contrasts": ("t1",), "patch_vox": (16, 16, 16)}
-    from brainfm.specs import TaskSpec
-
     for target, values, row in (
         ("tumour", (0, 1), True), ("WMH", (0, 1), True), ("hippocampus", (0, 1), False), ("lesion", (0, 1, 2), False),
     ):  # fmt: skip
@@ -317,7 +338,7 @@ def test_other_questions_begin_fresh(store: Store, backbone: Path) -> None:
         assert (asked.row_of(loaded) is not None) == row, target
     loaded.heads.pop("lesion")
     asked.spec = TaskSpec(target="lesion", values=(0, 1), **study)  # type: ignore[arg-type]
-    assert asked.row_of(loaded) is None and asked.begins_as(loaded) == "fresh"
+    assert asked.row_of(loaded) is None
 
 
 # ---- who was seen, and at what size of voxels ------------------------------------------------------------------------

@@ -1,0 +1,400 @@
+"""Label maps, brain masks and region volumes of scans of any contrast, by the regions head of a backbone file."""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable, Generator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from scipy import ndimage
+from torch import Tensor, nn
+
+from brainfm.data.labelling import (
+    PRIORITY,
+    Found,
+    Job,
+    Method,
+    Report,
+    check_contrasts,
+    doubt,
+    label_manifest,
+    ranked_scans,
+    record_of,
+    settle,
+    write_found,
+    write_volumes,
+)
+from brainfm.data.manifest import CONTRASTS, Manifest, Scan, strip_ending
+from brainfm.data.regions import REGIONS
+from brainfm.imaging.preprocess import prepare_session, restore_probabilities
+from brainfm.inference.engine import PathLike, check_folder, settle_device, settle_precision, write_table
+from brainfm.nets.backbone import Backbone
+from brainfm.nets.cpu import keep_freed_memory
+from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.weights import LoadedBackbone, load_backbone
+from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, ScanError, WeightsError
+from brainfm.tasks.postprocess import largest_component
+from brainfm.tasks.windows import predict_windows
+
+COLUMN, MASK_COLUMN = "regions_labels", "brain_mask"
+OUTSIDE = ("background", "head")  # all other regions are within the skull
+VOLUMES = (*(name for name in REGIONS if name not in OUTSIDE), "icv")
+VERSION = 1  # raised when the same weights would give other labels
+# In every whole head: the ids by which data/schemes.py tells such a map.
+_ALWAYS = ("frontal_white", "superior_frontal", "thalamus")
+_AROUND_MM = 3.0  # of the largest connected part within the skull, in which what it nearly touches is kept
+_SHARE = 1e-6  # of a voxel: less is nothing
+_WHOLE_VOXELS, _WINDOW_VOX = 4_000_000, 128  # a larger head passes in windows: unet_s takes 4 GB at this size
+_ENDINGS = (".nii.gz", ".nii")
+
+
+class RegionNetwork(nn.Module):
+    """Encoder, skip decoder and regions head in one: what tasks/windows puts windows through.
+
+    Several scans pass one by one; their probabilities are averaged.
+    """
+
+    def __init__(self, backbone: Backbone, decoder: DenseDecoder, head: DenseHead) -> None:
+        super().__init__()
+        self.backbone, self.decoder, self.head = backbone, decoder, head
+
+    def forward(self, image: Tensor, present: Tensor) -> Tensor:
+        """[B, M, X, Y, Z] and [B, M], all present -> [B, K, X, Y, Z] logits."""
+        if image.shape[1] == 1:
+            return self._logits(image)
+        total: Tensor | None = None
+        for scan in image.split(1, dim=1):
+            logged = self._logits(scan).float().log_softmax(dim=1)
+            total = logged if total is None else torch.logaddexp(total, logged)
+        assert total is not None  # there is a scan
+        return total
+
+    def _logits(self, scan: Tensor) -> Tensor:
+        parts = self.decoder.split(self.decoder(self.backbone.features(scan)))
+        logits: Tensor = self.head(parts[self.head.part])
+        return logits
+
+
+@dataclass(frozen=True)
+class Labeller:
+    """What turns scans into regions.
+
+    Attributes:
+        network: on its device.
+        names: of its K classes, ``background`` first.
+        preprocess: how scans are prepared for it.
+        device: where it is.
+        autocast: the precision it computes in, None for float32.
+        patch_vox: edge lengths of its windows; None: a head passes in one piece, where memory allows.
+        overlap: share of a window that its neighbour repeats, in [0, 1).
+        fingerprint: of the backbone file.
+    """
+
+    network: RegionNetwork
+    names: tuple[str, ...]
+    preprocess: PreprocessSpec
+    device: torch.device
+    autocast: torch.dtype | None
+    patch_vox: tuple[int, int, int] | None
+    overlap: float
+    fingerprint: str
+
+    @classmethod
+    def load(
+        cls,
+        backbone: PathLike | None,
+        *,
+        spacing_mm: float = 1.5,
+        patch_vox: int | Sequence[int] | None = None,
+        overlap: float = 0.5,
+        device: str = "auto",
+        precision: str = "auto",
+    ) -> Labeller:
+        """From a backbone file with a decoder and a head ``regions``; other voxels than it saw are warned of.
+
+        Args:
+            spacing_mm: edge of the voxels that the network sees.
+            patch_vox: of windows, one length or three; None: a head passes in one piece up to 4 million voxels.
+
+        Raises:
+            ConfigError: no file was given, or impossible values.
+            WeightsError: the file is missing, damaged or tells no regions.
+        """
+        if backbone is None:
+            raise ConfigError("method=network needs backbone=FILE, a file with a regions head; method=atlas needs none")
+        if not 0 <= overlap < 1:
+            raise ConfigError(f"overlap={overlap}: expected 0 or more and less than 1")
+        place = settle_device(device)
+        dtype = settle_precision(precision, place)
+        loaded = load_backbone(backbone, needs_decoder=True)
+        decoder, head = _what_tells_regions(backbone, loaded)
+        patch = _settled_patch(patch_vox, loaded.backbone)
+        low, high = loaded.voxel_mm or (min(loaded.preprocess.spacing_mm), max(loaded.preprocess.spacing_mm))
+        if not low - 1e-6 <= spacing_mm <= high + 1e-6:
+            warnings.warn(
+                f"spacing_mm={spacing_mm:g}: {backbone} was trained on voxels of {low:g} to {high:g} mm; its answer "
+                "may be worse",
+                BrainfmWarning,
+                stacklevel=2,
+            )
+        if place.type == "cpu":
+            keep_freed_memory()
+        network = RegionNetwork(loaded.backbone, decoder, head).to(place).eval()
+        preprocess = replace(loaded.preprocess, spacing_mm=(spacing_mm,) * 3)
+        return cls(network, head.names, preprocess, place, dtype, patch, overlap, loaded.fingerprint)
+
+    def method(self, fuse: bool) -> Method:
+        """What a run over a manifest leaves behind, and what would make it anew."""
+        identity = {
+            "version": VERSION, "backbone": self.fingerprint, "spacing_mm": self.preprocess.spacing_mm[0],
+            "patch_vox": list(self.patch_vox) if self.patch_vox else None, "overlap": self.overlap,
+        }  # fmt: skip
+        return Method(COLUMN, "dseg", VOLUMES, identity, MASK_COLUMN, together=fuse)
+
+    def probabilities(self, image: Tensor) -> Tensor:
+        """[M, X, Y, Z] standardised scans of one head -> [K, X, Y, Z] float32 in main memory."""
+        patch = self.patch_vox or self._whole(image.shape[1:])
+        return predict_windows(
+            self.network, image, torch.ones(len(image), dtype=torch.bool), patch, overlap=self.overlap, batch=1,
+            device=self.device, autocast=self.autocast,
+        )  # fmt: skip
+
+    def _whole(self, shape: Sequence[int]) -> tuple[int, int, int]:
+        """One window for all of a head, or the largest for which there is memory."""
+        stride = self.network.backbone.strides[-1]
+        x, y, z = (max(2, math.ceil(size / stride)) * stride for size in shape)
+        if x * y * z <= _WHOLE_VOXELS:
+            return x, y, z
+        edge = math.ceil(_WINDOW_VOX / stride) * stride
+        return edge, edge, edge
+
+    def find(self, files: Mapping[str, Path]) -> Found:
+        """Regions of one head, on the grid of the first file.
+
+        Args:
+            files: by the name of the scan; of several the probabilities are averaged.
+
+        Raises: ScanError where any of them cannot be used.
+        """
+        first = next(iter(files))
+        prepared = prepare_session(files, {}, self.preprocess, reference=first)
+        if prepared.failures:
+            raise ScanError(next(iter(prepared.failures.values())))
+        image = torch.stack([torch.from_numpy(prepared.scans.pop(name)) for name in files])
+        recipe = prepared.recipes[first]
+        probabilities = self.probabilities(image).numpy()
+        outside = [place for place, name in enumerate(self.names) if name in OUTSIDE]
+        keep_one_head(probabilities, outside, self.preprocess.spacing_mm[0])
+        volumes_ml = self._volumes_ml(probabilities)
+        sure = probabilities.max(axis=0)[~np.isin(probabilities.argmax(axis=0), outside)]
+        classes = recipe.file.to_ras(restore_probabilities(probabilities, recipe, shares=True))
+        seen = {self.names[place] for place in np.unique(classes)}
+        ids = np.array([REGIONS[name] for name in self.names], np.uint16)
+        lacking = [name for name in _ALWAYS if name in self.names and name not in seen]
+        reason = doubt(volumes_ml["icv"]) or (f"found no {lacking[0].replace('_', ' ')}" if lacking else "")
+        return Found(
+            ids[classes], volumes_ml, float(sure.mean()) if sure.size else 0.0, {"regions": float(len(seen))}, reason,
+            ndimage.binary_fill_holes(~np.isin(classes, outside)),
+        )  # fmt: skip
+
+    def _volumes_ml(self, probabilities: np.ndarray) -> dict[str, float]:
+        """Soft: a voxel that is half of a region counts by half. ``icv`` is all within the skull."""
+        voxel_ml = float(np.prod(self.preprocess.spacing_mm)) / 1000
+        sums = probabilities.sum(axis=(1, 2, 3), dtype=np.float64) * voxel_ml
+        found = {name: float(ml) for name, ml in zip(self.names, sums, strict=True) if name not in OUTSIDE}
+        return found | {"icv": math.fsum(found.values())}
+
+
+def _what_tells_regions(path: PathLike, loaded: LoadedBackbone) -> tuple[DenseDecoder, DenseHead]:
+    """Raises: WeightsError where there is no such head, or it tells what is no region."""
+    head = loaded.heads.get("regions")
+    if head is None or loaded.decoder is None:
+        raise WeightsError(
+            f"{path}: has no head that tells regions, found {', '.join(loaded.heads) or 'none'}; expected a file of "
+            "objective=dense_split that was trained with label maps"
+        )
+    strange = [name for name in head.names if name not in REGIONS]
+    if strange or head.names[0] != "background":
+        first = f"a class {strange[0]!r}" if strange else f"{head.names[0]!r} as its first class"
+        raise WeightsError(f"{path}: its regions head has {first}, expected regions of brainfm, background first")
+    return loaded.decoder, head
+
+
+def _settled_patch(patch_vox: int | Sequence[int] | None, backbone: Backbone) -> tuple[int, int, int] | None:
+    """Raises: ConfigError for edges that the backbone cannot take."""
+    if patch_vox is None:
+        return None
+    edges = [patch_vox] * 3 if isinstance(patch_vox, int) else list(patch_vox)
+    stride = backbone.strides[-1]
+    if len(edges) != 3 or any(not isinstance(e, int) or e < 2 * stride or e % stride for e in edges):
+        raise ConfigError(
+            f"patch_vox={patch_vox}: expected one length or three, multiples of {stride} from {2 * stride} on, or null"
+        )
+    x, y, z = edges
+    return x, y, z
+
+
+def keep_one_head(probabilities: np.ndarray, outside: Sequence[int], spacing_mm: float) -> None:
+    """Takes regions away from what is not connected with the largest part within the skull; in place.
+
+    What is taken goes to the classes outside, by their shares.
+
+    Args:
+        probabilities: [K, X, Y, Z].
+        outside: indices of the classes outside the skull.
+
+    Source: as SynthSeg does (Billot et al. 2023, arXiv 2107.09559): posteriors outside the dilated largest part are 0.
+    """
+    beyond = probabilities[list(outside)].sum(axis=0)
+    inside = (beyond < 0.5).astype(np.uint8)
+    if not inside.any():
+        return
+    times = max(1, round(_AROUND_MM / spacing_mm))
+    kept = ndimage.binary_dilation(largest_component(inside) > 0, iterations=times)
+    scale = np.where(kept, 1, 1 / np.maximum(beyond, _SHARE)).astype(np.float32)
+    for place in range(len(probabilities)):
+        probabilities[place] *= scale if place in outside else kept
+    probabilities[outside[0]][~kept & (beyond < _SHARE)] = 1
+
+
+# ---- a whole manifest ------------------------------------------------------------------------------------------------
+
+
+def label_regions(
+    labeller: Labeller,
+    manifest: Manifest,
+    out: PathLike,
+    contrasts: Sequence[str] = PRIORITY,
+    *,
+    fuse: bool = False,
+    progress: Callable[[int, int], None] | None = None,
+) -> Report:
+    """Leaves label maps and brain masks in ``labels/``, and ``dseg.tsv``, ``volumes.csv`` and ``manifest.csv``.
+
+    The manifest has the columns regions_labels and, unless it has brain masks already, brain_mask. Interrupted, the
+    same call goes on. A scan that cannot be used is a row with a reason.
+
+    Args:
+        contrasts: of a session's scans the one that comes first here is labelled; ``others`` stands for all that are
+            not named.
+        fuse: whether the answers to all these scans of a session are averaged, on the grid of the first.
+        progress: called with the number of scans that are settled and their total.
+
+    Raises:
+        ManifestError: files are missing, or the manifest has label maps of its own in that column.
+        ConfigError: a contrast is unknown, or the folder cannot be written.
+    """
+    folder = Path(out)
+    check_folder(folder)
+
+    def work(todo: Sequence[Job]) -> Generator[Any, None, None]:
+        write_legend(folder / "dseg.tsv", labeller.names)
+        for job in todo:
+            settle(job, lambda job: labeller.find(job.files))
+            yield job
+
+    return label_manifest(manifest, folder, labeller.method(fuse), contrasts, work, progress)
+
+
+def write_legend(path: Path, names: Sequence[str]) -> None:
+    """What the ids of a label map mean, as BIDS wants it: index and name, tab-separated, by index."""
+    rows = sorted((REGIONS[name], name) for name in names)
+    write_table(path, ("index", "name"), rows, delimiter="\t")
+
+
+# ---- one session -----------------------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Written:
+    """What was found of one session, and the files that tell it."""
+
+    found: Found
+    labels: Path
+    mask: Path
+    volumes: Path
+    legend: Path
+
+
+def label_files(
+    labeller: Labeller,
+    inputs: Mapping[str, PathLike],
+    out: PathLike,
+    contrasts: Sequence[str] = PRIORITY,
+    *,
+    fuse: bool = False,
+) -> Written:
+    """Regions of one session, written even where they are not to be trusted, which is warned of.
+
+    Args:
+        inputs: file by contrast; several only where their answers are averaged.
+        out: a folder, which gets ``CONTRAST_dseg.nii.gz``, ``CONTRAST_brain_mask.nii.gz``, ``volumes.csv`` and
+            ``dseg.tsv``; or the label map's own name, after which the other files are named.
+        contrasts: the first of these that is among the inputs gives the grid.
+
+    Raises:
+        ConfigError: an unknown contrast, several inputs without ``fuse``, or an output that cannot be.
+        ScanError: an input is missing or cannot be used.
+    """
+    check_contrasts(contrasts)
+    files = _checked_inputs(inputs, fuse)
+    ranked = ranked_scans([Scan("", "", "", contrast, str(path)) for contrast, path in files.items()], contrasts)
+    if not ranked:
+        raise ConfigError(f"input.{next(iter(files))}: none of contrasts={', '.join(contrasts)}, expected one of them")
+    ordered = {scan.contrast: files[scan.contrast] for scan in ranked}
+    scan, like = replace(ranked[0], subject=strip_ending(Path(ranked[0].path).name)), Path(ranked[0].path)
+    labels, mask, volumes, legend = _places(Path(out), scan.contrast)
+    if any(path.exists() and path.samefile(file) for file in files.values() for path in (labels, mask)):
+        raise ConfigError(f"out={out} would replace one of the inputs, expected another place")
+    found = labeller.find(ordered)
+    if found.reason:
+        warnings.warn(f"{like}: its labels are not to be trusted: {found.reason}", BrainfmWarning, stacklevel=2)
+    labels.parent.mkdir(parents=True, exist_ok=True)
+    write_legend(legend, labeller.names)
+    write_found(found, (labels, mask), like)
+    write_volumes(volumes, VOLUMES, [(scan, like, record_of(found))])
+    return Written(found, labels, mask, volumes, legend)
+
+
+def describe(written: Written) -> str:
+    """One line: where it lies and how large the brain's cavity is."""
+    found, regions = written.found, int(written.found.checks["regions"])
+    return (
+        f"{written.labels}: {regions} labels, {found.volumes_ml['icv']:.0f} ml within the skull; beside it "
+        f"{written.mask.name}, {written.volumes.name}, {written.legend.name}"
+    )
+
+
+def _checked_inputs(inputs: Mapping[str, PathLike], fuse: bool) -> dict[str, Path]:
+    if not inputs:
+        raise ConfigError("no input was given, expected input.CONTRAST=FILE")
+    unknown = [contrast for contrast in inputs if contrast not in CONTRASTS]
+    if unknown:
+        raise ConfigError(f"input.{unknown[0]}: unknown contrast, expected one of {', '.join(CONTRASTS)}")
+    if len(inputs) > 1 and not fuse:
+        raise ConfigError(f"found inputs {', '.join(inputs)}; expected one of them, or fuse=true for their mean")
+    files = {contrast: Path(text) for contrast, text in inputs.items()}
+    for contrast, path in files.items():
+        if not path.is_file():
+            raise ScanError(f"{path}: no such file, given as input.{contrast}")
+    return files
+
+
+def _places(out: Path, contrast: str) -> tuple[Path, Path, Path, Path]:
+    """Label map, brain mask, volumes and legend."""
+    ending = next((e for e in _ENDINGS if out.name.endswith(e) and out.name != e), None)
+    if ending is None:
+        check_folder(out)
+        named = (f"{contrast}_dseg.nii.gz", f"{contrast}_brain_mask.nii.gz", "volumes.csv", "dseg.tsv")
+        return out / named[0], out / named[1], out / named[2], out / named[3]
+    if out.is_dir():
+        raise ConfigError(f"out={out} is a folder with the name of a file, expected a folder or a file")
+    check_folder(out.parent)
+    stem = out.name.removesuffix(ending)
+    beside = (f"{stem.removesuffix('_dseg')}_brain_mask{ending}", f"{stem.removesuffix('_dseg')}_volumes.csv")
+    return out, out.with_name(beside[0]), out.with_name(beside[1]), out.with_name(f"{stem}.tsv")
