@@ -32,7 +32,6 @@ RENDERED = ("t2", "flair")
 REAL = ("openms_cross/patient19", "upenn_gbm/UPENN-GBM-00006", "tcga_lgg/TCGA-DU-7294", "ds000011/sub-04")
 TISSUES = ("csf", "grey", "white")
 _MARGIN_MM = 8.0  # around the brain, where tissues are tested
-_POOL = 30  # people at most that shots are drawn from
 
 
 @dataclass(frozen=True)
@@ -47,6 +46,7 @@ class Setting:
         trial: people of the side ``train`` that rates are tried on, and how many of them a trial is trained on.
         rates_of: the family whose trials choose the rates.
         tested: people of the side ``held`` that are tested at most.
+        pool: people at most that shots are drawn from.
         boxed: whether tests look at the box around the labelled part alone.
     """
 
@@ -64,6 +64,7 @@ class Setting:
     boxed: bool = False
     patch_vox: tuple[int, int, int] = (32, 32, 32)
     batch: int = 2
+    pool: int = 30
 
 
 SETTINGS = {
@@ -71,7 +72,7 @@ SETTINGS = {
                            (12, 5), "hippocampus", 20, overlap=0.5),
     "lesions": Setting("lesion", (0, 1), ("lesion",), "flair", 1.5,
                        ("openms_cross", "upenn_gbm", "tcga_lgg", "isles22"), (0, 0), "hippocampus", 4, align="rigid"),
-    "tissues": Setting("tissues", (0, 1, 2, 3), TISSUES, "t1", 2.0, ("ixi2mm",), (9, 5), "tissues", 10, boxed=True),
+    "tissues": Setting("tissues", (0, 1, 2, 3), TISSUES, "t1", 2.0, ("ixi2mm",), (9, 5), "tissues", 8, boxed=True),
 }  # fmt: skip
 
 
@@ -91,7 +92,7 @@ def people_of(sides: Mapping[tuple[str, str], str], setting: Setting) -> People:
     train = [key for key in ordered if keys[key] == "train"]
     held = [key for key in ordered if keys[key] == "held"]
     count = setting.trial[0]
-    return People(tuple(train[:count]), tuple(train[count : count + _POOL]), tuple(held[: setting.tested]))
+    return People(tuple(train[:count]), tuple(train[count : count + setting.pool]), tuple(held[: setting.tested]))
 
 
 def drawn(pool: Sequence[str], shots: int, seed: int) -> list[str]:
@@ -113,7 +114,7 @@ def store_of(name: str, setting: Setting, data: Path, out: Path, people: People)
     """The prepared scans of a family; what is there already stays."""
     everyone = [*people.trial, *people.pool, *people.held]
     scans = {"hippocampus": _hippocampus, "lesions": _lesions, "tissues": _tissues}[name](data, out, everyone, people)
-    return _prepared(out / name, scans, setting.spacing_mm, setting.align)
+    return prepared(out / name, scans, setting.spacing_mm, setting.align)
 
 
 def pairs_store(data: Path, out: Path) -> Store:
@@ -129,10 +130,11 @@ def pairs_store(data: Path, out: Path) -> Store:
             for file in (_file(data, key, f"*_{ending}.nii.gz", True) for ending in endings):
                 if file is not None:
                     scans.append(Scan(dataset, subject, "", word, str(file), columns))
-    return _prepared(out / "pairs", scans, SETTINGS["tissues"].spacing_mm, "rigid")
+    return prepared(out / "pairs", scans, SETTINGS["tissues"].spacing_mm, "rigid")
 
 
-def _prepared(folder: Path, scans: Sequence[Scan], spacing_mm: float, align: str) -> Store:
+def prepared(folder: Path, scans: Sequence[Scan], spacing_mm: float, align: str) -> Store:
+    """The store of some scans; what is there already stays."""
     folder.mkdir(parents=True, exist_ok=True)
     write_manifest(folder / "manifest.csv", scans)
     spec = PreprocessSpec(spacing_mm=(spacing_mm,) * 3, align=align, labels="nearest")
@@ -211,18 +213,23 @@ def _rendered(t1: Path, labels: Volume, word: str, file: Path) -> bool:
 
 
 def _atlas(t1: Path, file: Path) -> Path | None:
-    """CSF, grey and white matter of a T1 as `brainfm anatomy` tells them, or None where it does not trust them."""
-    if not file.exists():
+    """CSF, grey and white matter of a T1 as `brainfm anatomy` tells them, or None where it does not trust them, and why
+    in a file beside."""
+    refused = file.with_name(f"{file.name}.txt")
+    if not file.exists() and not refused.exists():
+        file.parent.mkdir(parents=True, exist_ok=True)
         try:
             found = anatomy.segment(nifti.read(t1)[0])
             reason = found.reason
         except ScanError as error:
             reason = str(error)
         if reason:
-            print(f"left out: tissues of {t1.name}: {reason}")
-            return None
-        file.parent.mkdir(parents=True, exist_ok=True)
-        nifti.write_labels(file, found.labels, t1)
+            refused.write_text(f"{reason}\n")
+        else:
+            nifti.write_labels(file, found.labels, t1)
+    if refused.exists():
+        print(f"left out: tissues of {t1.name}: {refused.read_text().strip()}")
+        return None
     return file.absolute()
 
 

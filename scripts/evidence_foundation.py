@@ -14,11 +14,14 @@ Questions:
     hippocampus  MSD task 4 at 1 mm, manual labels, 5 people to learn from
     lesions      FLAIR at 1.5 mm: learned from the only patient of the training side (open MS 07), tested on one patient
                  each of four sets; the rates are those of the hippocampus, for there is nobody to try them on
-    tissues      CSF, grey and white matter at 2 mm from 1, 5 and 10 T1s. The labels are DLMUSE's, which the
-                 pre-training may have had of other people and of those learned from: the same source of labels
+    tissues      CSF, grey and white matter at 2 mm from 1, 5 and 10 T1s (1 and 10: the first half of the steps). The
+                 labels are DLMUSE's, which the pre-training may have had of other people and of those learned from: the
+                 same source of labels
     contrast     the runs of tissues with 5 people, tested on T2 and FLAIR as well: rendered by synthesis/contrast from
                  the T1s of held people, and real ones; beside them fresh weights that see renderings of their own five
                  label maps, painted as in pre-training (rendered; its rate is tried on T1s like all others)
+    whole_head   age and sex of IXI and of ds002748 at 2 mm, 10 and more people to learn from: what fine-tuning would
+                 ship, beside every candidate. The encoder is frozen, so there are no steps and no rates
     one_pass     no training: one head at 1 mm in windows and in one pass
 
 Every run leaves a small JSON in DIR, so the same command goes on where it was interrupted, and --tables-only makes the
@@ -37,6 +40,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import evidence_data as data
+import evidence_whole_head as whole_head
 import torch
 from evidence_one_pass import one_pass
 from evidence_runs import Family, Job, Start, best_rate, cost, is_done, measured, perform, recorded, starts_of
@@ -49,10 +53,10 @@ from brainfm.seen import overlap
 from brainfm.specs import BrainfmError, ConfigError
 from brainfm.training.segmenting import Segmenting
 
-QUESTIONS = ("hippocampus", "lesions", "tissues", "contrast", "one_pass")
+QUESTIONS = ("hippocampus", "lesions", "tissues", "contrast", "whole_head", "one_pass")
 FAMILY = {"hippocampus": "hippocampus", "lesions": "lesions", "tissues": "tissues", "contrast": "tissues"}
 SHOTS = {"hippocampus": (5,), "lesions": (1,), "tissues": (1, 5, 10), "contrast": (5,)}
-HEADLINE = {"hippocampus": 5, "lesions": 1, "tissues": 5}  # shots whose runs go to the last read, others to that before
+HEADLINE = {"hippocampus": 5, "lesions": 1, "tissues": 5}  # shots whose runs go all the way, others the first half
 _TRIAL_SEED = 1000
 
 
@@ -74,14 +78,16 @@ def family_of(name: str, setting: data.Setting, people: data.People, args: argpa
     }  # fmt: skip
     question = Segmenting(store, values, clean=False)
     question.settle(setting.patch_vox)
-    tests: list[data.Test] = []
-    for word in (setting.contrast, *(data.RENDERED if name == "tissues" else ())):
-        cases, _ = find_cases(store, [word], setting.target)
-        tests += data.tests_of(store, cases, people.held, word, setting)
+    tests = data.tests_of(store, question.cases, people.held, setting.contrast, setting)
     trials = data.tests_of(store, question.cases, people.trial, "trial", setting)
-    pairs = data.pair_tests(data.pairs_store(args.data, args.out / "data")) if name == "tissues" else []
+    if name != "tissues":
+        return Family(name, setting, store, question, tuple(tests), tuple(trials))
+    others: list[data.Test] = []
+    for word in data.RENDERED:
+        others += data.tests_of(store, find_cases(store, [word], setting.target)[0], people.held, word, setting)
+    pairs = data.pair_tests(data.pairs_store(args.data, args.out / "data"))
     pairs = [test for test in pairs if test.subject in real_of(args)]
-    return Family(name, setting, store, question, tuple(tests), tuple(trials), tuple(pairs))
+    return Family(name, setting, store, question, tuple(tests), tuple(trials), tuple(others), tuple(pairs))
 
 
 def real_of(args: argparse.Namespace) -> tuple[str, ...]:
@@ -106,12 +112,14 @@ def runs_of(question: str, starts: Iterable[Start], people: data.People, args: a
     family, jobs = FAMILY[question], []
     for seed in range(args.seeds):
         for shots in SHOTS[question]:
-            reads = args.reads if shots == HEADLINE[family] else args.reads[: max(1, len(args.reads) - 1)]
+            headline = shots == HEADLINE[family]
+            reads = tuple(args.reads if headline else args.reads[: max(1, len(args.reads) // 2)])
+            wide = headline and family == "tissues"
             for start in starts:
                 if start.name == "rendered" and question != "contrast":
                     continue
                 trained = tuple(data.drawn(people.pool, shots, seed))
-                jobs.append(Job(family, start.name, start.mark, seed, trained, tuple(reads)))
+                jobs.append(Job(family, start.name, start.mark, seed, trained, reads, wide=wide))
     return jobs
 
 
@@ -199,8 +207,14 @@ def _mean(values: dict[str, dict[str, float]]) -> float:
 def run(args: argparse.Namespace, loaded: LoadedBackbone) -> int:
     """Raises: ConfigError where it would take more than the budget."""
     work = Work(args, loaded)
-    if not args.tables_only and work.runs:
+    starts = [start for start in work.starts.values() if start.name != "rendered"]
+    heads = whole_head.asks(starts, args.seeds, args.tested) if "whole_head" in args.questions else []
+    todo = [ask for ask in heads if not args.tables_only and not ask.is_done(args.out)]
+    if not args.tables_only and (work.runs or todo):
         lines, hours = work.projected()
+        heads_hours = whole_head.projected(todo, work.starts)
+        lines += [f"  whole_head: {len(todo)} answers, {heads_hours:.2f} h"] * bool(todo)
+        hours += heads_hours
         begun = any((args.out / "runs").glob("*.json"))
         print(f"projected: {hours:.1f} core-hours", *lines, sep="\n", flush=True)
         if hours > args.budget_hours and not begun:
@@ -211,9 +225,9 @@ def run(args: argparse.Namespace, loaded: LoadedBackbone) -> int:
         fabric = Fabric(accelerator=args.accelerator, devices=1, precision="32-true")
         if not work.do(fabric):
             return 0
-    text = heading(args, loaded, work)
-    if work.runs:
-        text += tables(work.trials, work.runs, args.out)
+    whole_head.answer(todo, work.starts, args.data, args.out, torch.device("cpu"))
+    text = heading(args, loaded, work, {key for ask in heads for key in ask.held})
+    text += tables(work.trials, work.runs, args.out) + whole_head.tables(heads, args.out)
     if "one_pass" in args.questions:
         text += one_pass(loaded, args.data, args.out, cached_only=args.tables_only)
     write_atomically(args.out / f"tables_{loaded.fingerprint[:8]}.md", ("\n".join(text) + "\n").encode())
@@ -221,18 +235,20 @@ def run(args: argparse.Namespace, loaded: LoadedBackbone) -> int:
     return 0
 
 
-def heading(args: argparse.Namespace, loaded: LoadedBackbone, work: Work) -> list[str]:
+def heading(args: argparse.Namespace, loaded: LoadedBackbone, work: Work, held: set[str]) -> list[str]:
     """What is tested, and whether its pre-training saw those who are tested."""
     names = dict.fromkeys(job.family for job in work.runs)
-    held = {key for name in names for key in work.people[name].held}
+    held |= {key for name in names for key in work.people[name].held}
     held |= set(real_of(args)) if "tissues" in names else set()
     seen = overlap(loaded.subjects, held)
     lines = [f"## Backbone {loaded.fingerprint[:8]}: {loaded.provenance.steps} steps of {loaded.objective['name']}", ""]
     lines.append(f"{str(seen)[:1].upper()}{str(seen)[1:]}." if seen else "The file does not say whom it has seen.")
     for name in names:
+        learned = overlap(loaded.subjects, {key for job in work.runs if job.family == name for key in job.trained})
+        lines += [f"{name}: of {learned.of} people learned from it has seen {learned.seen}."] if learned else []
         note = spacing_note((work.settings[name].spacing_mm,) * 3, loaded.voxel_mm)
         lines += [f"{name}: {note}."] if note else []
-    files = [*(args.out / "runs").glob("*.json"), *(args.out / "trials").glob("*.json")]
+    files = [file for folder in ("runs", "trials", "whole_head") for file in (args.out / folder).glob("*.json")]
     spent = sum(json.loads(file.read_text())["core_seconds"] for file in files)
     return [*lines, f"{len(files)} runs and trials lie in the folder, {spent / 3600:.2f} core-hours.", ""]
 
@@ -248,7 +264,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--reads", type=int, nargs="+", default=[60, 200, 600, 2000], help="steps")
     parser.add_argument("--rates", type=float, nargs="+", default=[3e-4, 1e-3, 3e-3], help="that each start tries")
     parser.add_argument("--draws", type=int, default=2, help="trials of each rate")
-    parser.add_argument("--trial-reads", type=int, nargs="+", default=[60, 200, 400], help="steps")
+    parser.add_argument("--trial-reads", type=int, nargs="+", default=[60, 200], help="steps")
     parser.add_argument("--tested", type=int, default=0, help="held people of a question at most; 0: as it has them")
     parser.add_argument("--threads", type=int, default=1)
     parser.add_argument("--accelerator", default="cpu", help="cpu | gpu | auto")

@@ -25,7 +25,7 @@ from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import Case, Sample, TaskPatches
 from brainfm.data.regions import RENDERED, RENDERED_FAMILIES, outside_by_intensity, renders_of
 from brainfm.data.store import Store
-from brainfm.nets.backbone import build_backbone
+from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.transfer import transfer
 from brainfm.nets.weights import LoadedBackbone, write_atomically
 from brainfm.seeds import stream
@@ -98,7 +98,8 @@ class Family:
     Attributes:
         question: with the cases that may be trained on.
         tests, trials: what runs and trials of rates are tested on.
-        pairs: real scans of several contrasts, which are answered after every second read.
+        others: the same people in other contrasts, and
+        pairs: real scans of several contrasts; both are asked of wide runs, after every second read.
     """
 
     name: str
@@ -107,6 +108,7 @@ class Family:
     question: Segmenting
     tests: tuple[Test, ...]
     trials: tuple[Test, ...] = ()
+    others: tuple[Test, ...] = ()
     pairs: tuple[Test, ...] = ()
 
 
@@ -118,6 +120,7 @@ class Job:
         trained: keys of the people.
         reads: steps after which the average is tested; the last ends the run.
         trial: whether it is a trial, which is tested on the people of trials.
+        wide: whether other contrasts are tested as well.
     """
 
     family: str
@@ -128,6 +131,11 @@ class Job:
     reads: tuple[int, ...]
     rate: float = 0.0
     trial: bool = False
+    wide: bool = False
+
+    @property
+    def wide_reads(self) -> tuple[int, ...]:
+        return self.reads[1::2] if self.wide else ()
 
     @property
     def name(self) -> str:
@@ -149,8 +157,9 @@ def setting_of(job: Job, family: Family) -> dict[str, Any]:
     values = {
         "rate": job.rate, "seed": job.seed, "reads": list(job.reads), "trained": sorted(job.trained),
         "tested": [f"{test.part} {test.subject}" for test in tests_for(job, family)], "mark": job.mark,
-        "patch_vox": list(s.patch_vox), "batch": s.batch, "spacing_mm": s.spacing_mm, "overlap": s.overlap,
-        "store": family.store.fingerprint(),
+        "others": [f"{test.part} {test.subject}" for test in family.others if job.wide],
+        "wide_reads": list(job.wide_reads), "patch_vox": list(s.patch_vox), "batch": s.batch,
+        "spacing_mm": s.spacing_mm, "overlap": s.overlap, "store": family.store.fingerprint(),
     }  # fmt: skip
     return json.loads(json.dumps(values))
 
@@ -260,13 +269,18 @@ class Prepared:
     patches: TaskPatches
 
 
-def prepared(job: Job, family: Family, start: Start) -> Prepared:
-    """The network, its optimiser and its patches: functions of the job and the start."""
-    torch.manual_seed(job.seed)
+def encoder_of(start: Start, seed: int) -> Backbone:
+    """The encoder of a start: the file's, or fresh from the seed. Whatever is made next is drawn alike for all."""
+    torch.manual_seed(seed)
     encoder = build_backbone(**start.network)
-    decoder = start.name == "decoder"
     if start.file is not None:
         transfer(encoder, start.file.backbone.state_dict(), origin="the backbone file")
+    return encoder
+
+
+def prepared(job: Job, family: Family, start: Start) -> Prepared:
+    """The network, its optimiser and its patches: functions of the job and the start."""
+    encoder, decoder = encoder_of(start, job.seed), start.name == "decoder"
     cases = [c for c in family.question.cases if c.session.subject_key in job.trained]
     if len(cases) != len(job.trained):
         raise ConfigError(f"{family.store.path}: {len(cases)} of the people {', '.join(job.trained)} are there")
@@ -350,11 +364,12 @@ def _look(made: Prepared, fabric: Fabric, step: int, notes: list[str]) -> None:
 def read(network: Task, job: Job, family: Family, step: int, device: torch.device) -> dict[str, Any]:
     """part -> subject -> ``dice`` (mean over the classes) and each class's; of pairs see `read_pairs`."""
     found: dict[str, Any] = {}
-    for test in tests_for(job, family):
+    wide = step in job.wide_reads
+    for test in (*tests_for(job, family), *(family.others if wide else ())):
         assert test.truth is not None
         answer = answered(network, test.image, family.setting, device)
         found.setdefault(test.part, {})[test.subject] = class_dice(answer, test.truth, family.setting.names)
-    if family.pairs and not job.trial and step in job.reads[1::2]:
+    if family.pairs and wide:
         answers = {(t.subject, t.part): answered(network, t.image, family.setting, device) for t in family.pairs}
         found["pairs"] = read_pairs(family.pairs, answers, family.setting.names)
     return found
@@ -448,8 +463,8 @@ def windows_of(shape: Sequence[int], setting: Setting) -> int:
 def cost(job: Job, family: Family, step: float, window: float) -> float:
     """Core seconds of a job, given those of a step and of a window."""
     tests = sum(windows_of(test.image.shape, family.setting) for test in tests_for(job, family))
-    pairs = 0 if job.trial else sum(windows_of(test.image.shape, family.setting) for test in family.pairs)
-    return job.reads[-1] * step + window * (len(job.reads) * tests + len(job.reads[1::2]) * pairs)
+    wide = sum(windows_of(test.image.shape, family.setting) for test in (*family.others, *family.pairs))
+    return job.reads[-1] * step + window * (len(job.reads) * tests + len(job.wide_reads) * wide)
 
 
 def _middle(work: Callable[[], object], times: int) -> float:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import csv
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -37,11 +38,10 @@ def tables(trials: Mapping[tuple[str, str], Sequence[Job]], runs: Sequence[Job],
             groups.setdefault((job.family, len(job.trained)), {}).setdefault(job.start, {})[job.seed] = record
     for (family, shots), starts in groups.items():
         some = next(iter(next(iter(starts.values())).values()))
-        for part in dict.fromkeys(word.split(" ")[0] for word in some["setting"]["tested"]):
-            shown = starts if family == "tissues" else {n: of for n, of in starts.items() if n != "rendered"}
-            lines += _question(family, shots, part, shown)
+        for part in dict.fromkeys(word.split(" ")[0] for word in _asked(some)):
+            lines += _question(family, shots, part, starts)
         if any("pairs" in read for read in some["reads"].values()):
-            lines += _pairs(starts)
+            lines += _pairs(starts, out)
         lines += _notes(starts)
     return lines
 
@@ -51,9 +51,13 @@ def tables(trials: Mapping[tuple[str, str], Sequence[Job]], runs: Sequence[Job],
 
 def scores(record: dict[str, Any], part: str, step: int) -> dict[str, float]:
     """subject -> Dice after so many steps; 0 for all where the run broke before that."""
-    people = [word.split(" ", 1)[1] for word in record["setting"]["tested"] if word.startswith(f"{part} ")]
+    people = [word.split(" ", 1)[1] for word in _asked(record) if word.startswith(f"{part} ")]
     read = record["reads"].get(str(step))
     return {who: 0.0 if read is None else float(read[part][who]["dice"]) for who in people}
+
+
+def _asked(record: Mapping[str, Any]) -> list[str]:
+    return [*record["setting"]["tested"], *record["setting"]["others"]]
 
 
 def matrix(records: Records, part: str, step: int) -> np.ndarray:
@@ -75,7 +79,7 @@ def shared(one: Records, other: Records) -> tuple[Records, Records]:
     seeds = sorted(set(one) & set(other))
     for seed in seeds:
         a, b = one[seed]["setting"], other[seed]["setting"]
-        for key in ("trained", "tested", "reads", "store"):
+        for key in ("trained", "tested", "others", "reads", "store"):
             if a[key] != b[key]:
                 raise ConfigError(f"runs of seed {seed} differ in {key}: {a[key]} and {b[key]}; expected pairs")
     return {seed: one[seed] for seed in seeds}, {seed: other[seed] for seed in seeds}
@@ -119,20 +123,22 @@ def _question(family: str, shots: int, part: str, starts: Mapping[str, Records])
     title = f"### {family}, {shots} to learn from: {what}"
     names = [f"{TITLES[a]} − {TITLES[b]}" for a, b in against]
     some = next(iter(starts.values()))
-    first = next(iter(some.values()))["setting"]
-    people = sum(word.startswith(f"{part} ") for word in first["tested"])
+    one = next(iter(some.values()))
+    own = any(word.startswith(f"{part} ") for word in one["setting"]["tested"])
+    steps = one["setting"]["reads" if own else "wide_reads"]
+    people = sum(word.startswith(f"{part} ") for word in _asked(one))
     runs = min(len(of) for of in starts.values())
     lines = [title, "", f"{runs} runs of each start, {people} people.", "",
              "| steps | " + " | ".join([*(TITLES[s] for s in starts), *names]) + " |",
              "|" + "---|" * (1 + len(starts) + len(names))]  # fmt: skip
-    for step in first["reads"]:
-        cells = [_cell(crossed_bootstrap(matrix(of, part, step), seed=0)) for of in starts.values()]
+    for step in steps:
+        cells = [cell(crossed_bootstrap(matrix(of, part, step), seed=0)) for of in starts.values()]
         for a, b in against:
             mine, theirs = shared(starts[a], starts[b])
             cells.append(compared(matrix(mine, part, step) - matrix(theirs, part, step)))
         lines.append(f"| {step} | " + " | ".join(cells) + " |")
     if family == "lesions":
-        lines += _each(starts, part, first["reads"])
+        lines += _each(starts, part, steps)
     return [*lines, ""]
 
 
@@ -145,36 +151,52 @@ def _each(starts: Mapping[str, Records], part: str, reads: Sequence[int]) -> lis
     for place, who in enumerate(people):
         for step in reads:
             columns = [matrix(of, part, step)[:, place : place + 1] for of in starts.values()]
-            cells = [_cell(crossed_bootstrap(column, seed=0)) for column in columns]
+            cells = [cell(crossed_bootstrap(column, seed=0)) for column in columns]
             lines.append(f"| {who} | {step} | " + " | ".join(cells) + " |")
     return lines
 
 
-def _pairs(starts: Mapping[str, Records]) -> list[str]:
+def _pairs(starts: Mapping[str, Records], out: Path) -> list[str]:
     """Agreement of the answers to two contrasts of a person, beside accuracy and beside that of different people."""
     lines = ["### contrast: real scans of held people", "",
              "Agreement: Dice between a run's answers to this contrast and to the T1 of the same person, mean over "
              "classes and people. A constant agrees too, so different people are the floor: Dice between a run's "
              "answers to the T1s of two people whose middles are moved onto each other. Accuracy: Dice with the "
-             "atlas's tissues of the T1 (`brainfm anatomy`), which is no manual label either.", "",
+             "atlas's tissues of the T1 (`brainfm anatomy`), which is no manual label either.", "", *_registered(out),
              "| start | steps | contrast | people | agreement | floor | accuracy | accuracy − scratch |",
              "|" + "---|" * 8]  # fmt: skip
     for name, of in starts.items():
         steps = [step for step, read in next(iter(of.values()))["reads"].items() if "pairs" in read]
         for step in steps:
             found = {seed: r["reads"][step]["pairs"] for seed, r in of.items() if step in r["reads"]}
-            floor = _cell(crossed_bootstrap(_grid(found, "floor", None), seed=0)) if _has(found, "floor") else ""
+            floor = cell(crossed_bootstrap(_grid(found, "floor", None), seed=0)) if _has(found, "floor") else ""
             for contrast in [word for word in ("t1", "t2", "flair", "t1c") if _has(found, "accuracy", word)
                              or _has(found, "agreement", word)]:  # fmt: skip
                 cells = []
                 for what in ("agreement", "accuracy"):
                     there = _has(found, what, contrast)
-                    cells.append(_cell(crossed_bootstrap(_grid(found, what, contrast), seed=0)) if there else "")
+                    cells.append(cell(crossed_bootstrap(_grid(found, what, contrast), seed=0)) if there else "")
                 count = len(next(iter(found.values()))["agreement" if contrast != "t1" else "accuracy"][contrast])
                 against = _against(starts, name, step, contrast)
                 cells = [TITLES[name], step, contrast, str(count), cells[0], floor, cells[1], against]
                 lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
+
+
+def _registered(out: Path) -> list[str]:
+    """How the scans of each person were moved onto the T1 (imaging/register.py)."""
+    file = out / "data" / "pairs" / "store" / "alignment.csv"
+    if not file.exists():
+        return []
+    with file.open(newline="", encoding="utf-8") as table:
+        rows = list(csv.DictReader(table))
+    words = [
+        f"{row['subject']} {row['scan']} "
+        + (f"moved {float(row['moved_mm']):.1f} mm, {float(row['turned_deg']):.1f}°" if row["kept"] == "1" else "as is")
+        + ("" if row["trusted"] == "1" else " (not trusted)")
+        for row in rows
+    ]
+    return [f"Registration onto the T1: {'; '.join(words)}.", ""]
 
 
 def _against(starts: Mapping[str, Records], name: str, step: str, contrast: str) -> str:
@@ -204,5 +226,6 @@ def _notes(starts: Mapping[str, Records]) -> list[str]:
     return ["What happened in runs:", "", *lines, ""] if lines else []
 
 
-def _cell(i: Interval) -> str:
+def cell(i: Interval) -> str:
+    """A mean with its interval."""
     return f"{i.mean:.3f} [{i.low:.3f}, {i.high:.3f}]"

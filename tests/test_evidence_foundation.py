@@ -15,12 +15,15 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
+from brainfm.cli import resolve
+from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.weights import LoadedBackbone, load_backbone, save_backbone
 from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance
 from brainfm.tasks.statistics import crossed_bootstrap
+from brainfm.training.scanning import Scanning
 from brainfm.training.segmenting import Segmenting
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
@@ -29,6 +32,7 @@ import evidence_foundation as script
 import evidence_one_pass
 import evidence_runs as runs
 import evidence_tables
+import evidence_whole_head as whole_head
 
 NAMES = ("csf", "grey", "white")
 TOY = data.Setting("tissue", (0, 1, 2, 3), NAMES, "t1", 2.0, ("d",), (1, 1), "toy", 2, patch_vox=(16, 16, 16))
@@ -102,6 +106,23 @@ def test_a_trial_is_not_tested_on_whom_it_learned_from(family: runs.Family, load
     assert {test.subject for test in runs.tests_for(job(start), family)} == {"d/p2", "d/p3"}
 
 
+def test_other_contrasts_are_asked_of_wide_runs_after_every_second_read(
+    family: runs.Family, loaded: LoadedBackbone
+) -> None:
+    start = runs.starts_of(loaded)["scratch"]
+    others = [replace(test, part="t2") for test in family.tests]
+    pairs = [*family.tests, *others]
+    wide = replace(family, others=tuple(others), pairs=tuple(pairs))
+    one = job(start, wide=True)
+    network = runs.prepared(one, wide, start).module.answering
+    found = {step: runs.read(network, one, wide, step, torch.device("cpu")) for step in one.reads}
+    assert list(found[2]) == ["t1"] and list(found[4]) == ["t1", "t2", "pairs"]
+    assert found[4]["t2"] == found[4]["t1"]  # the same scans here
+    assert set(found[4]["pairs"]["agreement"]["t2"].values()) == {1.0}
+    narrow = runs.read(network, job(start), wide, 4, torch.device("cpu"))
+    assert narrow == {"t1": found[4]["t1"]}
+
+
 # ---- pairs -----------------------------------------------------------------------------------------------------------
 
 
@@ -151,8 +172,6 @@ def test_rendered_patches_are_those_of_scratch_with_a_share_painted_anew(
         # ids 1 of the toy's map are fluid to DLMUSE: the render classes lie where the label does
         assert np.array_equal(b.tissue == runs.RENDERED.index("csf"), b.label == 1)
     assert 3 <= painted <= 11
-    from brainfm.data.patches import collate
-
     made.module.train()
     assert torch.isfinite(made.module(collate([made.patches[i] for i in range(2)]), 0.0).total)
 
@@ -255,7 +274,7 @@ def _runs_of(start: str, table: np.ndarray, trained: str = "p{}") -> dict[int, d
     return {
         seed: {
             "setting": {"tested": [f"t1 {who}" for who in people], "trained": [trained.format(seed)], "reads": [7, 9],
-                        "store": "s"},
+                        "others": [], "wide_reads": [], "store": "s"},
             "reads": {"7": {"t1": {who: {"dice": float(v)} for who, v in zip(people, row)}}},
             "notes": [],
         }
@@ -300,6 +319,7 @@ def test_tables_come_from_the_records_alone(
             one = runs.Job("hippocampus", start, runs.starts_of(loaded)[start].mark, seed, trained, (7, 9))
             tested = [f"t1 {who}" for who in people.held]
             setting = {"tested": tested, "trained": sorted(trained), "reads": [7, 9], "store": "s"}
+            setting |= {"others": [], "wide_reads": []}
             read = {"t1": {who: {"dice": score} for who in people.held}}
             _record(one, tmp_path, setting, {"7": read, "9": read})
     assert script.main(words) == 0
@@ -333,7 +353,8 @@ def test_every_start_has_as_many_trials_and_runs(file: Path, loaded: LoadedBackb
         assert len(some) == starts * args.seeds == len({j.name for j in some})
         for seed in range(args.seeds):
             assert len({j.trained for j in some if j.seed == seed}) == 1
-        assert {j.reads[-1] for j in some} == {2000 if shots == 5 else 600}
+        assert {j.reads[-1] for j in some} == {2000 if shots == 5 else 200}
+        assert {j.wide_reads for j in some} == {(200, 2000) if shots == 5 else ()}
 
 
 # ---- one pass --------------------------------------------------------------------------------------------------------
@@ -351,3 +372,49 @@ def test_one_window_is_one_pass_and_more_are_not(loaded: LoadedBackbone) -> None
     scan = torch.from_numpy(image.astype(np.float32))
     answer = evidence_one_pass._classes(loaded, evidence_one_pass.in_one_pass(loaded, scan))
     assert large["whole"] == pytest.approx(2 * (answer == 3).sum() / ((answer == 3).sum() + answer.size))
+
+
+# ---- whole heads -----------------------------------------------------------------------------------------------------
+
+
+def test_starts_are_asked_of_the_same_people_and_all_of_them_at_last(loaded: LoadedBackbone) -> None:
+    starts = [start for name, start in runs.starts_of(loaded).items() if name != "rendered"]
+    asked = whole_head.asks(starts, seeds=2, tested=0)
+    sides = data.sides()
+    for dataset, most in (("ds002748_2mm", 24), ("ixi2mm", 73)):
+        some = [ask for ask in asked if ask.dataset == dataset]
+        assert max(len(ask.trained) for ask in some) == most
+        assert {sides[tuple(key.split("/"))] for ask in some for key in ask.trained} == {"train"}
+        assert {sides[tuple(key.split("/"))] for ask in some for key in ask.held} == {"held"}
+        by_start = [[(a.target, a.seed, a.trained, a.held) for a in some if a.start == start.name] for start in starts]
+        assert by_start[0] == by_start[1] == by_start[2]
+
+
+def test_a_whole_head_record_holds_every_candidate_and_its_errors(
+    people_store: Store, loaded: LoadedBackbone, tmp_path: Path
+) -> None:
+    words = ["task=regression", "task.target=age", "store=-", "run=-", "backbone_from=none"]
+    question = Scanning(people_store, resolve("finetune", words)["task"])
+    question.settle((16, 16, 16))
+    start = runs.starts_of(loaded)["decoder"]
+    trained, held = ("d/p1", "d/p2", "d/p3", "d/p5"), ("d/p4",)
+    ask = whole_head.Ask("d", "age", "decoder", start.mark, 0, trained, held)
+    record = whole_head._answered(ask, question, start, tmp_path, torch.device("cpu"))
+    assert set(record["answers"]) == {"p4"} and record["chosen"] in record["answers"]["p4"]
+    assert {"mean", "regions", "features", "stacked"} <= set(record["answers"]["p4"])
+    assert whole_head.errors(record, "mean", "age")["p4"] == pytest.approx(abs(44 - (41 + 42 + 43 + 45) / 4), abs=1e-4)
+    ask.file(tmp_path).parent.mkdir()
+    ask.file(tmp_path).write_text(json.dumps(record | {"core_seconds": 1.0}))
+    assert ask.is_done(tmp_path)
+    with pytest.raises(ConfigError, match="was asked of other people"):
+        replace(ask, held=("d/p0",)).is_done(tmp_path)
+    said = "\n".join(whole_head.tables([ask], tmp_path))
+    assert "### whole_head: age of d, mean error in years" in said and "| 4 | encoder + decoder | " in said
+
+
+def test_a_sex_is_told_right_or_wrong() -> None:
+    record = {"chosen": "features", "answers": {
+        "a": {"truth": [0], "features": [0.7, 0.3]}, "b": {"truth": [1], "features": [0.6, 0.4]},
+    }}  # fmt: skip
+    assert whole_head.errors(record, "features", "sex") == {"a": 0.0, "b": 1.0}
+    assert whole_head._auroc(record) == 1.0

@@ -113,8 +113,8 @@ class AnatomyPathology(Objective):
         loss, beta: of the reconstruction of hidden voxels, as in MAE.
         reconstruction_weight, anatomy_weight, pathology_weight: of the terms; 0 switches a term off.
         agreement_weight: of 1 - cosine between the anatomy parts of two scans of a subject at one place.
-        centred: whether that looks at codes less the mean vector of all cells and samples, which else satisfies it,
-            beside a floor under their spread, with the same weight.
+        centred: whether that looks at codes less what all samples share at a cell (losses.centred), which else
+            satisfies it, beside a floor under their spread, with the same weight.
         visits: whether the second scan may come from another visit.
 
     Source: the winner of SSL3D's ResEnc-L track as described in arXiv 2601.13166: shares .5/.3/.2 and weights

@@ -74,8 +74,8 @@ class CrossContrast(Objective):
         logvar_start: where the log variances begin; null for about 0 (see Latents).
         terms_on: whether agreement and separation look at the ``means`` of the codes, which are what is used later, or
             at their ``samples``.
-        centred: whether both look at codes less the mean vector of all cells and samples (losses.centred), each beside
-            a floor under the spread of its part, with the same weight.
+        centred: whether both look at codes less what all samples share at a cell (losses.centred), each beside a
+            floor under the spread of its part, with the same weight. Two pairs a step, or more, make the most of it.
         mask_unit_vox, mask_ratio: edge length and share of the hidden blocks.
         loss_on: ``all`` voxels of a target or the ``hidden`` ones.
         beta: of the smooth L1, in units of the standardised intensity.

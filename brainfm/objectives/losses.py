@@ -45,14 +45,16 @@ def mean_over_processes(total: Tensor, count: Tensor) -> Tensor:
 
 
 def centred(one: Tensor, other: Tensor) -> tuple[Tensor, Tensor]:
-    """Codes [V, E, X, Y, Z] twice, less the mean vector of all their cells, over the processes of a run.
+    """Codes [V, E, X, Y, Z] twice, less their mean over samples at each cell, over the processes of a run.
 
-    A vector that all codes share says nothing of any of them, but makes every cosine between them large. The mean is
-    over samples and cells, so that one pair of scans on a grid of a few cells is enough to take it.
+    A vector that all codes share says nothing of any of them, but makes every cosine between them large; so does a
+    vector that tells the cell alone, which padding gives away. A single pair has no other sample beside it: there the
+    mean is over cells as well, which leaves the second of these ways open.
     """
-    cells = _cells(one, other)
-    mean = _sum_over_processes(cells.sum(dim=0)) / _at_least(_count(cells))
-    mean = mean[:, None, None, None]
+    total = _sum_over_processes(one.float().sum(dim=0) + other.float().sum(dim=0))
+    pairs = _sum_over_processes(one.new_full((), len(one), dtype=torch.float32))
+    mean = total / _at_least(2 * pairs)
+    mean = torch.where(pairs > 1, mean, mean.mean(dim=(1, 2, 3), keepdim=True))
     return one.float() - mean, other.float() - mean
 
 
@@ -65,10 +67,10 @@ def spread_floor(one: Tensor, other: Tensor) -> Tensor:
 
     Source: Bardes et al. 2022, VICReg (arXiv 2105.04906), equation 1, with its target of 1.
     """
-    cells = _cells(one, other)
-    count = _count(cells)
-    variance = _sum_over_processes(cells.square().sum(dim=0)) / _at_least(count)
-    short = (1 - (variance + 1e-4).sqrt()).clamp(min=0).mean()
+    squares = torch.cat([one, other]).float().square()
+    total = _sum_over_processes(squares.sum(dim=(0, 2, 3, 4)))
+    count = _sum_over_processes(squares.new_full((), squares[:, 0].numel()))
+    short = (1 - (total / _at_least(count) + 1e-4).sqrt()).clamp(min=0).mean()
     return torch.where(count > 0, short, 0.0)
 
 
@@ -130,16 +132,6 @@ def _sum_over_processes(values: Tensor) -> Tensor:
 
     summed: Tensor = all_reduce(values)
     return summed
-
-
-def _cells(one: Tensor, other: Tensor) -> Tensor:
-    """[V, E, X, Y, Z] twice -> [cells of both, E] float32."""
-    return torch.cat([code.float().movedim(1, -1).flatten(0, -2) for code in (one, other)])
-
-
-def _count(cells: Tensor) -> Tensor:
-    """Rows on all processes together."""
-    return _sum_over_processes(cells.new_full((), len(cells)))
 
 
 def _at_least(count: Tensor) -> Tensor:

@@ -129,6 +129,7 @@ class ScanTask(Task):
             return 1
         self.dense = DenseDecoder(self.backbone.widths, self.backbone.strides, reads.decoder["parts"])
         self.dense.requires_grad_(False)
+        self.reads_of_file = {"decoder.": "dense.", "heads.regions.": "regions."}
         if reads.regions is not None:
             self.regions = DenseHead(**reads.regions).requires_grad_(False)
             self.region_head = LinearHead(len(reads.region_names), outputs).requires_grad_(False)

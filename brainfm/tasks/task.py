@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import importlib
 from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from types import MappingProxyType
 from typing import Any
 
 from torch import Tensor, nn
@@ -26,10 +28,13 @@ class Task(nn.Module, ABC):
     Attributes:
         spec: the question.
         backbone: reads one contrast at a time; ``backbone.blocks()`` is what freezing and rate decay need.
+        reads_of_file: how names in a backbone's file begin, to how those of the same weights do here, for what is read
+            from it as it is and never trained.
     """
 
     spec: TaskSpec
     backbone: Backbone
+    reads_of_file: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
     def forward(self, image: Tensor, present: Tensor) -> Any:

@@ -606,7 +606,8 @@ def _conclude(
     samples = total.step * int(study.config["trainer"]["batch_size"]) * study.fabric.world_size
     provenance = provenance_of(study.config, study.store, total, samples, study.fabric, study.parents)
     first = [study.run / split.name for split in splits if split.repeat == 0]
-    channels = [transferred.dense_channels(folder, study.pretrained) for folder in first]
+    began = study.question.takes_decoder  # else a decoder of the file is read, and no part of a member's start
+    channels = [transferred.dense_channels(folder, study.pretrained) if began else 0 for folder in first]
     write_bundle(
         study.run / "bundle",
         task=study.question.spec,

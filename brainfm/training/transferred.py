@@ -27,10 +27,19 @@ def report_of(task: Task, pretrained: LoadedBackbone, decoder: bool) -> Transfer
         "objective": list(pretrained.extra),
     }
     groups["heads"] = [f"{key}.{name}" for key, head in pretrained.heads.items() for name in head.state_dict()]
-    taken = {"backbone", "decoder"} if decoder else {"backbone"}
-    loaded = tuple(f"{group}.{name}" for group in groups if group in taken for name in groups[group])
-    unused = tuple(f"{group}.{name}" for group in groups if group not in taken for name in groups[group])
-    return TransferReport(loaded, tuple(name for name in task.state_dict() if name not in set(loaded)), unused)
+    names = [f"{group}.{name}" for group in groups for name in groups[group]]
+    # what the file calls it -> what the task does
+    places = {"backbone.": "backbone."} | ({"decoder.": "decoder."} if decoder else {}) | dict(task.reads_of_file)
+
+    def place(name: str) -> str | None:
+        return next((own + name.removeprefix(there) for there, own in places.items() if name.startswith(there)), None)
+
+    taken = {place(name) for name in names}
+    return TransferReport(
+        tuple(name for name in names if place(name)),
+        tuple(name for name in task.state_dict() if name not in taken),
+        tuple(name for name in names if not place(name)),
+    )
 
 
 def write(folder: Path, report: TransferReport, last_layer: str) -> None:
@@ -111,6 +120,8 @@ def describe(found: Mapping[str, Any]) -> list[str]:
         return []
     folds = found["folds"]
     taken = sum(fold["decoder"] for fold in folds.values())
+    if found["asked"] is False and taken:
+        return [f"decoder of the backbone file: read as it is, never trained, in {taken} of {len(folds)} members"]
     lines = [
         f"decoder of the backbone file (adapt.decoder={str(found['asked']).lower()}): taken in {taken} of {len(folds)} "
         "trainings"

@@ -318,7 +318,7 @@ def test_our_own_pretrain_reads_the_labels_and_takes_no_brain_for_a_lesion(
     assert columns["a"]["regions_labels"].endswith("t1_dseg.nii.gz") and not columns["c"]["regions_labels"]
     assert columns["a"]["brain_mask"].endswith("t1_brain_mask.nii.gz")
     assert not any(Path(c["regions_labels"]).is_absolute() for c in columns.values())
-    faults = examine(made, 0)
+    faults = examine(made, 0).faults
     assert {Path(fault.path).name for fault in faults if "t1_" in fault.path or "t2_" in fault.path} <= {"c_t1.nii.gz"}
     assert all("labels" not in fault.path.split("/") for fault in faults)
     usable = [scan for scan in made.scans if scan.subject in "ab"]

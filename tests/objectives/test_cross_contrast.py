@@ -162,14 +162,11 @@ def test_mended_terms__compare_to_a_loop_over_samples(config):
     floors = {}
     if config.get("centred"):
         for part, seen in pairs.items():
+            mean = sum(code for pair in seen for code in pair) / 6  # of three pairs, at each cell
+            seen[:] = [[code - mean for code in pair] for pair in seen]
             for channel in range(8):
-                values = torch.cat([code[channel].flatten() for pair in seen for code in pair])
-                for pair in seen:
-                    for k in range(2):
-                        pair[k] = pair[k].clone()
-                        pair[k][channel] -= values.mean()
-                short = (1 - (values.var(correction=0) + 1e-4).sqrt()).clamp(min=0)
-                floors.setdefault(f"{part}_floor", []).append(short)
+                squares = torch.cat([code[channel].flatten() ** 2 for pair in seen for code in pair])
+                floors.setdefault(f"{part}_floor", []).append((1 - (squares.mean() + 1e-4).sqrt()).clamp(min=0))
     cosines = {part: [F.cosine_similarity(*(c.flatten() for c in pair), dim=0) for pair in seen]
                for part, seen in pairs.items()}  # fmt: skip
     want["agreement"] = 1 - torch.stack(cosines["anatomy"]).mean()

@@ -77,21 +77,39 @@ def test_mean_where__compare():
     assert mean_where(values.detach(), torch.zeros(3, dtype=torch.bool)).item() == 0
 
 
-def test_centred_and_floor__compare_to_loops():
+@pytest.mark.parametrize("pairs", [1, 3])
+def test_centred_and_floor__compare_to_loops(pairs):
     torch.manual_seed(0)
-    one, other = 0.4 * torch.randn(2, 3, 2, 1, 2) + 5, 0.4 * torch.randn(2, 3, 2, 1, 2) + 5
+    one, other = 0.4 * torch.randn(pairs, 3, 2, 1, 2) + 5, 0.4 * torch.randn(pairs, 3, 2, 1, 2) + 5
     other[:, 2] *= 20
     got = centred(one, other)
     floors = []
     for e in range(3):
-        values = [v for code in (one, other) for b in range(2) for v in code[b, e].flatten().tolist()]
-        mean = sum(values) / len(values)
-        for code, found in zip((one, other), got, strict=True):
-            torch.testing.assert_close(found[:, e], code[:, e] - mean, atol=1e-5, rtol=1e-5)
-        variance = sum((v - mean) ** 2 for v in values) / len(values)
-        floors.append(max(0.0, 1 - math.sqrt(variance + 1e-4)))
+        squares = []
+        for x in range(2):
+            for z in range(2):
+                here = [code[b, e, x, 0, z].item() for code in (one, other) for b in range(pairs)]
+                if pairs == 1:
+                    here = [v for code in (one, other) for v in code[0, e].flatten().tolist()]
+                mean = sum(here) / len(here)
+                for code, found in zip((one, other), got, strict=True):
+                    for b in range(pairs):
+                        want = code[b, e, x, 0, z].item() - mean
+                        assert found[b, e, x, 0, z].item() == pytest.approx(want, abs=1e-4)
+                        squares.append(want * want)
+        floors.append(max(0.0, 1 - math.sqrt(sum(squares) / len(squares) + 1e-4)))
     assert floors[0] > 0.3 and floors[2] == 0
     assert spread_floor(*got).item() == pytest.approx(sum(floors) / 3, rel=1e-4)
+
+
+def test_a_code_of_the_place_in_the_patch_alone_meets_no_centred_term():
+    """Padding tells a network which cell it looks at; two pairs are enough to see that nothing else is told."""
+    torch.manual_seed(0)
+    place = torch.randn(1, 4, 2, 2, 2).expand(2, -1, -1, -1, -1)
+    one, other = place + 0.01 * torch.randn(2, 2, 4, 2, 2, 2)
+    assert cosine(one, other).min() > 0.99
+    assert cosine(*centred(one, other)).max() < 0.7 and spread_floor(*centred(one, other)) > 0.95
+    assert cosine(*centred(one[:1], other[:1])).min() > 0.99, "one pair cannot tell"
 
 
 @pytest.mark.parametrize("pairs", [1, 2, 0])

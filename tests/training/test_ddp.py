@@ -199,7 +199,7 @@ def test_two_processes_equal_one(pair: tuple[Path, Ranks], toy_store: Store, tmp
     for name, value in one.items():
         if name.endswith("0.bias"):  # before an instance norm: its gradient is rounding noise, which Adam blows up
             continue
-        assert torch.allclose(value, two[name], atol=2e-5), name
+        assert torch.allclose(value, two[name], atol=5e-5), name  # steps move weights by 6e-4; Adam magnifies rounding
 
 
 def test_killed_and_resumed_together_equals_uninterrupted(

@@ -278,6 +278,9 @@ def test_a_backbone_s_own_regions_answer_without_a_label_map(
     assert list(found) == ["mean", "regions", "features", "stacked"]
     reads = json.loads((run / "bundle" / READS).read_text())
     assert reads["outside"] == ["background", "head"] and not reads["volumes"]
+    report = json.loads((run / "fold0" / "transfer.json").read_text())
+    assert {name.split(".")[0] for name in report["loaded"]} == {"backbone", "decoder", "heads"}
+    assert not report["unused"] and not [n for n in report["left_at_init"] if n.startswith(("dense.", "regions."))]
     assert reads["tissues"]["grey"] == ["insula", "hippocampus"]
     bundle = read_bundle(run / "bundle")
     loaded = load_backbone(dense_file)

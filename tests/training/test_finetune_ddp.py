@@ -24,9 +24,12 @@ _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["brainfm.training.launch", "brainfm.training.finetune", "brainfm.cli", __name__])
 
 
-def words(store: Store, run: Path, task: str, *more: str) -> list[str]:
+def words(store: Store, run: Path, task: str, *more: str, candidates: str = "[tuned]") -> list[str]:
     # Dropout is drawn for the samples that pass the network together: those of one process or half of them.
-    asked = {"classification": ["task.target=ill", "task.dropout=0"], "segmentation": ["task.target=lesion"]}[task]
+    asked = {
+        "classification": ["task.target=ill", "task.dropout=0", f"task.candidates={candidates}"],
+        "segmentation": ["task.target=lesion"],
+    }[task]
     return [
         f"store={store.path}", f"run={run}", f"task={task}", *asked, "backbone_from=none", "backbone=unet_tiny",
         "trainer=cpu", "task.patch_vox=[16,16,16]", "folds=2", "trainer.max_steps=4", "trainer.workers=0",
@@ -82,6 +85,15 @@ TWO = ("trainer.batch_size=1", "trainer.devices=2", "trainer.strategy=ddp")
 @pytest.fixture(scope="module")
 def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
     return small_store(tmp_path_factory.mktemp("small"))
+
+
+def test_two_processes_choose_as_one(store: Store, tmp_path: Path) -> None:
+    """Where nothing is trained the first process answers, and the other waits for it."""
+    asked = {"candidates": "auto"}
+    go(words(store, tmp_path / "two", "classification", *TWO, **asked), tmp_path / "out2", 2)
+    go(words(store, tmp_path / "one", "classification", "trainer.batch_size=2", **asked), tmp_path / "out1", 1)
+    one, two = ((tmp_path / name / "fold1" / "choice.json").read_bytes() for name in ("one", "two"))
+    assert one == two
 
 
 @pytest.mark.parametrize("task", ["classification", pytest.param("segmentation", marks=pytest.mark.slow)])

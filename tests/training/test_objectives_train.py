@@ -84,7 +84,7 @@ def test_sizes_of_the_targets_are_found_and_kept(
         ("objective.groups=7", "objective.groups=7: the data have 4; expected 4, 0 or null"),
         ("data.targets.labels={aseg_labels: auto}", "no label column 'aseg_labels', found tissue_labels"),
         ("data.targets.volumes=nowhere.csv", "nowhere.csv"),
-        ("data.targets.level=lobes", "expected groups, tissues or null"),
+        ("data.targets.level=lobes", "expected groups, tissues, regions or null"),
         ("objective.mask_unit_vox=16", "expected some, but not all"),
     ],
 )
