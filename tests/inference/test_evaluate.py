@@ -169,15 +169,20 @@ def test_what_both_masks_leave_empty_is_counted_as_asked(cohort, tmp_path):
 
     write_label(tmp_path / "a_marker.nii.gz", tmp_path / "a.nii.gz", 0)
     bundle = make_bundle(tmp_path, network=Nothing())
-    fomo = evaluate(cohort, tmp_path / "fomo", bundle=bundle, device="cpu")
+    one = evaluate(cohort, tmp_path / "one", bundle=bundle, device="cpu")
+    means = {name: one.summary["metrics"][name]["mean"] for name in ("dice", "surface_dice_1mm")}
+    assert means == {"dice": pytest.approx(1 / 3), "surface_dice_1mm": pytest.approx(1 / 3)}, "both agree by default"
+    assert "both masks empty in 1 cases; both masks empty: dice 1, surface dice 1" in "\n".join(describe(one.summary))
+    fomo = evaluate(cohort, tmp_path / "fomo", bundle=bundle, device="cpu", empty="fomo")
     assert fomo.summary["metrics"]["dice"]["mean"] == pytest.approx(1 / 3)
-    assert "both masks empty in 1 cases; both masks empty: dice 1, surface dice 0" in "\n".join(describe(fomo.summary))
+    assert fomo.summary["metrics"]["surface_dice_1mm"]["mean"] == 0
+    assert "dice 1, surface dice 0 (as FOMO26 counts)" in "\n".join(describe(fomo.summary))
     skip = evaluate(cohort, tmp_path / "skip", predictions=tmp_path / "fomo" / "predictions", empty="skip")
     assert skip.summary["metrics"]["dice"]["mean"] == skip.summary["metrics"]["surface_dice_1mm"]["mean"] == 0
     assert skip.summary["metrics"]["dice"]["n"] == 2 and skip.summary["both_empty"] == 1
     assert table(tmp_path / "skip" / "cases.csv")[0]["dice"] == ""
     assert "left out of dice and surface dice" in "\n".join(describe(skip.summary))
-    with pytest.raises(ConfigError, match="empty=zero: expected fomo or skip"):
+    with pytest.raises(ConfigError, match="empty=zero: expected one, fomo, skip"):
         evaluate(cohort, tmp_path / "out", bundle=bundle, empty="zero")
 
 
