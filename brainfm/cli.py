@@ -46,17 +46,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
     Who reads what is printed may go away (``| head``): the work is done all the same.
     """
+    words = list(sys.argv[1:] if arguments is None else arguments)
     try:
         with _patient("stdout"), _patient("stderr"):
-            return _main(arguments)
-    except OSError as error:  # from printing the last lines: what a verb raises is told inside
-        if error.errno is None:
+            return _main(words)
+    except OSError as error:  # of a verb, or from printing its last lines
+        if error.errno is None or "debug=true" in words:
             raise
         return _complain(_of_the_system(error))
 
 
-def _main(arguments: Sequence[str] | None) -> int:
-    words = list(sys.argv[1:] if arguments is None else arguments)
+def _main(words: list[str]) -> int:
     if not words or words[0] in ("-h", "--help", "help"):
         print(_usage())
         return 0
@@ -81,10 +81,6 @@ def _main(arguments: Sequence[str] | None) -> int:
         if debug:
             raise
         return _complain(str(error))
-    except OSError as error:
-        if debug or error.errno is None:
-            raise
-        return _complain(_of_the_system(error))
     except KeyboardInterrupt:
         print("brainfm: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130

@@ -2,16 +2,22 @@
 
 from __future__ import annotations
 
+import errno
+import io
+import os
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+import nibabel as nib
+import numpy as np
 import pytest
 
 from brainfm import cli
 from brainfm.cli import VERBS, configs, main, options, resolve
 from brainfm.specs import ConfigError
+from tests.conftest import write_subjects
 
 NEEDED = {
     "demo": ["out=x"],
@@ -199,6 +205,125 @@ def test_full_disk_is_one_sentence(capsys: pytest.CaptureFixture[str], monkeypat
 
     monkeypatch.setitem(cli._RUN, "pretrain", full)
     assert "no space left on the disk for run/last.tmp" in fails(capsys, "pretrain", *NEEDED["pretrain"])
+
+
+@pytest.mark.parametrize("verb", VERBS)
+def test_a_read_only_folder_is_one_sentence_in_every_verb(
+    verb: str, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(config: dict) -> int:
+        raise OSError(errno.EROFS, os.strerror(errno.EROFS), "/data/out")
+
+    monkeypatch.setitem(cli._RUN, verb, refuse)
+    assert fails(capsys, verb, *NEEDED[verb]) == "brainfm: /data/out: read-only file system"
+    with pytest.raises(OSError):
+        main([verb, *NEEDED[verb], "debug=true"])
+
+
+def without_writing() -> list[str]:
+    """The command that runs another with ``ro`` mounted read-only; the test is skipped where that is not allowed."""
+    try:
+        if subprocess.run(["unshare", "-rm", "true"], capture_output=True).returncode:
+            pytest.skip("no name spaces for mounts here")
+    except FileNotFoundError:
+        pytest.skip("no unshare here")
+    return ["unshare", "-rm", "bash", "-c", 'mount --bind ro ro && mount -o remount,bind,ro ro && exec "$0" "$@"']
+
+
+def test_a_read_only_mount(tmp_path: Path, toy_manifest: Path) -> None:
+    """The real thing, of verbs that write their first file early, late, and in a library."""
+    (tmp_path / "ro").mkdir()
+    program = [sys.executable, "-m", "brainfm.cli"]
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    for words in (
+        ["manifest", f"root={toy_manifest.parent}", "out=ro/m.csv"],
+        ["doctor", f"manifest={toy_manifest}", "out=ro/d.csv", "workers=1"],
+        ["prepare", f"manifest={toy_manifest}", "store=ro/st", "workers=1"],
+    ):
+        run = subprocess.run([*without_writing(), *program, *words], cwd=tmp_path, capture_output=True, text=True,
+                             env=environment)  # fmt: skip
+        assert run.returncode == 2 and run.stderr.count("\n") == 1, run.stderr
+        assert "read-only file system" in run.stderr.lower()
+
+
+@pytest.mark.parametrize("reader", ["true", "head -1"])
+def test_a_closed_pipe_ends_quietly_and_the_work_is_done(reader: str, tmp_path: Path, toy_manifest: Path) -> None:
+    out = tmp_path / "m.csv"
+    words = f"{sys.executable} -m brainfm.cli manifest root={toy_manifest.parent} out={out}"
+    shell = f"{words} 2>{tmp_path / 'err'} | {reader}; exit ${{PIPESTATUS[0]}}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    assert subprocess.run(["bash", "-c", shell], env=environment, capture_output=True).returncode == 0
+    assert (tmp_path / "err").read_text() == "" and out.is_file()
+
+
+class Pipe(io.TextIOWrapper):
+    """A standard output whose reader has gone away."""
+
+    def __init__(self) -> None:
+        read, write = os.pipe()
+        os.close(read)
+        super().__init__(io.FileIO(write, "w"), encoding="ascii", line_buffering=True)  # type: ignore[arg-type]
+
+
+def test_a_verb_goes_on_after_the_pipe_was_closed(monkeypatch: pytest.MonkeyPatch) -> None:
+    done = []
+
+    def talk(config: dict) -> int:
+        for number in range(3):
+            print(f"line {number} of Z\xfcrich", flush=True)
+            done.append(number)
+        return 1
+
+    monkeypatch.setitem(cli._RUN, "doctor", talk)
+    monkeypatch.setattr(sys, "stdout", Pipe())
+    assert main(["doctor", "manifest=x"]) == 1 and done == [0, 1, 2]
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")
+def test_a_full_standard_output_is_one_sentence() -> None:
+    words = f"{sys.executable} -m brainfm.cli --version > /dev/full"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    run = subprocess.run(["bash", "-c", words], env=environment, capture_output=True, text=True)
+    assert run.returncode == 2
+    assert run.stderr == "brainfm: no space left on the disk for the output: free some and run again\n"
+
+
+def test_names_that_the_terminal_cannot_show_are_escaped(monkeypatch: pytest.MonkeyPatch) -> None:
+    shown = io.BytesIO()
+    monkeypatch.setitem(cli._RUN, "doctor", lambda config: print("Z\xfcrich M\udcfcller") or 0)
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
+    assert main(["doctor", "manifest=x"]) == 0
+    assert shown.getvalue() == b"Z\\xfcrich M\\udcfcller\n"
+
+
+def test_manifest_and_doctor_say_what_was_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    write_subjects(tmp_path / "data", 2)
+    for name in ("00/c1t1.nii.gz", "01/T1.nrrd"):
+        (tmp_path / "data" / f"sub-{name}").touch()
+    manifest = tmp_path / "m.csv"
+    assert main(["manifest", f"root={tmp_path / 'data'}", f"out={manifest}", "masks.lesion=*lesion_mask*"]) == 0
+    assert "left out 1 files (map of probabilities" in capsys.readouterr().out
+    assert main(["doctor", f"manifest={manifest}", "workers=1"]) == 0
+    said = capsys.readouterr().out
+    for why, name in (
+        ("map of probabilities, tissue, thickness or the like, by name", "sub-00/c1t1.nii.gz"),
+        ("format that is not read; convert it to .nii.gz", "sub-01/T1.nrrd"),
+    ):
+        assert f"note: manifest left out 1 files ({why}): {name}" in said
+
+
+def test_prepare_says_what_it_prepared_again(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    manifest = write_subjects(tmp_path / "data", 2)
+    words = ["prepare", f"manifest={manifest}", f"store={tmp_path / 's'}", "preprocess.spacing_mm=4", "workers=1"]
+    assert main(words) == 0
+    path = tmp_path / "data" / "sub-01" / "lesion_mask.nii.gz"
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image(np.zeros(image.shape, np.uint8), image.affine), path)
+    capsys.readouterr()
+    assert main(words) == 0
+    said = capsys.readouterr().out
+    assert "prepared again: toy/01/1, for sub-01/lesion_mask.nii.gz has changed" in said
+    assert "lesion_mask: 1 of 2 are empty" in said and "1 sessions prepared, 1 were there" in said
 
 
 def test_configs_are_found() -> None:

@@ -630,7 +630,8 @@ def _folder(tree: Tree) -> tuple[list[_Place], list[str]]:
     """Guesses from names: which level of folders is the subject, what the file's name adds."""
     kinds = [_kinds(parts) for parts in tree.files]
     groups = _group_folders(tree.files, kinds)
-    guesses = [_guess(parts, kind, groups, tree.name) for parts, kind in zip(tree.files, kinds)]
+    files = _without_channels(tree.files)
+    guesses = [_guess(parts, kind, groups, tree.name) for parts, kind in zip(files, kinds)]
     above: dict[str, set[str]] = defaultdict(set)
     for subject, _, group, _ in guesses:
         above[subject].add(group)
@@ -649,6 +650,21 @@ def _folder(tree: Tree) -> tuple[list[_Place], list[str]]:
             subjects.setdefault(who, "/".join(parts))
             sessions.setdefault(session, "/".join(parts))
     return places, _guess_notes(contrasts, subjects, sessions)
+
+
+def _without_channels(files: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
+    """The files without nnU-Net's channel numbers, where these are what their names end in: several cases, each with
+    the same numbers from 0000 on. Taken for ids they would tear a person apart."""
+    named = [re.fullmatch(r"(.+)_(\d{4})", strip_ending(parts[-1])) for parts in files]
+    numbers: dict[tuple[str, ...], set[str]] = defaultdict(set)
+    for parts, name in zip(files, named):
+        if name is None:
+            return files
+        numbers[(*parts[:-1], name[1])].add(name[2])
+    sets = set(map(frozenset, numbers.values()))
+    if len(numbers) < 2 or len(sets) != 1 or next(iter(sets)) != {f"{n:04d}" for n in range(len(next(iter(sets))))}:
+        return files
+    return [(*parts[:-1], name[1] + ending_of(parts[-1])) for parts, name in zip(files, named) if name]
 
 
 def _guess_notes(contrasts: Mapping[str, str], subjects: Mapping[str, str], sessions: Mapping[str, str]) -> list[str]:

@@ -258,6 +258,9 @@ def describe(summary: Mapping[str, Any]) -> list[str]:
         lines.append(f"{both}; {summary['conventions']} (empty={'|'.join(EMPTY)})")
     metrics = summary["metrics"]
     for name in ("dice", "surface_dice_1mm") if "dice" in metrics else metrics:
+        if metrics[name] is None:
+            lines.append(f"{name}: undefined, no case counts")
+            continue
         numbers = [
             "undefined" if metrics[name][k] is None else f"{metrics[name][k]:.3f}" for k in ("mean", "low", "high")
         ]

@@ -132,6 +132,35 @@ def test_only_what_is_missing_or_changed_is_made_again(manifest: Manifest, calls
     assert not [p for p in out.rglob("*") if p.name.endswith((".part", ".tmp"))]
 
 
+def test_a_scan_corrected_in_place_is_made_again_and_a_copy_is_not(
+    manifest: Manifest, calls: list[int], tmp_path: Path
+) -> None:
+    anatomize(manifest, tmp_path / "out", ["t1", "t2"])
+    path = manifest.path.parent / "c_t1.nii.gz"
+    content = path.read_bytes()
+    path.write_bytes(content)
+    os.utime(path, (1, 1))
+    assert anatomize(manifest, tmp_path / "out", ["t1", "t2"]).done == 0
+    path.write_bytes(content[:-1] + bytes([content[-1] ^ 1]))  # the same size
+    assert anatomize(manifest, tmp_path / "out", ["t1", "t2"]).done == 1
+
+
+def test_an_error_that_nobody_foresaw_is_that_of_its_scan(
+    manifest: Manifest, calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = module.anatomy.segment
+
+    def unforeseen(volume: Volume) -> Tissues:
+        if not calls:
+            calls.append(1)
+            raise ZeroDivisionError("nobody thought of this")
+        return real(volume)
+
+    monkeypatch.setattr(module.anatomy, "segment", unforeseen)
+    report = anatomize(manifest, tmp_path / "out", ["t1", "t2"])
+    assert report.done == 4 and any("ZeroDivisionError: nobody thought" in flagged.reason for flagged in report.flagged)
+
+
 def test_another_version_makes_everything_again(
     manifest: Manifest, calls: list[int], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -218,6 +218,14 @@ def test_an_id_that_ends_in_four_digits_is_no_channel(tmp_path: Path) -> None:
     assert [scan.subject for scan in find(root).scans] == ["case_0001", "case_0002", "case_0037"]
 
 
+def test_channels_of_nnunet_cases_outside_images_tr_are_one_person(tmp_path: Path) -> None:
+    cases = make(tmp_path / "imagesTs", *(f"case_{i}_{c:04d}.nii.gz" for i in (1, 2) for c in (0, 1)))
+    assert sorted(scan.subject for scan in find(cases).scans) == ["case_1", "case_1", "case_2", "case_2"]
+    for others in (("scan_0000", "scan_0001", "scan_0002"), ("a_0001", "a_0002", "b_0001", "b_0002")):
+        found = find(make(tmp_path / others[0], *(f"{name}.nii.gz" for name in others)))
+        assert sorted(scan.subject for scan in found.scans) == sorted(others), "numbers of people"
+
+
 def test_ids_with_label_words_in_any_other_folder(tmp_path: Path) -> None:
     folders = make(tmp_path / "a", "seg01/seg01_T1.nii.gz", "seg02/seg02_T1.nii.gz", "mask/mask_FLAIR.nii.gz")
     assert len(find(folders).scans) == 3 - 1, "a folder called mask holds masks"

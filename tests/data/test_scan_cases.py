@@ -69,6 +69,16 @@ def test_given_classes_leave_the_others_out(toy_store: Store) -> None:
     assert len(classes(toy_store, ["a", "b", "a", "a", "b", "unknown"], values=["b", "a", "unknown"]).cases) == 6
 
 
+def test_sex_in_two_codings_is_refused_and_named_classes_are_the_way_out(toy_store: Store) -> None:
+    codes = ["M", "F", "1", "2", "O", "F"]
+    store = with_columns(toy_store, "sex", codes)
+    with pytest.raises(ConfigError, match=r"column sex is coded in two ways, 1, 2, F, M, O, expected one"):
+        find_scan_cases(store, values_of("classification", target="sex"))
+    found = find_scan_cases(store, values_of("classification", target="sex", values=["M", "F"]))
+    assert found.spec.values == ("M", "F") and len(found.cases) == 3 and len(found.left_out) == 3
+    assert len(classes(toy_store, ["M", "F", "1", "2", "O", "F"]).spec.values) == 5, "any other column may be so"
+
+
 def test_ordered_classes_keep_their_order(toy_store: Store) -> None:
     found = classes(
         toy_store, ["mild", "none", "severe", "none", "mild", ""], mode="ordinal", values=["none", "mild", "severe"]

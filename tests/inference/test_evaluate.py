@@ -160,3 +160,49 @@ def test_refusals(cohort, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"brainfm\[metrics\]"):
         evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path))
     assert not (tmp_path / "out").exists()
+
+
+def test_what_both_masks_leave_empty_is_counted_as_asked(cohort, tmp_path):
+    class Nothing(torch.nn.Module):
+        def forward(self, image, present):
+            return torch.cat([torch.ones_like(image[:, :1]), torch.zeros_like(image[:, :1])], dim=1)
+
+    write_label(tmp_path / "a_marker.nii.gz", tmp_path / "a.nii.gz", 0)
+    bundle = make_bundle(tmp_path, network=Nothing())
+    one = evaluate(cohort, tmp_path / "one", bundle=bundle, device="cpu")
+    means = {name: one.summary["metrics"][name]["mean"] for name in ("dice", "surface_dice_1mm")}
+    assert means == {"dice": pytest.approx(1 / 3), "surface_dice_1mm": pytest.approx(1 / 3)}, "both agree by default"
+    assert "both masks empty in 1 cases; both masks empty: dice 1, surface dice 1" in "\n".join(describe(one.summary))
+    fomo = evaluate(cohort, tmp_path / "fomo", bundle=bundle, device="cpu", empty="fomo")
+    assert fomo.summary["metrics"]["dice"]["mean"] == pytest.approx(1 / 3)
+    assert fomo.summary["metrics"]["surface_dice_1mm"]["mean"] == 0
+    assert "dice 1, surface dice 0 (as FOMO26 counts)" in "\n".join(describe(fomo.summary))
+    skip = evaluate(cohort, tmp_path / "skip", predictions=tmp_path / "fomo" / "predictions", empty="skip")
+    assert skip.summary["metrics"]["dice"]["mean"] == skip.summary["metrics"]["surface_dice_1mm"]["mean"] == 0
+    assert skip.summary["metrics"]["dice"]["n"] == 2 and skip.summary["both_empty"] == 1
+    assert table(tmp_path / "skip" / "cases.csv")[0]["dice"] == ""
+    assert "left out of dice and surface dice" in "\n".join(describe(skip.summary))
+    with pytest.raises(ConfigError, match="empty=zero: expected one, fomo, skip"):
+        evaluate(cohort, tmp_path / "out", bundle=bundle, empty="zero")
+
+
+def test_all_empty_and_skipped_leaves_no_number(cohort, tmp_path):
+    for subject in "abc":
+        write_label(tmp_path / f"{subject}_marker.nii.gz", tmp_path / f"{subject}.nii.gz", 0)
+
+    class Nothing(torch.nn.Module):
+        def forward(self, image, present):
+            return torch.cat([torch.ones_like(image[:, :1]), torch.zeros_like(image[:, :1])], dim=1)
+
+    bundle = make_bundle(tmp_path, network=Nothing())
+    found = evaluate(cohort, tmp_path / "out", bundle=bundle, device="cpu", empty="skip")
+    assert found.summary["metrics"]["dice"] is None
+    assert "dice: undefined, no case counts" in describe(found.summary)
+
+
+def test_a_label_below_zero_is_no_truth(cohort, tmp_path):
+    image = nib.load(tmp_path / "a_marker.nii.gz")
+    voxels = np.asarray(image.dataobj).astype(np.int16) - 1
+    nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "a_marker.nii.gz")
+    with pytest.raises(ScanError, match=r"a_marker\.nii\.gz: labels from -1 to 0, expected whole numbers from 0 on"):
+        evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path), device="cpu")

@@ -313,3 +313,97 @@ def test_mask_names_are_plain_and_unique():
     assert names[:2] == ["d__s__1_lesion.nii.gz", "d__s_lesion.nii.gz"]
     assert len(set(names)) == len(keys)
     assert all("/" not in name and not name.startswith((".", "-")) and name.isascii() for name in names)
+
+
+# ---- input as people have it -----------------------------------------------------------------------------------------
+
+
+def other_units(path, out, factor):
+    image = nib.load(path)
+    nib.save(nib.Nifti1Image((np.asarray(image.dataobj) * factor).astype(np.float32), image.affine), out)
+    return out
+
+
+def test_a_scan_in_other_units_gets_the_same_mask_and_outliers_a_sentence(bundle, scans, tmp_path):
+    want = predict(bundle, {"t1": scans["t1"]})
+    assert want.any()
+    for factor in (1e17, 1e34, 1e-25):
+        got = predict(bundle, {"t1": other_units(scans["t1"], tmp_path / "other.nii.gz", factor)})
+        assert (got != want).mean() < 1e-3
+    image = nib.load(scans["t1"])
+    voxels = np.asarray(image.dataobj).astype(np.float32)
+    inside = np.argwhere(voxels > np.median(voxels))
+    voxels[tuple(inside[::30].T)] = 3e38
+    nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / "spiked.nii.gz")
+    with pytest.raises(ScanError, match=r"spiked\.nii\.gz: outliers"):
+        predict(bundle, {"t1": tmp_path / "spiked.nii.gz"}, out=tmp_path / "mask.nii.gz")
+    assert not (tmp_path / "mask.nii.gz").exists()
+
+
+def test_other_formats_are_answered_on_their_grid(bundle, scans, tmp_path):
+    image = nib.load(scans["t1"])
+    want = predict(bundle, {"t1": scans["t1"]})
+    nib.save(nib.MGHImage(np.asarray(image.dataobj).astype(np.float32), image.affine), tmp_path / "t1.mgz")
+    nib.save(nib.Nifti1Pair(np.asarray(image.dataobj), image.affine), tmp_path / "t1.img")
+    for name in ("t1.mgz", "t1.img", "t1.hdr"):
+        got = predict(bundle, {"t1": tmp_path / name}, out=tmp_path / "mask.nii.gz")
+        assert (got != want).mean() < 1e-3
+        np.testing.assert_allclose(nib.load(tmp_path / "mask.nii.gz").affine, image.affine, atol=1e-3)
+
+
+def test_the_plain_name_is_read_and_not_the_first_by_path(bundle, scans, tmp_path):
+    image = nib.load(scans["t1"])
+    for name in ("sub-01_T1w", "c1sub-01_T1w", "sub-01_T1w_synthseg"):
+        voxels = np.asarray(image.dataobj) if name == "sub-01_T1w" else np.asarray(image.dataobj)[::-1]
+        nib.save(nib.Nifti1Image(voxels.copy(), image.affine), tmp_path / f"{name}.nii.gz")
+    rows = [Scan("d", "sub-01", "", "t1", path.name, {}) for path in tmp_path.glob("*.nii.gz")]
+    write_manifest(tmp_path / "m.csv", rows)
+    assert len(rows) == 3 and predict_manifest(bundle, tmp_path / "m.csv", tmp_path / "out").done == 1
+    found = np.asarray(nib.load(tmp_path / "out" / "d__sub-01_lesion.nii.gz").dataobj)
+    np.testing.assert_array_equal(found, predict(bundle, {"t1": tmp_path / "sub-01_T1w.nii.gz"}))
+
+
+def test_a_scan_corrected_in_place_is_answered_again(bundle, scans, tmp_path):
+    image = nib.load(scans["t1"])
+    voxels = np.asarray(image.dataobj)
+    for name in ("a", "b"):
+        nib.save(nib.Nifti1Image(voxels, image.affine), tmp_path / f"{name}.nii")
+    write_manifest(tmp_path / "m.csv", [Scan("d", name, "", "t1", f"{name}.nii", {}) for name in ("a", "b")])
+    predict_manifest(bundle, tmp_path / "m.csv", tmp_path / "out")
+    before = (tmp_path / "a.nii").stat()
+    nib.save(nib.Nifti1Image(voxels[::-1].copy(), image.affine), tmp_path / "a.nii")
+    os.utime(tmp_path / "a.nii", ns=(before.st_atime_ns, before.st_mtime_ns))
+    assert (tmp_path / "a.nii").stat().st_size == before.st_size
+    report = predict_manifest(bundle, tmp_path / "m.csv", tmp_path / "out")
+    assert (report.done, report.kept, report.again) == (1, 1, (("d", "a", ""),))
+    found = np.asarray(nib.load(tmp_path / "out" / "d__a_lesion.nii.gz").dataobj)
+    np.testing.assert_array_equal(found, predict(bundle, {"t1": tmp_path / "a.nii"}))
+    (tmp_path / "out" / "sources.jsonl").unlink()  # masks of before nothing was noted: kept, as ever
+    assert predict_manifest(bundle, tmp_path / "m.csv", tmp_path / "out").kept == 2
+
+
+def test_long_ids_are_shortened_and_stay_apart(bundle, scans, tmp_path):
+    long = ["A" * 240, "A" * 239 + "B", "ä" * 120, "C"]
+    write_manifest(tmp_path / "m.csv", [Scan("d", name, "", "t1", str(scans["t1"]), {}) for name in long])
+    report = predict_manifest(bundle, tmp_path / "m.csv", tmp_path / "out")
+    assert (report.done, report.failures) == (4, {})
+    assert len(list((tmp_path / "out").glob("*_lesion.nii.gz"))) == 4
+    assert len(mask_name(("d", "s" * 500, "v" * 500), "t" * 300)) < 255
+    longest = tmp_path / f"{'m' * (os.pathconf(tmp_path, 'PC_NAME_MAX') - len('.nii.gz'))}.nii.gz"
+    predict(bundle, {"t1": scans["t1"]}, out=longest)
+    assert longest.is_file()
+
+
+def test_no_session_ends_the_batch(bundle, cohort, tmp_path, monkeypatch):
+    real = predict_module.answer
+
+    def unforeseen(engine, files, *arguments):
+        if "flair" in files:
+            raise RuntimeError("nobody thought of this")
+        return real(engine, files, *arguments)
+
+    monkeypatch.setattr(predict_module, "answer", unforeseen)
+    report = predict_manifest(bundle, cohort, tmp_path / "out")
+    assert report.done == 2
+    assert report.failures["d", "a", ""] == "cannot be answered (RuntimeError: nobody thought of this)"
+    assert "nobody thought" in (tmp_path / "out" / "failures.csv").read_text()

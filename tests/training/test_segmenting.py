@@ -3,22 +3,27 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import nibabel as nib
 import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
 
+from brainfm.data.manifest import read_manifest, write_manifest
 from brainfm.data.patches import class_shares
+from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import ConfigError, Decisions
+from brainfm.specs import ConfigError, Decisions, PreprocessSpec
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.training.crossval import SplitSpec, split_cases
 from brainfm.training.questions import Engine, Row
-from brainfm.training.segmenting import Segmenting
+from brainfm.training.segmenting import Segmenting, _file_name
+from tests.conftest import write_subjects
 
 TRIED = [Decisions(), Decisions(mirror=(0,)), Decisions(min_ml=0.1)]
 DECIDER = object.__new__(Segmenting)  # deciding looks at rows alone
@@ -170,3 +175,33 @@ def test_refusals(toy_store: Store) -> None:
         question(toy_store, loss="luck")
     with pytest.raises(ConfigError, match=r"task\.patch_vox"):
         question(toy_store, patch_vox=[32, 32]).patch(None, 1)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(("value", "message"), [(0, "none of the 6 sessions has a voxel"), (1, "lesion fills all of")])
+@pytest.mark.parametrize("ending", ["_mask", "_labels"])
+def test_labels_of_one_value_are_refused_before_any_step(value: int, message: str, ending: str, tmp_path: Path) -> None:
+    scans = read_manifest(write_subjects(tmp_path, 6)).scans
+    for path in tmp_path.rglob("lesion_mask.nii.gz"):
+        image = nib.load(path)
+        nib.save(nib.Nifti1Image(np.full(image.shape, value, np.uint8), image.affine), path)
+    rows = [replace(scan, columns={f"lesion{ending}": scan.columns["lesion_mask"]}) for scan in scans]
+    write_manifest(tmp_path / "m.csv", rows)
+    prepare(read_manifest(tmp_path / "m.csv"), tmp_path / "store", PreprocessSpec(spacing_mm=(4, 4, 4)), 1)
+    with pytest.raises(ConfigError, match=message):
+        question(Store.open(tmp_path / "store"))
+
+
+def test_one_case_with_a_voxel_is_enough(toy_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
+    original = Store.label_points
+
+    def only_of_the_last(self: Store, session: Any, label: str) -> np.ndarray:
+        return original(self, session, label)[: None if session.subject == "05" else 0]
+
+    monkeypatch.setattr(Store, "label_points", only_of_the_last)
+    assert len(question(toy_store).cases) == 6
+
+
+def test_held_out_answers_have_names_of_their_own_however_long_the_ids() -> None:
+    keys = [("d", "A" * 240, ""), ("d", "A" * 239 + "B", ""), ("d", "ä" * 200, "1"), ("d", "s", "1")]
+    names = [_file_name(key) for key in keys]
+    assert names[3] == "d__s__1.npz" and len(set(names)) == 4 and all(len(name.encode()) < 255 for name in names)
