@@ -347,7 +347,9 @@ def one_term(world: World, term: str, asked: argparse.Namespace) -> dict[str, An
     batches = world.batches(asking, range(asked.questions), 2, train=False)
     before = QUESTIONS[term](objective.eval(), batches, people)
     print(f"({term}) before: {shown(before)}", flush=True)
-    windows = world.windows(objective, world.trained, spec, asked.seed, 0.5 if term == "d" else 0.0)
+    # heads without a label map teach these two nothing
+    pupils = [s for s in world.trained if s.key in world.targets.maps] if term in "ae" else world.trained
+    windows = world.windows(objective, pupils, spec, asked.seed, 0.5 if term == "d" else 0.0)
     losses = train(world, objective.train(), windows, asked)
     after = QUESTIONS[term](objective.eval(), batches, people)
     print(f"({term}) after: {shown(after)}", flush=True)
