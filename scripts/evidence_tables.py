@@ -85,13 +85,13 @@ def shared(one: Records, other: Records) -> tuple[Records, Records]:
     return {seed: one[seed] for seed in seeds}, {seed: other[seed] for seed in seeds}
 
 
-def compared(apart: np.ndarray) -> str:
-    """A paired difference [R, S] with its interval, and in how many of the runs it is above 0."""
+def compared(apart: np.ndarray, of_errors: bool = False) -> str:
+    """A paired difference [R, S] of scores, or of errors, with its interval, and in how many runs it is better."""
     if not apart.size:
         return "no pair yet"
     i = crossed_bootstrap(apart, seed=0)
-    won = int((apart.mean(axis=1) > 0).sum())
-    return f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}] ({won} of {len(apart)} runs)"
+    won = int(((-apart if of_errors else apart).mean(axis=1) > 0).sum())
+    return f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}] (better in {won} of {len(apart)})"
 
 
 # ---- words -----------------------------------------------------------------------------------------------------------

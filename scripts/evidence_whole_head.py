@@ -198,7 +198,7 @@ def _line(number: int, name: str, starts: dict[str, list[dict[str, Any]]], targe
     against = ""
     if name != "scratch" and len(starts.get("scratch", ())) == len(records):
         base = starts["scratch"]
-        against = compared(shipped - _matrix(base, [record["chosen"] for record in base], target))
+        against = compared(shipped - _matrix(base, [record["chosen"] for record in base], target), of_errors=True)
     count = f"{shipped.shape[1]} | {len(records)}"
     return f"| {number} | {TITLES[name]} | " + " | ".join(cells) + f" | {against} | {count} |"
 

@@ -291,7 +291,8 @@ def test_differences_are_paired_run_by_run_and_person_by_person() -> None:
     assert np.allclose(apart, a - b[:4])
     i, won = crossed_bootstrap(a - b[:4], seed=0), int((a.mean(1) > b[:4].mean(1)).sum())
     said = evidence_tables.compared(apart)
-    assert said == f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}] ({won} of 4 runs)"
+    assert said == f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}] (better in {won} of 4)"
+    assert evidence_tables.compared(apart, of_errors=True).endswith(f"(better in {4 - won} of 4)")
     assert not evidence_tables.matrix(mine, "t1", 9).any()  # a run that broke before that read
 
 
@@ -325,7 +326,7 @@ def test_tables_come_from_the_records_alone(
     assert script.main(words) == 0
     said = capsys.readouterr().out
     assert "| 9 | 0.500 [0.500, 0.500] | 0.600 [0.600, 0.600] | 0.750 [0.750, 0.750] | " in said
-    assert "+0.100 [+0.100, +0.100] (2 of 2 runs) | +0.250 [+0.250, +0.250] (2 of 2 runs) |" in said
+    assert "+0.100 [+0.100, +0.100] (better in 2 of 2) | +0.250 [+0.250, +0.250] (better in 2 of 2) |" in said
     assert "6 runs and trials lie in the folder, 0.06 core-hours." in said
     assert next(tmp_path.glob("tables_*.md")).read_text().strip() == said.strip()
 
