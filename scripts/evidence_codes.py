@@ -16,7 +16,8 @@ of the means of the codes, on people held out (training is with the noise, every
     cos A, one person     cosine of the anatomy parts of one place in two contrasts; and of two people in one contrast,
     cos A, two people     which should be lower. Each as it is, and about the mean over all there is
     A told by the cell    share of the anatomy part's variance that the cell of the patch alone explains, as padding
-                          gives it away; and of the contrast part's that the contrast alone does
+                          gives it away; and of the contrast part's that the contrast alone does: next to none, because
+                          instance norm takes what a whole patch has in common out of every map
     contrast from C, ...  brainfm.training.probes: balanced accuracy of the contrast (chance 1/3), and how often the
                           nearest scan of another contrast is of the same person (chance 1/people), from each part
     r self, cross, ...    correlation of reconstructions, without mask and noise, with the scans: from the own codes,
