@@ -72,7 +72,7 @@ SETTINGS = {
                            (12, 5), "hippocampus", 20, overlap=0.5),
     "lesions": Setting("lesion", (0, 1), ("lesion",), "flair", 1.5,
                        ("openms_cross", "upenn_gbm", "tcga_lgg", "isles22"), (0, 0), "hippocampus", 4, align="rigid"),
-    "tissues": Setting("tissues", (0, 1, 2, 3), TISSUES, "t1", 2.0, ("ixi2mm",), (9, 5), "tissues", 8, boxed=True),
+    "tissues": Setting("tissues", (0, 1, 2, 3), TISSUES, "t1", 2.0, ("ixi2mm",), (9, 5), "tissues", 6, boxed=True),
 }  # fmt: skip
 
 

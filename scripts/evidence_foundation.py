@@ -240,9 +240,11 @@ def heading(args: argparse.Namespace, loaded: LoadedBackbone, work: Work, held: 
     names = dict.fromkeys(job.family for job in work.runs)
     held |= {key for name in names for key in work.people[name].held}
     held |= set(real_of(args)) if "tissues" in names else set()
-    seen = overlap(loaded.subjects, held)
+    seen = overlap(loaded.subjects, held) if held else None
     lines = [f"## Backbone {loaded.fingerprint[:8]}: {loaded.provenance.steps} steps of {loaded.objective['name']}", ""]
-    lines.append(f"{str(seen)[:1].upper()}{str(seen)[1:]}." if seen else "The file does not say whom it has seen.")
+    if loaded.subjects is None:
+        lines.append("The file does not say whom it has seen.")
+    lines += [f"{str(seen)[:1].upper()}{str(seen)[1:]}."] if seen else []
     for name in names:
         learned = overlap(loaded.subjects, {key for job in work.runs if job.family == name for key in job.trained})
         lines += [f"{name}: of {learned.of} people learned from it has seen {learned.seen}."] if learned else []

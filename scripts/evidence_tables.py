@@ -163,7 +163,7 @@ def _pairs(starts: Mapping[str, Records], out: Path) -> list[str]:
              "classes and people. A constant agrees too, so different people are the floor: Dice between a run's "
              "answers to the T1s of two people whose middles are moved onto each other. Accuracy: Dice with the "
              "atlas's tissues of the T1 (`brainfm anatomy`), which is no manual label either.", "", *_registered(out),
-             "| start | steps | contrast | people | agreement | floor | accuracy | accuracy − scratch |",
+             "| start | steps | contrast | people: agreement/accuracy | agreement | floor | accuracy | accuracy − scratch |",
              "|" + "---|" * 8]  # fmt: skip
     for name, of in starts.items():
         steps = [step for step, read in next(iter(of.values()))["reads"].items() if "pairs" in read]
@@ -176,9 +176,10 @@ def _pairs(starts: Mapping[str, Records], out: Path) -> list[str]:
                 for what in ("agreement", "accuracy"):
                     there = _has(found, what, contrast)
                     cells.append(cell(crossed_bootstrap(_grid(found, what, contrast), seed=0)) if there else "")
-                count = len(next(iter(found.values()))["agreement" if contrast != "t1" else "accuracy"][contrast])
+                some = next(iter(found.values()))
+                count = "/".join(str(len(some[what].get(contrast, {}))) for what in ("agreement", "accuracy"))
                 against = _against(starts, name, step, contrast)
-                cells = [TITLES[name], step, contrast, str(count), cells[0], floor, cells[1], against]
+                cells = [TITLES[name], step, contrast, count, cells[0], floor, cells[1], against]
                 lines.append("| " + " | ".join(cells) + " |")
     return [*lines, ""]
 
