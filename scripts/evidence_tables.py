@@ -163,7 +163,8 @@ def _pairs(starts: Mapping[str, Records], out: Path) -> list[str]:
              "classes and people. A constant agrees too, so different people are the floor: Dice between a run's "
              "answers to the T1s of two people whose middles are moved onto each other. Accuracy: Dice with the "
              "atlas's tissues of the T1 (`brainfm anatomy`), which is no manual label either.", "", *_registered(out),
-             "| start | steps | contrast | people: agreement/accuracy | agreement | floor | accuracy | accuracy − scratch |",
+             "| start | steps | contrast | people: agreement/accuracy | agreement | floor | accuracy "
+             "| accuracy − scratch |",
              "|" + "---|" * 8]  # fmt: skip
     for name, of in starts.items():
         steps = [step for step, read in next(iter(of.values()))["reads"].items() if "pairs" in read]
