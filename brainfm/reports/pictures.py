@@ -1,212 +1,25 @@
-"""One HTML file to show to a colleague: text, tables and pictures, with nothing to load from anywhere.
+"""Pictures of volumes as PNG: slices in three planes, outlines, maps of heat.
 
-Pictures of volumes follow the radiological convention: the patient's left is on the right side of axial and coronal
-pictures and marked L; sagittal pictures look from the left, so that the face is on the left side, marked A.
+They follow the radiological convention: the patient's left is on the right side of axial and coronal pictures and
+marked L; sagittal pictures look from the left, so that the face is on the left side, marked A.
 """
 
 from __future__ import annotations
 
-import base64
-import html
-import io
-import os
-import re
-import secrets
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from brainfm import __version__
+from brainfm.reports.style import INK, SOFT, TEXT_POINTS, WIDTH_INCH, plain, png
 
 PLANES = ("axial", "coronal", "sagittal")
 TRUTH_COLOUR, PREDICTION_COLOUR = "#19d3c5", "#ff9a1f"  # told apart on grey, and by colour-blind eyes
 
 _AXES = {"axial": (0, 1, 2), "coronal": (0, 2, 1), "sagittal": (1, 2, 0)}  # to the side, upwards, through the plane
 _MARKS = {"axial": ("R", "L"), "coronal": ("R", "L"), "sagittal": ("A", "P")}  # at the left and right edge
-INK, SOFT, LINE, _HIDDEN = "#1c2430", "#667085", "#e4e7ec", (0.16, 0.36, 0.46)
-COLOURS = ("#0f766e", "#d9480f", "#4c51bf", "#b7791f", "#a6266e", "#2b6cb0", "#4d7c0f", "#57534e")
-_WIDTH_INCH, _DOTS_PER_INCH = 10.4, 160  # the text column of the page is as wide; the pictures stay sharp when enlarged
-
-_STYLE = """
-:root { color-scheme: light; }
-* { box-sizing: border-box; }
-body { margin: 0; background: #fff; color: #1c2430; font: 16px/1.6 Inter, "Segoe UI", system-ui, -apple-system,
-  "Helvetica Neue", Arial, sans-serif; -webkit-font-smoothing: antialiased; }
-header { background: #f3f7f7; border-bottom: 1px solid #dbe7e6; }
-.column { max-width: 1104px; margin: 0 auto; padding: 0 32px; }
-header .column { padding-top: 44px; padding-bottom: 36px; }
-.mark { font-weight: 650; letter-spacing: .02em; color: #0f766e; margin: 0 0 10px; font-size: 15px; }
-h1 { font-size: 36px; line-height: 1.18; letter-spacing: -.018em; font-weight: 680; margin: 0 0 14px; }
-header p { font-size: 18px; color: #3d4757; max-width: 800px; margin: 0 0 10px; }
-.numbers { display: flex; flex-wrap: wrap; gap: 12px; margin: 26px 0 0; padding: 0; list-style: none; }
-.numbers li { background: #fff; border: 1px solid #dbe7e6; border-radius: 10px; padding: 12px 20px 13px;
-  min-width: 150px; }
-.numbers b { display: block; font-size: 25px; line-height: 1.25; font-weight: 640; letter-spacing: -.01em;
-  font-variant-numeric: tabular-nums; }
-.numbers span { color: #667085; font-size: 14px; }
-nav { border-bottom: 1px solid #e4e7ec; font-size: 14px; }
-nav ol { display: flex; flex-wrap: wrap; gap: 4px 26px; list-style: none; margin: 0; padding: 12px 0; }
-nav a { color: #475467; text-decoration: none; }
-nav a:hover { color: #0f766e; text-decoration: underline; }
-section { padding: 38px 0 6px; }
-section + section { border-top: 1px solid #e4e7ec; margin-top: 18px; }
-h2 { font-size: 24px; line-height: 1.25; letter-spacing: -.012em; font-weight: 650; margin: 0 0 10px; }
-h2 i { font-style: normal; color: #0f766e; margin-right: 12px; font-variant-numeric: tabular-nums; }
-h3 { font-size: 16px; font-weight: 640; margin: 24px 0 0; }
-h3 + .wide { margin-top: 8px; }
-section p { max-width: 780px; margin: 0 0 12px; }
-figure { margin: 22px 0 26px; }
-figure img { display: block; max-width: 100%; height: auto; }
-figcaption { color: #566173; font-size: 14px; line-height: 1.5; margin-top: 10px; max-width: 820px; }
-.wide { overflow-x: auto; margin: 22px 0 26px; }
-table { border-collapse: collapse; font-size: 15px; min-width: 480px; font-variant-numeric: tabular-nums; }
-th { text-align: left; font-size: 13px; font-weight: 600; color: #566173; border-bottom: 2px solid #1c2430;
-  padding: 6px 28px 6px 0; vertical-align: bottom; }
-td { border-bottom: 1px solid #e4e7ec; padding: 8px 28px 8px 0; }
-td:first-child { min-width: 110px; }
-tr > :last-child { padding-right: 4px; }
-.number { text-align: right; }
-td.number { white-space: nowrap; }
-tbody tr:hover { background: #f7faf9; }
-code { font: .9em/1.5 ui-monospace, "SF Mono", Menlo, Consolas, "DejaVu Sans Mono", monospace; background: #f2f4f7;
-  border-radius: 4px; padding: .1em .35em; }
-footer { border-top: 1px solid #e4e7ec; margin-top: 48px; background: #f9fafb; color: #566173; font-size: 14px; }
-footer .column { padding-top: 26px; padding-bottom: 40px; }
-pre { background: #1c2430; color: #f2f4f7; border-radius: 8px; padding: 14px 18px; white-space: pre-wrap;
-  overflow-wrap: anywhere; margin: 8px 0 18px; }
-pre code { background: none; padding: 0; font-size: 14px; }
-@media (max-width: 640px) { .column { padding: 0 18px; } h1 { font-size: 28px; } }
-@media print { nav { display: none; } figure, table { break-inside: avoid; } }
-"""
-
-
-@dataclass(frozen=True)
-class Section:
-    """A part of the report.
-
-    Attributes:
-        title: its heading.
-        text: paragraphs, an empty line between them; `words in backticks` are set as code, a paragraph of nothing else
-            as a block of it.
-        figures: (caption, PNG) pairs.
-        table: rows of cells, the first row being the heads of the columns; heads that are all empty are not shown.
-        tables: more of them, each with a caption above it.
-        figures_first: whether the figures stand above the tables.
-    """
-
-    title: str
-    text: str
-    figures: tuple[tuple[str, bytes], ...] = ()
-    table: tuple[tuple[str, ...], ...] | None = None
-    tables: tuple[tuple[str, tuple[tuple[str, ...], ...]], ...] = ()
-    figures_first: bool = False
-
-
-def write_report(
-    path: Path,
-    title: str,
-    lead: str,
-    sections: Sequence[Section],
-    command: str,
-    numbers: Sequence[tuple[str, str]] = (),
-) -> None:
-    """Write the report; a crash leaves no half-written file.
-
-    Args:
-        path: of the ``.html`` file; an existing one is replaced.
-        title: of the page.
-        lead: what was done and what came of it, in a few sentences; paragraphs as in a section.
-        sections: in order.
-        command: what to type to get this report again.
-        numbers: a few (value, what it is) pairs shown large at the top.
-    """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(_page(title, lead, sections, command, numbers), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _page(
-    title: str, lead: str, sections: Sequence[Section], command: str, numbers: Sequence[tuple[str, str]]
-) -> str:  # fmt: skip
-    cards = "".join(f"<li><b>{html.escape(value)}</b><span>{html.escape(name)}</span></li>" for value, name in numbers)
-    links = "".join(f'<li><a href="#s{n}">{html.escape(s.title)}</a></li>' for n, s in enumerate(sections, 1))
-    parts = [
-        '<!DOCTYPE html>\n<html lang="en">\n<head>\n<meta charset="utf-8">',
-        '<meta name="viewport" content="width=device-width, initial-scale=1">',
-        f"<title>{html.escape(title)}</title>\n<style>{_STYLE}</style>\n</head>\n<body>",
-        f'<header><div class="column"><p class="mark">brainfm</p><h1>{html.escape(title)}</h1>{_paragraphs(lead)}',
-        f'<ul class="numbers">{cards}</ul>' if cards else "",
-        "</div></header>",
-        f'<nav><div class="column"><ol>{links}</ol></div></nav>' if len(sections) > 1 else "",
-        '<main class="column">',
-        *(_section(number, section) for number, section in enumerate(sections, 1)),
-        f'</main>\n<footer><div class="column">Made by<pre><code>{html.escape(command)}</code></pre>',
-        f"brainfm {html.escape(__version__)}. This file holds everything it shows and loads nothing from elsewhere.",
-        "</div></footer>\n</body>\n</html>\n",
-    ]
-    return "\n".join(part for part in parts if part)
-
-
-def _section(number: int, section: Section) -> str:
-    figures = "\n".join(_figure(caption, png) for caption, png in section.figures)
-    table = _table(section.table) if section.table else ""
-    table += "".join(f"<h3>{_inline(caption)}</h3>{_table(rows)}" for caption, rows in section.tables)
-    return (
-        f'<section id="s{number}"><h2><i>{number}</i>{html.escape(section.title)}</h2>\n'
-        f"{_paragraphs(section.text)}\n"
-        + (f"{figures}\n{table}</section>" if section.figures_first else f"{table}\n{figures}</section>")
-    )
-
-
-def _inline(text: str) -> str:
-    return re.sub(r"`([^`]+)`", r"<code>\1</code>", html.escape(text))
-
-
-def _paragraphs(text: str) -> str:
-    parts = [part.strip() for part in re.split(r"\n\s*\n", text) if part.strip()]
-    return "\n".join(
-        f"<pre>{_inline(part)}</pre>" if re.fullmatch(r"`[^`]+`", part) else f"<p>{_inline(part)}</p>" for part in parts
-    )
-
-
-def _figure(caption: str, png: bytes) -> str:
-    width, height = (round(dots * 100 / _DOTS_PER_INCH) for dots in struct.unpack(">2I", png[16:24]))
-    data = base64.b64encode(png).decode("ascii")
-    return (
-        f'<figure><img src="data:image/png;base64,{data}" width="{width}" height="{height}" '
-        f'alt="{html.escape(caption)}"><figcaption>{_inline(caption)}</figcaption></figure>'
-    )
-
-
-def _table(rows: Sequence[Sequence[str]]) -> str:
-    head, *body = rows
-    numeric = [bool(body) and all(_is_number(r[c].strip()) for r in body if c < len(r)) for c in range(len(head))]
-
-    right_aligned = ' class="number"'
-
-    def cells(row: Sequence[str], tag: str) -> str:
-        return "".join(
-            f"<{tag}{right_aligned if is_number else ''}>{_inline(cell)}</{tag}>"
-            for cell, is_number in zip(row, numeric)
-        )
-
-    lines = "\n".join(f"<tr>{cells(row, 'td')}</tr>" for row in body)
-    heads = f"<thead><tr>{cells(head, 'th')}</tr></thead>\n" if any(head) else ""
-    return f'<div class="wide"><table>{heads}<tbody>{lines}</tbody></table></div>'
-
-
-def _is_number(cell: str) -> bool:
-    """Numbers, intervals, numbers with a unit, or nothing; a sentence that begins with a number is none."""
-    begins = re.match(r"[-+−±\[(<]?\s?\d|[–—-]?$", cell)
-    return begins is not None and re.search(r"[^\W\d_]{4,}", cell) is None
+_HIDDEN = (0.16, 0.36, 0.46)
 
 
 @dataclass(frozen=True)
@@ -331,7 +144,7 @@ def _grid(
     left = left if any(row_labels) else 0.0
     gap, top, below = 0.07, 0.32 if column_labels else 0.0, 0.42 if legend else 0.0
     below += 0.55 if heat or note else 0.0
-    room = _WIDTH_INCH - left - gap * (columns - 1)
+    room = WIDTH_INCH - left - gap * (columns - 1)
     scale = min(room / sum(widths), largest_inch / max(heights))  # inches a mm
     full_width = left + scale * sum(widths) + gap * (columns - 1)
     full_height = top + scale * sum(heights) + gap * (len(tiles) - 1) + below
@@ -351,19 +164,19 @@ def _grid(
             axes.set_ylim(-spare[1], heights[r] - spare[1])
             if r == 0 and c < len(column_labels):
                 middle = (x + scale * widths[c] / 2) / full_width
-                figure.text(middle, 1 - 0.21 / full_height, column_labels[c], ha="center", color=INK, fontsize=10.5)
+                figure.text(middle, 1 - 0.21 / full_height, plain(column_labels[c]), ha="center", color=INK,
+                            fontsize=TEXT_POINTS)  # fmt: skip
             x += scale * widths[c] + gap
         if r < len(row_labels):
             middle = (y + scale * heights[r] / 2) / full_height
-            figure.text(
-                (left - 0.14) / full_width, middle, row_labels[r], ha="right", va="center", color=INK, fontsize=10.5
-            )
+            figure.text((left - 0.14) / full_width, middle, plain(row_labels[r]), ha="right", va="center", color=INK,
+                        fontsize=TEXT_POINTS)  # fmt: skip
         y -= gap
     _draw_legend(figure, legend, left / full_width)
     if heat:
         _draw_bar(figure, heat, (full_width - 2.6, 0.3), full_width, full_height)
     if note:
-        figure.text(left / full_width, 0.33 / full_height, note, color=INK, fontsize=10.5, va="center")
+        figure.text(left / full_width, 0.33 / full_height, plain(note), color=INK, fontsize=TEXT_POINTS, va="center")
     return png(figure)
 
 
@@ -385,15 +198,11 @@ def _draw_legend(figure: Any, entries: Sequence[tuple[str, str]], left: float) -
 
     if entries:
         lines = [Line2D([], [], color=colour, linewidth=2.2) for _, colour in entries]
-        names = [name for name, _ in entries]
-        figure.legend(lines, names, loc="lower left", bbox_to_anchor=(left, 0), ncols=len(entries), frameon=False,
-                      fontsize=10.5, labelcolor=INK, borderaxespad=0, handlelength=1.6, columnspacing=2.2)  # fmt: skip
-
-
-def png(figure: Any) -> bytes:
-    buffer = io.BytesIO()
-    figure.savefig(buffer, format="png", dpi=_DOTS_PER_INCH, facecolor="white")
-    return buffer.getvalue()
+        names = [plain(name) for name, _ in entries]
+        figure.legend(
+            lines, names, loc="lower left", bbox_to_anchor=(left, 0), ncols=len(entries), frameon=False,
+            fontsize=TEXT_POINTS, labelcolor=INK, borderaxespad=0, handlelength=1.6, columnspacing=2.2,
+        )  # fmt: skip
 
 
 def slices_figure(
@@ -564,102 +373,3 @@ def reconstruction_figure(
         [_Tile(picture[::-1], pixel_mm, _window(row[0]), marks=_MARKS["axial"]) for picture in row] for row in rows
     ]
     return _grid(tiles, row_labels, list(columns), largest_inch=2.4)
-
-
-def chart(height_inch: float, width_inch: float = _WIDTH_INCH) -> tuple[Any, Any]:
-    """A figure with one quiet pair of axes."""
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(width_inch, height_inch), facecolor="white", layout="constrained")
-    axes = figure.add_subplot()
-    for side in ("top", "right", "left"):
-        axes.spines[side].set_visible(False)
-    axes.spines["bottom"].set_color("#98a2b3")
-    axes.tick_params(colors=SOFT, labelsize=10, length=0, pad=6)
-    axes.set_axisbelow(True)
-    return figure, axes
-
-
-def _smooth(values: np.ndarray) -> np.ndarray:
-    """A centred moving mean over a twentieth of the curve; shorter at its ends, so that nothing is invented."""
-    half = len(values) // 40
-    total = np.concatenate([[0.0], np.cumsum(values)])
-    low = np.maximum(np.arange(len(values)) - half, 0)
-    high = np.minimum(np.arange(len(values)) + half + 1, len(values))
-    return (total[high] - total[low]) / (high - low)
-
-
-def curves_figure(
-    curves: Mapping[str, Sequence[tuple[float, float]]],
-    y_label: str = "loss",
-    x_label: str = "step",
-    logarithmic: bool = False,
-) -> bytes:
-    """Curves over steps; those with more than 60 points are drawn faintly with their moving mean on top.
-
-    Args:
-        curves: name -> (step, value) pairs; values that are not finite are left out.
-        y_label, x_label: of the axes.
-        logarithmic: of the values.
-
-    Returns:
-        A PNG.
-    """
-    figure, axes = chart(3.7)
-    for number, (name, points) in enumerate(curves.items()):
-        colour = COLOURS[number % len(COLOURS)]
-        values = np.array([p for p in points if np.isfinite(p[1])], dtype=np.float64).reshape(-1, 2)
-        if len(values) > 60:
-            axes.plot(values[:, 0], values[:, 1], color=colour, alpha=0.2, linewidth=0.9)
-            values[:, 1] = _smooth(values[:, 1])
-        axes.plot(values[:, 0], values[:, 1], color=colour, linewidth=2, label=name, solid_capstyle="round",
-                  marker="o" if len(values) < 15 else None, markersize=4)  # fmt: skip
-    if logarithmic:
-        axes.set_yscale("log")
-    axes.grid(axis="y", color=LINE, linewidth=0.9)
-    axes.margins(x=0.01)
-    axes.set_xlabel(x_label, color=SOFT, fontsize=10.5)
-    axes.set_ylabel(y_label, color=SOFT, fontsize=10.5)
-    if curves:
-        figure.legend(loc="outside right upper", frameon=False, fontsize=10.5, labelcolor=INK, handlelength=1.4)
-    return png(figure)
-
-
-def number(value: float) -> str:
-    """Three decimals, fewer from 10 on and none from 1000 on; a minus sign that is as wide as the digits."""
-    size = abs(value)
-    shown = f"{value:.{3 if size < 10 else 2 if size < 100 else 1 if size < 1000 else 0}f}"
-    return shown.replace("-", "−") if float(shown) else shown.removeprefix("-")
-
-
-def interval_figure(
-    rows: Sequence[tuple[str, float, float, float, int]],
-    x_label: str = "Dice, mean and 95 % interval",
-    limits: tuple[float, float] | None = (0.0, 1.0),
-    emphasised: str | None = None,
-) -> bytes:
-    """Means with their intervals, one below the other, the numbers beside them.
-
-    Args:
-        rows: (name, mean, low, high, n).
-        x_label: what the numbers are.
-        limits: of the axis; None fits it to the intervals.
-        emphasised: the name drawn in colour; None colours all.
-
-    Returns:
-        A PNG.
-    """
-    figure, axes = chart(0.95 + 0.5 * len(rows))
-    for place, (name, mean, low, high, n) in enumerate(rows):
-        colour = COLOURS[0] if emphasised in (None, name) else SOFT
-        axes.plot([low, high], [place, place], color=colour, linewidth=3.2, solid_capstyle="round", alpha=0.45)
-        axes.plot([mean], [place], marker="o", markersize=9, color=colour, markeredgecolor="white")
-        numbers = f"{number(mean)}   [{number(low)}, {number(high)}]   n = {n}"
-        axes.text(1.02, place, numbers, transform=axes.get_yaxis_transform(), va="center", color=INK, fontsize=10.5)
-    axes.set_yticks(range(len(rows)), [row[0] for row in rows], color=INK, fontsize=10.5)
-    axes.set_ylim(len(rows) - 0.4, -0.6)
-    if limits is not None:
-        axes.set_xlim(*limits)
-    axes.grid(axis="x", color=LINE, linewidth=0.9)
-    axes.set_xlabel(x_label, color=SOFT, fontsize=10.5)
-    return png(figure)
