@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import ast
 import json
 import re
 import shutil
@@ -20,7 +21,7 @@ from brainfm.data.manifest import read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
-from brainfm.reports import charts, pictures
+from brainfm.reports import charts, finetuning, pictures
 from brainfm.reports.finetuning import write_finetuning_page
 from brainfm.reports.run import Run
 from brainfm.reports.segmentation_page import SegmentationPage
@@ -338,6 +339,19 @@ def test_a_store_that_moved_is_named(
         write_finetuning_page(run, store=toy_store.path)
 
 
+def test_the_kind_of_a_task_is_asked_once() -> None:
+    """Comparing it sentence by sentence is what made a new kind of task expensive."""
+    compared = []
+    for path in Path(finetuning.__file__).parent.glob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Compare):
+                words = {part.attr for part in ast.walk(node) if isinstance(part, ast.Attribute)}
+                words |= {part.value for part in ast.walk(node) if isinstance(part, ast.Constant)}
+                compared += [f"{path.name}:{node.lineno}"] if words & {"kind", "mode", "segmentation"} else []
+    assert not compared
+    assert set(finetuning.KINDS) == {"segmentation", "classification", "regression"}
+
+
 # ---- names that would like to be more than names ---------------------------------------------------------------------
 
 
@@ -437,6 +451,8 @@ def test_a_browser_has_nothing_to_complain_about(checker: Any, pages: dict[str, 
     found = checker.check(pages[name])
     assert found.problems == ()
     assert found.counts["images"] >= 7 and found.counts["sections"] >= 7 and found.counts["height"] > 3000
+    on_a_phone = checker.check(pages[name], 390)
+    assert all("must be scrolled sideways" in said for said in on_a_phone.problems), "wide tables alone, not the page"
 
 
 def test_a_browser_finds_what_is_wrong(checker: Any, tmp_path: Path) -> None:
