@@ -429,7 +429,7 @@ def test_names_stay_names(evil_store: Store, tmp_path: Path, kind: str) -> None:
 
 
 def _checker() -> Any:
-    path = Path(__file__).parents[2] / "scripts" / "check_report.py"
+    path = Path(__file__).parents[2] / "scripts" / "report" / "check_report.py"
     spec = util.spec_from_file_location("check_report", path)
     assert spec is not None and spec.loader is not None
     module = util.module_from_spec(spec)

@@ -1,6 +1,6 @@
 """A folder in the manner of BIDS with T2 and FLAIR rendered from T1s and their DLMUSE label maps.
 
-    python scripts/render_contrasts.py --data ixi2mm --out DIR [--contrasts t2 flair] [--subjects N] [--seed S]
+    python scripts/evidence/render_contrasts.py --data ixi2mm --out DIR [--contrasts t2 flair] [--subjects N] [--seed S]
     brainfm manifest root=DIR out=DIR/manifest.csv layout=bids labels.muse='*_dseg.nii.gz'
 
 Reads ID/ID_T1w.nii.gz and ID/ID_DLMUSE_dseg.nii.gz, and participants_age_sex.csv (MRID, Age, Sex) beside them. The
@@ -93,7 +93,7 @@ def main() -> int:
         "BIDSVersion": "1.9.0",
         "DatasetType": "derivative",
         "GeneratedBy": [{
-            "Name": "brainfm scripts/render_contrasts.py",
+            "Name": "brainfm scripts/evidence/render_contrasts.py",
             "Description": f"{', '.join(args.contrasts)} rendered from T1 and DLMUSE labels, seed {args.seed}; "
                            "no scanner made them. The licence of the source data applies.",
         }],

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evidence_data import box_around, sides
+from foundation_people import box_around, sides
 from torch import Tensor
 from torch.nn import functional as F
 

@@ -1,8 +1,8 @@
 """A step of fine-tuning, from cases to new weights, beside MONAI's and nnU-Net's ordinary pipelines in one run.
 
-    python scripts/benchmark_finetune.py                                    # unet_b, 64 voxels, 2 patches; minutes
-    python scripts/benchmark_finetune.py --contrasts t1 t2 flair --peers monai
-    PYTHONPATH=. OTHER_ENVIRONMENT/bin/python scripts/benchmark_finetune.py # one where nnunetv2 is installed as well
+    python scripts/benchmark/finetune.py                                    # unet_b, 64 voxels, 2 patches; minutes
+    python scripts/benchmark/finetune.py --contrasts t1 t2 flair --peers monai
+    PYTHONPATH=. OTHER_ENVIRONMENT/bin/python scripts/benchmark/finetune.py # one where nnunetv2 is installed as well
 
 Each round takes every contestant once, in turn: what else the machine does falls on all. A step is: patches of labelled
 phantoms, augmentation, forward, loss, gradient, clipping, optimiser; all in one process, so that nothing runs beside it

@@ -1,9 +1,9 @@
 """Whether the codes of cross_contrast hold what their names say: one objective, trained in several ways, side by side.
 
-    python scripts/render_contrasts.py --data IXI2MM --out cohort --subjects 20
+    python scripts/evidence/render_contrasts.py --data IXI2MM --out cohort --subjects 20
     brainfm manifest root=cohort out=cohort.csv labels.dseg='*dseg*'
     brainfm prepare manifest=cohort.csv store=store preprocess=iso2mm preprocess.labels=nearest
-    python scripts/evidence_codes.py --store store --out evidence \\
+    python scripts/evidence/codes.py --store store --out evidence \\
         --way published objective.terms_on=samples objective.centred=false objective.logvar_start=null \\
         --way mended
 

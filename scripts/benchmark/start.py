@@ -1,6 +1,6 @@
 """How long `brainfm --help` and `import brainfm` take: medians of fresh processes.
 
-python scripts/benchmark_start.py [--repeats 11]
+python scripts/benchmark/start.py [--repeats 11]
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The tables of scripts/evidence_foundation.py, from the records of its runs alone."""
+"""The tables of scripts/evidence/foundation.py, from the records of its runs alone."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from evidence_runs import Job, best_rate, recorded, score_of
+from foundation_runs import Job, best_rate, recorded, score_of
 
 from brainfm.specs import ConfigError
 from brainfm.tasks.metrics import Interval

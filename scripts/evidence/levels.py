@@ -1,6 +1,6 @@
 """What each level of a frozen encoder knows of regions: a linear classifier on single voxels, Dice on people held out.
 
-    python scripts/evidence_levels.py --store store --backbones runs/*/backbone.safetensors
+    python scripts/evidence/levels.py --store store --backbones runs/*/backbone.safetensors
 
 A few labelled people of those that were trained on fit the classifier, those held out (as `brainfm pretrain` holds them
 out, by --held and --split-seed) are scored: mean Dice of the groups, background left out. The first row is a network of
@@ -16,7 +16,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from evidence_pretraining import Heads, at_voxels, dice_of_groups, labelled, maps_of
+from pretraining import Heads, at_voxels, dice_of_groups, labelled, maps_of
 from sklearn.exceptions import ConvergenceWarning
 
 from brainfm.data.store import Store
@@ -58,7 +58,7 @@ def main() -> None:
     parser.add_argument("--label", default="dseg_labels")
     parser.add_argument("--scheme", default="dlmuse")
     args = parser.parse_args()
-    warnings.simplefilter("ignore", ConvergenceWarning)  # 300 iterations for every row, as in evidence_pretraining
+    warnings.simplefilter("ignore", ConvergenceWarning)  # 300 iterations for every row, as in pretraining
     store = Store.open(args.store)
     held = {s.subject_key for s in split_sessions(store, args.held, args.split_seed)[1]}
     heads = Heads(store, store.sessions, args.label, args.scheme, args.voxels)

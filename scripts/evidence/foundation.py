@@ -1,6 +1,6 @@
 """Whether a pre-trained backbone is a better start than fresh weights: one protocol for any backbone file, one command.
 
-    python scripts/evidence_foundation.py --backbone FILE --data DATA3D --out DIR [--questions ...] [--seeds 5]
+    python scripts/evidence/foundation.py --backbone FILE --data DATA3D --out DIR [--questions ...] [--seeds 5]
         [--budget-hours 10] [--tables-only]
 
 A run is the unit. Each is one training at a constant rate whose moving average is tested after 60, 200, 600 and 2,000
@@ -39,12 +39,12 @@ from collections.abc import Iterable, Sequence
 from dataclasses import replace
 from pathlib import Path
 
-import evidence_data as data
-import evidence_whole_head as whole_head
+import foundation_people as data
+import foundation_whole_head as whole_head
 import torch
-from evidence_one_pass import one_pass
-from evidence_runs import Family, Job, Start, best_rate, cost, is_done, measured, perform, recorded, starts_of
-from evidence_tables import tables
+from foundation_one_pass import one_pass
+from foundation_runs import Family, Job, Start, best_rate, cost, is_done, measured, perform, recorded, starts_of
+from foundation_tables import tables
 from lightning.fabric import Fabric
 
 from brainfm.data.patches import find_cases

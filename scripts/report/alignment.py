@@ -1,6 +1,6 @@
 """How well registration finds what is known: real pairs with a published transform, and phantoms moved on purpose.
 
-    python scripts/report_alignment.py --data DIR --out DIR
+    python scripts/report/alignment.py --data DIR --out DIR
 
 DIR holds ``openms_long``, ``ds000011`` and ``isles22``; what is absent is left out. Written are ``alignment.csv`` (one
 row a pair: target registration error in mm over points of the head, for the header's position, for ours, and for the

@@ -1,8 +1,8 @@
 """Random patches a second from a store, beside MONAI and TorchIO pipelines that open the .nii.gz files.
 
-    python scripts/benchmark_store.py --data FOLDER_WITH_NIFTI --repeats 5
-    python scripts/benchmark_store.py --data FOLDER_WITH_NIFTI --sweep
-    python scripts/benchmark_store.py --data FOLDER_WITH_NIFTI --levels
+    python scripts/benchmark/store.py --data FOLDER_WITH_NIFTI --repeats 5
+    python scripts/benchmark/store.py --data FOLDER_WITH_NIFTI --sweep
+    python scripts/benchmark/store.py --data FOLDER_WITH_NIFTI --levels
 
 One process and one thread; the methods take turns, a few patches each, and the medians over the turns are printed.
 Every patch is 96^3 at a random corner of a random scan; the peers read the files that came, as they are. Rates are

@@ -1,8 +1,8 @@
 """What a training step takes in memory, for the planner of fine-tuning (brainfm/training/memory_table.json).
 
-    python scripts/benchmark_memory.py --out brainfm/training/memory_table.json         # minutes on one core, no GPU
-    python scripts/benchmark_memory.py --device cuda --out ...                          # where a GPU is at hand
-    python scripts/benchmark_memory.py --show                                           # plans for 8 to 80 GB
+    python scripts/benchmark/memory.py --out brainfm/training/memory_table.json         # minutes on one core, no GPU
+    python scripts/benchmark/memory.py --device cuda --out ...                          # where a GPU is at hand
+    python scripts/benchmark/memory.py --show                                           # plans for 8 to 80 GB
 
 Three ways of measuring, and every row of the table says which one it comes from:
 

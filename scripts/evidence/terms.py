@@ -1,7 +1,7 @@
 """Each term of dense_split by itself: what 300 steps of it alone teach, on people who were never trained on.
 
-    python scripts/evidence_terms.py terms --store STORE --out DIR
-    python scripts/evidence_terms.py checks --store STORE --out DIR --backbone BACKBONE.safetensors
+    python scripts/evidence/terms.py terms --store STORE --out DIR
+    python scripts/evidence/terms.py checks --store STORE --out DIR --backbone BACKBONE.safetensors
 
 `terms` trains one network after the other from equal weights, each by one term alone, and asks the same questions of
 held-out people before and after: (a) Dice of the fine classes and of three tissues, (b) the share of matched voxels

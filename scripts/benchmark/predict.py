@@ -1,8 +1,8 @@
 """`brainfm predict` of a 1 mm case with four contrasts, from NIfTI files to the written mask, in a process of its own.
 
-    python scripts/benchmark_predict.py                                     # a phantom; minutes on two cores
-    python scripts/benchmark_predict.py --case t1=T1.nii.gz t1c=T1C.nii.gz t2=T2.nii.gz flair=FLAIR.nii.gz
-    python scripts/benchmark_predict.py --overlaps 0.5 0.25 --patches 64 96 --repeats 3
+    python scripts/benchmark/predict.py                                     # a phantom; minutes on two cores
+    python scripts/benchmark/predict.py --case t1=T1.nii.gz t1c=T1C.nii.gz t2=T2.nii.gz flair=FLAIR.nii.gz
+    python scripts/benchmark/predict.py --overlaps 0.5 0.25 --patches 64 96 --repeats 3
 
 The network has its real size; its weights were never trained, because time and memory do not depend on them. Each round
 takes every setting once, in turn: the table shows the fastest and the median. Memory is the largest resident set of the

@@ -1,5 +1,5 @@
 """Age and sex from whole heads, few to learn from: what fine-tuning would ship (training/candidates.py) for the starts
-of scripts/evidence_foundation.py. Below a hundred people nothing is trained: answers are linear in what the frozen
+of scripts/evidence/foundation.py. Below a hundred people nothing is trained: answers are linear in what the frozen
 network sees, in volumes of the regions that the file's decoder tells, and in those of label maps where there are any.
 """
 
@@ -14,9 +14,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_data import Setting, drawn, people_of, prepared, sides
-from evidence_runs import Start, encoder_of
-from evidence_tables import TITLES, cell, compared
+from foundation_people import Setting, drawn, people_of, prepared, sides
+from foundation_runs import Start, encoder_of
+from foundation_tables import TITLES, cell, compared
 
 from brainfm.cli import resolve
 from brainfm.data import layouts

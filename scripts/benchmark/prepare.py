@@ -1,6 +1,6 @@
 """How many scans a second `prepare` brings into a store, beside yucca's preprocessing of the same files.
 
-    python scripts/benchmark_prepare.py --data FOLDER_WITH_NIFTI --workers 2 --repeats 3
+    python scripts/benchmark/prepare.py --data FOLDER_WITH_NIFTI --workers 2 --repeats 3
 
 Both read the files, turn them to RAS, crop, standardise, resample with cubic kernels to 1 mm and write what they made:
 brainfm a store (float16, compressed, synced, with checksums and recipes), yucca one .npy a scan as its users do. Runs

@@ -1,7 +1,7 @@
 """How many pairs of patches one core reads, what one H100 would need, and how long training waits for them.
 
-    python scripts/benchmark_loader.py [--store STORE] [--steps 30] [--json FILE]
-    python scripts/benchmark_loader.py --trainer gpu --patch 64 --batch 4 --steps 500      # the fomo25 step on a GPU
+    python scripts/benchmark/loader.py [--store STORE] [--steps 30] [--json FILE]
+    python scripts/benchmark/loader.py --trainer gpu --patch 64 --batch 4 --steps 500      # the fomo25 step on a GPU
 
 Without a store, synthetic 1 mm heads are prepared first (extra `demo`). Medians over repetitions; the two patch
 sizes are interleaved.

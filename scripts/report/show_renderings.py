@@ -1,6 +1,6 @@
 """Renderings beside real scans: a sheet to look at, how well they are told apart, and what rendering costs a step.
 
-    python scripts/show_renderings.py --store STORE --out DIR [--samples 400]
+    python scripts/report/show_renderings.py --store STORE --out DIR [--samples 400]
 
 DIR/sheet.png shows middle slices of held-out people: real T1, T2 and FLAIR on the left, twelve renderings of label
 maps on the right, all as a network in training sees them, artefacts included. DIR/report.json and DIR/report.md hold

@@ -3,7 +3,7 @@
 Every start sees the same subjects, patches, steps and held-out cases; scores are those of held-out cases, with 95 %
 intervals by subject, and starts are compared pairwise with the same network from fresh weights.
 
-    python scripts/evidence_finetuning.py --ixi manifest.csv --hippocampus msd_hippocampus --out evidence \\
+    python scripts/evidence/finetuning.py --ixi manifest.csv --hippocampus msd_hippocampus --out evidence \\
         --start cross_contrast=runs/cross/backbone.safetensors --start anatomy=runs/anatomy/backbone.safetensors
 
 Questions (choose some with --questions):

@@ -1,4 +1,4 @@
-"""One run of scripts/evidence_foundation.py: a start is fine-tuned at a constant rate, and the moving average of its
+"""One run of scripts/evidence/foundation.py: a start is fine-tuned at a constant rate, and the moving average of its
 weights is tested after so many steps. Everything drawn follows from the run's seed, so that starts are paired: the same
 people, the same patches in the same order, the same fresh weights where weights are fresh.
 """
@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from evidence_data import Setting, Test
+from foundation_people import Setting, Test
 from lightning.fabric import Fabric
 
 from brainfm.batch import Batch, Terms

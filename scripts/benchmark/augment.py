@@ -1,6 +1,6 @@
 """How long augmentation takes for a batch of 4 pairs, artefact by artefact, beside TorchIO and MONAI.
 
-    python scripts/benchmark_augment.py [--device cpu|cuda] [--edges 64 96] [--repeats 5] [--json FILE]
+    python scripts/benchmark/augment.py [--device cpu|cuda] [--edges 64 96] [--repeats 5] [--json FILE]
 
 In the rows of single artefacts every scan gets it; `full` has the probabilities of the preset. brainfm works on the
 batch on the device; the peers, where they are installed, on one sample after the other on the CPU, as in a worker of a

@@ -1,6 +1,6 @@
 """How long a manifest of 60,000 scans takes: files are empty, so that any image read would fail.
 
-python scripts/benchmark_manifest.py [--scans 60000]
+python scripts/benchmark/manifest.py [--scans 60000]
 """
 
 from __future__ import annotations

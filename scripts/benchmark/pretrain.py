@@ -1,7 +1,7 @@
 """The training step beside plain PyTorch and beside other packages' networks, in one run.
 
-    python scripts/benchmark_pretrain.py --quick                                             # minutes on one core
-    python scripts/benchmark_pretrain.py --device cuda --backbones unet_b resenc_l --patches 64 96 160 --steps 30
+    python scripts/benchmark/pretrain.py --quick                                             # minutes on one core
+    python scripts/benchmark/pretrain.py --device cuda --backbones unet_b resenc_l --patches 64 96 160 --steps 30
 
 Each round takes every contestant once, in turn, and the table shows medians: what else the machine does falls on all.
 A step is: batch from memory (or from --store), to the device, loss, gradient, clipping, AdamW. Contestants:

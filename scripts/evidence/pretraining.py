@@ -1,9 +1,9 @@
 """What each objective teaches a backbone: one table, equal budgets, people split by subject.
 
-    python scripts/render_contrasts.py --data IXI2MM --out cohort        # a T2 and a FLAIR for every T1 (label maps)
+    python scripts/evidence/render_contrasts.py --data IXI2MM --out cohort   # T2 and FLAIR for every T1 (label maps)
     brainfm manifest root=cohort out=cohort.csv labels.dseg='*dseg*'
     brainfm prepare manifest=cohort.csv store=store preprocess=iso2mm preprocess.labels=nearest
-    python scripts/evidence_pretraining.py --store store --out evidence --steps 400
+    python scripts/evidence/pretraining.py --store store --out evidence --steps 400
 
 A third of the subjects is held out of everything: pre-training, anatomical targets, and the fitting of every probe.
 Each condition sees as many patches in as many steps, with the same learning rate, backbone and seed. Then, frozen:

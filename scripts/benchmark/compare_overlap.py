@@ -1,7 +1,7 @@
 """Dice of one bundle at several overlaps of its windows, case by case, and what each overlap costs.
 
-    python scripts/compare_overlap.py --bundle run/bundle --manifest test.csv
-    python scripts/compare_overlap.py --bundle run/bundle --manifest test.csv --overlaps 0.5 0.3 0.2 --json found.json
+    python scripts/benchmark/compare_overlap.py --bundle run/bundle --manifest test.csv
+    python scripts/benchmark/compare_overlap.py --bundle run/bundle --manifest test.csv --overlaps 0.5 0.3 --json FILE
 
 Every overlap answers every labelled case of the manifest; the table shows the mean Dice, the mean difference to the
 first overlap with its 95 % interval (bootstrap over subjects of the paired differences), the largest difference of one

@@ -1,7 +1,7 @@
 """How well `anatomy` finds CSF, grey and white matter: against the truth of phantoms, and against DLMUSE on real scans.
 
-    python scripts/report_anatomy.py --data FOLDER_WITH_ixi2mm --out report.md
-    python scripts/report_anatomy.py --data FOLDER --backbone FILE [--look 4:whole --look 1.5:96] --out report.md
+    python scripts/report/anatomy.py --data FOLDER_WITH_ixi2mm --out report.md
+    python scripts/report/anatomy.py --data FOLDER --backbone FILE [--look 4:whole --look 1.5:96] --out report.md
 
 Phantoms are bent copies of the same ICBM152 template that the priors come from, already brain-extracted and without a
 neck: what is measured on them is intensities, bias field and deformation, not how well the atlas fits a stranger.
@@ -123,7 +123,7 @@ def on_ixi(root: Path, count: int) -> list[dict[str, float | str]]:
 PATIENTS = ("openms_cross/patient19", "upenn_gbm/UPENN-GBM-00006_11", "tcga_lgg/TCGA-DU-7294")
 CONTRASTS = {"T1w": "t1", "T1c": "t1c", "T2w": "t2", "FLAIR": "flair"}
 FINE = [name for name in regions.REGIONS if name in regions.SCHEMES["dlmuse"].values()]
-SPLIT = Path(__file__).resolve().parents[1] / "foundation" / "split.csv"
+SPLIT = Path(__file__).resolve().parents[2] / "foundation" / "split.csv"
 
 
 def held_people() -> set[tuple[str, str]]:

@@ -1,6 +1,6 @@
 """Opens reports in a real browser without a window and says what a reader would stumble over.
 
-    python scripts/check_report.py runs/b/report.html [more.html ...] [--width 1280] [--screenshot page.png]
+    python scripts/report/check_report.py runs/b/report.html [more.html ...] [--width 1280] [--screenshot page.png]
 
 Fails on a message of level warning or error in the console, a request for anything but the file itself, a page or a
 table that must be scrolled sideways, a picture that does not show, and a link that leads nowhere. Takes chromium or

@@ -1,6 +1,6 @@
 """How long `Store.open` takes and how much memory it needs, on an index made up for the purpose.
 
-    python scripts/benchmark_index.py --rows 300000
+    python scripts/benchmark/index.py --rows 300000
 
 The index has two visits a subject, three scans and a label a visit, and four further columns, as the large public
 collections have them. It is opened in a process of its own, so that the peak is that of the index and not of making it.

@@ -1,8 +1,8 @@
 """What FOMO60K, OpenMind and FOMO300K cost in disk, memory, cores and hours; and the sampler, run at that scale.
 
-    python scripts/simulate_scale.py                                  # from the figures of CHANGELOG.md, named below
-    python scripts/simulate_scale.py --store STORE                    # bytes a scan, reads a core, measured on the spot
-    python scripts/simulate_scale.py --reads-per-s-64 900 --prepare-scans-per-s 1.2 --json FILE
+    python scripts/benchmark/simulate_scale.py                   # from the figures of CHANGELOG.md, named below
+    python scripts/benchmark/simulate_scale.py --store STORE     # bytes a scan, reads a core, measured on the spot
+    python scripts/benchmark/simulate_scale.py --reads-per-s-64 900 --prepare-scans-per-s 1.2 --json FILE
 
 The first part is arithmetic on measured figures; every figure says where it comes from. **Steps a second on a GPU are
 assumed, not measured**: GPU-hours are given for several assumed rates. The second part runs the sampler itself

@@ -1,4 +1,4 @@
-"""The people, scans and labels of scripts/evidence_foundation.py: who is trained on, who is tested, and their stores.
+"""The people, scans and labels of scripts/evidence/foundation.py: who is trained on, who is tested, and their stores.
 
 People are named as in foundation/split.csv. Trials of rates and training take people of its side ``train``, apart from
 one another; tests take people of its side ``held``, whom no pre-training and no choice has seen.
@@ -6,12 +6,12 @@ one another; tests take people of its side ``held``, whom no pre-training and no
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-from foundation_data import LISTS, read_split
 from render_contrasts import MUSE
 
 from brainfm import seeds
@@ -24,6 +24,9 @@ from brainfm.imaging import anatomy, nifti
 from brainfm.specs import BrainfmError, ManifestError, PreprocessSpec, ScanError
 from brainfm.synthesis import contrast
 from brainfm.volume import Volume
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
+from foundation_data import LISTS, read_split
 
 SALT = "evidence 1"
 MASKS = ("*_lesion_mask.nii.gz", "*_seg-tumour*.nii.gz", "*_infarct_mask.nii.gz")
