@@ -442,9 +442,9 @@ def _is_first() -> bool:
 
 
 def _report(config: dict[str, Any]) -> int:
-    from brainfm.inference.study_report import write_study_report
+    from brainfm.reports.finetuning import write_finetuning_page
 
-    print(write_study_report(config["run"], store=config["store"]))
+    print(write_finetuning_page(config["run"], store=config["store"]))
     return 0
 
 
@@ -535,6 +535,7 @@ def _extent(config: dict[str, Any]) -> Any:
 
 def _explain(config: dict[str, Any]) -> int:
     from brainfm.inference.explain import describe, explain
+    from brainfm.reports.explanation import write_picture
     from brainfm.tasks.bundle import read_bundle
     from brainfm.training.monitor import Progress
 
@@ -547,6 +548,7 @@ def _explain(config: dict[str, Any]) -> int:
             step_mm=None if config["step_mm"] is None else float(config["step_mm"]),
             progress=lambda done, total: _move(bar, done, total),
         )  # fmt: skip
+    write_picture(config["out"], found, bundle.task, bundle.preprocess.spacing_mm)
     print(f"{config['out']}: {describe(found, bundle.task)}")
     if not found.heat.any():
         print("the map is empty: nothing in these scans speaks for it")

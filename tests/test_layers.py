@@ -24,6 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.region_volumes", "data.regions",
         "data.sources", "data.store", "nets", "tasks",
     },
+    "reports": {"root", "imaging", "data.manifest", "data.store", "tasks", "inference"},
 }
 # third party -> the modules that may import it
 FENCES: dict[str, set[str]] = {
@@ -32,6 +33,7 @@ FENCES: dict[str, set[str]] = {
     "lightning": {"training"},
     "hydra": {"cli"},
     "omegaconf": {"cli"},
+    "jinja2": {"reports.page"},
 }
 NEVER = {"torchvision", "timm", "pickle", "wandb", "requests", "urllib.request"}
 NO_TORCH = {
