@@ -4,11 +4,12 @@
     python scripts/compare_behaviour.py make AFTER --data ../shared/data3d      (at another)
     python scripts/compare_behaviour.py compare BEFORE AFTER
 
-``make`` writes a generated cohort and, with --data, takes a few real scans; it runs ``python -m brainfm.cli VERB`` of the
-checkout it lies in on one thread, and keeps in DIR/found.json what came out: every table and number as it stands, every
-volume, store entry and weight as shape, sum, sum of magnitudes, a weighted sum and sha256. DIR/work may go afterwards.
-``compare`` lists what differs. Above a relative 1e-5 it fails (exit 1); below, or with only the bits of a volume changed,
-it is listed. What depends on the clock, the machine, the commit or the folder is left out, and so are HTML pages.
+``make`` writes a generated cohort and, with --data, takes a few real scans; it runs ``python -m brainfm.cli VERB`` of
+the checkout it lies in on one thread, and keeps in DIR/found.json what came out: every table and number as it stands,
+every volume, store entry and weight as shape, sum, sum of magnitudes, a weighted sum and sha256. DIR/work may go
+afterwards. ``compare`` lists what differs: above a relative 1e-5 it fails (exit 1); below, or where only the bits of a
+volume have changed, it says so. What depends on the clock, the machine, the commit or the folder is left out, and so
+are HTML pages.
 The script imports nothing of brainfm, so that it runs before and after names and modules have moved.
 """
 
@@ -39,7 +40,9 @@ PASSING = re.compile(
     r"|receipt|mtime_ns|stamps|.*(hours|seconds|minutes|kwh|memory|_gb|_mb|per_second|speed|time).*)$"
 )
 HASHED = ("weights", "backbone", "bundle")  # of a file that holds its provenance, in which the commit is named
-SKIPPED = re.compile(r"(\.html|\.ckpt|\.log|\.png|\.md|\.lock|checksums\.json|provenance\.json|receipt\.json|SHA256SUMS|.*tfevents.*)$")
+SKIPPED = re.compile(
+    r"(\.html|\.ckpt|\.log|\.png|\.md|\.lock|checksums\.json|provenance\.json|receipt\.json|tfevents.*)$"
+)
 GREYS = {"T1w": (0, 30, 70, 110, 40, 80, 60, 75), "FLAIR": (0, 25, 95, 80, 20, 85, 75, 80)}  # by tissue, see _tissues
 OBJECTIVES = {
     "mae": ("objective=mae", "objective.latent_channels=16"),
@@ -61,7 +64,8 @@ TINY = ("backbone=unet_tiny", "trainer=cpu", "trainer.workers=0", "trainer.threa
 def _tissues(ids: np.ndarray) -> np.ndarray:
     """0 outside, 1 fluid, 2 cortex, 3 white, 4 ventricle, 5 deep grey, 6 cerebellum and medial temporal, 7 stem."""
     table = np.zeros(2036, np.int64)
-    for tissue, numbers in enumerate(((24,), (1028, 2028), (2, 41, 7, 46), (4, 43), (10, 49), (17, 53, 8, 47), (16,)), 1):
+    groups = ((24,), (1028, 2028), (2, 41, 7, 46), (4, 43), (10, 49), (17, 53, 8, 47), (16,))
+    for tissue, numbers in enumerate(groups, 1):
         table[list(numbers)] = tissue
     return table[ids]
 
@@ -73,9 +77,13 @@ def _label_map(x: np.ndarray, y: np.ndarray, z: np.ndarray, ventricle: float) ->
     for limit, (left_id, right_id) in ((0.9, (24, 24)), (0.84, (1028, 2028)), (0.7, (2, 41))):
         ids = np.where(radius < limit, np.where(right, right_id, left_id), ids)
     for place, size, (left_id, right_id) in (
-        ((0.15, 0.1, 0.1), ventricle, (4, 43)), ((0.25, 0.0, -0.1), 0.13, (10, 49)), ((0.4, -0.1, -0.3), 0.12, (17, 53)),
-        ((0.25, -0.45, -0.45), 0.22, (8, 47)), ((0.25, -0.45, -0.45), 0.12, (7, 46)), ((0.0, -0.2, -0.55), 0.14, (16, 16)),
-    ):  # fmt: skip
+        ((0.15, 0.1, 0.1), ventricle, (4, 43)),
+        ((0.25, 0.0, -0.1), 0.13, (10, 49)),
+        ((0.4, -0.1, -0.3), 0.12, (17, 53)),
+        ((0.25, -0.45, -0.45), 0.22, (8, 47)),
+        ((0.25, -0.45, -0.45), 0.12, (7, 46)),
+        ((0.0, -0.2, -0.55), 0.14, (16, 16)),
+    ):
         near = (np.abs(x) - place[0]) ** 2 + (y - place[1]) ** 2 + (z - place[2]) ** 2 < size**2
         ids = np.where(near, np.where(right, right_id, left_id), ids)
     return ids
@@ -125,12 +133,15 @@ def run(work: Path, verb: str, *words: str) -> None:
 
     Raises: SystemExit where it failed.
     """
-    one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1")
+    one = dict.fromkeys(("OMP_NUM_THREADS", "MKL_NUM_THREADS", "OPENBLAS_NUM_THREADS"), "1") | {"PYTHONPATH": str(ROOT)}
     began = time.monotonic()
     done = subprocess.run(
-        [sys.executable, "-m", "brainfm.cli", verb, *words], cwd=ROOT, env={**os.environ, **one, "PYTHONPATH": str(ROOT)},
-        capture_output=True, text=True,
-    )  # fmt: skip
+        [sys.executable, "-m", "brainfm.cli", verb, *words],
+        cwd=ROOT,
+        env={**os.environ, **one},
+        capture_output=True,
+        text=True,
+    )
     text = f"$ brainfm {verb} {' '.join(words)}\n{done.stdout}{done.stderr}\n"
     with (work / "verbs.log").open("a") as log:
         log.write(text)
@@ -143,13 +154,15 @@ def generated(work: Path) -> None:
     """Every verb on the generated cohort."""
     write_cohort(work / "cohort")
     manifest, store = work / "manifest.csv", work / "store"
-    run(work, "manifest", f"root={work / 'cohort'}", f"out={manifest}", "masks.lesion=*lesion_mask*", "labels.dseg=*dseg*")
+    run(work, "manifest", f"root={work / 'cohort'}", f"out={manifest}", "masks.lesion=*lesion_mask*",
+        "labels.dseg=*dseg*")  # fmt: skip
     run(work, "doctor", f"manifest={manifest}", "workers=1")
     run(work, "prepare", f"manifest={manifest}", f"store={store}", "preprocess.spacing_mm=3", "workers=1")
     for name, words in OBJECTIVES.items():
         probed = () if name in ("cross_contrast", "dense_split") else ("probe=null", "guard=null")
         run(work, "pretrain", f"run={work / 'pretrain' / name}", f"store={store}", *TINY, "trainer.max_steps=20",
-            "trainer.evaluate_every=10", "data.patch_vox=[16,16,16]", "data.validation_batches=2", *words, *probed)  # fmt: skip
+            "trainer.evaluate_every=10", "data.patch_vox=[16,16,16]", "data.validation_batches=2", *words,
+            *probed)  # fmt: skip
     source = f"backbone_from={work / 'pretrain' / 'mae' / 'backbone.safetensors'}"
     dense = f"backbone_from={work / 'pretrain' / 'dense_split' / 'backbone.safetensors'}"
     tune = (f"store={store}", *TINY, "report=false", "task.patch_vox=[16,16,16]", "trainer.max_steps=10")
@@ -171,8 +184,8 @@ def generated(work: Path) -> None:
     backbone = f"backbone={work / 'pretrain' / 'cross_contrast' / 'backbone.safetensors'}"
     run(work, "embed", f"out={work / 'features' / 'features.csv'}", backbone, f"store={store}")
     for target in ("sex", "age"):
-        run(work, "probe", f"target={target}", backbone, f"store={store}", f"out={work / f'probe_{target}'}", "repeats=2",
-            "folds=3")  # fmt: skip
+        run(work, "probe", f"target={target}", backbone, f"store={store}", f"out={work / f'probe_{target}'}",
+            "repeats=2", "folds=3")  # fmt: skip
 
 
 def real(work: Path, data: Path) -> None:
@@ -185,7 +198,8 @@ def real(work: Path, data: Path) -> None:
     run(work, "prepare", f"manifest={manifest}", f"store={store}", "preprocess.spacing_mm=4", "workers=1")
     tiny = (f"store={store}", *TINY, "trainer.max_steps=5")
     run(work, "finetune", f"run={work / 'lesion'}", "task.target=lesion", "backbone_from=none", *tiny, "folds=2",
-        "task.patch_vox=[24,24,24]", "baselines=[features]", "audit=false", "report=false", "mirror=[]", "clean=false")  # fmt: skip
+        "task.patch_vox=[24,24,24]", "baselines=[features]", "audit=false", "report=false", "mirror=[]",
+        "clean=false")  # fmt: skip
 
 
 # ---- what came out ---------------------------------------------------------------------------------------------------
