@@ -1,7 +1,8 @@
 """Files that earlier versions wrote are read as they were: backbones, bundles and a store of commit 9328027.
 
-`tests/fixtures/format_9328027` was written by `prepare`, `pretrain` and `finetune` at that commit from six small generated
-heads; the numbers below are what that commit answered. They are never written anew: a new format gets a folder of its own.
+`tests/fixtures/format_9328027` was written by `prepare`, `pretrain` and `finetune` at that commit from six small
+generated heads; the numbers below are what that commit answered. They are never written anew: a new format gets a
+folder of its own.
 """
 
 from __future__ import annotations
