@@ -48,9 +48,10 @@ from evidence_tables import tables
 from lightning.fabric import Fabric
 
 from brainfm.data.patches import find_cases
-from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note, write_atomically
+from brainfm.errors import BrainfmError, ConfigError
+from brainfm.files import write_whole
+from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note
 from brainfm.seen import overlap
-from brainfm.specs import BrainfmError, ConfigError
 from brainfm.training.segmenting import Segmenting
 
 QUESTIONS = ("hippocampus", "lesions", "tissues", "contrast", "whole_head", "one_pass")
@@ -230,7 +231,7 @@ def run(args: argparse.Namespace, loaded: LoadedBackbone) -> int:
     text += tables(work.trials, work.runs, args.out) + whole_head.tables(heads, args.out)
     if "one_pass" in args.questions:
         text += one_pass(loaded, args.data, args.out, cached_only=args.tables_only)
-    write_atomically(args.out / f"tables_{loaded.fingerprint[:8]}.md", ("\n".join(text) + "\n").encode())
+    write_whole(args.out / f"tables_{loaded.fingerprint[:8]}.md", ("\n".join(text) + "\n").encode())
     print("\n".join(text))
     return 0
 

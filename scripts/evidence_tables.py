@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from evidence_runs import Job, best_rate, recorded, score_of
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.tasks.metrics import Interval
 from brainfm.tasks.statistics import crossed_bootstrap
 

@@ -39,9 +39,10 @@ from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
 from brainfm.data.windows import WindowPatches, WindowSpec
+from brainfm.errors import BrainfmError, StoreError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.objective import build_objective
-from brainfm.specs import BrainfmError, StoreError, ViewSpec
+from brainfm.specs import ViewSpec
 from brainfm.synthesis.looks import LookSpec, draw_look
 from brainfm.tasks.scores import auroc
 from brainfm.tasks.statistics import bootstrap

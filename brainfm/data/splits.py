@@ -11,8 +11,8 @@ from collections.abc import Iterable, Mapping, Sequence
 
 import numpy as np
 
+from brainfm.errors import ConfigError
 from brainfm.seeds import unit_hash
-from brainfm.specs import ConfigError
 
 
 def side(dataset: str, subject: str, salt: str, fractions: Mapping[str, float]) -> str:

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from brainfm.data.manifest import Manifest, read_manifest
+from brainfm.errors import ConfigError, ManifestError, ScanError
+from brainfm.files import check_writable, write_table, write_text
 from brainfm.imaging import nifti
-from brainfm.inference.engine import Engine, check_folder, write_table, write_text
+from brainfm.inference.engine import Engine
 from brainfm.inference.evaluate_scans import evaluate_answers
 from brainfm.inference.predict import (
     LISTING,
@@ -27,7 +29,7 @@ from brainfm.inference.predict import (
     strange_grid,
 )
 from brainfm.seen import Overlap, overlap
-from brainfm.specs import ConfigError, ManifestError, ScanError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks.bundle import Bundle
 from brainfm.tasks.metrics import dice, require_monai, surface_dice, volume_ml
 from brainfm.tasks.statistics import bootstrap, mean_score
@@ -94,7 +96,7 @@ def evaluate(
     if empty not in EMPTY:
         raise ConfigError(f"empty={empty}: expected {', '.join(EMPTY)}")
     folder = Path(out)
-    check_folder(folder)
+    check_writable(folder)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     engine = None if bundle is None else Engine.load(bundle, device, precision, overlap)
     if engine is not None:

@@ -22,11 +22,12 @@ import numpy as np
 from brainfm import seeds
 from brainfm.data.answers import Unusable, cell, read_answer, who
 from brainfm.data.store import SessionEntry, Store
+from brainfm.errors import ConfigError, ManifestError
+from brainfm.files import check_writable, write_table, write_text
 from brainfm.inference.embed import WHOLE, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
-from brainfm.inference.engine import check_folder, write_table, write_text
 from brainfm.nets.weights import load_backbone
 from brainfm.seen import overlap
-from brainfm.specs import ConfigError, ManifestError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks import linear
 from brainfm.tasks.metrics import Interval
 from brainfm.tasks.scores import Score, primary, scan_score, scan_scores
@@ -163,7 +164,7 @@ def probe(
     if (backbone is None) == (features is None):
         raise ConfigError("brainfm probe needs either backbone=FILE or features=FILE, found both or neither")
     folder = Path(out)
-    check_folder(folder)
+    check_writable(folder)
     store = store if isinstance(store, Store) else Store.open(Path(store))
     question = ask(store, spec, contrasts)
     check_enough(question, spec.folds)

@@ -14,7 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 from scipy import ndimage
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 
 def dice(predicted: np.ndarray, true: np.ndarray) -> float:

@@ -17,7 +17,8 @@ import numpy as np
 
 from brainfm.data.descriptors import Described, describe_all, table
 from brainfm.data.store import SessionEntry, Store
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.errors import ConfigError
+from brainfm.specs import TaskSpec
 from brainfm.tasks.linear import logistic
 from brainfm.tasks.metrics import Interval
 from brainfm.training.predictability import aurocs, crossed, holm, permutation_p, resampled_counts, shuffles

@@ -8,7 +8,7 @@ from typing import Any, Protocol
 
 from brainfm.data.splits import draw_shots, stratified_folds
 from brainfm.data.store import SessionEntry
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 
 class Labelled(Protocol):

@@ -20,9 +20,9 @@ from torch import Tensor
 from brainfm import seeds
 from brainfm.data.splits import folds
 from brainfm.data.store import ScanEntry, SessionEntry, Store
+from brainfm.errors import ConfigError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.weights import write_atomically
-from brainfm.specs import ConfigError
 from brainfm.tasks import linear
 from brainfm.training import level_probes
 
@@ -516,7 +516,7 @@ class OnlineProbe:
         if self.levels is not None:
             answers |= self.levels(step)
             document["levels"] = self.levels.table
-        write_atomically(self.folder / FILE, (json.dumps(document, indent=1) + "\n").encode())
+        write_whole(self.folder / FILE, (json.dumps(document, indent=1) + "\n").encode())
         return answers
 
     def describe(self) -> list[str]:

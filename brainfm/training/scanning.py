@@ -17,10 +17,11 @@ from brainfm.data.region_volumes import find_volumes
 from brainfm.data.scan_cases import ScanViews, choose_view_mm, find_scan_cases, views_of
 from brainfm.data.splits import strata_of
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.transfer import transfer
 from brainfm.nets.weights import LoadedBackbone
-from brainfm.specs import ConfigError, Decisions
+from brainfm.specs import Decisions
 from brainfm.tasks import calibration, scores
 from brainfm.tasks.reads import Reads
 from brainfm.tasks.scan_level import ScanTask

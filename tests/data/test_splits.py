@@ -8,7 +8,7 @@ from itertools import pairwise
 import pytest
 
 from brainfm.data.splits import draw_shots, folds, holdout, side, strata_of, stratified_folds
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 SUBJECTS = [f"ds{i % 3}/sub-{i:03d}" for i in range(400)]
 

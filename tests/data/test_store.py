@@ -17,7 +17,8 @@ from brainfm.data.levels import coarse_image, coarse_labels
 from brainfm.data.manifest import Scan
 from brainfm.data.sources import SourceFile
 from brainfm.data.store import STEP, Store
-from brainfm.specs import PreprocessSpec, StoreError
+from brainfm.errors import StoreError
+from brainfm.specs import PreprocessSpec
 
 SPEC = PreprocessSpec()
 KEY = ("ds", "sub/01", "")
@@ -433,15 +434,18 @@ def test_verify__one_bit(tmp_path):
 def test_disk_full(tmp_path, monkeypatch, where):
     store = make(tmp_path / "s")
     before = tree(tmp_path / "s")
-    write = store_module._write_file
 
-    def full(file, content):
-        if file.name.endswith(where):
-            file.write_bytes(content[: len(content) // 2])
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        write(file, content)
+    def until(write):
+        def full(file, content, **how):
+            if file.name.endswith(where):
+                file.with_name("tmp-half").write_bytes(content[: len(content) // 2])
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+            write(file, content, **how)
 
-    monkeypatch.setattr(store_module, "_write_file", full)
+        return full
+
+    for name in ("write_synced", "write_whole"):
+        monkeypatch.setattr(store_module, name, until(getattr(store_module, name)))
     with pytest.raises(StoreError, match="no space is left on the disk; what was prepared stays") as caught:
         store.write_session(KEY, rows(), fake())
         store.finish()

@@ -8,7 +8,7 @@ import sys
 import numpy as np
 import pytest
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.tasks.metrics import dice, instance_scores, surface_dice, volume_ml
 
 
