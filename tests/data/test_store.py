@@ -17,7 +17,7 @@ from brainfm.data.levels import coarse_image, coarse_labels
 from brainfm.data.manifest import Scan
 from brainfm.data.sources import SourceFile
 from brainfm.data.store import STEP, Store
-from brainfm.errors import StoreError
+from brainfm.errors import FileError, StoreError
 from brainfm.specs import PreprocessSpec
 
 SPEC = PreprocessSpec()
@@ -435,17 +435,21 @@ def test_disk_full(tmp_path, monkeypatch, where):
     store = make(tmp_path / "s")
     before = tree(tmp_path / "s")
 
-    def until(write):
-        def full(file, content, **how):
-            if file.name.endswith(where):
-                file.with_name("tmp-half").write_bytes(content[: len(content) // 2])
-                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-            write(file, content, **how)
+    write, whole = store_module.write_synced, store_module.write_whole
 
-        return full
+    def full(file, content):
+        if file.name.endswith(where):
+            file.write_bytes(content[: len(content) // 2])
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        write(file, content)
 
-    for name in ("write_synced", "write_whole"):
-        monkeypatch.setattr(store_module, name, until(getattr(store_module, name)))
+    def full_as_well(file, content, mark):
+        if file.name.endswith(where):
+            raise FileError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        whole(file, content, mark)
+
+    monkeypatch.setattr(store_module, "write_synced", full)
+    monkeypatch.setattr(store_module, "write_whole", full_as_well)
     with pytest.raises(StoreError, match="no space is left on the disk; what was prepared stays") as caught:
         store.write_session(KEY, rows(), fake())
         store.finish()
