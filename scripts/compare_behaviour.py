@@ -33,11 +33,12 @@ import numpy as np
 
 ROOT = Path(__file__).parents[1]
 TOLERANCE = 1e-5
+_SHOWN = 150  # characters of a value
 FLOOR = 1e-6  # of what a difference is relative to: numbers that are nothing but rounding are not compared by ratio
 # Keys of JSON files and columns of tables that the clock, the machine or the commit decide.
 PASSING = re.compile(
     r"^(provenance|parents|command|commit|version|host|device|versions|software|created|date|started|finished"
-    r"|receipt|mtime_ns|stamps|.*(hours|seconds|minutes|kwh|memory|_gb|_mb|per_second|speed|time).*)$"
+    r"|receipt|stamps|.*_ns|.*(hours|seconds|minutes|kwh|memory|_gb|_mb|per_second|speed|time).*)$"
 )
 HASHED = ("weights", "backbone", "bundle")  # of a file that holds its provenance, in which the commit is named
 SKIPPED = re.compile(
@@ -264,7 +265,9 @@ def _kept(tree: Any, work: Path) -> Any:
         }  # fmt: skip
     if isinstance(tree, list):
         return [_kept(value, work) for value in tree]
-    return tree.replace(str(work), "{DIR}") if isinstance(tree, str) else tree
+    if not isinstance(tree, str):
+        return tree
+    return re.sub(r"\d+(\.\d+)? GB", "{memory}", tree.replace(str(work), "{DIR}"))
 
 
 def read(path: Path, work: Path) -> Any:
@@ -277,6 +280,8 @@ def read(path: Path, work: Path) -> Any:
     if path.suffix in (".csv", ".tsv"):
         rows = list(csv.DictReader(text.splitlines(), delimiter="," if path.suffix == ".csv" else "\t"))
         return _kept(rows, work)
+    if path.suffix == ".jsonl":
+        return _kept([json.loads(line) for line in text.splitlines()], work)
     return _kept(_decoded(text), work)
 
 
@@ -358,7 +363,8 @@ def compare(before: dict[str, Any], after: dict[str, Any]) -> tuple[list[str], l
         scale = float(one.get(f"{beside} > abs_sum", 0.0)) if last in ("sum", "ramp_sum") else 0.0
         gap = distance(one[place], other[place], scale)
         if gap > 0:
-            (failed if gap > TOLERANCE else small).append(f"{gap:.1e}  {place}: {one[place]} | {other[place]}")
+            sentence = f"{gap:.1e}  {place}: {str(one[place])[:_SHOWN]} | {str(other[place])[:_SHOWN]}"
+            (failed if gap > TOLERANCE else small).append(sentence)
     return sorted(failed), sorted(small)
 
 

@@ -1,4 +1,4 @@
-"""Scores of answers that are given for a whole session: a class, several findings, a number.
+"""Scores of answers for a whole session: a class, several findings, a number.
 
 The functions are small and fast, because a bootstrap asks for them thousands of times; the tests hold them against
 scikit-learn. A score that cannot be computed (one class alone, a constant) is NaN, never an exception and never a
@@ -38,6 +38,21 @@ def auroc(true: np.ndarray, score: np.ndarray) -> float:
         return math.nan
     pairs = np.searchsorted(low, high, "left").sum() + np.searchsorted(low, high, "right").sum()
     return float(pairs / (2 * high.size * low.size))
+
+
+def aurocs(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
+    """[P] areas under the ROC curve of columns [N, P]; ties count half; NaN where a class is absent.
+
+    Source: Hanley & McNeil 1982 (Radiology 143:29): the Mann-Whitney statistic.
+    """
+    from scipy.stats import rankdata
+
+    truth = np.asarray(truth, np.float64)
+    ranks = rankdata(score, axis=0)
+    positive = truth.sum(axis=0)
+    pairs = positive * (len(truth) - positive)
+    above = (ranks * truth).sum(axis=0) - positive * (positive + 1) / 2
+    return np.divide(above, pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0)
 
 
 def average_precision(true: np.ndarray, score: np.ndarray) -> float:

@@ -1,4 +1,4 @@
-"""Which subjects are held out: decided by hashing a subject's key, so that the order of a manifest never matters.
+"""Folds and sides: which subjects are held out, decided by hashing a subject's key and never by a manifest's order.
 
 `side` and `holdout` look at one subject at a time: a growing cohort moves nobody. Folds and few-shot draws of a small
 cohort are balanced instead, and then every subject's place depends on the others.
@@ -13,6 +13,8 @@ import numpy as np
 
 from brainfm.errors import ConfigError
 from brainfm.seeds import unit_hash
+
+_BINS = 5  # kinds of values that a fold gets its share of
 
 
 def side(dataset: str, subject: str, salt: str, fractions: Mapping[str, float]) -> str:
@@ -59,18 +61,56 @@ def holdout(subjects: Iterable[str], fraction: float, seed: int) -> tuple[list[s
     return train, held
 
 
-def folds(subjects: Iterable[str], k: int, seed: int) -> list[list[str]]:
+def folds(subjects: Iterable[str], k: int, seed: int, fewer: bool = False) -> list[list[str]]:
     """Subject keys in ``k`` folds whose sizes differ by at most one: ordered by hash, dealt in turn.
 
     Unlike ``side`` and ``holdout``, balance costs stability: a new subject may move others to another fold.
 
+    Args:
+        fewer: one fold for each subject, where there are fewer subjects than folds.
+
     Raises:
         ConfigError: where there are fewer subjects than folds, or fewer than two folds.
     """
-    unique = sorted(set(subjects), key=lambda s: (unit_hash(s, f"folds {seed}"), s))
+    unique = _by_hash(subjects, f"folds {seed}")
+    k = min(k, len(unique)) if fewer else k
     if not 2 <= k <= len(unique):
         raise ConfigError(f"{k} folds of {len(unique)} subjects: expected from 2 folds to one for each subject")
-    return [sorted(unique[i::k]) for i in range(k)]
+    return deal(unique, k)
+
+
+def deal(ordered: Sequence[str], k: int) -> list[list[str]]:
+    """Subjects one after the other to ``k`` folds in turn, each fold in sorted order: where their order tells how alike
+    they are, each fold gets its share of every kind."""
+    return [sorted(ordered[i::k]) for i in range(k)]
+
+
+def folds_by_answer(
+    groups: Iterable[str], y: Sequence[float] | np.ndarray, k: int, seed: int
+) -> list[list[str]]:
+    """Subjects in ``k`` folds, or as many as there are subjects: each with its share of every class, or of low and high
+    values, where a subject counts by the first of its rows.
+
+    Args:
+        groups: [N] the subject of each row.
+        y: [N] classes, or values.
+    """
+    first: dict[str, float] = {}
+    for group, value in zip(groups, np.asarray(y).tolist()):
+        first.setdefault(group, value)
+    values = np.array(list(first.values()))
+    if len(np.unique(values)) > 2 * _BINS:
+        edges = np.quantile(values, np.linspace(0, 1, _BINS + 1)[1:-1])
+        values = np.searchsorted(edges, values)
+    stratum = dict(zip(first, values.tolist()))
+    ordered = sorted(first, key=lambda s: (stratum[s], unit_hash(s, f"linear {seed}"), s))
+    return deal(ordered, min(k, len(ordered)))
+
+
+def fold_of(groups: Sequence[str], dealt: Sequence[Sequence[str]]) -> np.ndarray:
+    """[N]: the number of the fold that each row's subject is in."""
+    number = {subject: place for place, fold in enumerate(dealt) for subject in fold}
+    return np.array([number[group] for group in groups])
 
 
 def stratified_folds(

@@ -1,4 +1,5 @@
-"""How sure one can be of a score, and whether one model is better than another, where a subject is the unit of chance.
+"""Intervals and tests: how sure one can be of a score, and whether one model is better, where a subject is the unit of
+chance.
 
 A metric is any function of arrays whose rows are cases, e.g. ``auroc(truth, probability)``; scores that exist for each
 case, as Dice does, are the special case of a mean (`mean_score`). Sessions of a subject are drawn, left out and
@@ -9,18 +10,28 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from scipy.stats import norm
 from scipy.stats import t as student
 
 from brainfm.seeds import stream
-from brainfm.tasks.metrics import Interval
 
 _OUTSIDE = 0.05  # share of cohorts whose truth an interval may miss
 _ROUNDING = 1e-9  # of a difference, relative to the one observed: swaps that only sum in another order are ties
 
 Strata = Sequence[str] | Mapping[str, str]
+
+
+@dataclass(frozen=True)
+class Interval:
+    """A mean over cases with its 95 % bootstrap interval; ``n`` is the number of cases."""
+
+    mean: float
+    low: float
+    high: float
+    n: int
 
 
 def mean_score(_truth: np.ndarray, scores: np.ndarray) -> float:
@@ -195,6 +206,61 @@ def crossed_bootstrap(scores: np.ndarray, seed: int, resamples: int = 20_000) ->
     tail = _tail(min(levels, default=1))
     low, high = np.quantile(((rows @ scores) * columns).sum(axis=1), [tail, 1 - tail])
     return Interval(float(scores.mean()), float(low), float(high), scores.size)
+
+
+def shuffles(groups: Sequence[str], rounds: int, seed: int, strata: np.ndarray | None = None) -> np.ndarray:
+    """[rounds, N] indices that deal the rows of each subject to another subject with as many rows.
+
+    Args:
+        strata: [N]; subjects change places only where all of their rows have the same strata in the same order.
+    """
+    rows: dict[str, list[int]] = {}
+    for row, group in enumerate(groups):
+        rows.setdefault(group, []).append(row)
+    alike: dict[tuple, list[list[int]]] = {}
+    for own in rows.values():
+        kind = (len(own),) if strata is None else tuple(strata[own].tolist())
+        alike.setdefault(kind, []).append(own)
+    blocks = [np.array(found) for found in alike.values()]  # [subjects, rows of each]
+    rng = stream(seed, "shuffles")
+    order = np.tile(np.arange(len(groups)), (rounds, 1))
+    for block in blocks:
+        if len(block) > 1:
+            dealt = np.argsort(rng.random((rounds, len(block))), axis=1)
+            order[:, block] = block[dealt]
+    return order
+
+
+def resampled_counts(groups: Sequence[str], resamples: int, seed: int) -> np.ndarray:
+    """[resamples, N] float64: how often each row is drawn when subjects are drawn with replacement."""
+    subjects, place = np.unique(np.asarray(groups), return_inverse=True)
+    rng = stream(seed, "bootstrap by subject")
+    counts = rng.multinomial(len(subjects), np.full(len(subjects), 1 / len(subjects)), size=resamples)
+    return counts[:, place].astype(np.float64)
+
+
+def permutation_p(observed: float, null: np.ndarray) -> float:
+    """The share of the null that is as large, itself counted in; 1 where nothing was observed.
+
+    Source: Phipson & Smyth 2010 (Stat. Appl. Genet. Mol. Biol. 9:39).
+    """
+    null = null[np.isfinite(null)]
+    if not np.isfinite(observed):
+        return 1.0
+    return float((1 + (null >= observed - 1e-12).sum()) / (1 + len(null)))
+
+
+def holm(values: Sequence[float]) -> list[float]:
+    """p values for a family of questions: the chance of one false alarm among all of them.
+
+    Source: Holm 1979 (Scand. J. Stat. 6:65).
+    """
+    order = np.argsort(values, kind="stable")
+    adjusted, highest = [1.0] * len(values), 0.0
+    for rank, place in enumerate(order):
+        highest = max(highest, min(1.0, (len(values) - rank) * values[place]))
+        adjusted[place] = highest
+    return adjusted
 
 
 def _tail(subjects: int) -> float:

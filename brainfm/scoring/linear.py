@@ -8,24 +8,23 @@ folds and a seed, on one thread, so that a table is the same to the last digit w
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
-from scipy.special import expit
+from scipy.special import expit, softmax
 
-from brainfm import seeds
+from brainfm.scoring.folds import folds_by_answer
 from brainfm.specs import TaskSpec
 
 KINDS = ("logistic", "ridge", "knn")
 # Strengths are those of rows scaled to a mean square length of 1, strongest penalty first: they mean the same for
 # three features and for a thousand.
-_LOGISTIC = tuple(10.0**e for e in range(-2, 4))  # 1 / penalty
+LOGISTIC = tuple(10.0**e for e in range(-2, 4))  # 1 / penalty
 _RIDGE = tuple(10.0 ** (e / 2) for e in range(8, -9, -1))
 _NEIGHBOURS = (41, 25, 15, 9, 5, 3, 1)
-_STRENGTHS: dict[str, Sequence[float]] = {"logistic": _LOGISTIC, "ridge": _RIDGE, "knn": _NEIGHBOURS}
+_STRENGTHS: dict[str, Sequence[float]] = {"logistic": LOGISTIC, "ridge": _RIDGE, "knn": _NEIGHBOURS}
 _INNER = 5
-_BINS = 5
 _ENOUGH = 5  # subjects, before a penalty can be chosen among them
 _NEWTON = 50  # steps at most
 _LEAST = 1e-6  # a probability, where its logarithm is taken
@@ -123,22 +122,6 @@ def crossed(
     return _over(_matrix(x, len(y)), _held(groups, folds), call, (len(y),))
 
 
-def deal(groups: Iterable[str], y: Sequence[float] | np.ndarray, k: int, seed: int) -> list[list[str]]:
-    """Subjects in ``k`` folds, or as many as there are subjects: each with its share of every class, or of low and high
-    values, where a subject counts by the first of its rows."""
-    first: dict[str, float] = {}
-    for group, value in zip(groups, np.asarray(y).tolist()):
-        first.setdefault(group, value)
-    values = np.array(list(first.values()))
-    if len(np.unique(values)) > 2 * _BINS:
-        edges = np.quantile(values, np.linspace(0, 1, _BINS + 1)[1:-1])
-        values = np.searchsorted(edges, values)
-    stratum = dict(zip(first, values.tolist()))
-    dealt = sorted(first, key=lambda g: (stratum[g], seeds.unit_hash(g, f"linear {seed}"), g))
-    k = min(k, len(dealt))
-    return [sorted(dealt[i::k]) for i in range(k)]
-
-
 # -------------------------------------------------------------------------------------------------------- the models
 
 
@@ -154,30 +137,53 @@ def logistic(
         balanced: whether every class counts alike.
     """
     found = np.zeros((len(strengths), len(other), classes))
-    seen = np.unique(y)
-    weight = _row_weights(y, classes, balanced)
+    seen, place = np.unique(y, return_inverse=True)
     if len(seen) == 1:
         found[:, :, seen[0]] = 1
-    elif len(seen) == 2:
-        right = expit(np.stack([other @ t[:-1] + t[-1] for t in _binary(train, y == seen[1], weight, strengths)]))
+        return found
+    thetas = fit_logistic(train, place, row_weights(y, classes, balanced), strengths)
+    if len(seen) == 2:
+        right = expit(np.stack([other @ theta[:-1] + theta[-1] for (theta,) in thetas]))
         found[:, :, seen] = np.stack([1 - right, right], axis=2)
     else:
-        found[:, :, seen] = _multinomial(train, y, other, weight, strengths)
+        found[:, :, seen] = softmax([other @ theta[:, :-1].T + theta[:, -1] for theta in thetas], axis=2)
     return found
 
 
-def _row_weights(y: np.ndarray, classes: int, balanced: bool) -> np.ndarray:
+def row_weights(y: np.ndarray, classes: int, balanced: bool) -> np.ndarray:
     """[N] with the sum N: every class counts alike, or every row."""
     weight = 1 / np.bincount(y, minlength=classes)[y] if balanced else np.ones(len(y))
     return weight * len(y) / weight.sum()
 
 
-def _binary(train: np.ndarray, true: np.ndarray, weight: np.ndarray, strengths: Sequence[float]) -> list[np.ndarray]:
+def fit_logistic(
+    rows: np.ndarray, y: np.ndarray, weight: np.ndarray, strengths: Sequence[float] = (1.0,), *,
+    tolerance: float = 1e-4, steps: int = 500,
+) -> list[np.ndarray]:  # fmt: skip
+    """Logistic regressions with an L2 penalty, one for each 1 / penalty: what every logistic answer here is fitted by.
+
+    Two classes by Newton's method, more by scikit-learn's L-BFGS; each fit begins at the one before.
+
+    Args:
+        rows: [N, F].
+        y: [N] integers from 0 to K - 1, K at least 2, each of them there.
+        weight: [N] of the rows.
+        strengths: 1 / penalty, strongest penalty first.
+        tolerance, steps: where L-BFGS stops; Newton's method goes to the optimum.
+
+    Returns:
+        Of each strength the weights and, last, the intercept: [1, F + 1] of class 1 against class 0, or [K, F + 1].
+    """
+    if y.max() == 1:
+        return [theta[None] for theta in _binary(rows, y == 1, weight, strengths)]
+    return _multinomial(rows, y, weight, strengths, tolerance, steps)
+
+
+def _binary(rows: np.ndarray, true: np.ndarray, weight: np.ndarray, strengths: Sequence[float]) -> list[np.ndarray]:
     """For each strength the weights and the intercept [F + 1], by Newton's method, whose steps are halved where they
-    lead uphill. On 128 rows 3 times (128 features) to 17 times (5) as quick as scikit-learn's Newton solver, and tables
-    need thousands of fits."""
-    rows = np.hstack([train, np.ones((len(train), 1))])
-    shrunk = np.append(np.ones(train.shape[1]), 1e-9)  # the intercept is free; the trace keeps the system solvable
+    lead uphill."""
+    rows = np.hstack([rows, np.ones((len(rows), 1))])
+    shrunk = np.append(np.ones(rows.shape[1] - 1), 1e-9)  # the intercept is free; the trace keeps the system solvable
 
     def objective(theta: np.ndarray, strength: float) -> float:
         z = rows @ theta
@@ -205,14 +211,17 @@ def _binary(train: np.ndarray, true: np.ndarray, weight: np.ndarray, strengths: 
 
 
 def _multinomial(
-    train: np.ndarray, y: np.ndarray, other: np.ndarray, weight: np.ndarray, strengths: Sequence[float]
-) -> np.ndarray:
+    rows: np.ndarray, y: np.ndarray, weight: np.ndarray, strengths: Sequence[float], tolerance: float, steps: int
+) -> list[np.ndarray]:
     from sklearn.linear_model import LogisticRegression
 
-    model = LogisticRegression(max_iter=500, warm_start=True)
+    model, found = LogisticRegression(max_iter=steps, tol=tolerance, warm_start=True), []
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # of convergence: a fit that stops early is an answer too
-        return np.stack([model.set_params(C=s).fit(train, y, weight).predict_proba(other) for s in strengths])
+        for strength in strengths:
+            model.set_params(C=strength).fit(rows, y, weight)
+            found.append(np.column_stack([model.coef_, model.intercept_]))
+    return found
 
 
 def ridge(train: np.ndarray, y: np.ndarray, other: np.ndarray, penalties: Sequence[float]) -> np.ndarray:
@@ -343,7 +352,8 @@ def _event_head(
     if x.shape[1] > len(x):
         axes = np.linalg.svd(x, full_matrices=False)[2].T
         rows = x @ axes
-    theta = _binary(rows / scale, y == 1, _row_weights(y.astype(np.int64), 2, balanced), _LOGISTIC[: place + 1])[-1]
+    true = y.astype(np.int64)
+    theta = fit_logistic(rows / scale, true, row_weights(true, 2, balanced), LOGISTIC[: place + 1])[-1][0]
     weight = theta[:-1] if axes is None else axes @ theta[:-1]
     return weight / scale, float(theta[-1])
 
@@ -352,7 +362,7 @@ def _place(
     x: np.ndarray, y: np.ndarray, groups: Sequence[str], kind: str, seed: int, classes: int | None, balanced: bool
 ) -> int:
     """Of the strength among those of a kind; 1 where there are too few cases, or of a class, to choose."""
-    path = {"logistic": _LOGISTIC, "ridge": _RIDGE}[kind]
+    path = {"logistic": LOGISTIC, "ridge": _RIDGE}[kind]
     few = len(set(groups)) <= _ENOUGH or (classes is not None and np.bincount(y, minlength=classes).min() < 2)
     return path.index(1.0) if few else _chosen(x, y, groups, kind, seed, classes, balanced, _INNER)
 
@@ -392,7 +402,7 @@ def _chosen(
 ) -> int:
     """The place of the strength that does best on subjects held out in turn; of equals the strongest penalty."""
     strengths = _STRENGTHS[kind]
-    by_fold = [np.isin(groups, fold) for fold in deal(groups, y, inner, seed)]
+    by_fold = [np.isin(groups, fold) for fold in folds_by_answer(groups, y, inner, seed)]
     if len(by_fold) < 2:
         return len(strengths) // 2
     loss, weight = np.zeros(len(strengths)), _weights(y, classes, balanced)

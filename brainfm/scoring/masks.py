@@ -1,4 +1,4 @@
-"""Scores of masks and of the lesions in them, and how sure one can be of a mean.
+"""Scores of masks, and of the lesions in them.
 
 Where neither mask holds a voxel, Dice and surface Dice are 1: nothing was asked for and nothing was said. Where only
 one does, both are 0. A mean over cases therefore never meets a NaN. The metric code of the FOMO26 challenge
@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import importlib
 import warnings
-from dataclasses import dataclass
 
 import numpy as np
 from scipy import ndimage
@@ -63,12 +62,12 @@ def surface_dice(
     if not p.any() or not t.any():
         return both_empty if not p.any() and not t.any() else 0.0
     require_monai()
-    import torch
     from monai.metrics import compute_surface_dice
+    from monai.utils import convert_to_tensor
 
     box = _union_box(p, t)
     # One empty voxel all around closes the surfaces of masks that touch the border, as DeepMind's code does.
-    pair = [torch.from_numpy(np.pad(mask[box], 1))[None, None] for mask in (p, t)]
+    pair = [convert_to_tensor(np.pad(mask[box], 1)[None, None]) for mask in (p, t)]
     with warnings.catch_warnings():
         warnings.simplefilter("ignore", FutureWarning)  # monai 1.5 and 1.6 warn about an argument of their own calls
         value = float(
@@ -142,16 +141,6 @@ def instance_scores(
 def volume_ml(mask: np.ndarray, spacing_mm: tuple[float, float, float]) -> float:
     """Millilitres of the voxels that are not 0; ``spacing_mm`` are the edge lengths of a voxel."""
     return int(np.count_nonzero(mask)) * float(np.prod(np.asarray(spacing_mm, dtype=np.float64))) / 1000.0
-
-
-@dataclass(frozen=True)
-class Interval:
-    """A mean over cases with its 95 % bootstrap interval; ``n`` is the number of cases."""
-
-    mean: float
-    low: float
-    high: float
-    n: int
 
 
 def _masks(predicted: np.ndarray, true: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
