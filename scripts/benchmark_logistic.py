@@ -1,4 +1,4 @@
-"""How long a path of logistic regressions takes, and how near each solver comes to the optimum: ours and scikit-learn's.
+"""How long a path of logistic regressions takes and how near it comes to the optimum: ours and scikit-learn's.
 
     python scripts/benchmark_logistic.py
     python scripts/benchmark_logistic.py --repeats 20 --json logistic.json

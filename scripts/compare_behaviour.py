@@ -259,10 +259,9 @@ def _decoded(text: str) -> Any:
 def _kept(tree: Any, work: Path) -> Any:
     """A JSON tree without what passes, its folder replaced."""
     if isinstance(tree, dict):
-        return {
-            key: "{HASH}" if key in HASHED and re.fullmatch("[0-9a-f]{16,}", str(value)) else _kept(value, work)
-            for key, value in tree.items() if not PASSING.match(str(key).lower())
-        }  # fmt: skip
+        lasting = {key: value for key, value in tree.items() if not PASSING.match(str(key).lower())}
+        hashed = {key for key in HASHED if re.fullmatch("[0-9a-f]{16,}", str(lasting.get(key)))}
+        return {_kept(key, work): "{HASH}" if key in hashed else _kept(value, work) for key, value in lasting.items()}
     if isinstance(tree, list):
         return [_kept(value, work) for value in tree]
     if not isinstance(tree, str):

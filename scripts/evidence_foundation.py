@@ -8,7 +8,7 @@ steps; every start has as many runs, from the same seeds: the same people to lea
 order. Starts are fresh weights of the file's own network (scratch), the file's encoder, and its encoder and decoder.
 Each has its own rate, the best of as many trials, on people of the training side who are neither trained on nor tested
 afterwards. Tests are of people of the side ``held`` of foundation/split.csv alone. Intervals are 95 %, over runs and
-people together (tasks/statistics.crossed_bootstrap).
+people together (scoring/intervals.crossed_bootstrap).
 
 Questions:
     hippocampus  MSD task 4 at 1 mm, manual labels, 5 people to learn from

@@ -20,10 +20,10 @@ from brainfm.files import write_whole
 from brainfm.imaging import nifti
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.nets.weights import LoadedBackbone
+from brainfm.scoring.masks import dice
 from brainfm.specs import PreprocessSpec
 from brainfm.synthesis.looks import LookSpec, draw_look
 from brainfm.synthesis.render import paint
-from brainfm.tasks.metrics import dice
 from brainfm.tasks.windows import gaussian_weight, window_slices
 
 _MARGIN_VOX = 16  # around the brain

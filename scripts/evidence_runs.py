@@ -30,10 +30,10 @@ from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.transfer import transfer
 from brainfm.nets.weights import LoadedBackbone
+from brainfm.scoring.masks import dice
 from brainfm.seeds import stream
 from brainfm.synthesis.looks import LookSpec
 from brainfm.synthesis.render import render_views
-from brainfm.tasks.metrics import dice
 from brainfm.tasks.task import Task
 from brainfm.tasks.windows import predict_windows, window_slices
 from brainfm.training.adapt import AdaptSpec, adapted_optimizer

@@ -11,8 +11,7 @@ import numpy as np
 from evidence_runs import Job, best_rate, recorded, score_of
 
 from brainfm.errors import ConfigError
-from brainfm.tasks.metrics import Interval
-from brainfm.tasks.statistics import crossed_bootstrap
+from brainfm.scoring.intervals import Interval, crossed_bootstrap
 
 TITLES = {
     "scratch": "scratch", "encoder": "encoder", "decoder": "encoder + decoder", "rendered": "scratch, rendered",

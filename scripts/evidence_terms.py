@@ -45,9 +45,9 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import LoadedBackbone, load_backbone
 from brainfm.objectives.dense_split import DenseSplit, overlap
 from brainfm.objectives.objective import build_objective
+from brainfm.scoring.answers import auroc
+from brainfm.scoring.intervals import bootstrap, mean_score
 from brainfm.synthesis.looks import LookSpec
-from brainfm.tasks.scores import auroc
-from brainfm.tasks.statistics import bootstrap, mean_score
 from brainfm.training.optim import build_optimizer, lr_factor
 from brainfm.training.pretrain import sides_of
 from brainfm.training.region_dice import RegionDice

@@ -23,8 +23,8 @@ from brainfm.data import layouts
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
 from brainfm.files import write_whole
-from brainfm.tasks.scores import auroc
-from brainfm.tasks.statistics import crossed_bootstrap
+from brainfm.scoring.answers import auroc
+from brainfm.scoring.intervals import crossed_bootstrap
 from brainfm.tasks.task import Task
 from brainfm.training.candidates import CANDIDATES
 from brainfm.training.crossval import Split

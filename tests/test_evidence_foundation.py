@@ -22,8 +22,8 @@ from brainfm.errors import ConfigError, ManifestError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.weights import LoadedBackbone, load_backbone, save_backbone
+from brainfm.scoring.intervals import crossed_bootstrap
 from brainfm.specs import PreprocessSpec, Provenance
-from brainfm.tasks.statistics import crossed_bootstrap
 from brainfm.training.scanning import Scanning
 from brainfm.training.segmenting import Segmenting
 

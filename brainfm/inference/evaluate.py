@@ -28,11 +28,11 @@ from brainfm.inference.predict import (
     read_claim,
     strange_grid,
 )
+from brainfm.scoring.intervals import bootstrap, mean_score
+from brainfm.scoring.masks import dice, require_monai, surface_dice, volume_ml
 from brainfm.seen import Overlap, overlap
 from brainfm.specs import TaskSpec
 from brainfm.tasks.bundle import Bundle
-from brainfm.tasks.metrics import dice, require_monai, surface_dice, volume_ml
-from brainfm.tasks.statistics import bootstrap, mean_score
 
 CASES = "cases.csv"
 SUMMARY = "summary.json"
@@ -73,7 +73,7 @@ def evaluate(
 ) -> Evaluation:
     """Scores a bundle, or what it answered earlier, on the labelled sessions of a manifest.
 
-    Of a scan-level question: the scores of tasks/scores.py with intervals by subject. Of a segmentation, per case:
+    Of a scan-level question: the scores of scoring/answers.py with intervals by subject. Of a segmentation, per case:
     Dice, surface Dice at 1 mm and volumes in ml; with several classes each of these per class too, and the first two
     as the mean over the classes. A labelled case without a mask, because its prediction failed, scores 0 and says so
     in the column ``note``. Sessions without the label are counted and left out.

@@ -18,10 +18,10 @@ from brainfm.inference.engine import Engine
 from brainfm.inference.predict import Key, answer_name, predict_manifest
 from brainfm.inference.scan_answers import ScanAnswer
 from brainfm.inference.scan_answers import read_answer as read_file
+from brainfm.scoring.answers import scan_score, scan_scores
+from brainfm.scoring.calibration import expected_calibration_error
+from brainfm.scoring.intervals import bootstrap
 from brainfm.specs import TaskSpec
-from brainfm.tasks.calibration import expected_calibration_error
-from brainfm.tasks.scores import scan_score, scan_scores
-from brainfm.tasks.statistics import bootstrap
 
 
 @dataclass(frozen=True)

@@ -18,8 +18,8 @@ from brainfm.imaging.preprocess import prepare_session
 from brainfm.imaging.views import views_of_volumes
 from brainfm.inference.engine import Engine, in_order
 from brainfm.inference.label_maps import decisions_for, volumes_of
+from brainfm.scoring.calibration import apply_bias, apply_temperature, conformal_quantile
 from brainfm.specs import Decisions, TaskSpec
-from brainfm.tasks.calibration import apply_bias, apply_temperature, conformal_quantile
 
 LEVEL = 0.9  # of prediction intervals
 ENDINGS = (".json", ".txt")

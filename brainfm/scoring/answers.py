@@ -41,18 +41,8 @@ def auroc(true: np.ndarray, score: np.ndarray) -> float:
 
 
 def aurocs(truth: np.ndarray, score: np.ndarray) -> np.ndarray:
-    """[P] areas under the ROC curve of columns [N, P]; ties count half; NaN where a class is absent.
-
-    Source: Hanley & McNeil 1982 (Radiology 143:29): the Mann-Whitney statistic.
-    """
-    from scipy.stats import rankdata
-
-    truth = np.asarray(truth, np.float64)
-    ranks = rankdata(score, axis=0)
-    positive = truth.sum(axis=0)
-    pairs = positive * (len(truth) - positive)
-    above = (ranks * truth).sum(axis=0) - positive * (positive + 1) / 2
-    return np.divide(above, pairs, out=np.full(pairs.shape, np.nan), where=pairs > 0)
+    """[P]: `auroc` of each column of [N, P]."""
+    return np.array([auroc(t, s) for t, s in zip(np.asarray(truth).T, np.asarray(score).T)])
 
 
 def average_precision(true: np.ndarray, score: np.ndarray) -> float:

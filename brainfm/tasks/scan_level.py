@@ -15,8 +15,8 @@ from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.heads import Fusion, GatedAttention, LinearHead, Standardise, fused_features
+from brainfm.scoring.linear import linear_head
 from brainfm.specs import TaskSpec
-from brainfm.tasks.linear import linear_head
 from brainfm.tasks.reads import PARTS, Reads, dense_numbers, dense_width, log_head_volume
 from brainfm.tasks.task import Task
 

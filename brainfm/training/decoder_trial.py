@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from brainfm.data.splits import stratified_folds
 from brainfm.errors import ConfigError
 from brainfm.files import write_whole
+from brainfm.scoring.folds import stratified_folds
 from brainfm.training.crossval import Split
 from brainfm.training.loop import State
 

@@ -19,7 +19,6 @@ from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, look_sp
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.regions import REGIONS, merged_members
-from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
 from brainfm.data.windows import WindowPatches, WindowSpec
@@ -29,6 +28,7 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import save_backbone
 from brainfm.objectives.objective import Objective, build_objective
 from brainfm.progress import say
+from brainfm.scoring.folds import holdout
 from brainfm.seen import SeenSubjects
 from brainfm.specs import PreprocessSpec, Provenance, ViewSpec
 from brainfm.training import receipt

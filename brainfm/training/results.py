@@ -15,7 +15,7 @@ import numpy as np
 
 from brainfm.curves import read_curves
 from brainfm.files import write_whole
-from brainfm.tasks.metrics import Interval
+from brainfm.scoring.intervals import Interval
 from brainfm.training import transferred
 from brainfm.training.crossval import Split
 from brainfm.training.questions import CHOICE, Decided, Question, Row, subjects_of

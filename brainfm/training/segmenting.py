@@ -23,13 +23,13 @@ from brainfm.nets.backbone import Backbone
 from brainfm.nets.dense import DenseHead
 from brainfm.nets.transfer import transfer
 from brainfm.nets.weights import LoadedBackbone
+from brainfm.scoring.intervals import bootstrap, paired_bootstrap, paired_permutation
+from brainfm.scoring.masks import dice, instance_scores, volume_ml
 from brainfm.seeds import stream
 from brainfm.specs import Decisions, TaskSpec
 from brainfm.tasks import postprocess
-from brainfm.tasks.metrics import dice, instance_scores, volume_ml
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.tasks.segmentation_losses import SegmentationLoss
-from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
 from brainfm.tasks.task import Task
 from brainfm.tasks.windows import predict_windows
 from brainfm.training import baselines

@@ -16,8 +16,8 @@ from brainfm.inference.evaluate import evaluate
 from brainfm.inference.evaluate_scans import truths
 from brainfm.inference.predict import CLAIM, answer_name
 from brainfm.inference.scan_answers import ScanAnswer, write_answer
+from brainfm.scoring.answers import auroc
 from brainfm.specs import TaskSpec
-from brainfm.tasks.scores import auroc
 
 ILL = TaskSpec("classification", "ill", ("t1",), ("no", "yes"), (16, 16, 16), mode="exclusive", view_mm=5.0)
 AGE = TaskSpec("regression", "age", ("t1",), (), (16, 16, 16), unit="years", view_mm=5.0)

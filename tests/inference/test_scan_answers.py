@@ -24,8 +24,8 @@ from brainfm.inference.scan_answers import (
     write_answer,
 )
 from brainfm.nets.backbone import build_backbone
+from brainfm.scoring.calibration import conformal_quantile
 from brainfm.specs import Decisions, PreprocessSpec, TaskSpec
-from brainfm.tasks.calibration import conformal_quantile
 from brainfm.tasks.scan_level import ScanTask
 
 

@@ -10,8 +10,8 @@ import pytest
 from scipy.stats import linregress
 from sklearn import metrics as reference
 
+from brainfm.scoring.answers import auroc, average_precision, primary, scan_score, scan_scores
 from brainfm.specs import TaskSpec
-from brainfm.tasks.scores import auroc, average_precision, primary, scan_score, scan_scores
 
 
 def question(kind: str = "classification", values: tuple = (), mode: str = "") -> TaskSpec:

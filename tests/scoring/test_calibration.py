@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from scipy.special import expit, softmax
 
-from brainfm.tasks.calibration import (
+from brainfm.scoring.calibration import (
     apply_bias,
     apply_temperature,
     conformal_quantile,

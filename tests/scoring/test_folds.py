@@ -1,14 +1,25 @@
-"""Splits: a person's side depends on the person alone."""
+"""Sides depend on the person alone, folds are balanced, and both are what they were in earlier versions."""
 
 from __future__ import annotations
 
 from collections import Counter
 from itertools import pairwise
 
+import numpy as np
 import pytest
 
-from brainfm.data.splits import draw_shots, folds, holdout, side, strata_of, stratified_folds
 from brainfm.errors import ConfigError
+from brainfm.scoring.folds import (
+    deal,
+    draw_shots,
+    fold_of,
+    folds,
+    folds_by_answer,
+    holdout,
+    side,
+    strata_of,
+    stratified_folds,
+)
 
 SUBJECTS = [f"ds{i % 3}/sub-{i:03d}" for i in range(400)]
 
@@ -155,3 +166,47 @@ def test_impossible_shots_are_refused() -> None:
         draw_shots(SUBJECTS[:38], 50, 0)
     with pytest.raises(ConfigError, match=r"task\.shots=0: expected 1 or more"):
         draw_shots(SUBJECTS[:38], 0, 0)
+
+
+def test_folds_are_dealt_by_subject_and_stratum_and_the_order_of_rows_does_not_matter() -> None:
+    groups = [f"s{i}" for i in range(40) for _ in range(2)]
+    y = np.repeat([0] * 10 + [1] * 30, 2)
+    folds = folds_by_answer(groups, y, 5, 0)
+    assert sorted(g for fold in folds for g in fold) == sorted(set(groups))
+    zeros = {g for g, value in zip(groups, y) if value == 0}
+    assert [len(zeros & set(fold)) for fold in folds] == [2] * 5
+    assert folds_by_answer(groups[::-1], y[::-1], 5, 0) == folds != folds_by_answer(groups, y, 5, 1)
+    values = np.repeat(np.linspace(0, 100, 40), 2)
+    means = [np.mean([values[groups.index(g)] for g in fold]) for fold in folds_by_answer(groups, values, 5, 0)]
+    assert np.ptp(means) < 25
+    assert len(folds_by_answer(["a", "b", "c"], [0, 1, 0], 5, 0)) == 3
+
+
+def test_fewer_subjects_than_folds() -> None:
+    assert folds("abc", 5, seed=1, fewer=True) == folds("abc", 3, seed=1)
+    assert folds(SUBJECTS[:23], 5, seed=1, fewer=True) == folds(SUBJECTS[:23], 5, seed=1)
+    with pytest.raises(ConfigError, match="1 folds of 1 subjects"):
+        folds("a", 5, seed=1, fewer=True)
+
+
+def test_the_fold_of_a_row() -> None:
+    dealt = deal(["d", "a", "c", "b"], 3)
+    assert dealt == [["b", "d"], ["a"], ["c"]]
+    assert fold_of(["a", "d", "a", "c"], dealt).tolist() == [1, 0, 1, 2]
+
+
+def test_folds_are_those_of_commit_9328027() -> None:
+    """Folds decide which cases a finished run was scored on: another deal would be another result."""
+    who = [f"d/s{i:02d}" for i in range(13)]
+
+    def numbers(dealt: list[list[str]]) -> list[int]:
+        return fold_of(who, dealt).tolist()
+
+    assert numbers(folds(who, 4, 3)) == [3, 0, 2, 0, 3, 1, 0, 2, 2, 1, 0, 3, 1]
+    squares, values = [i * i % 7 for i in range(13)], [(i * 37) % 101 / 7 for i in range(13)]
+    assert numbers(folds_by_answer(who, squares, 3, 5)) == [1, 1, 0, 2, 2, 0, 2, 0, 0, 2, 1, 0, 1]
+    assert numbers(folds_by_answer(who, values, 3, 5)) == [1, 1, 0, 2, 2, 1, 0, 2, 2, 1, 0, 0, 0]
+    by_value = deal(sorted(who, key=lambda s: values[who.index(s)]), 5)
+    assert numbers(by_value) == [0, 0, 0, 2, 2, 1, 3, 3, 2, 4, 4, 1, 1]
+    strata, sites = ({s: names[i % len(names)] for i, s in enumerate(who)} for names in ("01", "ABC"))
+    assert numbers(stratified_folds(who, 3, 2, strata, sites)) == [2, 2, 0, 0, 1, 1, 1, 0, 2, 1, 0, 2, 0]

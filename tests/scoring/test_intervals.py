@@ -11,15 +11,9 @@ import pytest
 from scipy.stats import norm
 from scipy.stats import t as student
 
+from brainfm.scoring.answers import auroc
+from brainfm.scoring.intervals import bootstrap, crossed_bootstrap, mean_score, paired_bootstrap, paired_permutation
 from brainfm.seeds import stream
-from brainfm.tasks.scores import auroc
-from brainfm.tasks.statistics import (
-    bootstrap,
-    crossed_bootstrap,
-    mean_score,
-    paired_bootstrap,
-    paired_permutation,
-)
 
 
 def names(n: int) -> list[str]:

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from brainfm.tasks import linear
+from brainfm.scoring import linear
+from brainfm.scoring.folds import folds_by_answer
 
 
 def cohort(n: int = 60, features: int = 12, visits: int = 1) -> tuple[np.ndarray, list[str]]:
@@ -77,7 +78,7 @@ def test_neighbours_equal_a_loop() -> None:
 def test_units_change_nothing(kind: str) -> None:
     x, groups = cohort(40, 70)
     y = (x[:, 0] > 0).astype(int) if kind != "ridge" else x[:, 0]
-    folds = linear.deal(groups, y, 4, 0)
+    folds = folds_by_answer(groups, y, 4, 0)
     found = linear.nested(x, y, groups, folds, kind)
     np.testing.assert_allclose(linear.nested(x * 1000 + 3, y, groups, folds, kind), found, atol=1e-6)
 
@@ -100,7 +101,7 @@ def test_what_is_in_the_features_is_found_and_noise_is_not() -> None:
     x, groups = cohort(80, 30, visits=2)
     person = np.repeat(np.random.default_rng(6).normal(size=80), 2)
     y = (person > 0).astype(int)
-    folds = linear.deal(groups, y, 5, 0)
+    folds = folds_by_answer(groups, y, 5, 0)
     told = np.hstack([x, 2 * person[:, None]])
     for kind in ("logistic", "knn"):
         knows, noise = (linear.nested(rows, y, groups, folds, kind).argmax(axis=1) == y for rows in (told, x))
@@ -117,7 +118,7 @@ def test_nothing_of_a_subject_teaches_its_own_answer(kind: str) -> None:
     x, groups = cohort(30, 8, visits=2)
     y = np.random.default_rng(7).integers(0, 2, 60)
     values = y + np.random.default_rng(8).normal(size=60) if kind == "ridge" else y
-    folds = linear.deal(groups, y, 5, 0)
+    folds = folds_by_answer(groups, y, 5, 0)
     found = linear.nested(x, values, groups, folds, kind)
     own = np.array([g == "s007" for g in groups])
     other = values.copy()
@@ -138,7 +139,7 @@ def test_a_name_in_the_features_does_not_help() -> None:
     names = np.repeat(np.eye(40), 3, axis=0)
     groups = [f"s{i}" for i in range(40) for _ in range(3)]
     value = np.repeat(np.random.default_rng(9).normal(size=40), 3)
-    found = linear.nested(names, value, groups, linear.deal(groups, value, 5, 0), "ridge")
+    found = linear.nested(names, value, groups, folds_by_answer(groups, value, 5, 0), "ridge")
     assert np.abs(found - value).mean() > 0.95 * np.abs(value - value.mean()).mean()
     chosen = linear.tuned(names[:90], value[:90], groups[:90], names[90:], "ridge").strength
     assert chosen == max(linear._RIDGE)
@@ -151,7 +152,7 @@ def test_the_strength_is_the_one_with_the_least_inner_loss() -> None:
     losses = []
     for penalty in linear._RIDGE:
         loss = 0.0
-        for fold in linear.deal(groups, y, 5, 3):
+        for fold in folds_by_answer(groups, y, 5, 3):
             away = np.isin(groups, fold)
             train, other = linear.standardised(x[~away], x[away])
             scale = np.sqrt(6)
@@ -160,24 +161,10 @@ def test_the_strength_is_the_one_with_the_least_inner_loss() -> None:
     assert found.strength == linear._RIDGE[int(np.argmin(losses))]
 
 
-def test_folds_are_dealt_by_subject_and_stratum_and_the_order_of_rows_does_not_matter() -> None:
-    groups = [f"s{i}" for i in range(40) for _ in range(2)]
-    y = np.repeat([0] * 10 + [1] * 30, 2)
-    folds = linear.deal(groups, y, 5, 0)
-    assert sorted(g for fold in folds for g in fold) == sorted(set(groups))
-    zeros = {g for g, value in zip(groups, y) if value == 0}
-    assert [len(zeros & set(fold)) for fold in folds] == [2] * 5
-    assert linear.deal(groups[::-1], y[::-1], 5, 0) == folds != linear.deal(groups, y, 5, 1)
-    values = np.repeat(np.linspace(0, 100, 40), 2)
-    means = [np.mean([values[groups.index(g)] for g in fold]) for fold in linear.deal(groups, values, 5, 0)]
-    assert np.ptp(means) < 25
-    assert len(linear.deal(["a", "b", "c"], [0, 1, 0], 5, 0)) == 3
-
-
 def test_the_same_rows_give_the_same_answers_in_any_order() -> None:
     x, groups = cohort(40, 50)
     y = (x[:, 1] > 0).astype(int)
-    folds = linear.deal(groups, y, 4, 0)
+    folds = folds_by_answer(groups, y, 4, 0)
     found = linear.nested(x, y, groups, folds)
     np.testing.assert_array_equal(linear.nested(x, y, groups, folds), found)
     order = np.random.default_rng(11).permutation(40)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from brainfm.errors import ConfigError
-from brainfm.tasks.metrics import dice, instance_scores, surface_dice, volume_ml
+from brainfm.scoring.masks import dice, instance_scores, surface_dice, volume_ml
 
 
 def blob(shape, spacing, shift=(0.0, 0.0, 0.0), radius=5.5):

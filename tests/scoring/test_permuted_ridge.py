@@ -5,10 +5,12 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from brainfm.data.splits import folds
-from brainfm.tasks.linear import ridge, standardised
-from brainfm.training import predictability
-from brainfm.training.predictability import aurocs, crossed, holm, permutation_p, resampled_counts, shuffles
+from brainfm.scoring import permuted_ridge as module
+from brainfm.scoring.answers import aurocs
+from brainfm.scoring.folds import folds
+from brainfm.scoring.intervals import holm, permutation_p, resampled_counts, shuffles
+from brainfm.scoring.linear import ridge, standardised
+from brainfm.scoring.permuted_ridge import permuted_ridge
 
 
 def people(n: int) -> list[str]:
@@ -21,20 +23,20 @@ def test_closed_form_is_the_loop_over_folds_penalties_and_left_out_rows() -> Non
     x = rng.normal(size=(n, 5))
     y = np.stack([x[:, 0] + rng.normal(0, 0.5, n), rng.normal(size=n)], axis=1)
     groups = people(n)
-    found = crossed(x, groups, seed=3, repeats=1).answers(y)
+    found = permuted_ridge(x, groups, seed=3, repeats=1).answers(y)
     expected = np.zeros_like(y)
     for fold in folds(groups, 5, 3000):
         away = np.isin(groups, fold)
         train, held = (np.clip(rows, -4, 4) / np.sqrt(5) for rows in standardised(x[~away], x[away]))
         for column in range(2):
             known, errors = y[~away, column], []
-            for penalty in predictability._PENALTIES:
+            for penalty in module._PENALTIES:
                 left = [
                     known[i] - ridge(np.delete(train, i, 0), np.delete(known, i), train[[i]], [penalty])[0, 0]
                     for i in range(len(known))
                 ]
                 errors.append(np.square(left).sum())
-            chosen = predictability._PENALTIES[int(np.argmin(errors))]
+            chosen = module._PENALTIES[int(np.argmin(errors))]
             expected[away, column] = ridge(train, known, held, [chosen])[0]
     assert found == pytest.approx(expected)
 
@@ -43,7 +45,7 @@ def test_an_answer_never_depends_on_the_own_label() -> None:
     rng = np.random.default_rng(1)
     x, y = rng.normal(size=(30, 4)), rng.normal(size=(30, 1))
     groups = [f"p{i // 2}" for i in range(30)]
-    fit = crossed(x, groups, 0, repeats=1)
+    fit = permuted_ridge(x, groups, 0, repeats=1)
     changed = y.copy()
     changed[[6, 7]] += 100  # both rows of one subject
     assert fit.answers(changed)[[6, 7]] == pytest.approx(fit.answers(y)[[6, 7]])
@@ -55,9 +57,9 @@ def test_a_rare_number_throws_nobody_far_away() -> None:
     rng = np.random.default_rng(3)
     x, y = rng.normal(size=(30, 2)), rng.normal(size=(30, 1))
     x[:, 1] = 1e-6 * rng.normal(size=30)
-    plain = crossed(x, people(30), 0).answers(y)
+    plain = permuted_ridge(x, people(30), 0).answers(y)
     x[4, 1] = 1.0
-    assert abs(crossed(x, people(30), 0).answers(y)[4, 0] - plain[4, 0]) < 5 * y.std()
+    assert abs(permuted_ridge(x, people(30), 0).answers(y)[4, 0] - plain[4, 0]) < 5 * y.std()
 
 
 def test_areas_agree_with_counting_pairs_and_know_when_there_are_none() -> None:
@@ -105,7 +107,7 @@ def test_p_is_uniform_where_there_is_nothing() -> None:
     for seed in range(100):
         rng = np.random.default_rng(seed)
         n = 40
-        fit = crossed(rng.normal(size=(n, 6)), people(n), seed, repeats=1)
+        fit = permuted_ridge(rng.normal(size=(n, 6)), people(n), seed, repeats=1)
         truth = (rng.random(n) < 0.3).astype(float)
         columns = np.stack([truth, *truth[shuffles(people(n), 99, seed)]], axis=1)
         areas = aurocs(columns, fit.answers(columns, centred=True))
@@ -115,4 +117,4 @@ def test_p_is_uniform_where_there_is_nothing() -> None:
 
 def test_one_subject_cannot_be_held_out() -> None:
     with pytest.raises(ValueError, match="at least two"):
-        crossed(np.zeros((3, 2)), ["a", "a", "a"], 0)
+        permuted_ridge(np.zeros((3, 2)), ["a", "a", "a"], 0)
