@@ -37,17 +37,30 @@ from brainfm.training.monitor import read_curves
 ARMS = {"pretrained": "pre-trained", "scratch": "from scratch"}
 
 
-def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dict[str, Any]:
+def demo(
+    out: Path,
+    run_verb: Callable[[list[str]], int],
+    *,
+    seed: int,
+    subjects: int,
+    labelled: int,
+    cohort_mm: float,
+    spacing_mm: float,
+    patch_vox: tuple[int, int, int],
+    pretrain_steps: int,
+    finetune_steps: int,
+    workers: int,
+) -> dict[str, Any]:
     """Runs the demo and returns what it writes to ``summary.json``.
 
     Args:
-        config: configs/demo.yaml.
+        out: folder of all that is made.
         run_verb: runs one command line and returns its exit code.
+        seed, ...: see verbs/demo.py.
 
     Raises:
         TrainingError: where a verb failed (it has said why) or the run was interrupted.
     """
-    out = Path(config["out"])
     out.mkdir(parents=True, exist_ok=True)
     commands: list[str] = []
     seconds: dict[str, float] = {}
@@ -64,35 +77,35 @@ def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dic
     began = time.perf_counter()
     cohort = out / "cohort"
     if not (cohort / "dataset_description.json").exists():  # written last
-        write_cohort(cohort, int(config["subjects"]), int(config["seed"]), float(config["cohort_mm"]))
+        write_cohort(cohort, subjects, seed, float(cohort_mm))
     seconds["cohort"] = time.perf_counter() - began
-    workers = f"workers={config['workers']}"
+    processes = f"workers={workers}"
     run("manifest", "manifest", f"root={cohort}", f"out={out / 'all.csv'}", "masks.lesion=*lesion_mask*")
-    run("doctor", "doctor", f"manifest={out / 'all.csv'}", workers)
-    _split(read_manifest(out / "all.csv"), out, int(config["labelled"]), int(config["seed"]))
+    run("doctor", "doctor", f"manifest={out / 'all.csv'}", processes)
+    _split(read_manifest(out / "all.csv"), out, labelled, seed)
     run("prepare", "prepare", f"manifest={out / 'train.csv'}", f"store={out / 'store'}",
-        f"preprocess.spacing_mm={config['spacing_mm']}", workers)  # fmt: skip
-    patch = f"[{','.join(map(str, config['patch_vox']))}]"
+        f"preprocess.spacing_mm={spacing_mm}", processes)  # fmt: skip
+    patch = f"[{','.join(map(str, patch_vox))}]"
     run("pretrain", "pretrain", f"store={out / 'store'}", f"run={out / 'pretrain'}", "backbone=unet_b",
-        "objective=cross_contrast", f"trainer.max_steps={config['pretrain_steps']}", f"data.patch_vox={patch}",
+        "objective=cross_contrast", f"trainer.max_steps={pretrain_steps}", f"data.patch_vox={patch}",
         "optim.lr=3e-4", "trainer.evaluate_every=25", "trainer.batch_size=2", "trainer.log_every=2",
         "trainer.checkpoint_every=25",
-        f"seed={config['seed']}")  # fmt: skip
+        f"seed={seed}")  # fmt: skip
     for arm in ARMS:
         source = out / "pretrain" / "backbone.safetensors" if arm == "pretrained" else "none"
         run(f"finetune {arm}", "finetune", "task=segmentation", "task.target=lesion", f"store={out / 'store'}",
             f"run={out / arm}", f"backbone_from={source}", "backbone=unet_b", f"task.patch_vox={patch}", "folds=1",
-            f"trainer.max_steps={config['finetune_steps']}", "trainer.batch_size=1", "optim.lr=1e-3",
+            f"trainer.max_steps={finetune_steps}", "trainer.batch_size=1", "optim.lr=1e-3",
             "data.foreground_share=0.9", "trainer.evaluate_every=40", "trainer.checkpoint_every=40",
             "trainer.log_every=2", "baselines=[]", "mirror=[]", "clean=false", "audit=false", "report=false",
-            f"seed={config['seed']}")  # fmt: skip
+            f"seed={seed}")  # fmt: skip
         run(f"predict {arm}", "predict", f"bundle={out / arm / 'bundle'}", f"manifest={out / 'test.csv'}",
             f"out={out / arm / 'predictions'}")  # fmt: skip
         run(f"evaluate {arm}", "evaluate", f"predictions={out / arm / 'predictions'}",
             f"manifest={out / 'test.csv'}", f"out={out / arm / 'scores'}")  # fmt: skip
     seconds["in all"] = time.perf_counter() - began
-    summary = _summary(out, config, seconds)
-    _report(out, config, summary, commands)
+    summary = _summary(out, labelled, seconds)
+    _report(out, subjects, summary, commands)
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -118,7 +131,7 @@ def _cases(out: Path, arm: str) -> list[dict[str, str]]:
         return list(csv.DictReader(file))
 
 
-def _summary(out: Path, config: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+def _summary(out: Path, labelled: int, seconds: Mapping[str, float]) -> dict[str, Any]:
     scores = {arm: json.loads((out / arm / "scores" / "summary.json").read_text())["metrics"] for arm in ARMS}
     rows = {arm: {row["subject"]: float(row["dice"]) for row in _cases(out, arm)} for arm in ARMS}
     pairs = np.array([rows["pretrained"][s] - rows["scratch"][s] for s in rows["scratch"]])
@@ -132,14 +145,14 @@ def _summary(out: Path, config: Mapping[str, Any], seconds: Mapping[str, float])
         "n_cases": len(rows["scratch"]),
         "scores": scores,
         "difference": vars(difference),
-        "labelled_subjects": int(config["labelled"]),
+        "labelled_subjects": labelled,
         "pretrain_steps": loaded.provenance.steps,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "threads": torch.get_num_threads(),
     }
 
 
-def _report(out: Path, config: Mapping[str, Any], summary: Mapping[str, Any], commands: list[str]) -> None:
+def _report(out: Path, subjects: int, summary: Mapping[str, Any], commands: list[str]) -> None:
     better, worse = summary["difference"]["low"] > 0, summary["difference"]["high"] < 0
     verdict = (
         "The interval of the paired difference lies above 0: pre-training helped here." if better
@@ -149,10 +162,10 @@ def _report(out: Path, config: Mapping[str, Any], summary: Mapping[str, Any], co
     report.write_report(
         out / "report.html",
         title="brainfm demo",
-        lead=f"{config['subjects']} synthetic people with T1, T2 and FLAIR scans, most of them with lesions, taken "
+        lead=f"{subjects} synthetic people with T1, T2 and FLAIR scans, most of them with lesions, taken "
         "from NIfTI files to a pre-trained network, a fine-tuned lesion segmenter, and masks on the original scans.",
         sections=[
-            _cohort_section(out, config),
+            _cohort_section(out, subjects),
             _curves_section(out),
             _reconstruction_section(out),
             _lesion_section(out),
@@ -163,7 +176,7 @@ def _report(out: Path, config: Mapping[str, Any], summary: Mapping[str, Any], co
                 + "\n\n".join(f"`{command}`" for command in commands),
             ),
         ],
-        command=f"brainfm demo out={config['out']}",
+        command=f"brainfm demo out={out}",
         numbers=[
             (f"{summary['pretrain_parameters'] / 1e6:.1f} M", "parameters in pre-training"),
             (f"{summary['dice_pretrained']:.3f}", "Dice, pre-trained"),
@@ -179,9 +192,10 @@ def _scans_of(manifest: Manifest, subject: str) -> tuple[dict[str, Path], Path]:
     return {s.contrast: manifest.resolve(s.path) for s in scans}, manifest.resolve(scans[0].columns["lesion_mask"])
 
 
-def _cohort_section(out: Path, config: Mapping[str, Any]) -> report.Section:
+def _cohort_section(out: Path, subjects: int) -> report.Section:
     manifest = read_manifest(out / "test.csv")
     store = Store.open(out / "store")
+    spacing_mm = store.spec.spacing_mm
     shown = []
     for subject in sorted({s.subject for s in manifest.scans})[:5]:
         files, mask = _scans_of(manifest, subject)
@@ -189,10 +203,10 @@ def _cohort_section(out: Path, config: Mapping[str, Any]) -> report.Section:
         shown.append((f"subject {subject}", prepared.scans, prepared.labels["lesion_mask"]))
     return report.Section(
         "The cohort",
-        f"{config['subjects']} subjects: smooth random deformations of the ICBM152 tissue maps, tissue contrasts, "
+        f"{subjects} subjects: smooth random deformations of the ICBM152 tissue maps, tissue contrasts, "
         "lesions, noise, bias field and slice thickness drawn per subject; files in several orientations. Below are "
         "prepared scans of test subjects, all contrasts of a subject on one grid, with the true lesions outlined.",
-        figures=((f"Test subjects at {config['spacing_mm']} mm", report.cohort_figure(shown, store.spec.spacing_mm)),),
+        figures=((f"Test subjects at {spacing_mm[0]:g} mm", report.cohort_figure(shown, spacing_mm)),),
     )
 
 

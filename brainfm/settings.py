@@ -18,12 +18,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import MISSING, dataclass, field, fields, is_dataclass
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, Literal, NewType, TypeVar, Union, get_args, get_origin, get_type_hints
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from brainfm.specs import ConfigError
-
-Text = NewType("Text", str)
-"""Text that is taken as it stands, and may hold blanks, brackets or '=': a column, a pattern, a path or a word."""
 
 _Settings = TypeVar("_Settings")
 _COUNTS = {2: "two", 3: "three"}
@@ -42,7 +39,12 @@ class Free:
     """Mark of a field that may change between two calls that go on with one run: it moves no weight."""
 
 
-FREE = Free()
+class Verbatim:
+    """Mark of a text that is taken as it stands, and may hold blanks, brackets or '=': a column, a pattern, a path that
+    may also be a word. A `Path` needs no mark."""
+
+
+FREE, VERBATIM = Free(), Verbatim()
 
 
 @dataclass(frozen=True)
@@ -77,6 +79,7 @@ class Key:
         default: MISSING where it must be given.
         group: where it is chosen by name.
         free: whether it may change between two calls that go on with one run.
+        verbatim: whether what is given, or what lies in it, is taken as it stands.
     """
 
     name: str
@@ -86,6 +89,7 @@ class Key:
     default: Any
     group: Group | None
     free: bool
+    verbatim: bool
 
     def kind(self, values: Any) -> type | None:
         """The settings' class that holds these values; None where the key's values are no settings."""
@@ -122,7 +126,9 @@ def keys_of(kind: type) -> dict[str, Key]:
         default = each.default if each.default_factory is MISSING else each.default_factory()
         group = next((mark for mark in marks if isinstance(mark, Group)), None)
         name = each.name.rstrip("_")
-        found[name] = Key(name, each.name, hint, doc, default, group, any(isinstance(m, Free) for m in marks))
+        free, whole = (any(isinstance(mark, kind) for mark in marks) for kind in (Free, Verbatim))
+        whole = whole or any(_is_path(inner) for inner in _alternatives(hint))
+        found[name] = Key(name, each.name, hint, doc, default, group, free, whole)
     return found
 
 
@@ -176,6 +182,11 @@ def plain(settings: Any, *, free: bool = True) -> Any:
     return str(settings) if isinstance(settings, Path) else settings
 
 
+def narrowed(kind: type[_Settings], settings: Any) -> _Settings:
+    """The fields of ``kind`` alone, out of settings that have more."""
+    return kind(**{each.name: getattr(settings, each.name) for each in fields(kind)})  # type: ignore[arg-type]
+
+
 def defaults(kind: type, missing: Any = "???") -> dict[str, Any]:
     """The defaults by key, as values for JSON, with ``missing`` for what must be given. Groups are left out."""
     found: dict[str, Any] = {}
@@ -185,20 +196,15 @@ def defaults(kind: type, missing: Any = "???") -> dict[str, Any]:
     return found
 
 
-def verbatim(kind: type, key: str) -> bool:
-    """Whether the value of a dotted key is taken as it stands: it is a path or a `Text`."""
+def verbatim(kind: type, key: str, values: Mapping[str, Any]) -> bool:
+    """Whether the value of a dotted key is taken as it stands, where these are the values of the options chosen."""
     name, _, rest = key.partition(".")
-    if name not in keys_of(kind):
+    found = keys_of(kind).get(name)
+    if found is None:
         return False
-    found = keys_of(kind)[name]
-    if not rest:
-        return any(hint in (Path, Text) for hint in _alternatives(found.hint))
-    for hint in _alternatives(found.hint):
-        if is_dataclass(hint):
-            return verbatim(hint, rest)  # type: ignore[arg-type]
-        if get_origin(hint) is Mapping or get_origin(hint) is _MAPPING:
-            return get_args(hint)[1] in (Path, Text)
-    return False
+    inner = values.get(name)
+    within = found.kind(inner) if rest and isinstance(inner, Mapping) else None
+    return found.verbatim if within is None else verbatim(within, rest, inner)  # type: ignore[arg-type]
 
 
 def words(hint: Any) -> list[str]:
@@ -209,12 +215,12 @@ def words(hint: Any) -> list[str]:
             found += [shown(value) for value in get_args(each)]
         elif get_origin(each) is tuple:
             inner = get_args(each)
-            many = _MANY.get(_bare(inner[0]), "values")
+            many = _MANY.get(inner[0], "values")
             found.append(f"a list of {many}" if Ellipsis in inner else f"{_COUNTS.get(len(inner), len(inner))} {many}")
         elif is_dataclass(each) or get_origin(each) is _MAPPING:
             found.append("a mapping")
         else:
-            found.append(_NAMES.get(_bare(each), "any value"))
+            found.append(_NAMES.get(each, "any value"))
     return list(dict.fromkeys(found))
 
 
@@ -270,7 +276,7 @@ def _as(hint: Any, value: Any) -> Any:
         return value
     if is_dataclass(hint):
         return value if isinstance(value, hint) else _NOT  # type: ignore[arg-type]
-    return _as_one(_bare(hint), value)
+    return _as_one(hint, value)
 
 
 def _as_one(kind: Any, value: Any) -> Any:
@@ -304,6 +310,5 @@ def _alternatives(hint: Any) -> tuple[Any, ...]:
     return get_args(hint) if get_origin(hint) in (Union, types.UnionType) else (hint,)
 
 
-def _bare(hint: Any) -> Any:
-    """What a NewType stands for."""
-    return getattr(hint, "__supertype__", hint)
+def _is_path(hint: Any) -> bool:
+    return hint is Path or (get_origin(hint) is _MAPPING and get_args(hint)[1] is Path)

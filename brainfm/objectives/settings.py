@@ -66,12 +66,10 @@ class CrossContrastSettings(ObjectiveSettings):
     logvar_start: Annotated[
         float | None, "where the log variances begin; null (published): about 0, noise that drowns the contrast"
     ] = None
-    terms_on: Annotated[
-        Literal["means", "samples"], "which codes agree and are pushed apart; samples: published"
-    ] = "samples"
-    centred: Annotated[
-        bool, "less what all samples share, with a floor under their spread; false: published"
-    ] = False
+    terms_on: Annotated[Literal["means", "samples"], "which codes agree and are pushed apart; samples: published"] = (
+        "samples"
+    )
+    centred: Annotated[bool, "less what all samples share, with a floor under their spread; false: published"] = False
     mask_unit_vox: Annotated[int, "edge of a hidden block"] = 4
     mask_ratio: Annotated[float, "share of the blocks that is hidden, exact"] = 0.2
     loss_on: Annotated[Literal["all", "hidden"], "which voxels of a target count"] = "all"
