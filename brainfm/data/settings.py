@@ -68,6 +68,10 @@ class WindowSpec:
     stretch: Annotated[float, "largest relative change of an axis, on top of the voxel size"] = 0.12
     elastic: Annotated[float, "strength of a smooth displacement, as a part of what could fold"] = 0.5
     shift_vox: Annotated[int, "how far apart the corners of the two views lie at most, along each axis"] = 8
+    mapped_share: Annotated[
+        float | None,
+        "of the samples show a head with a label map, where there are heads with and without; null: as the people are",
+    ] = 0.75
     source_cap: Annotated[float, "largest share of the samples that one data set may have"] = 0.5
     rendered: float = 0.6
 
@@ -77,9 +81,10 @@ class WindowSpec:
                 f"data.windows: low_mm={self.low_mm}, high_mm={self.high_mm}, whole_mm={list(self.whole_mm)}; "
                 "expected lengths above 0, the smaller first"
             )
-        for name in ("whole_share", "rendered", "source_cap", "elastic", "stretch"):
-            if not 0 <= getattr(self, name) <= 1 or (name == "source_cap" and self.source_cap == 0):
-                raise ConfigError(f"data.windows.{name}={getattr(self, name)}: expected a share from 0 to 1")
+        for name in ("whole_share", "rendered", "mapped_share", "source_cap", "elastic", "stretch"):
+            value = getattr(self, name)
+            if value is not None and (not 0 <= value <= 1 or (name == "source_cap" and value == 0)):
+                raise ConfigError(f"data.windows.{name}={value}: expected a share from 0 to 1")
         if not 0 <= self.coarse_steps <= self.settle_steps or self.shift_vox < 0:
             raise ConfigError(
                 f"data.windows: coarse_steps={self.coarse_steps}, settle_steps={self.settle_steps}, "

@@ -240,18 +240,33 @@ class WindowPatches(Dataset):
             raise ConfigError(f"{self.store.path}: windows need a store of equal voxel edges, found {list(spacing)} mm")
         if len(set(self.views.patch_vox)) != 1:
             raise ConfigError(f"data.patch_vox={list(self.views.patch_vox)}: windows need a cube")
-        people: dict[str, dict[str, list[SessionEntry]]] = {}
+        share = self.spec.mapped_share
+        people: dict[tuple[bool, str], dict[str, list[SessionEntry]]] = {}
         for session in self.sessions:
-            if any(scan.contrast != PLACEHOLDER for scan in session.scans) or session.key in self.targets.maps:
-                people.setdefault(session.dataset, {}).setdefault(session.subject_key, []).append(session)
+            mapped = session.key in self.targets.maps
+            if any(scan.contrast != PLACEHOLDER for scan in session.scans) or mapped:
+                source = (mapped and share is not None, session.dataset)
+                people.setdefault(source, {}).setdefault(session.subject_key, []).append(session)
         if not people:
             raise StoreError(f"{self.store.path}: no scan to train on, expected at least one prepared session")
-        self.people = {name: [of[key] for key in sorted(of)] for name, of in sorted(people.items())}
-        self.shares = source_shares([len(of) for of in self.people.values()], self.spec.source_cap)
-        self.subjects = sorted(key for of in people.values() for key in of)
+        self.people = {source: [of[key] for key in sorted(of)] for source, of in sorted(people.items())}
+        self.shares = self._source_shares()
+        self.subjects = sorted({key for of in people.values() for key in of})
         self._own_mm: dict[str, float] = {}
         self._middles: dict[str, np.ndarray] = {}
         self._shares: dict[str, np.ndarray] = {}
+
+    def _source_shares(self) -> np.ndarray:
+        """Of the samples, for each source of ``people``."""
+        sizes, cap, share = [len(of) for of in self.people.values()], self.spec.source_cap, self.spec.mapped_share
+        mapped = [is_mapped for is_mapped, _ in self.people]
+        if share is None or all(mapped) or not any(mapped):
+            return source_shares(sizes, cap)
+        shares = np.zeros(len(sizes))
+        for side, part in ((True, share), (False, 1 - share)):
+            own = [place for place, is_mapped in enumerate(mapped) if is_mapped == side]
+            shares[own] = part * source_shares([sizes[place] for place in own], min(1.0, cap / max(part, 1e-9)))
+        return shares
 
     @property
     def voxel_mm(self) -> tuple[float, float]:

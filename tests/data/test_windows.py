@@ -133,9 +133,21 @@ def test_data_sets_share_the_samples_by_the_root_of_their_people_up_to_a_cap() -
     assert np.allclose(source_shares([7], 0.5), [1.0])
 
 
+def test_heads_with_label_maps_get_their_share_of_the_samples(people_store: Store) -> None:
+    for share in (0.9, 0.2):
+        dataset = windows(people_store, dataclasses.replace(STILL, mapped_share=share))
+        shown = [dataset.plan(i).session.key in dataset.targets.maps for i in range(600)]
+        assert abs(np.mean(shown) - share) < 0.06
+        assert np.isclose(dataset.shares.sum(), 1)
+    everyone = windows(people_store, dataclasses.replace(STILL, mapped_share=None))
+    assert sorted(everyone.subjects) == sorted(dataset.subjects)
+
+
 def test_refusals(people_store: Store, tmp_path) -> None:
     with pytest.raises(ConfigError, match=r"data\.windows\.rendered=1\.5: expected a share from 0 to 1"):
         WindowSpec(rendered=1.5)
+    with pytest.raises(ConfigError, match=r"data\.windows\.mapped_share=-1: expected a share from 0 to 1"):
+        WindowSpec(mapped_share=-1)
     with pytest.raises(ConfigError, match="coarse_steps=9, settle_steps=3"):
         WindowSpec(coarse_steps=9, settle_steps=3)
     with pytest.raises(ConfigError, match="windows need a cube"):
