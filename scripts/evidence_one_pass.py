@@ -19,8 +19,9 @@ from brainfm.imaging import nifti
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.nets.weights import LoadedBackbone, write_atomically
 from brainfm.specs import PreprocessSpec, ScanError
-from brainfm.synthesis.looks import LookSpec, draw_look
+from brainfm.synthesis.looks import draw_look
 from brainfm.synthesis.render import paint
+from brainfm.synthesis.settings import LookSpec
 from brainfm.tasks.metrics import dice
 from brainfm.tasks.windows import gaussian_weight, window_slices
 

@@ -29,7 +29,7 @@ EXPERIMENTS = sorted(p.stem for p in (SCRIPT.parents[1] / "configs" / "experimen
 
 @pytest.mark.parametrize("experiment", EXPERIMENTS)
 def test_experiments_are_composed_as_hydra_composes_them(script: ModuleType, experiment: str) -> None:
-    from brainfm.cli import resolve
+    from brainfm.verbs.compose import resolve
 
     wanted = resolve("pretrain", ["store=x", "run=x", f"experiment={experiment}", "trainer=gpu"])
     found = script.composed(experiment, "gpu")

@@ -26,10 +26,11 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.specs import BrainfmWarning, ConfigError, TrainingError
-from brainfm.training.guards import FiniteWatch, Guards, GuardSpec, first_not_finite
+from brainfm.training.guards import FiniteWatch, Guards, first_not_finite
 from brainfm.training.monitor import Curves, Progress
 from brainfm.training.optim import Rates, Wsd, lr_factor
 from brainfm.training.receipt import Meter
+from brainfm.training.settings import GuardSpec
 
 CHECKPOINT = "last.ckpt"
 GOOD = "good.ckpt"  # the last checkpoint whose probe was passed

@@ -50,9 +50,9 @@ def resolve(verb: str, overrides: Sequence[str]) -> Any:
     """
     kind = settings_of(verb)
     given = _given(overrides)
-    chosen = _chosen(kind, given)
+    options_chosen = chosen(kind, given)
     try:
-        return build(kind, _composed(verb, kind, given, chosen))
+        return build(kind, _composed(verb, kind, given, options_chosen))
     except UnknownKey as error:
         sentence = f"brainfm {verb} has no key {error.key!r}{error.hint}; `brainfm {verb} --help` lists them"
         raise ConfigError(sentence) from None
@@ -76,9 +76,9 @@ def _groups(kind: type) -> dict[str, Key]:
     return {name: key for name, key in keys_of(kind).items() if key.group is not None}
 
 
-def _chosen(kind: type, given: Mapping[str, str]) -> dict[str, str]:
+def chosen(kind: type, given: Mapping[str, str]) -> dict[str, str]:
     """The option of each group, as far as the words and the defaults say. Raises: ConfigError for one that is none."""
-    chosen = {}
+    found = {}
     for name, key in _groups(kind).items():
         assert key.group is not None
         value = given.get(name, key.group.default)
@@ -86,11 +86,11 @@ def _chosen(kind: type, given: Mapping[str, str]) -> dict[str, str]:
             raise ConfigError(f"{name}={value} is no option any more, expected {key.group.gone[value]}")
         if value not in options(name, key):
             raise ConfigError(f"{name}={value}: expected one of {', '.join(options(name, key))}")
-        chosen[name] = value
+        found[name] = value
     recipe = given.get(RECIPES, "null") if hasattr(kind, "RECIPES") else "null"
     if recipe != "null" and recipe not in options(RECIPES):
         raise ConfigError(f"{RECIPES}={recipe}: expected one of {', '.join(options(RECIPES))}")
-    return chosen
+    return found
 
 
 def _option(name: str, key: Key, option: str) -> dict[str, Any]:
@@ -106,31 +106,31 @@ def _option(name: str, key: Key, option: str) -> dict[str, Any]:
     return own if kind is None else defaults(kind) | own
 
 
-def _start(kind: type, chosen: Mapping[str, str]) -> dict[str, Any]:
-    """The values before any word but the choices."""
+def start(kind: type, options_chosen: Mapping[str, str]) -> dict[str, Any]:
+    """The values with these options of groups, before any further word; ``???`` is what must be given."""
     values = defaults(kind)
     for name, key in _groups(kind).items():
         assert key.group is not None
-        values[name] = _option(name, key, chosen[name]) | dict(key.group.over)
+        values[name] = _option(name, key, options_chosen[name]) | dict(key.group.over)
     return {name: values[name] for name in keys_of(kind)}
 
 
 # ---- hydra -----------------------------------------------------------------------------------------------------------
 
 
-def _composed(verb: str, kind: type, given: Mapping[str, str], chosen: Mapping[str, str]) -> dict[str, Any]:
+def _composed(verb: str, kind: type, given: Mapping[str, str], options_chosen: Mapping[str, str]) -> dict[str, Any]:
     from hydra import compose, initialize
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    groups, start = _groups(kind), _start(kind, chosen)
+    groups, values = _groups(kind), start(kind, options_chosen)
     overrides = []
     for key, value in given.items():
         if key in groups or (key == RECIPES and hasattr(kind, "RECIPES")):
             overrides.append(f"{key}={value}")
         else:
-            overrides.append(f"++{key}={_quoted(value) if verbatim(kind, key, start) and value != 'null' else value}")
+            overrides.append(f"++{key}={_quoted(value) if verbatim(kind, key, values) and value != 'null' else value}")
     try:
         with _store(verb, kind), initialize(config_path=None, version_base="1.3"):
             composed = compose(verb, overrides)
@@ -179,13 +179,13 @@ def _quoted(value: str) -> str:
 def help_of(verb: str, overrides: Sequence[str] = ()) -> str:
     """Every key of a verb, a line each, with its value, its type and its meaning; groups with the options chosen."""
     kind = settings_of(verb)
-    chosen = _chosen(kind, _given([word for word in overrides if "=" in word]))
-    values = _start(kind, chosen)
+    here = chosen(kind, _given([word for word in overrides if "=" in word]))
+    values = start(kind, here)
     lines = [f"usage: brainfm {verb} key=value ...   (??? must be given)", "", *_about(kind), ""]
     lines += _lines(kind, values, "")
     for name, key in _groups(kind).items():
-        lines += ["", f"{name}={'|'.join(options(name, key))}   {key.doc}; here {chosen[name]}:"]
-        file, inner = configs() / name / f"{chosen[name]}.yaml", key.kind(values[name])
+        lines += ["", f"{name}={'|'.join(options(name, key))}   {key.doc}; here {here[name]}:"]
+        file, inner = configs() / name / f"{here[name]}.yaml", key.kind(values[name])
         head = _HEAD.match(file.read_text()).group() if file.is_file() else ""  # type: ignore[union-attr]
         lines += [f"  {line}" for line in head.splitlines() or [f"# {line}" for line in _about(inner)]]
         if inner is None:

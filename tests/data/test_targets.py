@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 
 from brainfm.data.patches import PretrainPatches, collate
+from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Store
-from brainfm.data.targets import TargetSpec, find_targets, ill, interval_years
+from brainfm.data.targets import find_targets, ill, interval_years
 from brainfm.specs import ConfigError, ManifestError, ViewSpec
 
 PATCH = (16, 16, 16)

@@ -21,8 +21,9 @@ from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.regions import REGIONS
 from brainfm.data.schemes import guess_scheme
+from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Store
-from brainfm.data.targets import TargetSpec, find_targets
+from brainfm.data.targets import find_targets
 from brainfm.data.volumes import read_volumes
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.inference import anatomy as module

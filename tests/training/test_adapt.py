@@ -17,10 +17,11 @@ from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import build_backbone
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.segmentation import SegmentationTask
-from brainfm.training.adapt import AdaptSpec, adapt_spec, adapted_optimizer, parameter_groups
-from brainfm.training.launch import make_fabric
+from brainfm.training.adapt import adapt_spec, adapted_optimizer, parameter_groups
 from brainfm.training.loop import CHECKPOINT, LoopSpec, Run, State, read_checkpoint, train
 from brainfm.training.optim import build_optimizer, schedule_factor
+from brainfm.training.processes import make_fabric
+from brainfm.training.settings import AdaptSpec
 from tests.training.test_ddp import _context, by_torchrun
 
 CONFIGS = Path(__file__).parents[2] / "configs" / "adapt"

@@ -11,7 +11,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brainfm.cli import main, resolve
+from brainfm.cli import main
 from brainfm.data.patches import find_cases
 from brainfm.data.store import Store
 from brainfm.nets.weights import load_backbone
@@ -22,6 +22,7 @@ from brainfm.training.finetune import MEMBER, _begin, _fresh, dry_step, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.memory import MemoryPlan, settle
 from brainfm.training.pretrain import pretrain
+from brainfm.verbs.compose import resolve
 
 
 def words(store: Store, run: Path, backbone: Path | str, *more: str) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brainfm.cli import main, resolve
+from brainfm.cli import main
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.scan_cases import ScanCase, views_of
@@ -33,6 +33,7 @@ from brainfm.tasks.scan_level import ScanTask
 from brainfm.training.finetune import MEMBER, SHIPPED, _begin, _fresh, finetune
 from brainfm.training.questions import CHOICE
 from brainfm.training.scanning import Scanning
+from brainfm.verbs.compose import resolve
 
 COUNT = 24
 

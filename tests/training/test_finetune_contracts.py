@@ -12,7 +12,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brainfm.cli import options, resolve
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
@@ -28,6 +27,7 @@ from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.memory import MemoryPlan, plan
 from brainfm.training.monitor import read_curves
 from brainfm.training.scanning import Scanning
+from brainfm.verbs.compose import options, resolve
 
 SEGMENTATION = ("task=segmentation", "task.target=lesion")
 CLASSIFICATION = ("task=classification", "task.target=ill", "task.candidates=[tuned]")

@@ -11,12 +11,14 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainfm.cli import main, options, resolve
+from brainfm.cli import main
 from brainfm.data.store import Store
 from brainfm.specs import ConfigError, TrainingError
 from brainfm.training import launch
-from brainfm.training.launch import check_processes, place, submit
 from brainfm.training.loop import CHECKPOINT
+from brainfm.training.processes import check_processes
+from brainfm.verbs.compose import options, resolve
+from brainfm.verbs.launch import place, submit
 from tests.training.test_ddp import TWO, Ranks, equal, saved_step, weights, words
 
 TRAINER = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "workers": 1, "precision": "32-true"}
@@ -100,7 +102,7 @@ def test_place_gives_the_trainer_what_the_queue_gives() -> None:
 
 
 def test_every_launch_composes_and_changes_no_run(toy_store: Store) -> None:
-    from brainfm.training.pretrain import identity_of
+    from brainfm.training.run import identity_of
 
     made = []
     for option in options("launch"):

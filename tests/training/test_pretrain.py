@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainfm.cli import main, resolve
+from brainfm.cli import main
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
@@ -24,6 +24,7 @@ from brainfm.specs import Provenance, TrainingError
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.monitor import read_curves
 from brainfm.training.pretrain import pretrain, split_sessions, write_backbone
+from brainfm.verbs.compose import resolve
 
 STEPS = 24
 

@@ -22,7 +22,8 @@ from brainfm.training.average import WeightAverage
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.monitor import read_curves
 from brainfm.training.optim import Wsd, build_optimizer
-from brainfm.training.pretrain import loop_spec, pretrain, split_sessions
+from brainfm.training.pretrain import pretrain, split_sessions
+from brainfm.training.run import loop_spec
 from tests.training.test_pretrain import config, flat, words
 
 WSD = (
