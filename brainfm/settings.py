@@ -25,7 +25,6 @@ from brainfm.specs import ConfigError
 _Settings = TypeVar("_Settings")
 _COUNTS = {2: "two", 3: "three"}
 _NAMES = {
-    bool: "true or false",
     int: "a whole number",
     float: "a number",
     str: "text",
@@ -147,13 +146,22 @@ def build(kind: type[_Settings], values: Mapping[str, Any], at: str = "") -> _Se
         ConfigError: for a value of another type, or a missing one.
     """
     known = keys_of(kind)  # type: ignore[arg-type]
-    for name in values:
-        if name not in known:
-            raise UnknownKey(f"{at}{name}", [f"{at}{key}" for key in dotted(kind, values)])
+    check_keys(kind, values, at)
     missing = [name for name, key in known.items() if key.default is MISSING and name not in values]
     if missing:
         raise ConfigError(f"{at}{missing[0]} must be given")
     return kind(**{known[name].field: _fitted(known[name], value, f"{at}{name}") for name, value in values.items()})
+
+
+def check_keys(kind: type, values: Mapping[str, Any], at: str = "") -> None:
+    """Raises: UnknownKey for the first key that is not there, at any depth."""
+    known = keys_of(kind)
+    for name, value in values.items():
+        if name not in known:
+            raise UnknownKey(f"{at}{name}", [f"{at}{key}" for key in dotted(kind, values)])
+        within = known[name].kind(value) if isinstance(value, Mapping) else None
+        if within is not None:
+            check_keys(within, value, f"{at}{name}.")
 
 
 def dotted(kind: type, values: Mapping[str, Any], at: str = "") -> Iterator[str]:
@@ -217,6 +225,8 @@ def words(hint: Any) -> list[str]:
             inner = get_args(each)
             many = _MANY.get(inner[0], "values")
             found.append(f"a list of {many}" if Ellipsis in inner else f"{_COUNTS.get(len(inner), len(inner))} {many}")
+        elif each is bool:
+            found += ["true", "false"]
         elif is_dataclass(each) or get_origin(each) is _MAPPING:
             found.append("a mapping")
         else:

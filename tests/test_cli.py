@@ -222,7 +222,9 @@ def run(settings: Settings) -> int:
 '''
 
 
-def test_a_verb_is_one_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_verb_is_one_file(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Beside its own test, nothing else is touched: the command finds it, lists it, explains it and runs it."""
     folder = tmp_path / "verbs"
     shutil.copytree(Path(verbs_folder.__file__).parent, folder, ignore=shutil.ignore_patterns("__pycache__"))

@@ -21,7 +21,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "data": {"root", "imaging", "synthesis"},
     "objectives": {"root", "nets"},
     "tasks": {"root", "nets"},
-    "training": {"root", "data", "nets", "objectives", "tasks"},
+    "training": {"root", "data", "nets", "objectives", "tasks", "synthesis.settings"},
     "inference": {
         "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.region_volumes", "data.regions",
         "data.sources", "data.store", "nets", "tasks",

@@ -15,7 +15,7 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
-from brainfm.settings import Key, UnknownKey, build, defaults, keys_of, shown, verbatim, words
+from brainfm.settings import Key, UnknownKey, build, check_keys, defaults, keys_of, shown, verbatim, words
 from brainfm.specs import ConfigError
 
 RECIPES = "experiment"  # a group whose options change the settings as a whole; of verbs with a class attribute RECIPES
@@ -134,6 +134,7 @@ def _composed(verb: str, kind: type, given: Mapping[str, str], options_chosen: M
     try:
         with _store(verb, kind), initialize(config_path=None, version_base="1.3"):
             composed = compose(verb, overrides)
+            check_keys(kind, OmegaConf.to_container(composed))  # type: ignore[arg-type]
             missing = sorted(OmegaConf.missing_keys(composed))
             if missing:
                 raise ConfigError(f"brainfm {verb}: {', '.join(missing)} must be given, e.g. {missing[0]}=...")

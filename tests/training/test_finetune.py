@@ -212,7 +212,7 @@ def test_a_plan_that_the_device_refuses_is_lowered(
         tried.append((made.checkpointing, made.accumulate))
         if len(tried) < 3:
             raise torch.OutOfMemoryError("no room")
-        dry_step(study.config, study.question, study.backbone, study.fabric, made)
+        dry_step(study.settings, study.question, study.backbone, study.fabric, made)
 
     settled = settle(step, dataclasses.replace(study.plan, checkpointing=False, accumulate=1), stride=8)
     assert tried == [(False, 1), (True, 1), (True, 2)] and settled.micro_batch == 1

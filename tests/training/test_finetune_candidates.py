@@ -359,11 +359,11 @@ def test_a_fold_of_another_configuration_is_refused(
 
 def test_no_scale_is_drawn_where_size_is_an_answer(store: Store, tmp_path: Path) -> None:
     plain = [w for w in words(store, tmp_path, "regression", "age") if not w.startswith("data.augment")]
-    assert resolve("finetune", plain)["data"]["augment"]["scale"] == 0
+    assert resolve("finetune", plain).data.augment["scale"] == 0
     asked = resolve("finetune", [*plain, "data.augment.scale=0.1"])
-    assert asked["data"]["augment"]["scale"] == 0.1
+    assert asked.data.augment["scale"] == 0.1
     lesion = ["task=segmentation", "task.target=x", "store=s", "run=r", "backbone_from=none"]
-    assert resolve("finetune", lesion)["data"]["augment"]["scale"] == 0.15
+    assert resolve("finetune", lesion).data.augment["scale"] == 0.15
 
 
 def test_from_enough_subjects_on_the_network_is_tuned(store: Store, tmp_path: Path) -> None:

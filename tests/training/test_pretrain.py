@@ -24,6 +24,7 @@ from brainfm.specs import Provenance, TrainingError
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.monitor import read_curves
 from brainfm.training.pretrain import pretrain, split_sessions, write_backbone
+from brainfm.training.settings import PretrainSettings
 from brainfm.verbs.compose import resolve
 
 STEPS = 24
@@ -40,7 +41,7 @@ def words(store: Store, run: Path, *more: str) -> list[str]:
     return [f"{key}={value}" for key, value in given.items()]
 
 
-def config(store: Store, run: Path, *more: str) -> dict:
+def config(store: Store, run: Path, *more: str) -> PretrainSettings:
     return resolve("pretrain", words(store, run, *more))
 
 
@@ -225,7 +226,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(
 
 def test_error_in_a_step_does_not_wait_for_the_loaders_workers(toy_store: Store, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom brainfm.cli import resolve\nfrom brainfm.training import loop\n"
+        "import sys\nfrom brainfm.verbs.compose import resolve\nfrom brainfm.training import loop\n"
         "from brainfm.training.pretrain import pretrain\n"
         "def broken(*_): raise RuntimeError('broken on purpose')\n"
         "loop._clip = broken\n"
