@@ -125,9 +125,8 @@ def keys_of(kind: type) -> dict[str, Key]:
         default = each.default if each.default_factory is MISSING else each.default_factory()
         group = next((mark for mark in marks if isinstance(mark, Group)), None)
         name = each.name.rstrip("_")
-        free, whole = (any(isinstance(mark, kind) for mark in marks) for kind in (Free, Verbatim))
-        whole = whole or any(_is_path(inner) for inner in _alternatives(hint))
-        found[name] = Key(name, each.name, hint, doc, default, group, free, whole)
+        paths = any(_is_path(inner) for inner in _alternatives(hint))
+        found[name] = Key(name, each.name, hint, doc, default, group, FREE in marks, paths or VERBATIM in marks)
     return found
 
 
@@ -195,12 +194,12 @@ def narrowed(kind: type[_Settings], settings: Any) -> _Settings:
     return kind(**{each.name: getattr(settings, each.name) for each in fields(kind)})  # type: ignore[arg-type]
 
 
-def defaults(kind: type, missing: Any = "???") -> dict[str, Any]:
-    """The defaults by key, as values for JSON, with ``missing`` for what must be given. Groups are left out."""
+def defaults(kind: type) -> dict[str, Any]:
+    """The defaults by key, as values for JSON, with ``???`` for what must be given. Groups are left out."""
     found: dict[str, Any] = {}
     for name, key in keys_of(kind).items():
         if key.group is None:
-            found[name] = missing if key.default is MISSING else plain(key.default)
+            found[name] = "???" if key.default is MISSING else plain(key.default)
     return found
 
 

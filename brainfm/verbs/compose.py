@@ -119,7 +119,10 @@ def start(kind: type, options_chosen: Mapping[str, str]) -> dict[str, Any]:
 
 
 def _composed(verb: str, kind: type, given: Mapping[str, str], options_chosen: Mapping[str, str]) -> dict[str, Any]:
-    from hydra import compose, initialize
+    try:
+        from hydra import compose, initialize
+    except ModuleNotFoundError:
+        raise ConfigError("the command line needs hydra, which is not installed: pip install hydra-core") from None
     from hydra.errors import HydraException
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
