@@ -223,10 +223,11 @@ def test_refusals(store: Store, tmp_path: Path) -> None:
     for spec, words in (
         ({"level": "lobes"}, "expected groups, tissues, regions or null"),
         ({"synthesise": 2.0}, "a share from 0 to 1"),
-        ({"labels": {"tissue_labels": "aal"}}, "scheme 'aal' is not known"),
     ):
         with pytest.raises(ConfigError, match=words):
             TargetSpec(**spec)
+    with pytest.raises(ConfigError, match="scheme 'aal' is not known"):
+        find(store, labels={"tissue_labels": "aal"})
     with pytest.raises(ConfigError, match=r"data.targets.level=groups: .* tells tissues only"):
         find(store, level="groups")
     strangers = tmp_path / "volumes.csv"

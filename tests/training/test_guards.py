@@ -138,8 +138,6 @@ def test_fault_between_log_steps_leaves_a_finite_checkpoint_to_go_on_from(
 
     monkeypatch.setattr(MAE, "__init__", with_spare)
     monkeypatch.setattr(MAE, "forward", broken)
-    monkeypatch.setattr("brainfm.objectives.objective.settings", lambda name: dict.fromkeys(
-        ("mask_unit_vox", "mask_ratio", "loss", "beta", "latent_channels")))  # fmt: skip
     with pytest.raises(TrainingError) as stopped:
         pretrain(config(toy_store, run, *SHORT))
     said = str(stopped.value)
