@@ -20,6 +20,7 @@ from brainfm.training.settings import (
     FinetuneSettings,
     OptimSettings,
     PretrainSettings,
+    SteppedSettings,
     TrainerSettings,
     WsdSettings,
 )
@@ -32,7 +33,7 @@ def identity_of(settings: PretrainSettings | FinetuneSettings, store: Store) -> 
 
 def loop_spec(trainer: TrainerSettings, optim: OptimSettings) -> LoopSpec:
     """The steps of a run, and the rate of each."""
-    warmup = optim.warmup_steps if isinstance(optim, WsdSettings) else None
+    warmup = optim.warmup_steps if isinstance(optim, SteppedSettings) else None
     if warmup is None:
         warmup = round(optim.warmup_fraction * trainer.max_steps)
     constant = isinstance(optim, WsdSettings) and optim.schedule == "wsd"

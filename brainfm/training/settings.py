@@ -62,7 +62,16 @@ class OptimSettings:
 
 
 @dataclass(frozen=True)
-class WsdSettings(OptimSettings):
+class SteppedSettings(OptimSettings):
+    """The same, with a warm-up of so many steps."""
+
+    warmup_steps: Annotated[
+        int | None, "of a short run a tenth, e.g. 200 of 2000; of a cosine null: warmup_fraction of max_steps"
+    ] = None
+
+
+@dataclass(frozen=True)
+class WsdSettings(SteppedSettings):
     """AdamW, linear warm-up from lr/1000, then constant: for runs whose length is not known. trainer.max_steps is only
     how far to go for now; finish.from=RUN makes a finished copy whose rate decays to 0.
 
@@ -81,8 +90,10 @@ class WsdSettings(OptimSettings):
 
 
 def optim_class(values: Mapping[str, Any]) -> type[OptimSettings]:
-    """Of the schedule that ``values`` have."""
-    return WsdSettings if "schedule" in values else OptimSettings
+    """Of the schedule that ``values`` have: an experiment with optim=wsd may be tried with another optimiser."""
+    if "schedule" in values:
+        return WsdSettings
+    return SteppedSettings if "warmup_steps" in values else OptimSettings
 
 
 # ---- what watches a pre-training -------------------------------------------------------------------------------------
