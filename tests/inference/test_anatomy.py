@@ -425,7 +425,7 @@ def test_the_command(known: Path, manifest: Manifest, tmp_path: Path, capsys: py
     given = [f"manifest={manifest.path}", f"out={tmp_path / 'out'}"]
     network = [f"backbone={known}", f"spacing_mm={SPACING_MM}", "device=cpu"]
     for words, said in (
-        ([*given, "method=magic"], "method=magic: expected network or atlas"),
+        ([*given, "method=magic"], "method=magic: expected network, atlas or null"),
         ([*given, "method=network"], "method=network needs backbone=FILE"),
         ([*given, *network, "method=atlas"], "method=atlas takes a manifest and no network, found backbone="),
         ([*given, "fuse=true"], "found fuse="),

@@ -73,7 +73,7 @@ def test_started_processes_and_trainer_must_agree(monkeypatch: pytest.MonkeyPatc
             torchrun.setenv(name, value)
         assert "torchrun started 8 processes, 4 a node" in refused()
         assert "expected trainer.devices=4 trainer.num_nodes=2" in refused(devices=8)
-        assert check_processes(TRAINER | {"devices": 4, "num_nodes": 2}) == (4, 2)
+        assert check_processes(replace(TRAINER, devices=4, num_nodes=2)) == (4, 2)
     monkeypatch.setenv("SLURM_NTASKS", "6")
     assert "--ntasks=6: expected --nodes and --ntasks-per-node" in refused(devices=6)
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "3")
