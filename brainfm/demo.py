@@ -33,17 +33,30 @@ from brainfm.synthesis.phantom import write_cohort
 ARMS = {"pretrained": "pre-trained", "scratch": "from scratch"}
 
 
-def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dict[str, Any]:
+def demo(
+    out: Path,
+    run_verb: Callable[[list[str]], int],
+    *,
+    seed: int,
+    subjects: int,
+    labelled: int,
+    cohort_mm: float,
+    spacing_mm: float,
+    patch_vox: tuple[int, int, int],
+    pretrain_steps: int,
+    finetune_steps: int,
+    workers: int,
+) -> dict[str, Any]:
     """Runs the demo and returns what it writes to ``summary.json``.
 
     Args:
-        config: configs/demo.yaml.
+        out: folder of all that is made.
         run_verb: runs one command line and returns its exit code.
+        seed, ...: see verbs/demo.py.
 
     Raises:
         TrainingError: where a verb failed (it has said why) or the run was interrupted.
     """
-    out = Path(config["out"])
     out.mkdir(parents=True, exist_ok=True)
     commands: list[str] = []
     seconds: dict[str, float] = {}
@@ -60,36 +73,36 @@ def demo(config: Mapping[str, Any], run_verb: Callable[[list[str]], int]) -> dic
     began = time.perf_counter()
     cohort = out / "cohort"
     if not (cohort / "dataset_description.json").exists():  # written last
-        write_cohort(cohort, int(config["subjects"]), int(config["seed"]), float(config["cohort_mm"]))
+        write_cohort(cohort, subjects, seed, float(cohort_mm))
     seconds["cohort"] = time.perf_counter() - began
-    workers = f"workers={config['workers']}"
+    processes = f"workers={workers}"
     run("manifest", "manifest", f"root={cohort}", f"out={out / 'all.csv'}", "masks.lesion=*lesion_mask*")
-    run("doctor", "doctor", f"manifest={out / 'all.csv'}", workers)
-    _split(read_manifest(out / "all.csv"), out, int(config["labelled"]), int(config["seed"]))
+    run("doctor", "doctor", f"manifest={out / 'all.csv'}", processes)
+    _split(read_manifest(out / "all.csv"), out, labelled, seed)
     run("prepare", "prepare", f"manifest={out / 'train.csv'}", f"store={out / 'store'}",
-        f"preprocess.spacing_mm={config['spacing_mm']}", workers)  # fmt: skip
-    patch = f"[{','.join(map(str, config['patch_vox']))}]"
+        f"preprocess.spacing_mm={spacing_mm}", processes)  # fmt: skip
+    patch = f"[{','.join(map(str, patch_vox))}]"
     run("pretrain", "pretrain", f"store={out / 'store'}", f"run={out / 'pretrain'}", "backbone=unet_b",
-        "objective=cross_contrast", f"trainer.max_steps={config['pretrain_steps']}", f"data.patch_vox={patch}",
+        "objective=cross_contrast", f"trainer.max_steps={pretrain_steps}", f"data.patch_vox={patch}",
         "optim.lr=3e-4", "trainer.evaluate_every=25", "trainer.batch_size=2", "trainer.log_every=2",
         "trainer.checkpoint_every=25",
-        f"seed={config['seed']}")  # fmt: skip
+        f"seed={seed}")  # fmt: skip
     for arm in ARMS:
         source = out / "pretrain" / "backbone.safetensors" if arm == "pretrained" else "none"
         run(f"finetune {arm}", "finetune", "task=segmentation", "task.target=lesion", f"store={out / 'store'}",
             f"run={out / arm}", f"backbone_from={source}", "backbone=unet_b", f"task.patch_vox={patch}", "folds=1",
-            f"trainer.max_steps={config['finetune_steps']}", "trainer.batch_size=1", "optim.lr=1e-3",
+            f"trainer.max_steps={finetune_steps}", "trainer.batch_size=1", "optim.lr=1e-3",
             "data.foreground_share=0.9", "trainer.evaluate_every=40", "trainer.checkpoint_every=40",
             "trainer.log_every=2", "baselines=[]", "mirror=[]", "clean=false", "audit=false", "report=false",
-            f"seed={config['seed']}")  # fmt: skip
+            f"seed={seed}")  # fmt: skip
         run(f"predict {arm}", "predict", f"bundle={out / arm / 'bundle'}", f"manifest={out / 'test.csv'}",
             f"out={out / arm / 'predictions'}")  # fmt: skip
         run(f"evaluate {arm}", "evaluate", f"predictions={out / arm / 'predictions'}",
             f"manifest={out / 'test.csv'}", f"out={out / arm / 'scores'}")  # fmt: skip
     seconds["in all"] = time.perf_counter() - began
-    summary = _summary(out, config, seconds)
+    summary = _summary(out, labelled, seconds)
     columns, rows = _reconstructions(out)
-    write_demo_page(Demo(out, ARMS, int(config["subjects"]), summary, commands, _curves(out), columns, rows))
+    write_demo_page(Demo(out, ARMS, subjects, summary, commands, _curves(out), columns, rows))
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
 
@@ -110,7 +123,7 @@ def _split(manifest: Manifest, out: Path, labelled: int, seed: int) -> None:
         write_manifest(out / f"{name}.csv", scans)
 
 
-def _summary(out: Path, config: Mapping[str, Any], seconds: Mapping[str, float]) -> dict[str, Any]:
+def _summary(out: Path, labelled: int, seconds: Mapping[str, float]) -> dict[str, Any]:
     scores = {arm: json.loads((out / arm / "scores" / "summary.json").read_text())["metrics"] for arm in ARMS}
     rows = {arm: {row["subject"]: float(row["dice"]) for row in cases_of(out / arm)} for arm in ARMS}
     pairs = np.array([rows["pretrained"][s] - rows["scratch"][s] for s in rows["scratch"]])
@@ -124,7 +137,7 @@ def _summary(out: Path, config: Mapping[str, Any], seconds: Mapping[str, float])
         "n_cases": len(rows["scratch"]),
         "scores": scores,
         "difference": vars(difference),
-        "labelled_subjects": int(config["labelled"]),
+        "labelled_subjects": labelled,
         "pretrain_steps": loaded.provenance.steps,
         "seconds": {name: round(value, 1) for name, value in seconds.items()},
         "threads": torch.get_num_threads(),

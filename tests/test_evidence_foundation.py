@@ -15,7 +15,6 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
-from brainfm.cli import resolve
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError, ManifestError
@@ -24,8 +23,10 @@ from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.weights import LoadedBackbone, load_backbone, save_backbone
 from brainfm.scoring.intervals import crossed_bootstrap
 from brainfm.specs import PreprocessSpec, Provenance
+from brainfm.tasks.settings import SegmentationSettings
 from brainfm.training.scanning import Scanning
 from brainfm.training.segmenting import Segmenting
+from brainfm.verbs.compose import resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "evidence"))
 import foundation_one_pass
@@ -62,9 +63,8 @@ def loaded(file: Path) -> LoadedBackbone:
 
 @pytest.fixture(scope="module")
 def family(people_store: Store) -> runs.Family:
-    values = {"target": "tissue", "contrasts": ["t1"], "values": [0, 1, 2, 3], "loss": "dice_ce",
-              "deep_supervision": False, "fusion": "attention", "patch_vox": [16, 16, 16]}  # fmt: skip
-    question = Segmenting(people_store, values, clean=False)
+    asked = SegmentationSettings(target="tissue", contrasts=("t1",), values=(0, 1, 2, 3), patch_vox=(16, 16, 16))
+    question = Segmenting(people_store, asked, clean=False)
     question.settle(TOY.patch_vox)
     tests = data.tests_of(people_store, question.cases, ["d/p2", "d/p3"], "t1", TOY)
     trials = data.tests_of(people_store, question.cases, ["d/p0", "d/p1"], "trial", TOY)
@@ -397,7 +397,7 @@ def test_a_whole_head_record_holds_every_candidate_and_its_errors(
     people_store: Store, loaded: LoadedBackbone, tmp_path: Path
 ) -> None:
     words = ["task=regression", "task.target=age", "store=-", "run=-", "backbone_from=none"]
-    question = Scanning(people_store, resolve("finetune", words)["task"])
+    question = Scanning(people_store, resolve("finetune", words).task)
     question.settle((16, 16, 16))
     start = runs.starts_of(loaded)["decoder"]
     trained, held = ("d/p1", "d/p2", "d/p3", "d/p5"), ("d/p4",)

@@ -29,10 +29,11 @@ from brainfm.data.labelling import (
     write_found,
     write_volumes,
 )
-from brainfm.data.manifest import CONTRASTS, Manifest, Scan, strip_ending
+from brainfm.data.manifest import CONTRASTS, Manifest, Scan
 from brainfm.data.regions import REGIONS
 from brainfm.errors import BrainfmWarning, ConfigError, ScanError, WeightsError
 from brainfm.files import check_writable, write_table
+from brainfm.imaging.endings import strip_ending
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
 from brainfm.inference.engine import PathLike, settle_device, settle_precision
 from brainfm.nets.backbone import Backbone

@@ -29,9 +29,10 @@ from brainfm.curves import Curves
 from brainfm.errors import BrainfmWarning, ConfigError, TrainingError
 from brainfm.files import writing
 from brainfm.progress import Progress
-from brainfm.training.guards import FiniteWatch, Guards, GuardSpec, first_not_finite
+from brainfm.training.guards import FiniteWatch, Guards, first_not_finite
 from brainfm.training.optim import Rates, Wsd, lr_factor
 from brainfm.training.receipt import Meter
+from brainfm.training.settings import GuardSpec
 
 CHECKPOINT = "last.ckpt"
 GOOD = "good.ckpt"  # the last checkpoint whose probe was passed

@@ -19,13 +19,13 @@ from torch import Tensor
 
 from brainfm import seeds
 from brainfm.data.store import ScanEntry, SessionEntry, Store
-from brainfm.errors import ConfigError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone
 from brainfm.scoring import linear
 from brainfm.scoring.answers import auroc
 from brainfm.scoring.folds import folds
 from brainfm.training import level_probes
+from brainfm.training.settings import ProbeSpec
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 Table = dict[str, dict[str, float]]
@@ -42,36 +42,6 @@ _WITH_AGE = 10
 _FOR_RANK = 8  # crops, before a rank means anything
 _MISSING = frozenset({"", "n/a", "na", "nan", "none", "null", "unknown", "u", "other", "o", "?"})
 _SEX = {"male": "m", "man": "m", "female": "f", "woman": "f"}
-
-
-@dataclass(frozen=True)
-class ProbeSpec:
-    """How much is asked.
-
-    Attributes:
-        every: steps; 0 is only after the last.
-        subjects: at most; those with scans of two contrasts first.
-        scans: of a session at most.
-        patches: places in a head, the same for all scans of a subject.
-        levels: whether every level is asked by itself too (level_probes.py).
-        fewshot_every: every how many-th probe puts the few-shot question; 0: none.
-    """
-
-    every: int = 1000
-    subjects: int = 32
-    scans: int = 4
-    patches: int = 2
-    levels: bool = True
-    fewshot_every: int = 5
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError(f"probe.every={self.every}: expected 0 or more steps")
-        for key in ("subjects", "scans", "patches"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"probe.{key}={getattr(self, key)}: expected 1 or more")
-        if self.fewshot_every < 0:
-            raise ConfigError(f"probe.fewshot_every={self.fewshot_every}: expected 0 or more probes")
 
 
 @dataclass(frozen=True)

@@ -25,7 +25,7 @@ from brainfm.inference.engine import Engine
 from brainfm.inference.evaluate import evaluate
 from brainfm.inference.predict import predict_manifest
 from brainfm.scoring.intervals import bootstrap, mean_score
-from brainfm.training.pretrain import commit_of_code
+from brainfm.training.run import commit_of_code
 
 
 def scored(bundle: Path, manifest: Path, out: Path, overlap: float, device: str) -> tuple[list[dict[str, Any]], float]:

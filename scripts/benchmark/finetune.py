@@ -41,7 +41,6 @@ import torch
 from torch import Tensor, nn
 
 from brainfm.batch import Batch
-from brainfm.cli import resolve
 from brainfm.data.augment import apply, augment_spec, draw
 from brainfm.data.layouts import find
 from brainfm.data.loader import StepSampler, make_loader
@@ -55,7 +54,8 @@ from brainfm.specs import PreprocessSpec, TaskSpec
 from brainfm.synthesis.phantom import write_cohort
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.training.optim import build_optimizer
-from brainfm.training.pretrain import commit_of_code
+from brainfm.training.run import commit_of_code
+from brainfm.verbs.compose import resolve
 
 PHASES = ("data", "network", "optimiser")  # network: forward, loss and gradient
 VALUES = (0, 1)
@@ -85,9 +85,9 @@ def phantoms(folder: Path, subjects: int) -> Store:
 
 
 def brainfm(args: argparse.Namespace, store: Store, cases: list[Case]) -> Contestant:
-    config = resolve("finetune", ["store=none", "run=none", "backbone_from=none", "task.target=lesion"])
-    patches = TaskPatches(store, cases, VALUES, (args.patch,) * 3, 0, float(config["data"]["foreground_share"]))
-    augment = augment_spec(config["data"]["augment"])
+    settings = resolve("finetune", ["store=none", "run=none", "backbone_from=none", "task.target=lesion"])
+    patches = TaskPatches(store, cases, VALUES, (args.patch,) * 3, 0, settings.data.foreground_share)
+    augment = augment_spec(settings.data.augment)
     assert augment is not None
     batches = iter(make_loader(patches, StepSampler(0, 10**6, args.batch), workers=0))
     task = network(args)

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import torch
 
-from brainfm.cli import resolve
 from brainfm.data.layouts import find
 from brainfm.data.manifest import read_manifest, write_manifest
 from brainfm.data.patches import PretrainPatches, collate
@@ -27,6 +26,7 @@ from brainfm.data.store import Store
 from brainfm.specs import PreprocessSpec, ViewSpec
 from brainfm.synthesis.phantom import write_cohort
 from brainfm.training.pretrain import pretrain
+from brainfm.verbs.compose import resolve
 
 # The goal for one H100: the fomo25 recipe, 252,000 steps of 4 pairs of 64^3, in 2 hours.
 WANTED_PAIRS_PER_S = 252_000 * 4 / 7200
@@ -50,12 +50,12 @@ def pairs_per_s(store: Store, edge: int, seconds: float, first: int) -> float:
 
 def waited_share(store: Store, args: argparse.Namespace) -> tuple[float, float]:
     with tempfile.TemporaryDirectory() as run:
-        config = resolve("pretrain", [
+        settings = resolve("pretrain", [
             f"store={store.path}", f"run={run}", "experiment=fomo25", f"trainer={args.trainer}",
             f"data.patch_vox=[{args.patch},{args.patch},{args.patch}]", f"trainer.batch_size={args.batch}",
             f"trainer.max_steps={args.steps}", "trainer.evaluate_every=0", "data.validation=0",
         ])  # fmt: skip
-        state = pretrain(config)
+        state = pretrain(settings)
     return state.waited / state.seconds, state.step / state.seconds
 
 

@@ -47,6 +47,7 @@ from brainfm.specs import TaskSpec
 from brainfm.tasks.task import Task, build_task
 from brainfm.training.memory import MemoryTable, level_weight, parameters_of, plan
 from brainfm.training.receipt import peak_memory_bytes
+from brainfm.training.settings import TrainerSettings
 
 # backbone -> the two edges that determine a row, and one more to check it on
 EDGES = {"unet_tiny": (32, 64, 96), "unet_b": (64, 96, 128), "unet_l": (64, 96, 128), "resenc_s": (64, 96, 128),
@@ -265,7 +266,7 @@ def show() -> None:
     for backbone, edge in (("unet_b", 96), ("unet_b", 128), ("resenc_l", 128), ("resenc_l", 160), ("unet_l", 96)):
         for contrasts in (1, 4):
             for gigabytes in (8, 12, 16, 24, 80):
-                trainer = {"accelerator": "gpu", "precision": "bf16-mixed", "memory_gb": gigabytes}
+                trainer = TrainerSettings(accelerator="gpu", precision="bf16-mixed", memory_gb=gigabytes)
                 try:
                     found = plan(
                         build_backbone(backbone), "segmentation", contrasts=contrasts, classes=2,

@@ -31,7 +31,7 @@ from brainfm.specs import PreprocessSpec, Provenance, TaskSpec
 from brainfm.synthesis.phantom import write_cohort
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.segmentation import SegmentationTask
-from brainfm.training.pretrain import commit_of_code
+from brainfm.training.run import commit_of_code
 from brainfm.volume import Volume
 
 GOAL_S, GOAL_GB = 60, 3

@@ -45,7 +45,8 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import build_objective
 from brainfm.training.optim import build_optimizer
-from brainfm.training.pretrain import commit_of_code
+from brainfm.training.run import commit_of_code
+from brainfm.training.settings import TrainerSettings
 from brainfm.training.speed import quicken, settled
 
 PHASES = ("data", "to_device", "forward", "backward", "optimiser")
@@ -122,14 +123,13 @@ def ours(args: argparse.Namespace, name: str, edge: int, device: torch.device) -
     for label in ("brainfm", "plain"):
         module = copy.deepcopy(objective).to(device).train()
         accelerator = "gpu" if device.type == "cuda" else "cpu"
-        auto = {"accelerator": accelerator, "precision": "auto", "compile": args.compile, "channels_last": "auto"}
-        trainer = settled(auto)
+        trainer = settled(TrainerSettings(accelerator=accelerator, compile=args.compile))
         if label == "brainfm":
             quicken(module, trainer)
             optimizer: torch.optim.Optimizer = build_optimizer(module, lr=1e-4, weight_decay=0.01)
         else:
             optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
-        autocast = label == "brainfm" and trainer["precision"] == "bf16-mixed"
+        autocast = label == "brainfm" and trainer.precision == "bf16-mixed"
         found.append(Contestant(label, module, optimizer, loss_of(module), autocast, quick=label == "brainfm"))
     return found
 

@@ -44,8 +44,9 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import LoadedBackbone, load_backbone
 from brainfm.objectives.cross_contrast import CrossContrast
 from brainfm.objectives.objective import build_objective
-from brainfm.training.pretrain import commit_of_code, split_sessions
+from brainfm.training.pretrain import split_sessions
 from brainfm.training.probes import probe
+from brainfm.training.run import commit_of_code
 
 CONTRASTS = ("t1", "t2", "flair")
 ROWS = (

@@ -52,6 +52,7 @@ from brainfm.errors import BrainfmError, ConfigError
 from brainfm.files import write_whole
 from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note
 from brainfm.seen import overlap
+from brainfm.tasks.settings import SegmentationSettings
 from brainfm.training.segmenting import Segmenting
 
 QUESTIONS = ("hippocampus", "lesions", "tissues", "contrast", "whole_head", "one_pass")
@@ -73,11 +74,10 @@ def setting_of(name: str, args: argparse.Namespace) -> data.Setting:
 def family_of(name: str, setting: data.Setting, people: data.People, args: argparse.Namespace) -> Family:
     """A family with its store, which is made where it is not there."""
     store = data.store_of(name, setting, args.data, args.out / "data", people)
-    values = {
-        "target": setting.target, "contrasts": [setting.contrast], "values": list(setting.values), "loss": "dice_ce",
-        "deep_supervision": False, "fusion": "attention", "patch_vox": list(setting.patch_vox),
-    }  # fmt: skip
-    question = Segmenting(store, values, clean=False)
+    asked = SegmentationSettings(
+        target=setting.target, contrasts=(setting.contrast,), values=tuple(setting.values), patch_vox=setting.patch_vox
+    )
+    question = Segmenting(store, asked, clean=False)
     question.settle(setting.patch_vox)
     tests = data.tests_of(store, question.cases, people.held, setting.contrast, setting)
     trials = data.tests_of(store, question.cases, people.trial, "trial", setting)

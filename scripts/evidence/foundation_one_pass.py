@@ -22,8 +22,9 @@ from brainfm.imaging.preprocess import prepare_session
 from brainfm.nets.weights import LoadedBackbone
 from brainfm.scoring.masks import dice
 from brainfm.specs import PreprocessSpec
-from brainfm.synthesis.looks import LookSpec, draw_look
+from brainfm.synthesis.looks import draw_look
 from brainfm.synthesis.render import paint
+from brainfm.synthesis.settings import LookSpec
 from brainfm.tasks.windows import gaussian_weight, window_slices
 
 _MARGIN_VOX = 16  # around the brain

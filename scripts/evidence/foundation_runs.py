@@ -32,14 +32,15 @@ from brainfm.nets.transfer import transfer
 from brainfm.nets.weights import LoadedBackbone
 from brainfm.scoring.masks import dice
 from brainfm.seeds import stream
-from brainfm.synthesis.looks import LookSpec
 from brainfm.synthesis.render import render_views
+from brainfm.synthesis.settings import LookSpec
 from brainfm.tasks.task import Task
 from brainfm.tasks.windows import predict_windows, window_slices
-from brainfm.training.adapt import AdaptSpec, adapted_optimizer
+from brainfm.training.adapt import adapted_optimizer
 from brainfm.training.loop import LoopSpec, Run, train
 from brainfm.training.optim import Wsd
 from brainfm.training.segmenting import Segmenting
+from brainfm.training.settings import AdaptSpec
 from brainfm.training.supervised import Supervised
 
 AUGMENT = {"flip": 0.5, "affine": 0.3, "rotate_deg": 15, "scale": 0.15, "intensity": 0.3}  # configs/finetune.yaml

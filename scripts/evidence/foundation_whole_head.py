@@ -18,7 +18,6 @@ from foundation_people import Setting, drawn, people_of, prepared, sides
 from foundation_runs import Start, encoder_of
 from foundation_tables import TITLES, cell, compared
 
-from brainfm.cli import resolve
 from brainfm.data import layouts
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
@@ -30,6 +29,7 @@ from brainfm.training.candidates import CANDIDATES
 from brainfm.training.crossval import Split
 from brainfm.training.questions import Engine
 from brainfm.training.scanning import Scanning
+from brainfm.verbs.compose import resolve
 
 SHOTS: dict[str, tuple[int | None, ...]] = {"ds002748_2mm": (10, None), "ixi2mm": (10, 20, 50, None)}  # None: all
 TARGETS = {"age": "regression", "sex": "classification"}
@@ -114,9 +114,9 @@ def answer(todo: Sequence[Ask], starts: dict[str, Start], data: Path, out: Path,
     """Leaves a record of each."""
     for (dataset, target), some in _grouped(todo):
         store = store_of(dataset, data, out / "data")
-        values = resolve("finetune", [f"task={TARGETS[target]}", f"task.target={target}", "store=-", "run=-",
-                                      "backbone_from=none"])["task"]  # fmt: skip
-        question = Scanning(store, values)
+        asked = resolve("finetune", [f"task={TARGETS[target]}", f"task.target={target}", "store=-", "run=-",
+                                      "backbone_from=none"])  # fmt: skip
+        question = Scanning(store, asked.task)
         network = encoder_of(starts[some[0].start], 0)
         question.settle(question.patch(network, MOST_VOXELS))
         for ask in some:

@@ -44,8 +44,9 @@ from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.weights import load_backbone
 from brainfm.objectives.objective import build_objective
 from brainfm.scoring.intervals import bootstrap, mean_score
-from brainfm.training.pretrain import commit_of_code, split_sessions
+from brainfm.training.pretrain import split_sessions
 from brainfm.training.probes import ages_of, probe, sexes_of
+from brainfm.training.run import commit_of_code
 
 HELD = 0.34
 BOX_MM = (160, 192, 160)
@@ -397,9 +398,9 @@ def main() -> None:
 
 
 def _widths(backbone: str) -> dict[str, Any]:
-    from brainfm.cli import resolve
+    from brainfm.verbs.compose import resolve
 
-    config = resolve("pretrain", ["store=x", "run=x", f"backbone={backbone}"])["backbone"]
+    config = resolve("pretrain", ["store=x", "run=x", f"backbone={backbone}"]).backbone
     return {k: v for k, v in config.items() if k != "name"}
 
 

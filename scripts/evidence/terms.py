@@ -32,25 +32,28 @@ import torch
 from torch import Tensor, nn
 
 from brainfm.batch import Batch
-from brainfm.cli import resolve
-from brainfm.data.augment import apply, augment_spec, draw, look_spec, render
+from brainfm.data.augment import apply, augment_spec, draw, render
 from brainfm.data.patches import collate
 from brainfm.data.regions import MERGED, REGIONS, TARGETS, merged_members
+from brainfm.data.settings import WindowSpec
 from brainfm.data.store import SessionEntry, Store
-from brainfm.data.targets import Targets, TargetSpec, find_targets
-from brainfm.data.windows import WindowPatches, WindowSpec
+from brainfm.data.targets import Targets, find_targets
+from brainfm.data.windows import WindowPatches
 from brainfm.errors import BrainfmError, ConfigError, StoreError, WeightsError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import LoadedBackbone, load_backbone
 from brainfm.objectives.dense_split import DenseSplit, overlap
-from brainfm.objectives.objective import build_objective
+from brainfm.objectives.objective import build_objective, make_objective
+from brainfm.objectives.settings import DenseSplitSettings
 from brainfm.scoring.answers import auroc
 from brainfm.scoring.intervals import bootstrap, mean_score
-from brainfm.synthesis.looks import LookSpec
+from brainfm.synthesis.settings import LookSpec
 from brainfm.training.optim import build_optimizer, lr_factor
 from brainfm.training.pretrain import sides_of
 from brainfm.training.region_dice import RegionDice
+from brainfm.training.settings import PretrainSettings
+from brainfm.verbs.compose import resolve
 
 TERMS: dict[str, tuple[str, ...]] = {
     "a": ("regions",), "b": ("match",), "c": ("self", "cross"), "d": ("lesion",), "e": ("volumes",),
@@ -79,13 +82,13 @@ class World:
     """A store with what is known of it, and how windows are shown.
 
     Attributes:
-        config: of `experiment=dense_split_s`.
+        settings: of `experiment=dense_split_s`.
         trained, held: the sides.
     """
 
     store: Store
     targets: Targets
-    config: Mapping[str, Any]
+    settings: PretrainSettings
     trained: list[SessionEntry]
     held: list[SessionEntry]
 
@@ -96,28 +99,31 @@ class World:
         shapes = asked.store.parent / "lesion_shapes"
         if shapes.is_dir():
             words.append(f"data.targets.lesion_shapes={shapes.resolve()}")
-        config, store = resolve("pretrain", words), Store.open(asked.store)
-        trained, held = sides_of(store, config["data"] | {"side_column": asked.side_column})
-        spec = TargetSpec(**(dict(config["data"]["targets"]) | {"level": "regions"}))
+        settings, store = resolve("pretrain", words), Store.open(asked.store)
+        trained, held = sides_of(store, dataclasses.replace(settings.data, side_column=asked.side_column))
+        spec = dataclasses.replace(settings.data.targets, level="regions")
         targets = find_targets(store, spec, {session.subject_key for session in trained})
         for name, side in (("train", trained), ("held", held)):
             if not any(s.key in targets.maps for s in side):
                 raise StoreError(f"{asked.store}: no label map on the side {name}, expected some on both sides")
-        return cls(store, targets, config, trained, held)
+        return cls(store, targets, settings, trained, held)
 
     @property
     def looks(self) -> LookSpec:
-        return look_spec(self.config["data"]["looks"])
+        return self.settings.data.looks
 
     def objective(self, widths: Sequence[int], edge: int, term: str | None, seed: int) -> DenseSplit:
         """A fresh network that learns one term alone, or all; equal weights for equal seeds."""
-        question = dict(self.config["objective"])
-        question |= {"classes": list(REGIONS), "merged": merged_members(), "volumes": len(self.targets.regions)}
+        asked = self.settings.objective
+        assert isinstance(asked, DenseSplitSettings)
+        merged = tuple(map(tuple, merged_members()))
+        asked = dataclasses.replace(asked, classes=tuple(REGIONS), merged=merged, volumes=len(self.targets.regions))
         if term is not None:
-            question |= {f"{name}_weight": float(name in TERMS[term]) for name in WEIGHTS}
+            weights: dict[str, Any] = {f"{name}_weight": float(name in TERMS[term]) for name in WEIGHTS}
+            asked = dataclasses.replace(asked, **weights)
         torch.manual_seed(seed)
         backbone = build_backbone("unet", widths=list(widths))
-        objective = build_objective(**question, backbone=backbone, patch_vox=(edge,) * 3, seed=seed)
+        objective = make_objective(asked, backbone, patch_vox=(edge, edge, edge), seed=seed)
         assert isinstance(objective, DenseSplit)
         return objective
 
@@ -134,7 +140,7 @@ class World:
         for start in range(0, len(numbers), size):
             batch = collate([windows[n] for n in numbers[start : start + size]]).to("cpu")
             batch = render(batch, self.looks, windows.views.patch_vox, windows.seed)
-            artefacts = augment_spec(self.config["data"]["augment"]) if train else None
+            artefacts = augment_spec(self.settings.data.augment) if train else None
             if artefacts is not None:
                 still = dataclasses.replace(artefacts, flip=0.0, affine=0.0, elastic=0.0)
                 batch = apply(batch, draw(batch, still, windows.seed))

@@ -31,22 +31,26 @@ from scipy import ndimage
 
 from brainfm import seeds
 from brainfm.batch import Batch
-from brainfm.cli import resolve
-from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, look_spec, render
+from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, render
 from brainfm.data.patches import collate
 from brainfm.data.regions import REGIONS, RENDERED_FAMILIES, merged_members
+from brainfm.data.settings import TargetSpec, WindowSpec
 from brainfm.data.store import SessionEntry, Store
-from brainfm.data.targets import Targets, TargetSpec, find_targets
-from brainfm.data.windows import WindowPatches, WindowSpec
+from brainfm.data.targets import Targets, find_targets
+from brainfm.data.windows import WindowPatches
 from brainfm.errors import BrainfmError, StoreError
 from brainfm.nets.backbone import build_backbone
-from brainfm.objectives.objective import build_objective
+from brainfm.objectives.objective import make_objective
+from brainfm.objectives.settings import DenseSplitSettings
 from brainfm.scoring.answers import auroc
 from brainfm.scoring.folds import holdout
 from brainfm.scoring.intervals import bootstrap
 from brainfm.specs import ViewSpec
-from brainfm.synthesis.looks import LookSpec, draw_look
+from brainfm.synthesis.looks import draw_look
+from brainfm.synthesis.settings import LookSpec
 from brainfm.training.optim import build_optimizer
+from brainfm.training.settings import PretrainSettings
+from brainfm.verbs.compose import resolve
 
 EDGE = 40  # voxels of a classifier's window
 FOLDS = 5
@@ -62,14 +66,14 @@ class Shown:
 
     def __init__(
         self, store: Store, targets: Targets, sessions: Sequence[SessionEntry], spec: WindowSpec, edge: int,
-        config: Mapping[str, Any], seed: int, artefacts: bool = True,
+        settings: PretrainSettings, seed: int, artefacts: bool = True,
     ) -> None:  # fmt: skip
         self.views, self.seed = ViewSpec((edge,) * 3, pairs=True, windows=True), seed
         self.patches = WindowPatches(
             store, sessions, self.views, seed, spec, 1, targets=dataclasses.replace(targets, synthesise=0.0)
         )
-        self.looks: LookSpec = look_spec(config["data"]["looks"])
-        spec_of = augment_spec(config["data"]["augment"]) if artefacts else None
+        self.looks: LookSpec = settings.data.looks
+        spec_of = augment_spec(settings.data.augment) if artefacts else None
         self.artefacts: AugmentSpec | None = spec_of and dataclasses.replace(spec_of, flip=0, affine=0, elastic=0)
 
     def batch(self, number: int) -> Batch:
@@ -91,7 +95,7 @@ def with_contrast(sessions: Sequence[SessionEntry], contrast: str) -> list[Sessi
     return found
 
 
-def sheet(asked: argparse.Namespace, store: Store, targets: Targets, config: Mapping[str, Any]) -> list[str]:
+def sheet(asked: argparse.Namespace, store: Store, targets: Targets, settings: PretrainSettings) -> list[str]:
     """Draws the sheet; returns what its pictures show."""
     held = [s for s in store.sessions if s.columns.get("side") == "held"] or list(store.sessions)
     still = WindowSpec(
@@ -101,13 +105,13 @@ def sheet(asked: argparse.Namespace, store: Store, targets: Targets, config: Map
     pictures: list[tuple[str, np.ndarray]] = []
     for contrast in ("t1", "t2", "flair"):
         own = with_contrast(held, contrast) or with_contrast(store.sessions, contrast)
-        shown = Shown(store, targets, own, still, SHEET_VOX, config, asked.seed) if own else None
+        shown = Shown(store, targets, own, still, SHEET_VOX, settings, asked.seed) if own else None
         for number in range(4 if shown else 0):
             assert shown is not None
             session = shown.patches.plan(number).session
             pictures.append((f"real {contrast}: {session.dataset}", _middle(shown.batch(number).image, number)))
     mapped = [s for s in held if s.key in targets.maps]
-    drawn = Shown(store, targets, mapped, dataclasses.replace(still, rendered=1.0), SHEET_VOX, config, asked.seed + 1)
+    drawn = Shown(store, targets, mapped, dataclasses.replace(still, rendered=1.0), SHEET_VOX, settings, asked.seed + 1)
     made = []
     for number in range(12):
         session = drawn.patches.plan(number).session
@@ -267,7 +271,7 @@ def compare(real: Shown, made: Shown, asked: argparse.Namespace, kind: str | Non
 
 
 def real_or_rendered(
-    asked: argparse.Namespace, store: Store, targets: Targets, config: Mapping[str, Any]
+    asked: argparse.Namespace, store: Store, targets: Targets, settings: PretrainSettings
 ) -> dict[str, dict[str, Any]]:
     """All renderings against all real scans, and T1-like ones against the T1s of the same heads; see the module."""
     spec = WindowSpec(
@@ -285,7 +289,7 @@ def real_or_rendered(
         def shown(
             sessions: Sequence[SessionEntry], how: WindowSpec, seed: int, artefacts: bool = state == "as trained"
         ) -> Shown:
-            return Shown(store, targets, sessions, how, EDGE, config, seed, artefacts)
+            return Shown(store, targets, sessions, how, EDGE, settings, seed, artefacts)
 
         found[state] = {}
         if not asked.quick:
@@ -305,19 +309,20 @@ def _has_scan(session: SessionEntry) -> bool:
 
 
 def costs(
-    steps: int, store: Store, targets: Targets, config: Mapping[str, Any], trained: Sequence[SessionEntry]
+    steps: int, store: Store, targets: Targets, settings: PretrainSettings, trained: Sequence[SessionEntry]
 ) -> dict[str, float]:
     """Processor seconds of the parts of a training step, and which share of it is rendering."""
-    data, question = config["data"], dict(config["objective"])
-    question |= {"classes": list(REGIONS), "merged": merged_members(), "volumes": len(targets.regions)}
-    patch_x, patch_y, patch_z = data["patch_vox"]
-    objective = build_objective(
-        **question, backbone=build_backbone(**config["backbone"]), patch_vox=(patch_x, patch_y, patch_z), seed=0
+    data = settings.data
+    assert isinstance(settings.objective, DenseSplitSettings)
+    merged = tuple(map(tuple, merged_members()))
+    asked = dataclasses.replace(
+        settings.objective, classes=tuple(REGIONS), merged=merged, volumes=len(targets.regions)
     )
+    objective = make_objective(asked, build_backbone(**settings.backbone), patch_vox=data.patch_vox, seed=0)
     optimizer = build_optimizer(objective, lr=1e-6, weight_decay=0.0)
-    spec = WindowSpec(**data["windows"], rendered=float(data["rendered"]))
+    spec = dataclasses.replace(data.windows, rendered=data.rendered)
     patches = WindowPatches(store, trained, objective.views, 0, spec, 1, targets, from_step=spec.settle_steps)
-    looks, artefacts = look_spec(data["looks"]), augment_spec(data["augment"])
+    looks, artefacts = data.looks, augment_spec(data.augment)
     assert artefacts is not None
     artefacts = dataclasses.replace(artefacts, flip=0.0, affine=0.0, elastic=0.0)
     spent = dict.fromkeys(("reading", "rendering", "augmenting", "learning"), 0.0)
@@ -380,15 +385,15 @@ def main() -> int:
     asked.out.mkdir(parents=True, exist_ok=True)
     try:
         words = ["experiment=dense_split_s", f"store={asked.store}", "run=none", *asked.keys]
-        config = resolve("pretrain", words)
+        settings = resolve("pretrain", words)
         store = Store.open(asked.store)
         targets = find_targets(store, TargetSpec(level="regions"), {s.subject_key for s in store.sessions})
         if not targets.maps:
             raise StoreError(f"{asked.store}: no label map, so nothing can be rendered; expected a *_labels column")
-        report: dict[str, Any] = {"keys": asked.keys, "auroc": real_or_rendered(asked, store, targets, config)}
+        report: dict[str, Any] = {"keys": asked.keys, "auroc": real_or_rendered(asked, store, targets, settings)}
         if not asked.quick:
-            report["shown"] = sheet(asked, store, targets, config)
-            report["cost"] = costs(asked.steps, store, targets, config, _trained(store))
+            report["shown"] = sheet(asked, store, targets, settings)
+            report["cost"] = costs(asked.steps, store, targets, settings, _trained(store))
     except BrainfmError as error:
         print(error, file=sys.stderr)
         return 2

@@ -11,8 +11,9 @@ import pytest
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.patches import PretrainPatches, collate
 from brainfm.data.prepare import prepare
+from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Store
-from brainfm.data.targets import TargetSpec, find_targets, ill, interval_years
+from brainfm.data.targets import find_targets, ill, interval_years
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.specs import PreprocessSpec, ViewSpec
 from tests import phantoms
@@ -226,10 +227,11 @@ def test_refusals(store: Store, tmp_path: Path) -> None:
     for spec, words in (
         ({"level": "lobes"}, "expected groups, tissues, regions or null"),
         ({"synthesise": 2.0}, "a share from 0 to 1"),
-        ({"labels": {"tissue_labels": "aal"}}, "scheme 'aal' is not known"),
     ):
         with pytest.raises(ConfigError, match=words):
             TargetSpec(**spec)
+    with pytest.raises(ConfigError, match="scheme 'aal' is not known"):
+        find(store, labels={"tissue_labels": "aal"})
     with pytest.raises(ConfigError, match=r"data.targets.level=groups: .* tells tissues only"):
         find(store, level="groups")
     strangers = tmp_path / "volumes.csv"

@@ -21,8 +21,9 @@ from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.regions import REGIONS
 from brainfm.data.schemes import guess_scheme
+from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Store
-from brainfm.data.targets import TargetSpec, find_targets
+from brainfm.data.targets import find_targets
 from brainfm.data.volumes import read_volumes
 from brainfm.errors import BrainfmWarning, ConfigError, FileError, ScanError, WeightsError
 from brainfm.imaging.preprocess import prepare_session
@@ -425,7 +426,7 @@ def test_the_command(known: Path, manifest: Manifest, tmp_path: Path, capsys: py
     given = [f"manifest={manifest.path}", f"out={tmp_path / 'out'}"]
     network = [f"backbone={known}", f"spacing_mm={SPACING_MM}", "device=cpu"]
     for words, said in (
-        ([*given, "method=magic"], "method=magic: expected network or atlas"),
+        ([*given, "method=magic"], "method=magic: expected network, atlas or null"),
         ([*given, "method=network"], "method=network needs backbone=FILE"),
         ([*given, *network, "method=atlas"], "method=atlas takes a manifest and no network, found backbone="),
         ([*given, "fuse=true"], "found fuse="),

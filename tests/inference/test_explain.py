@@ -412,13 +412,13 @@ def test_the_verb(bundle, tmp_path, capsys):
     assert (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")
     for words, sentence in (
         (["class=maybe"], "class=maybe: the bundle of lesion has no such class, expected one of no or yes"),
-        (["method=lime"], "method=lime: expected one of hirescam, gradcam or occlusion"),
+        (["method=lime"], "method=lime: expected hirescam, gradcam or occlusion"),
         (
             ["layer=encoder.9"],
             "layer=encoder.9: the network has no such layer, expected one of encoder, encoder.0 or encoder.1",
         ),
         (["method=occlusion", "layer=encoder.1"], "layer=encoder.1: occlusion looks at no layer, expected none"),
-        (["cube_mm=0"], "cube_mm=0.0, step_mm=None: expected an edge above 0"),
+        (["cube_mm=0"], "cube_mm=0, step_mm=None: expected an edge above 0"),
         (["grid=swi"], "no input swi to answer on, expected one of the inputs t1, flair"),
     ):
         assert main(["explain", *given, f"out={tmp_path / 'no.nii.gz'}", *words]) == 2

@@ -278,10 +278,10 @@ def test_pictures_show_the_regions(kind):
         ({"parts": {"anatomy": 0.5, "rest": 0.5}}, "needs 'anatomy' and 'pathology'"),
         ({"groups": 1}, "two groups"),
         ({"anatomy_weight": -1.0}, "objective.anatomy_weight=-1.0"),
-        ({"loss": "l1"}, "expected one of mse"),
+        ({"loss": "l1"}, "expected mse or"),
         ({"beta": 0.0}, "beta"),
-        ({"region_decoder": "unet"}, "region_decoder='unet': expected one of skip, light"),
-        ({"regions_on": "hidden"}, "regions_on='hidden': expected one of visible, all"),
+        ({"region_decoder": "unet"}, "region_decoder=unet: expected skip or light"),
+        ({"regions_on": "hidden"}, "regions_on=hidden: expected visible or all"),
         ({"mask_unit_vox": 5}, "divisor"),
     ],
 )

@@ -23,7 +23,7 @@ from brainfm.training.loop import CHECKPOINT, read_checkpoint
 STEPS, EVERY, SUBJECTS = 10, 4, 6
 # Children of one clean server that has imported everything: a rank costs no interpreter start.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["brainfm.training.launch", "brainfm.training.pretrain", "brainfm.cli", __name__])
+_context.set_forkserver_preload(["brainfm.training.processes", "brainfm.training.pretrain", "brainfm.cli", __name__])
 
 
 def words(store: Path, folder: Path, *more: str) -> list[str]:

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brainfm.cli import main, resolve
+from brainfm.cli import main
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.scan_cases import ScanCase, views_of
@@ -34,6 +34,7 @@ from brainfm.tasks.scan_level import ScanTask
 from brainfm.training.finetune import MEMBER, SHIPPED, _begin, _fresh, finetune
 from brainfm.training.questions import CHOICE
 from brainfm.training.scanning import Scanning
+from brainfm.verbs.compose import resolve
 
 COUNT = 24
 
@@ -359,11 +360,11 @@ def test_a_fold_of_another_configuration_is_refused(
 
 def test_no_scale_is_drawn_where_size_is_an_answer(store: Store, tmp_path: Path) -> None:
     plain = [w for w in words(store, tmp_path, "regression", "age") if not w.startswith("data.augment")]
-    assert resolve("finetune", plain)["data"]["augment"]["scale"] == 0
+    assert resolve("finetune", plain).data.augment["scale"] == 0
     asked = resolve("finetune", [*plain, "data.augment.scale=0.1"])
-    assert asked["data"]["augment"]["scale"] == 0.1
+    assert asked.data.augment["scale"] == 0.1
     lesion = ["task=segmentation", "task.target=x", "store=s", "run=r", "backbone_from=none"]
-    assert resolve("finetune", lesion)["data"]["augment"]["scale"] == 0.15
+    assert resolve("finetune", lesion).data.augment["scale"] == 0.15
 
 
 def test_from_enough_subjects_on_the_network_is_tuned(store: Store, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainfm.cli import main, resolve
+from brainfm.cli import main
 from brainfm.curves import read_curves
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.store import Store
@@ -25,6 +25,8 @@ from brainfm.objectives.objective import build_objective
 from brainfm.specs import Provenance
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.pretrain import pretrain, split_sessions, write_backbone
+from brainfm.training.settings import PretrainSettings
+from brainfm.verbs.compose import resolve
 
 STEPS = 24
 
@@ -40,7 +42,7 @@ def words(store: Store, run: Path, *more: str) -> list[str]:
     return [f"{key}={value}" for key, value in given.items()]
 
 
-def config(store: Store, run: Path, *more: str) -> dict:
+def config(store: Store, run: Path, *more: str) -> PretrainSettings:
     return resolve("pretrain", words(store, run, *more))
 
 
@@ -238,7 +240,7 @@ sys.exit(main(sys.argv[1:]))
 
 def test_error_in_a_step_does_not_wait_for_the_loaders_workers(toy_store: Store, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom brainfm.cli import resolve\nfrom brainfm.training import loop\n"
+        "import sys\nfrom brainfm.verbs.compose import resolve\nfrom brainfm.training import loop\n"
         "from brainfm.training.pretrain import pretrain\n"
         "def broken(*_): raise RuntimeError('broken on purpose')\n"
         "loop._clip = broken\n"
