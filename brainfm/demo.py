@@ -26,8 +26,8 @@ from brainfm.imaging.geometry import resample
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.inference import report
 from brainfm.inference.predict import LISTING
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import load_backbone
 from brainfm.objectives.objective import build_objective
 from brainfm.specs import TrainingError
 from brainfm.synthesis.phantom import write_cohort

@@ -48,7 +48,7 @@ from evidence_tables import tables
 from lightning.fabric import Fabric
 
 from brainfm.data.patches import find_cases
-from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note, write_atomically
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, spacing_note, write_atomically
 from brainfm.seen import overlap
 from brainfm.specs import BrainfmError, ConfigError
 from brainfm.training.segmenting import Segmenting

@@ -17,7 +17,7 @@ from brainfm import seeds
 from brainfm.data.regions import REGIONS, RENDERED_FAMILIES, TARGETS, renders_of, targets_of
 from brainfm.imaging import nifti
 from brainfm.imaging.preprocess import prepare_session
-from brainfm.nets.weights import LoadedBackbone, write_atomically
+from brainfm.nets.backbone_file import LoadedBackbone, write_atomically
 from brainfm.specs import PreprocessSpec, ScanError
 from brainfm.synthesis.looks import LookSpec, draw_look
 from brainfm.synthesis.render import paint

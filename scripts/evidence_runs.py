@@ -26,8 +26,8 @@ from brainfm.data.patches import Case, Sample, TaskPatches
 from brainfm.data.regions import RENDERED, RENDERED_FAMILIES, outside_by_intensity, renders_of
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, write_atomically
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, write_atomically
 from brainfm.seeds import stream
 from brainfm.specs import ConfigError, TrainingError
 from brainfm.synthesis.looks import LookSpec

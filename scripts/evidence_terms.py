@@ -40,7 +40,7 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
 from brainfm.data.windows import WindowPatches, WindowSpec
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import LoadedBackbone, load_backbone, write_atomically
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, write_atomically
 from brainfm.objectives.dense_split import DenseSplit, overlap
 from brainfm.objectives.objective import build_objective
 from brainfm.specs import BrainfmError, ConfigError, StoreError, WeightsError

@@ -21,7 +21,7 @@ from evidence_tables import TITLES, cell, compared
 from brainfm.cli import resolve
 from brainfm.data import layouts
 from brainfm.data.store import Store
-from brainfm.nets.weights import write_atomically
+from brainfm.nets.backbone_file import write_atomically
 from brainfm.specs import ConfigError
 from brainfm.tasks.scores import auroc
 from brainfm.tasks.statistics import crossed_bootstrap

@@ -43,8 +43,8 @@ from brainfm.data.regions import REGIONS, merged_members
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.windows import WindowPatches, WindowSpec
 from brainfm.nets.backbone import build_backbone
+from brainfm.nets.backbone_file import load_backbone, save_backbone, write_atomically
 from brainfm.nets.transfer import listed, misfits
-from brainfm.nets.weights import load_backbone, save_backbone, write_atomically
 from brainfm.objectives.dense_split import DenseSplit
 from brainfm.objectives.objective import build_objective
 from brainfm.seeds import unit_hash

@@ -19,8 +19,8 @@ from brainfm.cli import resolve
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import LoadedBackbone, load_backbone, save_backbone
 from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance
 from brainfm.tasks.statistics import crossed_bootstrap
 from brainfm.training.scanning import Scanning

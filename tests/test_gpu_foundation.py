@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from brainfm.data.store import Store
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.specs import WeightsError
 
 ROOT = Path(__file__).parents[1]

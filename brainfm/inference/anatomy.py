@@ -34,9 +34,9 @@ from brainfm.data.regions import REGIONS
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
 from brainfm.inference.engine import PathLike, check_folder, settle_device, settle_precision, write_table
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import keep_freed_memory
 from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import LoadedBackbone, load_backbone
 from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, ScanError, WeightsError
 from brainfm.tasks.postprocess import largest_component
 from brainfm.tasks.windows import predict_windows

@@ -30,9 +30,9 @@ from brainfm.data.store import Store
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.inference.engine import check_folder, settle_device
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, spacing_note, write_atomically
 from brainfm.nets.latents import Latents
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note, write_atomically
 from brainfm.specs import ConfigError, PreprocessSpec, ScanError
 
 WHOLE = "backbone"  # the part that is the backbone's deepest map

@@ -24,7 +24,7 @@ from brainfm.data.answers import Unusable, cell, read_answer, who
 from brainfm.data.store import SessionEntry, Store
 from brainfm.inference.embed import WHOLE, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
 from brainfm.inference.engine import check_folder, write_table, write_text
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.seen import overlap
 from brainfm.specs import ConfigError, ManifestError, TaskSpec
 from brainfm.tasks import linear

@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 
 from brainfm.data.splits import stratified_folds
-from brainfm.nets.weights import write_atomically
+from brainfm.nets.backbone_file import write_atomically
 from brainfm.specs import ConfigError
 from brainfm.training.crossval import Split
 from brainfm.training.loop import State

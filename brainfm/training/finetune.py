@@ -23,9 +23,9 @@ from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, write_atomically
 from brainfm.nets.recompute import set_checkpointing
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, load_backbone, write_atomically
 from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.task import Task

@@ -25,9 +25,9 @@ from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.data.targets import Targets
 from brainfm.data.windows import PLACEHOLDER
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.backbone_file import write_atomically
 from brainfm.nets.decoders import Pointwise, SkipDecoder
 from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import write_atomically
 from brainfm.objectives.objective import Objective
 
 Maps = Callable[[Tensor], dict[str, Tensor]]  # [1, 1, X, Y, Z] -> name -> [1, E, X/s, Y/s, Z/s]

@@ -13,7 +13,8 @@ import torch
 from brainfm.data.region_volumes import RegionVolumes
 from brainfm.data.scan_cases import views_of
 from brainfm.data.store import Store
-from brainfm.nets.weights import fingerprint, write_atomically
+from brainfm.nets.backbone_file import write_atomically
+from brainfm.nets.transfer import fingerprint
 from brainfm.tasks.reads import PARTS
 from brainfm.tasks.scan_level import ScanTask
 from brainfm.training.candidates import Chosen, Side, Tuned, choose, inner_folds

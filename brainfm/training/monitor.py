@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Self
 import torch
 from torch import Tensor
 
-from brainfm.nets.weights import write_atomically
+from brainfm.nets.backbone_file import write_atomically
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

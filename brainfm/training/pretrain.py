@@ -26,7 +26,7 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
 from brainfm.data.windows import WindowPatches, WindowSpec
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import save_backbone, write_atomically
+from brainfm.nets.backbone_file import save_backbone, write_atomically
 from brainfm.objectives.objective import Objective, build_objective
 from brainfm.seen import SeenSubjects
 from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance, ViewSpec

@@ -21,7 +21,7 @@ from brainfm import seeds
 from brainfm.data.splits import folds
 from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.weights import write_atomically
+from brainfm.nets.backbone_file import write_atomically
 from brainfm.specs import ConfigError
 from brainfm.tasks import linear
 from brainfm.training import level_probes

@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from brainfm.nets.weights import write_atomically
+from brainfm.nets.backbone_file import write_atomically
 from brainfm.tasks.metrics import Interval
 from brainfm.training import transferred
 from brainfm.training.crossval import Split

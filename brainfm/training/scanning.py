@@ -18,8 +18,8 @@ from brainfm.data.scan_cases import ScanViews, choose_view_mm, find_scan_cases, 
 from brainfm.data.splits import strata_of
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.backbone_file import LoadedBackbone
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone
 from brainfm.specs import ConfigError, Decisions
 from brainfm.tasks import calibration, scores
 from brainfm.tasks.reads import Reads

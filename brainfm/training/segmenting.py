@@ -18,9 +18,9 @@ from brainfm.data.patches import Case, TaskPatches, class_shares, collate, find_
 from brainfm.data.store import Store
 from brainfm.data.targets import LESION_NAME
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.backbone_file import LoadedBackbone, write_atomically
 from brainfm.nets.dense import DenseHead
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, write_atomically
 from brainfm.seeds import stream
 from brainfm.specs import ConfigError, Decisions, ManifestError, TaskSpec
 from brainfm.tasks import postprocess

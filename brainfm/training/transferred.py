@@ -8,8 +8,8 @@ from pathlib import Path
 from typing import Any
 
 from brainfm.data.store import Store
+from brainfm.nets.backbone_file import LoadedBackbone, spacing_note, write_atomically
 from brainfm.nets.transfer import TransferReport
-from brainfm.nets.weights import LoadedBackbone, spacing_note, write_atomically
 from brainfm.seen import Overlap, overlap
 from brainfm.specs import TaskSpec
 from brainfm.tasks.task import Task

@@ -17,8 +17,8 @@ from brainfm.data.store import Store
 from brainfm.inference import embed as module
 from brainfm.inference.embed import Embedding, Encoder, Extent, embed, pool, read, write
 from brainfm.nets.backbone import build_backbone
+from brainfm.nets.backbone_file import save_backbone
 from brainfm.nets.latents import Latents
-from brainfm.nets.weights import save_backbone
 from brainfm.specs import ConfigError, PreprocessSpec, Provenance, ScanError, WeightsError
 
 PARTS = {"anatomy": 0.7, "looks": 0.3}

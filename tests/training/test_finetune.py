@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from brainfm.cli import main, resolve
 from brainfm.data.patches import find_cases
 from brainfm.data.store import Store
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import read_bundle
 from brainfm.training.crossval import SplitSpec, split_cases

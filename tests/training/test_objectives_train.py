@@ -10,7 +10,7 @@ import torch
 
 from brainfm.cli import main, resolve
 from brainfm.data.store import Store
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.monitor import read_curves
 from brainfm.training.pretrain import pretrain

@@ -15,7 +15,7 @@ from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.objectives.objective import Objective, build_objective
 from brainfm.specs import ConfigError
 from brainfm.training.average import WeightAverage
