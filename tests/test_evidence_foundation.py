@@ -20,7 +20,7 @@ from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance
 from brainfm.tasks.statistics import crossed_bootstrap
 from brainfm.training.scanning import Scanning

@@ -36,7 +36,7 @@ from brainfm.inference.engine import PathLike, check_folder, settle_device, sett
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import keep_freed_memory
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, ScanError, WeightsError
 from brainfm.tasks.postprocess import largest_component
 from brainfm.tasks.windows import predict_windows

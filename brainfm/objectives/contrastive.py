@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import LightDecoder
+from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Latents
 from brainfm.objectives.losses import mean_of_valid, mean_over_processes, reconstruction
 from brainfm.objectives.masking import draw_mask, hidden_blocks
@@ -149,7 +149,7 @@ class MAEContrastive(Objective):
         self.latents = Latents(backbone.widths, parts, latent_channels)
         self.part = next(iter(parts))
         self.decoder = (
-            LightDecoder(latent_channels, backbone.widths, backbone.strides) if reconstruction_weight else None
+            decoder_for(backbone, 1, latent_channels=latent_channels) if reconstruction_weight else None
         )
         self.projector = Projector(self.latents.sizes[self.part], hidden_channels, projected_channels)
         self.register_buffer("queue_codes", torch.zeros(queue, projected_channels))

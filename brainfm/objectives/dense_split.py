@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from brainfm import seeds
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import Pointwise
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead, Pointwise, decoder_for
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import Objective
 from brainfm.specs import ConfigError, ViewSpec
@@ -169,7 +168,7 @@ class DenseSplit(Objective):
         self.stride = stride
         self.mask = (mask_unit_vox, mask_ratio, mask_share)
         self.merged = [list(of) for of in merged or ()]
-        self.dense = DenseDecoder(backbone.widths, backbone.strides, parts)
+        self.dense = decoder_for(backbone, parts)
         heads: dict[str, nn.Module] = {"lesion": DenseHead("pathology", parts["pathology"], ("lesion",))}
         if classes:
             heads["regions"] = DenseHead("anatomy", parts["anatomy"], tuple(classes))

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import LightDecoder
+from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Latents
 from brainfm.objectives.losses import RECONSTRUCTIONS, mean_of_valid, reconstruction
 from brainfm.objectives.masking import draw_mask, hidden_blocks
@@ -64,7 +64,7 @@ class MAE(Objective):
         self.mask_unit_vox, self.mask_ratio = mask_unit_vox, mask_ratio
         self.loss, self.beta = loss, beta
         self.latents = Latents(backbone.widths, {"all": 1.0}, latent_channels)
-        self.decoder = LightDecoder(latent_channels, backbone.widths, backbone.strides)
+        self.decoder = decoder_for(backbone, 1, latent_channels=latent_channels)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
         """Batch.image [B, 1, X, Y, Z]; ``progress`` changes nothing here. Parts: ``hidden``."""

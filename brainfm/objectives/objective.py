@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.dense import DenseDecoder
+from brainfm.nets.decoders import DenseDecoder
 from brainfm.nets.latents import Latents
 from brainfm.specs import ConfigError, ViewSpec
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead, decoder_for
 from brainfm.nets.heads import Fusion, GatedAttention, LinearHead, Standardise, fused_features
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.linear import linear_head
@@ -127,13 +127,13 @@ class ScanTask(Task):
             return 0
         if reads.decoder is None:
             return 1
-        self.dense = DenseDecoder(self.backbone.widths, self.backbone.strides, reads.decoder["parts"])
+        self.dense = decoder_for(self.backbone, reads.decoder["parts"])
         self.dense.requires_grad_(False)
         self.reads_of_file = {"decoder.": "dense.", "heads.regions.": "regions."}
         if reads.regions is not None:
             self.regions = DenseHead(**reads.regions).requires_grad_(False)
             self.region_head = LinearHead(len(reads.region_names), outputs).requires_grad_(False)
-        return 1 + dense_width(reads, self.backbone)
+        return 1 + dense_width(reads, self.dense)
 
     def forward(self, image: Tensor, present: Tensor, volumes: Tensor | None = None) -> ScanOutput:
         """Without gradients the views pass one by one, so that a head of many windows takes the memory of one.
@@ -177,7 +177,7 @@ class ScanTask(Task):
     def region_columns(self) -> slice:
         """Where the numbers about the volumes of regions lie in what `pooled` gives."""
         assert self.reads is not None
-        first = self.norm.mean.numel() - dense_width(self.reads, self.backbone)
+        first = self.norm.mean.numel() - dense_width(self.reads, self.dense)
         return slice(first, first + len(self.reads.region_names))
 
     def pooled(self, image: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:

@@ -11,8 +11,7 @@ from torch.nn.functional import cross_entropy
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import Pointwise, SkipDecoder, chained
-from brainfm.nets.dense import DenseHead
+from brainfm.nets.decoders import DenseHead, Pointwise, chained, decoder_for
 from brainfm.nets.heads import Fusion, fused_features
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.segmentation_losses import SegmentationLoss, deep_loss, segmentation_loss
@@ -85,12 +84,12 @@ class SegmentationTask(Task):
         self.backbone = backbone
         self.loss_spec = loss
         self.fusion = Fusion(backbone.widths, spec.fusion)
-        self.decoder = SkipDecoder(backbone.widths, backbone.strides, dense_channels or spec.classes)
+        self.decoder = decoder_for(backbone, dense_channels or spec.classes)
         self.head = Pointwise(dense_channels, spec.classes) if dense_channels else None
         self.began = "fresh"
         self.auxiliary = nn.ModuleList()  # last, so that the weights before it are drawn alike with and without
         if deep_supervision or loss.deep_supervision:
-            self.auxiliary.extend(Pointwise(width, spec.classes) for width in backbone.widths[1:-1])
+            self.auxiliary.extend(Pointwise(width, spec.classes) for width in self.decoder.widths[1:])
         for head in self.heads():
             _answer(head, self.prior)
         self.register_buffer("_values", torch.tensor(spec.values, dtype=torch.uint8), persistent=False)

@@ -26,8 +26,7 @@ from brainfm.data.targets import Targets
 from brainfm.data.windows import PLACEHOLDER
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import write_atomically
-from brainfm.nets.decoders import Pointwise, SkipDecoder
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead, Pointwise, SkipDecoder, decoder_for
 from brainfm.objectives.objective import Objective
 
 Maps = Callable[[Tensor], dict[str, Tensor]]  # [1, 1, X, Y, Z] -> name -> [1, E, X/s, Y/s, Z/s]
@@ -166,7 +165,7 @@ def fresh_networks(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_backbone(**backbone.config)
-        decoder = None if dense is None else DenseDecoder(backbone.widths, backbone.strides, **dense.config)
+        decoder = None if dense is None else decoder_for(backbone, dense.parts)
     return encoder.to(device).eval(), None if decoder is None else decoder.to(device).eval()
 
 
@@ -349,7 +348,7 @@ class _Segmenter(nn.Module):
 
     def __init__(self, backbone: Backbone, decoder: SkipDecoder, classes: int) -> None:
         super().__init__()
-        self.backbone, self.decoder, self.out = backbone, decoder, Pointwise(backbone.widths[0], classes)
+        self.backbone, self.decoder, self.out = backbone, decoder, Pointwise(decoder.widths[0], classes)
 
     def forward(self, image: Tensor) -> Tensor:
         logits: Tensor = self.out(self.decoder.climb(self.backbone.features(image))[-1])
@@ -368,7 +367,7 @@ def few_shot_dice(
     encoder, _ = fresh_networks(backbone, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        decoder = SkipDecoder(backbone.widths, backbone.strides, 1)
+        decoder = decoder_for(backbone, 1)
         net = _Segmenter(encoder, decoder, groups).to(device)
     encoder.load_state_dict(backbone.state_dict())
     if dense is not None:

@@ -19,7 +19,7 @@ from brainfm.data.store import Store
 from brainfm.data.targets import LESION_NAME
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.backbone_file import LoadedBackbone, write_atomically
-from brainfm.nets.dense import DenseHead
+from brainfm.nets.decoders import DenseHead
 from brainfm.nets.transfer import transfer
 from brainfm.seeds import stream
 from brainfm.specs import ConfigError, Decisions, ManifestError, TaskSpec

@@ -29,7 +29,7 @@ from brainfm.inference import anatomy as module
 from brainfm.inference.anatomy import Labeller, RegionNetwork, keep_one_head, label_files, label_regions
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import save_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.nets.unet import ConvNormAct
 from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, Provenance, ScanError, WeightsError
 from tests import phantoms

@@ -13,7 +13,7 @@ from safetensors.torch import save_file
 
 import brainfm.nets.backbone_file as backbone_file
 from brainfm.nets.backbone import Backbone, build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.nets.transfer import fingerprint, transfer
 from brainfm.objectives.objective import build_objective
 from brainfm.seen import SeenSubjects

@@ -124,12 +124,6 @@ def test_chained__under_autocast_the_product_of_weights_stays_exact():
     assert first.weight.grad is not None and first.weight.grad.dtype == torch.float32
 
 
-def test_light_decoder__other_strides_and_refusal():
-    assert LightDecoder(6, (4, 8), (1, 4))(torch.randn(1, 6, 2, 2, 3)).shape == (1, 1, 8, 8, 12)
-    with pytest.raises(ValueError, match="stride 1"):
-        LightDecoder(6, (4, 8), (2, 4))
-
-
 def test_left_stays_left():
     """A bright corner of the image is found in the same corner of every map and of the decoder's output grid."""
     torch.manual_seed(0)

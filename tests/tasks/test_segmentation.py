@@ -10,7 +10,7 @@ import torch
 
 from brainfm.batch import Batch
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseHead
+from brainfm.nets.decoders import DenseHead
 from brainfm.specs import ConfigError, TaskSpec
 from brainfm.tasks.segmentation import DeepLogits, SegmentationTask, foreground_shares
 from brainfm.tasks.segmentation_losses import LOSSES, SegmentationLoss, soft_dice_loss

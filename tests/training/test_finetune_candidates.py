@@ -25,7 +25,7 @@ from brainfm.inference.predict import predict
 from brainfm.inference.study_report import write_study_report
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import load_backbone, save_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, Provenance
 from brainfm.tasks.bundle import READS, read_bundle
 from brainfm.tasks.reads import PARTS, dense_numbers

@@ -18,7 +18,7 @@ from brainfm.data.schemes import GROUPS, TISSUES
 from brainfm.data.store import Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder
+from brainfm.nets.decoders import DenseDecoder
 from brainfm.specs import BrainfmWarning, ConfigError, TrainingError
 from brainfm.training import level_probes as lp
 from brainfm.training.guards import Guards, GuardSpec

@@ -19,7 +19,7 @@ from brainfm.data.store import Store
 from brainfm.inference.predict import predict
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import load_backbone, save_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.seen import SeenSubjects
 from brainfm.specs import ConfigError, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import read_bundle
