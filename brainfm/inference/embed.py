@@ -31,6 +31,7 @@ from brainfm.imaging.preprocess import prepare_session
 from brainfm.inference.engine import check_folder, settle_device
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, spacing_note, write_atomically
+from brainfm.nets.cpu import swap_in
 from brainfm.nets.latents import Latents
 from brainfm.nets.transfer import transfer
 from brainfm.specs import ConfigError, PreprocessSpec, ScanError
@@ -120,7 +121,7 @@ class Encoder:
         """The backbone that ``config`` describes with weights that nothing was learnt with: what a probe must beat."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            backbone = build_backbone(**config)
+            backbone = swap_in(build_backbone(**config))
         return cls(backbone.eval(), None, (WHOLE,), {"weights": f"random, seed {seed}", "backbone": dict(config)})
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
@@ -351,7 +352,7 @@ def _latents(loaded: LoadedBackbone) -> Latents | None:
     variational = any(k.startswith("logvar.") for k in state)
     latents = Latents(loaded.backbone.widths, {n: sizes[n] / total for n in names}, total, variational)
     transfer(latents, state, origin="the latent of the backbone file")
-    return latents.eval()
+    return swap_in(latents).eval()
 
 
 # -------------------------------------------------------------------------------------------------------------- files

@@ -23,6 +23,7 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.cpu import swap_in
 from brainfm.nets.decoders import DenseDecoder, DenseHead, decoder_for
 from brainfm.nets.transfer import TransferReport, fingerprint, listed, misfits, transfer
 from brainfm.seen import SeenSubjects
@@ -37,7 +38,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A backbone file, rebuilt; networks are in eval mode, on the CPU.
+    """A backbone file, rebuilt; networks are in eval mode, on the CPU, with its layers (nets/cpu.swap_in).
 
     Attributes:
         backbone: the encoder.
@@ -212,7 +213,7 @@ def _rebuilt(
         raise WeightsError(f"{path}: does not fit {name}: {listed(wrong)}")
     network = make()
     report = transfer(network, state, origin=str(path))
-    return network.eval(), report
+    return swap_in(network).eval(), report
 
 
 def _rebuilt_beside(

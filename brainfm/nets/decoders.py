@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainfm.nets import cpu
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.recompute import recomputed
 from brainfm.nets.unet import ConvNormAct
@@ -54,18 +53,19 @@ class Upsample(nn.ConvTranspose3d):
     def __init__(self, channels_in: int, channels_out: int, scale: int) -> None:
         super().__init__(channels_in, channels_out, kernel_size=scale, stride=scale)
 
-    def forward(self, features: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return cpu.upsampled(features, self) if cpu.is_for(features) else super().forward(features, output_size)
-
 
 class Pointwise(nn.Conv3d):
     """A 1x1x1 convolution: [B, E, X, Y, Z] -> [B, E', X, Y, Z]."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out, kernel_size=1)
+    def __init__(self, channels_in: int, channels_out: int, bias: bool = True) -> None:
+        super().__init__(channels_in, channels_out, kernel_size=1, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        return cpu.pointwise(features, self) if cpu.is_for(features) else super().forward(features)
+        return self.mapped(features, self.weight, self.bias)
+
+    def mapped(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer would answer with other weights [E', E, 1, 1, 1] and bias [E']."""
+        return F.conv3d(features, weight, bias)
 
 
 def chained(features: Tensor, first: Pointwise, second: Pointwise) -> Tensor:
@@ -77,9 +77,7 @@ def chained(features: Tensor, first: Pointwise, second: Pointwise) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         outer = second.weight.flatten(1)
         weight, bias = outer @ first.weight.flatten(1), outer @ first.bias + second.bias
-    if cpu.is_for(features):
-        return F.linear(features.movedim(1, -1), weight, bias).movedim(-1, 1)
-    return F.conv3d(features, weight[..., None, None, None], bias)
+    return second.mapped(features, weight[..., None, None, None], bias)
 
 
 class LightDecoder(nn.Module):

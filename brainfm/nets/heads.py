@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from brainfm.nets import cpu
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.decoders import Pointwise
 from brainfm.specs import ConfigError
 
 
@@ -37,7 +36,7 @@ class Fusion(nn.Module):
         self.scores = nn.ModuleList()
         if how == "attention":
             for width in widths:
-                score = nn.Conv3d(width, 1, kernel_size=1, bias=False)
+                score = Pointwise(width, 1, bias=False)
                 nn.init.zeros_(score.weight)
                 self.scores.append(score)
 
@@ -70,8 +69,7 @@ class Fusion(nn.Module):
         if self.how == "mean":
             weights = there / there.sum(dim=1, keepdim=True).clamp(min=1)
             return weights.to(features[0].dtype)
-        score = cast(nn.Conv3d, self.scores[level])
-        scores = torch.stack([cpu.pointwise(f, score) if cpu.is_for(f) else score(f) for f in features], dim=1).float()
+        scores = torch.stack([self.scores[level](f) for f in features], dim=1).float()
         # a finite floor instead of -inf: a case without contrasts gets zeros, not NaN
         shares = torch.softmax(scores.masked_fill(~there, torch.finfo(scores.dtype).min), dim=1) * there
         return shares.to(features[0].dtype)

@@ -11,6 +11,7 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.cpu import swap_in
 from brainfm.nets.decoders import DenseDecoder
 from brainfm.nets.latents import Latents
 from brainfm.specs import ConfigError, ViewSpec
@@ -81,7 +82,7 @@ class Objective(nn.Module, ABC):
 def build_objective(
     name: str, backbone: Backbone, *, patch_vox: tuple[int, int, int], seed: int, **config: Any
 ) -> Objective:
-    """The objective of this name around ``backbone``, which it owns from then on.
+    """The objective of this name around ``backbone``, which it owns from then on, with the layers of a CPU.
 
     Raises: ConfigError where the name or a key is unknown, a value impossible, or the patch does not fit.
     """
@@ -89,7 +90,8 @@ def build_objective(
     unknown = sorted(set(config) - set(legal))
     if unknown:
         raise ConfigError(f"unknown key {', '.join(unknown)} for objective {name}, expected {', '.join(sorted(legal))}")
-    return _find(name)(backbone, patch_vox=patch_vox, seed=seed, **config)
+    objective: Objective = swap_in(_find(name)(backbone, patch_vox=patch_vox, seed=seed, **config))
+    return objective
 
 
 def settings(name: str) -> dict[str, Any]:

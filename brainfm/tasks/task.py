@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.cpu import swap_in
 from brainfm.specs import ConfigError, TaskSpec
 
 # kind -> (module, class); imported when it is built
@@ -58,7 +59,7 @@ class Task(nn.Module, ABC):
 
 
 def build_task(spec: TaskSpec, backbone: Backbone, **settings: Any) -> Task:
-    """The task of this kind around a backbone, its head with fresh weights.
+    """The task of this kind around a backbone, its head with fresh weights, all with the layers of a CPU.
 
     Args:
         settings: of the task; answering needs none but those of ``Task.settings``.
@@ -68,4 +69,5 @@ def build_task(spec: TaskSpec, backbone: Backbone, **settings: Any) -> Task:
     if spec.kind not in TASKS:
         raise ConfigError(f"task.kind={spec.kind!r}: expected one of {', '.join(sorted(TASKS))}")
     module, name = TASKS[spec.kind]
-    return getattr(importlib.import_module(module), name)(spec, backbone, **settings)
+    task: Task = swap_in(getattr(importlib.import_module(module), name)(spec, backbone, **settings))
+    return task

@@ -26,6 +26,7 @@ from brainfm.data.targets import Targets
 from brainfm.data.windows import PLACEHOLDER
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import write_atomically
+from brainfm.nets.cpu import swap_in
 from brainfm.nets.decoders import DenseDecoder, DenseHead, Pointwise, SkipDecoder, decoder_for
 from brainfm.objectives.objective import Objective
 
@@ -166,7 +167,7 @@ def fresh_networks(
         torch.manual_seed(seed)
         encoder = build_backbone(**backbone.config)
         decoder = None if dense is None else decoder_for(backbone, dense.parts)
-    return encoder.to(device).eval(), None if decoder is None else decoder.to(device).eval()
+    return swap_in(encoder).to(device).eval(), None if decoder is None else swap_in(decoder).to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------------------- linear regions
@@ -368,7 +369,7 @@ def few_shot_dice(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
         decoder = decoder_for(backbone, 1)
-        net = _Segmenter(encoder, decoder, groups).to(device)
+        net = swap_in(_Segmenter(encoder, decoder, groups)).to(device)
     encoder.load_state_dict(backbone.state_dict())
     if dense is not None:
         own = {name: value for name, value in decoder.state_dict().items() if name.startswith("out.")}  # of no use

@@ -13,6 +13,7 @@ from safetensors.torch import save_file
 
 import brainfm.nets.backbone_file as backbone_file
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.cpu import swap_in
 from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.nets.transfer import fingerprint, transfer
 from brainfm.objectives.objective import build_objective
@@ -264,6 +265,8 @@ def test_decoder_heads_and_people_come_back_bit_equal(tmp_path):
     assert [head.config for head in loaded.heads.values()] == [head.config for head in heads.values()]
     assert (loaded.voxel_mm, loaded.subjects) == ((0.8, 4.0), people)
     image = torch.randn(1, 1, 4, 4, 4)
+    for network in (backbone, decoder, *heads.values()):
+        swap_in(network)  # as what is loaded
     with torch.no_grad():
         then = heads["lesion"](decoder.split(decoder(backbone.features(image)))["pathology"])
         now = loaded.heads["lesion"](loaded.decoder.split(loaded.decoder(loaded.backbone.features(image)))["pathology"])
