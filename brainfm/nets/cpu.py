@@ -6,7 +6,9 @@ Measured on one AVX512 core (torch 2.13, oneDNN), shares of a training step of a
 convolutions of up to 128 channels are 1.2 to 1.6 times faster with channels last, those of more channels on the small
 maps below are up to twice slower; torch's instance norm copies such maps to the other layout and back; its 2x2x2
 transposed convolution runs at a sixth of the processor's rate, which one matrix product reaches; the gradient of a
-convolution of one channel takes seven times as long as matrix products over slabs of the image do.
+convolution of one channel takes seven times as long as matrix products over slabs of the image do; a batch of one with
+a small map meets torch's own convolution instead of oneDNN's, and two of its halves as a batch of two take a seventh to
+a half of the time. scripts/benchmark_cpu.py measures the layers together.
 """
 
 from __future__ import annotations
@@ -27,6 +29,8 @@ from brainfm.nets.unet import ConvNormAct
 _VOXELS = (2, 3, 4)
 _MOST_CHANNELS_LAST = 128
 _SLAB_VOXELS = 2**14
+_SMALL_MAP = 20_480  # E X Y up to which torch keeps a batch of one from oneDNN (ConvParams::use_mkldnn)
+_LEAST_HALF = 4  # planes: below, what two halves repeat costs what they gain
 _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8  # of glibc's mallopt
 _Network = TypeVar("_Network", bound=nn.Module)
 
@@ -94,6 +98,29 @@ def first_convolution(image: Tensor, conv: nn.Conv3d) -> Tensor | None:
     if conv.in_channels != 1 or set(conv.stride) != {1} or not same:
         return None
     return cast(Tensor, _FirstConvolution.apply(image, conv.weight, conv.bias))
+
+
+def convolution(features: Tensor, conv: nn.Conv3d) -> Tensor:
+    """A convolution, in the memory layout that suits it; that of one scan's small map by halves along X."""
+    features = laid_out(features, conv.out_channels)
+    if not _by_halves(features, conv):
+        convolved: Tensor = conv(features)
+        return convolved
+    kernel, (step, *_) = conv.kernel_size[0], conv.stride
+    planes = features.shape[2] // 2
+    seen = planes - step + kernel  # from half of the map's planes and those beside them
+    padded = F.pad(features, [0, 0, 0, 0, kernel // 2, kernel // 2])
+    halves = laid_out(torch.cat([padded[:, :, :seen], padded[:, :, planes : planes + seen]]), conv.out_channels)
+    found = F.conv3d(halves, conv.weight, conv.bias, conv.stride, [0, *conv.padding[1:]])
+    return torch.cat([found[:1], found[1:]], dim=2)
+
+
+def _by_halves(features: Tensor, conv: nn.Conv3d) -> bool:
+    batch, channels, x, y, _ = features.shape
+    slow = batch == 1 and channels * x * y <= _SMALL_MAP and conv.out_channels <= _MOST_CHANNELS_LAST
+    kernel, step = conv.kernel_size[0], conv.stride[0]
+    same = kernel > 1 and kernel % 2 == 1 and conv.padding[0] == kernel // 2 and conv.dilation[0] == conv.groups == 1
+    return slow and same and x >= 2 * _LEAST_HALF and x % (2 * step) == 0
 
 
 def norm_act(features: Tensor, norm: nn.InstanceNorm3d, slope: float) -> Tensor:
@@ -272,7 +299,7 @@ class _ConvNormAct(_Quick, ConvNormAct):
         conv, norm = cast(nn.Conv3d, self[0]), cast(nn.InstanceNorm3d, self[1])
         convolved = first_convolution(features, conv)
         if convolved is None:
-            convolved = conv(laid_out(features, conv.out_channels))
+            convolved = convolution(features, conv)
         return norm_act(convolved, norm, self.slope)
 
 

@@ -156,6 +156,39 @@ def test_first_convolution_declines_what_it_is_not_for(conv: nn.Conv3d) -> None:
     assert cpu.first_convolution(torch.zeros(1, conv.in_channels, 4, 4, 4), conv) is None
 
 
+@pytest.mark.parametrize(("kernel", "stride"), [(3, 1), (5, 1), (3, 2), (5, 4)])
+@pytest.mark.parametrize("layout", [0, 1])
+def test_a_small_map_of_one_scan_by_halves_is_the_convolution(layout: int, kernel: int, stride: int) -> None:
+    torch.manual_seed(0)
+    conv = nn.Conv3d(5, 6, kernel, stride, padding=kernel // 2).double()
+    image = both_layouts(1, 5, 16, 8, 4)[layout].double().requires_grad_()
+    assert cpu._by_halves(image, conv)
+    got, want = cpu.convolution(image, conv), conv(image)
+    torch.testing.assert_close(got, want)
+    pull = torch.randn_like(want)
+    gradients = [torch.autograd.grad((y * pull).sum(), (image, *conv.parameters())) for y in (got, want)]
+    for one, two in zip(*gradients, strict=True):
+        torch.testing.assert_close(one, two)
+
+
+@pytest.mark.parametrize(
+    ("shape", "conv"),
+    [
+        ((2, 5, 16, 8, 4), nn.Conv3d(5, 6, 3, padding=1)),  # oneDNN takes a batch of two
+        ((1, 5, 64, 65, 4), nn.Conv3d(5, 6, 3, padding=1)),  # and a large map
+        ((1, 5, 6, 8, 4), nn.Conv3d(5, 6, 3, padding=1)),  # too thin
+        ((1, 5, 14, 8, 4), nn.Conv3d(5, 6, 3, 4, padding=1)),  # no halves of one size
+        ((1, 5, 16, 8, 4), nn.Conv3d(5, 6, 1)),
+        ((1, 5, 16, 8, 4), nn.Conv3d(5, 160, 3, padding=1)),
+        ((1, 6, 16, 8, 4), nn.Conv3d(6, 6, 3, padding=1, groups=2)),
+    ],
+)
+def test_other_convolutions_are_torchs(shape: tuple[int, ...], conv: nn.Conv3d) -> None:
+    image = torch.randn(*shape)
+    assert not cpu._by_halves(image, conv)
+    assert torch.equal(cpu.convolution(image, conv), conv(cpu.laid_out(image, conv.out_channels)))
+
+
 @pytest.mark.parametrize("slope", [0.01, 1.0])
 @pytest.mark.parametrize("channels", [5, 160])
 @pytest.mark.parametrize("layout", [0, 1])
