@@ -94,12 +94,12 @@ class SegmentationTask(Task):
             _answer(head, self.prior)
         self.register_buffer("_values", torch.tensor(spec.values, dtype=torch.uint8), persistent=False)
 
-    def forward(self, image: Tensor, present: Tensor) -> Any:
+    def forward(self, image: Tensor, present: Tensor | None = None) -> Any:
         """Logits of the classes. What stands in the channel of an absent contrast is never looked at.
 
         Args:
             image: [B, M, X, Y, Z] standardised voxels; any contrasts in any order, also such as training never saw.
-            present: [B, M] bool, at least one contrast a case.
+            present: [B, M] bool, at least one contrast a case; None: all of them.
 
         Returns:
             [B, K, X, Y, Z]; with deep supervision, in training mode, DeepLogits.
@@ -113,7 +113,7 @@ class SegmentationTask(Task):
         answers = tuple(head(level) for head, level in zip(self.auxiliary, reversed(coarser), strict=True))
         return DeepLogits(self._logits(finest), answers)
 
-    def climb(self, image: Tensor, present: Tensor) -> list[Tensor]:
+    def climb(self, image: Tensor, present: Tensor | None) -> list[Tensor]:
         """The decoder's features [B, E, X/s, Y/s, Z/s], coarse to fine, of what ``forward`` reads."""
         return self.decoder.climb(fused_features(self.backbone, self.fusion, image, present))
 

@@ -38,8 +38,8 @@ class Task(nn.Module, ABC):
     reads_of_file: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
-    def forward(self, image: Tensor, present: Tensor) -> Any:
-        """[B, M, X, Y, Z], or [B, V, M, X, Y, Z] with views, and present [B, M] -> the head's raw output."""
+    def forward(self, image: Tensor, present: Tensor | None = None) -> Any:
+        """[B, M, X, Y, Z], or [B, V, M, X, Y, Z] with views, present [B, M] (None: all) -> the head's raw output."""
 
     @abstractmethod
     def loss(self, output: Any, batch: Batch) -> Terms:
