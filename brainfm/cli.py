@@ -14,8 +14,8 @@ from pathlib import Path
 from typing import Any, TextIO
 
 from brainfm import __version__
+from brainfm.errors import BrainfmError, BrainfmWarning, ConfigError
 from brainfm.files import check_writable
-from brainfm.specs import BrainfmError, BrainfmWarning, ConfigError
 
 VERBS = {
     "demo": "a synthetic cohort taken through every step below, and a report with pictures",
@@ -292,7 +292,7 @@ def _manifest(config: dict[str, Any]) -> int:
 def _doctor(config: dict[str, Any]) -> int:
     from brainfm.data.doctor import examine, write_faults
     from brainfm.data.manifest import read_manifest
-    from brainfm.training.monitor import Progress
+    from brainfm.progress import Progress
 
     manifest = read_manifest(Path(config["manifest"]))
     out = Path(config["out"]) if config["out"] else manifest.path.with_suffix(".doctor.csv")
@@ -321,7 +321,7 @@ def _prepare(config: dict[str, Any]) -> int:
     from brainfm.data.manifest import read_manifest
     from brainfm.data.prepare import prepare
     from brainfm.data.store import Share
-    from brainfm.training.monitor import Progress
+    from brainfm.progress import Progress
 
     share = Share.parse(config["shard"])
     manifest = read_manifest(Path(config["manifest"]))
@@ -354,7 +354,7 @@ def _anatomy(config: dict[str, Any]) -> int:
     from brainfm.data.anatomize import anatomize
     from brainfm.data.manifest import read_manifest
     from brainfm.inference.anatomy import describe, label_files, label_regions
-    from brainfm.training.monitor import Progress
+    from brainfm.progress import Progress
 
     method, out, fuse = _anatomy_method(config), config["out"], bool(config["fuse"])
     contrasts = config["contrasts"] if isinstance(config["contrasts"], list) else [config["contrasts"]]
@@ -450,7 +450,7 @@ def _report(config: dict[str, Any]) -> int:
 
 def _predict(config: dict[str, Any]) -> int:
     from brainfm.inference.predict import predict, predict_manifest
-    from brainfm.training.monitor import Progress
+    from brainfm.progress import Progress
 
     how = {"device": config["device"], "precision": config["precision"], "overlap": float(config["overlap"])}
     if bool(config["input"]) == bool(config["manifest"]):
@@ -474,7 +474,7 @@ def _predict(config: dict[str, Any]) -> int:
 
 def _evaluate(config: dict[str, Any]) -> int:
     from brainfm.inference.evaluate import describe, evaluate
-    from brainfm.training.monitor import Progress
+    from brainfm.progress import Progress
 
     with Progress("evaluate", 0) as bar:
         found = evaluate(
@@ -489,7 +489,7 @@ def _evaluate(config: dict[str, Any]) -> int:
 
 def _embed(config: dict[str, Any]) -> int:
     from brainfm.inference.embed import check_format, embed, write
-    from brainfm.training.monitor import Progress
+    from brainfm.progress import Progress
 
     if bool(config["input"]) == bool(config["store"]):
         raise ConfigError("brainfm embed: expected either store=DIR or input.CONTRAST=FILE")
@@ -510,7 +510,7 @@ def _embed(config: dict[str, Any]) -> int:
 
 def _probe(config: dict[str, Any]) -> int:
     from brainfm.inference.probe import ProbeSpec, describe, probe
-    from brainfm.training.monitor import Progress
+    from brainfm.progress import Progress
 
     spec = ProbeSpec(
         target=str(config["target"]), kind=config["kind"], folds=int(config["folds"]), repeats=int(config["repeats"]),
@@ -535,8 +535,8 @@ def _extent(config: dict[str, Any]) -> Any:
 
 def _explain(config: dict[str, Any]) -> int:
     from brainfm.inference.explain import describe, explain
+    from brainfm.progress import Progress
     from brainfm.tasks.bundle import read_bundle
-    from brainfm.training.monitor import Progress
 
     bundle = read_bundle(config["bundle"])
     with Progress("explain", 0) as bar:

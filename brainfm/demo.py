@@ -18,9 +18,10 @@ import numpy as np
 import torch
 
 from brainfm.batch import Batch
+from brainfm.curves import read_curves
 from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
-from brainfm.data.splits import folds
 from brainfm.data.store import Store
+from brainfm.errors import TrainingError
 from brainfm.imaging import nifti
 from brainfm.imaging.geometry import resample
 from brainfm.imaging.preprocess import prepare_session
@@ -29,10 +30,9 @@ from brainfm.inference.predict import LISTING
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.nets.transfer import transfer
 from brainfm.objectives.objective import build_objective
-from brainfm.specs import TrainingError
+from brainfm.scoring.folds import folds
+from brainfm.scoring.intervals import bootstrap, mean_score
 from brainfm.synthesis.phantom import write_cohort
-from brainfm.tasks.statistics import bootstrap, mean_score
-from brainfm.training.monitor import read_curves
 
 ARMS = {"pretrained": "pre-trained", "scratch": "from scratch"}
 

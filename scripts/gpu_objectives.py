@@ -38,9 +38,10 @@ from torch import nn
 
 from brainfm.batch import Batch
 from brainfm.data.augment import apply, augment_spec, draw
+from brainfm.errors import BrainfmError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.objective import Objective, build_objective
-from brainfm.specs import BrainfmError, ViewSpec
+from brainfm.specs import ViewSpec
 from brainfm.training.optim import build_optimizer
 from brainfm.training.speed import quicken, settled
 

@@ -35,16 +35,17 @@ from brainfm.cli import resolve
 from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, look_spec, render
 from brainfm.data.patches import collate
 from brainfm.data.regions import REGIONS, RENDERED_FAMILIES, merged_members
-from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
 from brainfm.data.windows import WindowPatches, WindowSpec
+from brainfm.errors import BrainfmError, StoreError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.objective import build_objective
-from brainfm.specs import BrainfmError, StoreError, ViewSpec
+from brainfm.scoring.answers import auroc
+from brainfm.scoring.folds import holdout
+from brainfm.scoring.intervals import bootstrap
+from brainfm.specs import ViewSpec
 from brainfm.synthesis.looks import LookSpec, draw_look
-from brainfm.tasks.scores import auroc
-from brainfm.tasks.statistics import bootstrap
 from brainfm.training.optim import build_optimizer
 
 EDGE = 40  # voxels of a classifier's window

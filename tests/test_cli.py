@@ -16,7 +16,7 @@ import pytest
 
 from brainfm import cli
 from brainfm.cli import VERBS, configs, main, options, resolve
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from tests.conftest import write_subjects
 
 NEEDED = {

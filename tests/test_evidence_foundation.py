@@ -18,11 +18,12 @@ from lightning.fabric import Fabric
 from brainfm.cli import resolve
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backbone
 from brainfm.nets.decoders import DenseDecoder, DenseHead
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance
-from brainfm.tasks.statistics import crossed_bootstrap
+from brainfm.scoring.intervals import crossed_bootstrap
+from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.training.scanning import Scanning
 from brainfm.training.segmenting import Segmenting
 

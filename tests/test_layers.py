@@ -8,21 +8,22 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "brainfm"
-ROOT = {"volume", "specs", "batch", "seeds", "seen", "files"}
+ROOT = {"volume", "specs", "batch", "seeds", "seen", "errors", "files", "progress", "curves"}
 TOP = {"cli", "demo"}  # may import everything; nobody imports them
 
 MAY_IMPORT: dict[str, set[str]] = {
     "root": set(),
     "imaging": {"root"},
     "nets": {"root"},
+    "scoring": {"root"},
     "synthesis": {"root", "imaging"},
-    "data": {"root", "imaging", "synthesis"},
+    "data": {"root", "imaging", "synthesis", "scoring"},
     "objectives": {"root", "nets"},
-    "tasks": {"root", "nets"},
-    "training": {"root", "data", "nets", "objectives", "tasks"},
+    "tasks": {"root", "nets", "scoring"},
+    "training": {"root", "data", "nets", "objectives", "scoring", "tasks"},
     "inference": {
         "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.region_volumes", "data.regions",
-        "data.sources", "data.store", "nets", "tasks",
+        "data.sources", "data.store", "nets", "scoring", "tasks",
     },
 }
 # third party -> the modules that may import it
@@ -35,6 +36,10 @@ FENCES: dict[str, set[str]] = {
 }
 NEVER = {"torchvision", "timm", "pickle", "wandb", "requests", "urllib.request"}
 NO_TORCH = {
+    "errors",
+    "files",
+    "progress",
+    "scoring",
     "imaging",
     "data.anatomize",
     "data.fingerprint",
@@ -48,7 +53,6 @@ NO_TORCH = {
     "data.tables",
     "data.tree",
     "data.workers",
-    "data.splits",
     "data.doctor",
     "data.prepare",
     "data.store",

@@ -19,7 +19,8 @@ from brainfm import seeds
 from brainfm.batch import Batch
 from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.data.targets import Targets, interval_years
-from brainfm.specs import ConfigError, ManifestError, StoreError, ViewSpec
+from brainfm.errors import ConfigError, ManifestError, StoreError
+from brainfm.specs import ViewSpec
 from brainfm.synthesis import lesions
 
 Triple = tuple[int, int, int]

@@ -17,7 +17,7 @@ import numpy as np
 
 from brainfm.data import regions, schemes, volumes
 from brainfm.data.store import Key, SessionEntry, Store
-from brainfm.specs import ConfigError, ManifestError
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.synthesis.shapes import Shapes, load_shapes, procedural_shapes
 
 LESION_NAME = re.compile(r"lesion|tumou?r|infarct|stroke|wmh|h(ae|e)morrh|mening|gliom|metast|plaque|abnormal")

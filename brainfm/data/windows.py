@@ -21,7 +21,8 @@ from brainfm.data import regions
 from brainfm.data.patches import Sample
 from brainfm.data.store import ScanEntry, SessionEntry, Store, Triple
 from brainfm.data.targets import Targets
-from brainfm.specs import ConfigError, StoreError, ViewSpec
+from brainfm.errors import ConfigError, StoreError
+from brainfm.specs import ViewSpec
 from brainfm.synthesis import lesions
 from brainfm.synthesis.deform import INJECTIVE, random_coefficients, spline_bases, spline_field
 from brainfm.volume import spacing_of

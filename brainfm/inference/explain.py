@@ -22,6 +22,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from brainfm.data.region_volumes import voxel_effects
+from brainfm.errors import BrainfmWarning, BundleError, ConfigError, ScanError
+from brainfm.files import write_whole
 from brainfm.imaging import nifti
 from brainfm.imaging.preprocess import Recipe, prepare_session, restore_map
 from brainfm.imaging.views import covering_corners, views_of_volumes, whole_view_to_volume
@@ -30,7 +32,7 @@ from brainfm.inference.label_maps import check_labels, decisions_for, note_missi
 from brainfm.inference.predict import check_inputs, check_output
 from brainfm.inference.report import heat_figure
 from brainfm.inference.scan_answers import joined
-from brainfm.specs import BrainfmWarning, BundleError, ConfigError, Decisions, ScanError, TaskSpec
+from brainfm.specs import Decisions, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from brainfm.tasks.windows import gaussian_weight, predict_windows, window_slices
 
@@ -657,18 +659,14 @@ def _prepared(
 
 
 def _write(path: Path, like: Path, found: Explanation, recipe: Recipe, shown: np.ndarray, engine: Engine) -> None:
-    """Raises: ConfigError where it cannot be written."""
+    """Raises: FileError."""
     on_file = recipe.file.to_ras(restore_map(found.heat, recipe))
     on_file, _ = _normalised(on_file, signed=bool((found.heat < 0).any()))
     ending = ".nii.gz" if path.name.endswith(".nii.gz") else ".nii"
     picture = path.with_name(path.name.removesuffix(ending) + ".png")
     png = heat_figure(shown, found.heat, engine.preprocess.spacing_mm, label=describe(found, engine.task))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nifti.write_map(path, on_file, like)
-        picture.write_bytes(png)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+    nifti.write_map(path, on_file, like)
+    write_whole(picture, png)
 
 
 def describe(found: Explanation, spec: TaskSpec) -> str:

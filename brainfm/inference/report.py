@@ -9,9 +9,7 @@ from __future__ import annotations
 import base64
 import html
 import io
-import os
 import re
-import secrets
 import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -21,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from brainfm import __version__
+from brainfm.files import write_text
 
 PLANES = ("axial", "coronal", "sagittal")
 TRUTH_COLOUR, PREDICTION_COLOUR = "#19d3c5", "#ff9a1f"  # told apart on grey, and by colour-blind eyes
@@ -124,13 +123,7 @@ def write_report(
         command: what to type to get this report again.
         numbers: a few (value, what it is) pairs shown large at the top.
     """
-    path = Path(path)
-    temporary = path.with_name(f".{path.name}.{secrets.token_hex(4)}.tmp")
-    try:
-        temporary.write_text(_page(title, lead, sections, command, numbers), encoding="utf-8")
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
+    write_text(path, _page(title, lead, sections, command, numbers))
 
 
 def _page(

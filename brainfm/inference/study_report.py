@@ -11,13 +11,14 @@ import numpy as np
 import torch
 
 from brainfm.data.store import SessionEntry, Store
+from brainfm.errors import ConfigError, ScanError
 from brainfm.imaging.descriptors import head_mask
 from brainfm.inference import charts, report
 from brainfm.inference.explain import explain_volume, share_inside
 from brainfm.inference.label_maps import reads_of
 from brainfm.inference.report import Section
 from brainfm.seen import Overlap
-from brainfm.specs import ConfigError, Decisions, ScanError, TaskSpec
+from brainfm.specs import Decisions, TaskSpec
 from brainfm.tasks import postprocess
 from brainfm.tasks.bundle import Bundle, read_bundle
 

@@ -11,10 +11,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.recompute import recomputed
 from brainfm.nets.unet import ConvNormAct
-from brainfm.specs import ConfigError
 
 # Where no map of the backbone joins a decoder: channels per voxel of the stride, as unet_b has them, and the fewest.
 _CHANNELS_A_STRIDE, _FEWEST_CHANNELS = 32, 8

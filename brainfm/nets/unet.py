@@ -8,9 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.recompute import Blocks
-from brainfm.specs import ConfigError
 
 
 class ConvNormAct(nn.Sequential):

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import DenseHead, Pointwise, decoder_for
 from brainfm.nets.latents import Latents
@@ -26,7 +27,7 @@ from brainfm.objectives.losses import (
 )
 from brainfm.objectives.masking import draw_mask, hidden_blocks
 from brainfm.objectives.objective import Objective
-from brainfm.specs import ConfigError, ViewSpec
+from brainfm.specs import ViewSpec
 
 _PARTS = MappingProxyType({"anatomy": 0.5, "pathology": 0.3, "free": 0.2})
 _DENSE = MappingProxyType({"anatomy": 32})  # channels of the skip decoder's last map

@@ -10,13 +10,14 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Latents
 from brainfm.objectives.losses import mean_of_valid, mean_over_processes, reconstruction
 from brainfm.objectives.masking import draw_mask, hidden_blocks
 from brainfm.objectives.objective import Objective
-from brainfm.specs import ConfigError, ViewSpec
+from brainfm.specs import ViewSpec
 
 
 class Projector(nn.Module):

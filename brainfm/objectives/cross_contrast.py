@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Code, Latents, draw_noise
@@ -24,7 +25,7 @@ from brainfm.objectives.losses import (
 )
 from brainfm.objectives.masking import draw_mask, hidden_blocks
 from brainfm.objectives.objective import Objective
-from brainfm.specs import ConfigError, ViewSpec
+from brainfm.specs import ViewSpec
 
 _HALVES = MappingProxyType({"anatomy": 0.5, "contrast": 0.5})
 

@@ -13,11 +13,12 @@ from torch import Tensor, nn
 
 from brainfm import seeds
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import DenseDecoder, DenseHead, Pointwise, decoder_for
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import Objective
-from brainfm.specs import ConfigError, ViewSpec
+from brainfm.specs import ViewSpec
 
 _PARTS = MappingProxyType({"anatomy": 32, "pathology": 8, "free": 8})
 _MIRRORED_MM = 8.0  # of a place's mirror image that is no wrong answer

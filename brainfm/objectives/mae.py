@@ -6,13 +6,14 @@ import torch
 from torch import Tensor
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Latents
 from brainfm.objectives.losses import RECONSTRUCTIONS, mean_of_valid, reconstruction
 from brainfm.objectives.masking import draw_mask, hidden_blocks
 from brainfm.objectives.objective import Objective
-from brainfm.specs import ConfigError, ViewSpec
+from brainfm.specs import ViewSpec
 
 
 class MAE(Objective):

@@ -10,11 +10,12 @@ from typing import Any, ClassVar
 from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.cpu import swap_in
 from brainfm.nets.decoders import DenseDecoder
 from brainfm.nets.latents import Latents
-from brainfm.specs import ConfigError, ViewSpec
+from brainfm.specs import ViewSpec
 
 OBJECTIVES: dict[str, tuple[str, str]] = {
     "mae": ("brainfm.objectives.mae", "MAE"),

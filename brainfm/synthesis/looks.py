@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 # Families of tissue whose intensities go together, and what a usual scan of each kind makes of them (0 is air, 1 is the
 # brightest brain tissue). T1, T2, FLAIR and PD by their order in textbooks, not measured.

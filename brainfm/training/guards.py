@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 _MEMORY = 100  # logged losses whose median counts as usual
 _ENOUGH = 20  # of them, before anything is called unusual

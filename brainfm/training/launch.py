@@ -22,8 +22,9 @@ from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
 
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, TrainingError
 from brainfm.nets.cpu import keep_freed_memory
-from brainfm.specs import ConfigError, TrainingError
+from brainfm.progress import speak
 
 _STRATEGIES = ("auto", "ddp")
 _LOST = ("closed by peer", "Connection reset", "Broken pipe", "remote process has exited", "Timed out waiting")
@@ -60,6 +61,7 @@ def make_fabric(trainer: Mapping[str, Any]) -> Fabric:
     if by_fabric and os.environ.get("LOCAL_RANK", "0") != "0":
         _end_with_parent()
     fabric.launch()
+    speak(fabric.is_global_zero)
     if trainer.get("threads"):  # after the launch, which shares out the cores as it sees fit
         torch.set_num_threads(int(trainer["threads"]))
     if fabric.device.type == "cpu":

@@ -24,8 +24,8 @@ from brainfm.data import regions
 from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.data.targets import Targets
 from brainfm.data.windows import PLACEHOLDER
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
-from brainfm.nets.backbone_file import write_atomically
 from brainfm.nets.cpu import swap_in
 from brainfm.nets.decoders import DenseDecoder, DenseHead, Pointwise, SkipDecoder, decoder_for
 from brainfm.objectives.objective import Objective
@@ -533,7 +533,7 @@ class LevelProbe:
             score = few_shot_dice(*fresh_networks(backbone, dense), self.crops, self.groups, self.fitted)
             table["network"] = {"fewshot_dice": score}
         if len(table) > there:
-            write_atomically(path, (json.dumps({"question": question, "answers": table}, indent=1) + "\n").encode())
+            write_whole(path, (json.dumps({"question": question, "answers": table}, indent=1) + "\n").encode())
         return table
 
     def _of_fresh(self, backbone: Backbone, dense: DenseDecoder | None) -> Table:

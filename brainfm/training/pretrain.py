@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import sys
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from types import MappingProxyType
@@ -12,7 +11,6 @@ from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
 from brainfm import __version__
@@ -21,15 +19,18 @@ from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, look_sp
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.regions import REGIONS, merged_members
-from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
 from brainfm.data.windows import WindowPatches, WindowSpec
+from brainfm.errors import ConfigError, ManifestError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.backbone_file import save_backbone, write_atomically
+from brainfm.nets.backbone_file import save_backbone
 from brainfm.objectives.objective import Objective, build_objective
+from brainfm.progress import say
+from brainfm.scoring.folds import holdout
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance, ViewSpec
+from brainfm.specs import PreprocessSpec, Provenance, ViewSpec
 from brainfm.training import receipt
 from brainfm.training.average import WeightAverage
 from brainfm.training.finish import Finish, branch
@@ -37,8 +38,8 @@ from brainfm.training.guards import GuardSpec
 from brainfm.training.launch import make_fabric
 from brainfm.training.level_probes import LevelProbe
 from brainfm.training.loop import LoopSpec, Run, State, train
-from brainfm.training.monitor import save_pictures
 from brainfm.training.optim import Wsd, build_optimizer
+from brainfm.training.pictures import save_pictures
 from brainfm.training.probes import OnlineProbe, ProbeSpec, with_whole
 from brainfm.training.speed import quicken, settled
 
@@ -188,7 +189,7 @@ def pretrain(config: dict[str, Any]) -> State:
         )
     )
     if fabric.is_global_zero:
-        write_atomically(folder / receipt.FILE, (json.dumps(state.receipt, indent=1) + "\n").encode())
+        write_whole(folder / receipt.FILE, (json.dumps(state.receipt, indent=1) + "\n").encode())
         if state.step >= spec.max_steps:
             say(file.write(state))
             say(receipt.describe(state.receipt))
@@ -490,9 +491,3 @@ def commit_of_code() -> str:
 
 def optim_values(optim: Mapping[str, Any]) -> dict[str, Any]:
     return {"lr": float(optim["lr"]), "weight_decay": float(optim["weight_decay"]), "betas": tuple(optim["betas"])}
-
-
-def say(text: str) -> None:
-    """To the log, once however many processes the run has."""
-    if getattr(rank_zero_only, "rank", 0) == 0:  # Lightning hangs it onto the function
-        print(text, file=sys.stderr, flush=True)

@@ -14,10 +14,11 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from brainfm.data.store import SessionEntry, Store
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.backbone_file import LoadedBackbone
-from brainfm.specs import ConfigError, Decisions, TaskSpec
-from brainfm.tasks.metrics import Interval
+from brainfm.scoring.intervals import Interval
+from brainfm.specs import Decisions, TaskSpec
 from brainfm.tasks.task import Task
 from brainfm.training.crossval import Split
 

@@ -13,11 +13,11 @@ from typing import Any
 
 import numpy as np
 
-from brainfm.nets.backbone_file import write_atomically
-from brainfm.tasks.metrics import Interval
+from brainfm.curves import read_curves
+from brainfm.files import write_whole
+from brainfm.scoring.intervals import Interval
 from brainfm.training import transferred
 from brainfm.training.crossval import Split
-from brainfm.training.monitor import read_curves
 from brainfm.training.questions import CHOICE, Decided, Question, Row, subjects_of
 
 FILE = "results.json"
@@ -223,7 +223,7 @@ def write_curve(file: Path, points: Sequence[Mapping[str, Any]]) -> None:
             shots = "all" if found["shots"] is None else found["shots"]
             numbers = ["" if score[k] is None else f"{score[k]:.6g}" for k in ("mean", "low", "high")]
             writer.writerow([shots, f"{found['subjects']:g}", name, *numbers, score["n"]])
-    write_atomically(file, text.getvalue().encode())
+    write_whole(file, text.getvalue().encode())
 
 
 def headline(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -8,9 +8,9 @@ from typing import Any
 import torch
 from torch import nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import SkipDecoder
-from brainfm.specs import ConfigError
 
 COMPILE_MODES = ("default", "reduce-overhead", "max-autotune-no-cudagraphs")
 

@@ -11,7 +11,8 @@ import pytest
 from brainfm.data.patches import PretrainPatches, collate
 from brainfm.data.store import Store
 from brainfm.data.targets import TargetSpec, find_targets, ill, interval_years
-from brainfm.specs import ConfigError, ManifestError, ViewSpec
+from brainfm.errors import ConfigError, ManifestError
+from brainfm.specs import ViewSpec
 
 PATCH = (16, 16, 16)
 ANATOMY = ViewSpec(PATCH, pairs=True, regions=True, volumes=True, lesions=True)

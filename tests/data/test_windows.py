@@ -21,7 +21,8 @@ from brainfm.data.windows import (
     read_window,
     source_shares,
 )
-from brainfm.specs import ConfigError, PreprocessSpec, StoreError, ViewSpec
+from brainfm.errors import ConfigError, StoreError
+from brainfm.specs import PreprocessSpec, ViewSpec
 
 VIEWS = ViewSpec((16, 16, 16), pairs=True, regions=True, lesions=True, windows=True)
 STILL = WindowSpec(

@@ -18,10 +18,11 @@ import torch
 
 from brainfm.cli import main
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.inference import charts, report, study_report
 from brainfm.inference.study_report import write_study_report
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import ConfigError, Decisions, Provenance, TaskSpec
+from brainfm.specs import Decisions, Provenance, TaskSpec
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.task import build_task
 

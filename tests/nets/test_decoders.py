@@ -8,9 +8,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import BACKBONES, Backbone, build_backbone
 from brainfm.nets.decoders import DenseDecoder, LightDecoder, SkipDecoder, decoder_for
-from brainfm.specs import ConfigError
 
 # widths, strides, and the widths of the decoder's own features, fine to coarse
 SHAPES: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = [

@@ -9,10 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.exchange.nnssl import reference_names
 from brainfm.nets.resenc import ResEncDecoder, ResEncEncoder, ResidualBlock
-from brainfm.specs import ConfigError
 
 SMALL = {"widths": (4, 8, 8), "depths": (1, 2, 1)}  # a shortcut of every kind: none, pooled, pooled and projected
 

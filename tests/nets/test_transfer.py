@@ -3,9 +3,9 @@
 import pytest
 import torch
 
+from brainfm.errors import BrainfmError, WeightsError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.transfer import fingerprint, transfer
-from brainfm.specs import BrainfmError, WeightsError
 
 
 def test_transfer__changes_nothing_when_it_refuses():

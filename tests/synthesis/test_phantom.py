@@ -10,8 +10,8 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brainfm.errors import ConfigError
 from brainfm.imaging import atlas, nifti
-from brainfm.specs import ConfigError
 from brainfm.synthesis import lesions, phantom, template
 from brainfm.synthesis.deform import jacobian
 from brainfm.synthesis.phantom import SyntheticSubject, subject, tissue_maps, write_cohort

@@ -14,8 +14,9 @@ import yaml
 from torch import nn
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.training.adapt import AdaptSpec, adapt_spec, adapted_optimizer, parameter_groups
 from brainfm.training.launch import make_fabric

@@ -13,7 +13,7 @@ import torch
 
 from brainfm.cli import main, options, resolve
 from brainfm.data.store import Store
-from brainfm.specs import ConfigError, TrainingError
+from brainfm.errors import ConfigError, TrainingError
 from brainfm.training import launch
 from brainfm.training.launch import check_processes, place, submit
 from brainfm.training.loop import CHECKPOINT

@@ -13,16 +13,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from brainfm.cli import resolve
+from brainfm.curves import read_curves
 from brainfm.data import regions
 from brainfm.data.schemes import GROUPS, TISSUES
 from brainfm.data.store import Store
 from brainfm.data.targets import Targets, TargetSpec, find_targets
+from brainfm.errors import BrainfmWarning, ConfigError, TrainingError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.decoders import DenseDecoder
-from brainfm.specs import BrainfmWarning, ConfigError, TrainingError
 from brainfm.training import level_probes as lp
 from brainfm.training.guards import Guards, GuardSpec
-from brainfm.training.monitor import read_curves
 from brainfm.training.pretrain import pretrain, split_sessions
 from brainfm.training.probes import ProbeSpec
 from tests.training.test_pretrain import config, words

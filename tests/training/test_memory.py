@@ -12,8 +12,8 @@ import pytest
 import torch
 import yaml
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import BACKBONES, Backbone, build_backbone
-from brainfm.specs import ConfigError
 from brainfm.training import memory
 from brainfm.training.memory import MemoryPlan, MemoryTable, budget_gb, lower, patches_down, plan, settle
 

@@ -8,9 +8,9 @@ import pytest
 import torch
 
 from brainfm.batch import Batch
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.objective import Objective, build_objective
-from brainfm.specs import ConfigError
 from brainfm.training import speed
 
 AUTO = {"accelerator": "auto", "precision": "auto", "compile": "auto", "channels_last": "auto", "max_steps": 7}
