@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "brainfm"
-ROOT = {"volume", "specs", "batch", "seeds", "seen", "errors", "files", "progress", "curves"}
+ROOT = {"extras", "volume", "specs", "batch", "seeds", "seen", "errors", "files", "progress", "curves"}
 TOP = {"cli", "demo"}  # may import everything; nobody imports them
 
 MAY_IMPORT: dict[str, set[str]] = {

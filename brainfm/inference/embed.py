@@ -28,6 +28,7 @@ from torch import Tensor
 
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError, ScanError
+from brainfm.extras import missing
 from brainfm.files import check_writable, write_whole
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.inference.engine import settle_device
@@ -517,7 +518,4 @@ def _pyarrow() -> tuple[Any, Any]:
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError:
-        raise ConfigError(
-            "Parquet needs the package pyarrow, which is not installed: pip install 'brainfm[tables]', "
-            "or write .npz, .npy or .csv"
-        ) from None
+        raise missing("pyarrow", "Parquet", "or write .npz, .npy or .csv") from None

@@ -23,6 +23,7 @@ from lightning.fabric.plugins.environments import LightningEnvironment
 
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError, TrainingError
+from brainfm.extras import missing
 from brainfm.nets.cpu import keep_freed_memory
 from brainfm.progress import speak
 
@@ -213,7 +214,7 @@ def submit(verb: str, config: Mapping[str, Any], launch: Mapping[str, Any]) -> A
     try:
         import submitit
     except ModuleNotFoundError:
-        raise ConfigError("launch=slurm needs submitit, which is not installed: pip install 'brainfm[slurm]'") from None
+        raise missing("submitit", "launch=slurm") from None
     cluster = launch["cluster"]
     if cluster not in ("slurm", "local"):
         raise ConfigError(f"launch.cluster={cluster}: expected slurm or local")

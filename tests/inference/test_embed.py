@@ -243,7 +243,7 @@ def test_refusals(file: Path, toy_store: Store, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match=r"f\.npz: cannot be read as features with ids"):
         read(tmp_path / "f.npz")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"Parquet needs the package pyarrow.*pip install 'brainfm\[tables\]'"):
+    with pytest.raises(ConfigError, match=r"Parquet needs pyarrow.*pip install 'brainfm-mri\[train\]', or write"):
         module.check_format(tmp_path / "f.parquet")
 
 
