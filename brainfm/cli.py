@@ -15,7 +15,7 @@ from typing import Any, TextIO
 
 from brainfm import __version__
 from brainfm.errors import BrainfmError, BrainfmWarning, ConfigError
-from brainfm.extras import translated
+from brainfm.extras import demand, translated
 from brainfm.files import check_writable
 
 VERBS = {
@@ -544,6 +544,7 @@ def _explain(config: dict[str, Any]) -> int:
     from brainfm.progress import Progress
     from brainfm.tasks.bundle import read_bundle
 
+    demand("matplotlib", "brainfm explain")  # it draws a picture at the end
     bundle = read_bundle(config["bundle"])
     with Progress("explain", 0) as bar:
         found = explain(
