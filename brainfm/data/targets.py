@@ -227,7 +227,7 @@ def _measure_volumes(store: Store, maps: Mapping[Key, LabelMap], trained: Collec
         level = min(store.levels(chosen.session), max(0, round(math.log2(2 / store.spec.spacing_mm[0]))))
         ids = store.block(chosen.session, chosen.name, (0, 0, 0), store.shape(chosen.session, level), level=level)
         table = schemes.lookup(chosen.scheme, "groups", unknown="ignore")
-        group = np.where(ids < len(table), table[np.minimum(ids, len(table) - 1)], schemes.IGNORE)
+        group = np.where(ids < len(table), np.take(table, ids, mode="clip"), schemes.IGNORE)
         counts = np.bincount(group[group > 0].ravel(), minlength=len(names) + 1)[1:] + 0.5
         shares[session.subject_key] = np.log(counts / counts.sum())
     basis = [key for key in sorted(shares) if key in set(trained)]

@@ -365,7 +365,7 @@ class WindowPatches(Dataset):
                 labelled = self.store.label_points(session, chosen.name)
                 ids = self.store.volume(session, chosen.name)[tuple(labelled.T)]
                 table = self.targets.renders[chosen.scheme]
-                inside = labelled[is_brain(table[np.minimum(ids, len(table) - 1)])]
+                inside = labelled[is_brain(np.take(table, ids, mode="clip"))]
                 points = inside if len(inside) else points
             self._middles[key] = points
         return self._middles[key]

@@ -289,7 +289,8 @@ def label_regions(
 
     Raises:
         ManifestError: files are missing, or the manifest has label maps of its own in that column.
-        ConfigError: a contrast is unknown, or the folder cannot be written.
+        ConfigError: a contrast is unknown.
+        FileError: the folder cannot be written.
     """
     folder = Path(out)
     check_writable(folder)

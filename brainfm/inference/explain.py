@@ -96,7 +96,8 @@ def explain(
 
     Raises:
         BundleError, ScanError: the bundle or a file cannot be used.
-        ConfigError: an unknown contrast, class, method or layer, or an output that cannot be written.
+        ConfigError: an unknown contrast, class, method or layer.
+        FileError: the output cannot be written.
     """
     engine = bundle if isinstance(bundle, Engine) else Engine.load(bundle, device, "32-true", overlap)
     files = check_inputs(inputs, engine.task)

@@ -26,7 +26,7 @@ from brainfm.data.manifest import (
     session_labels,
 )
 from brainfm.data.sources import SourceFile
-from brainfm.errors import BrainfmWarning, BundleError, ConfigError, ManifestError, ScanError
+from brainfm.errors import BrainfmWarning, BundleError, ConfigError, FileError, ManifestError, ScanError
 from brainfm.files import check_writable, write_table, write_text
 from brainfm.imaging import nifti
 from brainfm.imaging.endings import companions
@@ -196,7 +196,7 @@ def check_inputs(inputs: Mapping[str, PathLike], task: TaskSpec) -> dict[str, Pa
 
 
 def check_output(out: PathLike, inputs: Collection[Path]) -> Path:
-    """The output as a path. Raises: ConfigError where it cannot be written or would replace an input."""
+    """The output as a path. Raises: ConfigError where it is no mask or an input, FileError."""
     path = Path(out)
     if not path.name.endswith(_ENDINGS) or path.name in _ENDINGS:
         raise ConfigError(f"out={path}: expected a file that ends in .nii or .nii.gz")
@@ -258,7 +258,8 @@ def predict_manifest(
 
     Raises:
         BundleError, ManifestError: the bundle or the manifest cannot be used.
-        ConfigError: the folder holds masks of another bundle, or cannot be written.
+        ConfigError: the folder holds masks of another bundle.
+        FileError: it cannot be written.
     """
     engine = bundle if isinstance(bundle, Engine) else Engine.load(bundle, device, precision, overlap)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
@@ -341,7 +342,7 @@ def _note_sources(folder: Path, name: str, stamps: Mapping[str, Any]) -> None:
         with (folder / SOURCES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"file": name, "made_from": stamps}) + "\n")
     except OSError as error:
-        raise ConfigError(f"{folder / SOURCES}: cannot be written ({error.strerror or error})") from None
+        raise FileError.of(error, folder / SOURCES) from None
 
 
 def _read_sources(folder: Path) -> dict[str, dict[str, Any]]:

@@ -1,5 +1,5 @@
-"""Answers that mean what they say: probabilities that come true as often as they claim, ages without a pull to the
-mean, intervals that hold the truth.
+"""Calibration: probabilities that come true as often as they claim, ages without a pull to the mean, intervals that
+hold the truth.
 
 Everything here is learned from cases that the model was not trained on, and scored on others again (`cross_fitted`).
 """

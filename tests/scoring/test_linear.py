@@ -30,6 +30,20 @@ def test_logistic_of_two_and_three_classes_equals_scikit_learn() -> None:
                 np.testing.assert_allclose(found, wanted, atol=1e-5 if k == 2 else 5e-3)
 
 
+@pytest.mark.parametrize("k", [2, 3])
+def test_a_tolerance_lets_the_fit_stop_where_scikit_learn_would(k: int) -> None:
+    from sklearn.linear_model import LogisticRegression
+
+    x, _ = cohort(200, 10)
+    y = np.random.default_rng(k).choice(k, 200)
+    weight = linear.row_weights(y, k, balanced=True)
+    (early,) = linear.fit_logistic(x, y, weight, tolerance=1e-2, steps=30)
+    model = LogisticRegression(class_weight="balanced", tol=1e-2, max_iter=30).fit(x, y)
+    np.testing.assert_allclose(early, np.column_stack([model.coef_, model.intercept_]), atol=1e-12)
+    (best,) = linear.fit_logistic(x, y, weight)
+    assert best.shape == early.shape and 1e-6 < np.abs(best - early).max() < 0.05
+
+
 def test_separable_classes_do_not_run_away() -> None:
     x = np.array([[-2.0], [-1.0], [1.0], [2.0]])
     found = linear.logistic(x, np.array([0, 0, 1, 1]), np.array([[-1.5], [0.0], [1.5]]), 2, (1.0, 1e6))
