@@ -20,7 +20,14 @@ from pathlib import Path
 
 from brainfm.data.derived import is_label_word, why_no_scan
 from brainfm.data.manifest import CONTRASTS, Scan, contrast_of, plain_first
-from brainfm.data.participants import Participants, join, one_age_notes, read_participants, read_sessions
+from brainfm.data.participants import (
+    Participants,
+    join,
+    one_age_notes,
+    read_participants,
+    read_sessions,
+    without_doubles,
+)
 from brainfm.data.tables import decoded
 from brainfm.data.tree import Tree, walk
 from brainfm.imaging.endings import READ, ending_of, strip_ending
@@ -98,17 +105,20 @@ def find(
     notes: list[str] = []
     left_out = list(tree.aside)
     matched: Counter[str] = Counter()
-    for dataset, its_layout in parts:
+    found = [(dataset, _read(dataset, its_layout, globs, matched)) for dataset, its_layout in parts]
+    doubles: list[str] = []
+    if given is not None and table is not None and not any(table.is_relative_to(folder) for folder in folders):
+        given, doubles = without_doubles(given, _people(read.scans for _, read in found))
+    for dataset, read in found:
         inside = table is not None and table.is_relative_to(dataset.root)
         elsewhere = table is not None and not inside and any(table.is_relative_to(folder) for folder in folders)
-        read = _read(dataset, its_layout, globs, matched)
         tables, troubles = _own_tables(dataset, table) if own_tables and read.scans else ([], [])
         joined = _joined(read.scans, [*tables, *([given] if given is not None and not elsewhere else [])])
         scans.extend(joined[0])
         notes.extend(f"{dataset.name}: {note}" for note in (*read.notes, *troubles, *joined[1]))
         below = os.path.relpath(dataset.root, tree.root)
         left_out += [(os.path.normpath(os.path.join(below, path)), why) for path, why in read.left_out]
-    notes += _aside_notes(tree.aside)
+    notes += [*doubles, *_aside_notes(tree.aside)]
     if not scans:
         raise _no_scan(root, tree, left_out)
     for column, patterns in globs.items():
@@ -117,6 +127,15 @@ def find(
     scans.sort(key=lambda s: (s.dataset, s.subject, s.session, s.contrast, s.path))
     notes += _sex_notes(scans)
     return Found(scans, notes, parts[0][1] if len(parts) == 1 else "several", left_out)
+
+
+def _people(several: Iterable[Sequence[Scan]]) -> dict[str, set[str]]:
+    """Dataset -> subjects."""
+    people: dict[str, set[str]] = defaultdict(set)
+    for scans in several:
+        for scan in scans:
+            people[scan.dataset].add(scan.subject)
+    return people
 
 
 def _no_scan(root: str | os.PathLike[str], tree: Tree, left_out: Sequence[tuple[str, str]]) -> ManifestError:
