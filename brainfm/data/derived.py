@@ -39,7 +39,9 @@ _TRANSFORM = re.compile(
     r"|jac|velocity|svf|coeffs?|coefs?"
 )
 _LAST_TRANSFORM = re.compile(r"field|disp")
-_TEMPLATE = re.compile(r"mni152_t[12]_\d|mni152nlin|avg152t[12]|avg305|(?:mni_)?icbm_?152|colin_?27|template(?![a-z0-9])")
+_TEMPLATE = re.compile(
+    r"mni152_t[12]_\d|mni152nlin|avg152t[12]|avg305|(?:mni_)?icbm_?152|colin_?27|template(?![a-z0-9])"
+)
 _PART = re.compile(r"(?:^|_)part-(?!mag(?:_|$))[a-z0-9]+(?=_|$)")
 _LAST_PART = re.compile(r"(?:phase|pha?|real|imag|imaginary)\d?")
 _NUMBER = re.compile(r"(?:e|echo)?\d{1,2}[a-z]?")  # what a converter may add behind

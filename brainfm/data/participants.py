@@ -162,7 +162,8 @@ def _mixed_sex(rows: Iterable[tuple[str, str, str, dict[str, str]]], path: Path)
     notes = []
     if others:
         shown = ", ".join(sorted(set(others))[:4])
-        notes.append(f"warning: {path.name}: sex is {shown} in {len(others)} rows, which count as classes beside M and F")
+        text = f"sex is {shown} in {len(others)} rows, which count as classes beside M and F"
+        notes.append(f"warning: {path.name}: {text}")
     if not numbers or len(numbers) == len(coded):
         return notes
     shown = ", ".join(sorted({values["sex"] for values in numbers})[:4])

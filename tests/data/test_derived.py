@@ -20,7 +20,8 @@ NO_SCANS = {
     derived.MAP: """
         c1sub-01_T1w wc1sub-01_T1w mwp1sub-01_T1w smwc2sub-01_T1w p0sub-01_T1w rc3sub-01_T1w u_rc1sub-01_T1w
         sub-01_T1w_pve_1 sub-01_T1w_posteriors sub-01_T1w_thickness sub-01_T1w_prob_1 sub-01_T1w_mixeltype
-        sub-01_T1w_bias sub-01_T1w_GM T1_BrainSegmentationPosteriors01 CorticalThickness s6mwp1sub-01_T1w s8wc2sub-01_T1w""",
+        sub-01_T1w_bias sub-01_T1w_GM T1_BrainSegmentationPosteriors01 CorticalThickness s6mwp1sub-01_T1w
+        s8wc2sub-01_T1w""",
     derived.TRANSFORM: """
         y_sub-01_T1w iy_sub-01_T1w sub-01_T1w_deformation sub-01_T1w_1InverseWarp T1_to_MNI_nonlin_field
         sub-01_from-T1w_to-MNI_mode-image_xfm jacobian

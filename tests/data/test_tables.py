@@ -42,7 +42,8 @@ def test_a_stray_quote_in_a_csv_swallows_no_row(note: str, tmp_path: Path) -> No
 
 def test_a_stray_quote_in_a_csv_shifts_no_cell_of_another_row(tmp_path: Path) -> None:
     raw = b'id,name,age\n1,"Smith, J",28\n2,5" disc,33\n3,"Doe, 44, K",40\n'
-    assert rows(tmp_path / "t.csv", raw)[1:] == [["1", "Smith, J", "28"], ["2", '5" disc', "33"], ["3", "Doe, 44, K", "40"]]
+    found = rows(tmp_path / "t.csv", raw)
+    assert found[1:] == [["1", "Smith, J", "28"], ["2", '5" disc', "33"], ["3", "Doe, 44, K", "40"]]
 
 
 def test_quotes_of_a_csv_that_are_closed_are_kept_to(tmp_path: Path) -> None:
