@@ -132,8 +132,8 @@ class ChallengeTask:
             raise ConfigError(f"{where}: unknown key {unknown[0]!r}, expected one of {', '.join(sorted(known))}")
         try:
             inputs = tuple(Input(**one) for one in values["inputs"])
-            plain = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items() if k != "inputs"}
-            return cls(inputs=inputs, **plain)
+            plain: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in values.items()}
+            return cls(**plain | {"inputs": inputs})
         except (KeyError, TypeError) as error:
             raise ConfigError(f"{where}: incomplete ({error})") from None
 
