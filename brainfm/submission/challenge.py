@@ -95,6 +95,8 @@ class ChallengeTask:
         flags = [one.flag for one in self.inputs]
         if not flags or len(set(flags)) != len(flags):
             raise ConfigError(f"{where}: flags {', '.join(flags) or 'none'}, expected one or more, each once")
+        for name in ("low", "high", "weight"):
+            object.__setattr__(self, name, float(getattr(self, name)))
 
     @property
     def id(self) -> str:
