@@ -28,7 +28,7 @@ MAY_IMPORT: dict[str, set[str]] = {
 }
 # third party -> the modules that may import it
 FENCES: dict[str, set[str]] = {
-    "nibabel": {"imaging.nifti", "imaging.formats"},
+    "nibabel": {"imaging.nifti", "imaging.formats", "submission.outputs"},
     "SimpleITK": {"imaging.register", "imaging.geometry", "imaging.anatomy"},
     "lightning": {"training"},
     "hydra": {"cli"},

@@ -124,7 +124,7 @@ def _scans(task: ChallengeTask, place: Path) -> tuple[dict[str, Path], list[Path
     found: dict[str, Path] = {}
     strange = []
     for path in sorted(p for p in place.iterdir() if p.name.endswith(_ENDINGS)):
-        one = _input_of(task, path.name)
+        one = input_of(task, path.name)
         if one is None or one.contrast in found:
             strange.append(path)
         else:
@@ -132,7 +132,7 @@ def _scans(task: ChallengeTask, place: Path) -> tuple[dict[str, Path], list[Path
     return {one.contrast: found[one.contrast] for one in task.inputs if one.contrast in found}, strange
 
 
-def _input_of(task: ChallengeTask, name: str) -> Input | None:
+def input_of(task: ChallengeTask, name: str) -> Input | None:
     """By the organiser's name, else by what the name says the scan shows."""
     stem = next(name.removesuffix(ending) for ending in _ENDINGS if name.endswith(ending))
     for one in task.inputs:
