@@ -123,14 +123,19 @@ def _auroc(layer: nn.Linear, embeddings: np.ndarray, labels: Sequence[int]) -> f
     return ovr_auroc(labels, scores.tolist()) if np.isfinite(scores).all() else 0.0
 
 
-def scale_of(embeddings: np.ndarray) -> np.ndarray:
-    """Centre and factor that give each feature unit spread over a reference, any unlabelled heads: for `container`.
+SPREAD = 3.0
 
-    At unit spread the layers learn at the middle rates of the probe: the scale may be wrong by ten either way. What
-    hardly varies is not blown up beyond ten times the typical factor.
+
+def scale_of(embeddings: np.ndarray, spread: float = SPREAD) -> np.ndarray:
+    """Centre and factor that give each feature the same spread over a reference, any unlabelled heads: for `container`.
+
+    At this spread most of the probe's rates are good ones, so that choosing among them on 20 heads a class costs
+    little; it may be wrong by three either way (scripts/probe_embeddings.py). What hardly varies is not blown up beyond
+    ten times the typical factor.
 
     Args:
         embeddings: [N, F] of `brainfm embed`, two heads or more.
+        spread: standard deviation of a feature afterwards.
 
     Returns: [2, F] float32.
 
@@ -139,11 +144,11 @@ def scale_of(embeddings: np.ndarray) -> np.ndarray:
     values = np.asarray(embeddings, dtype=np.float64)
     if values.ndim != 2 or len(values) < 2:
         raise ValueError(f"a scale is measured on [N, F] features of two heads or more, found {values.shape}")
-    spread = values.std(axis=0)
-    typical = float(np.median(spread[spread > 0])) if (spread > 0).any() else 0.0
+    found = values.std(axis=0)
+    typical = float(np.median(found[found > 0])) if (found > 0).any() else 0.0
     if not typical:
         raise ValueError(f"all {len(values)} heads have the same features, expected heads that differ")
-    return np.stack([values.mean(axis=0), 1 / np.maximum(spread, 0.1 * typical)]).astype(np.float32)
+    return np.stack([values.mean(axis=0), spread / np.maximum(found, 0.1 * typical)]).astype(np.float32)
 
 
 def split(

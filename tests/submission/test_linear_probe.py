@@ -56,7 +56,7 @@ def test_the_scale_decides():
     assert all(auroc > 0.93 and f1 > 0.8 for _, auroc, f1 in mended)
     assert huge[2] < mended[2][2] - 0.05 or huge[0].loss > 1
     assert mended[0][1:] == pytest.approx(mended[2][1:], abs=0.01)
-    assert 1e-4 <= mended[1][0].rate <= 5e-2, "a middle rate: the scale may be wrong by ten"
+    assert sum(auroc > 0.9 for auroc in mended[1][0].every) >= 8, "most rates are good ones"
 
 
 def test_a_layer_that_diverged_is_not_chosen():
@@ -75,8 +75,9 @@ def test_scale_of_features_that_hardly_vary():
     values = rng.normal(size=(50, 5)) * [1, 1, 1, 1e-9, 0] + 7
     centre, factor = scale_of(values)
     assert centre == pytest.approx(values.mean(0), abs=1e-5)
-    assert factor[:3] == pytest.approx(1 / values.std(0)[:3], rel=1e-5)
-    assert np.isfinite(factor).all() and factor[3:].max() < 15
+    assert factor[:3] == pytest.approx(3 / values.std(0)[:3], rel=1e-5)
+    assert np.isfinite(factor).all() and factor[3:].max() < 45
+    assert scale_of(values, spread=1.0)[1][:3] == pytest.approx(1 / values.std(0)[:3], rel=1e-5)
     for wrong in (values[:1], np.ones((3, 4)), values[0]):
         with pytest.raises(ValueError, match=r"expected heads|two heads or more"):
             scale_of(wrong)
