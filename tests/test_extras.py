@@ -20,7 +20,7 @@ from tests import phantoms
 ROOT = Path(__file__).parents[1]
 OLD = ROOT / "tests" / "fixtures" / "format_9328027"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CORE = {"torch", "numpy", "scipy", "nibabel", "safetensors", "blosc2", "hydra", "omegaconf"}  # as they are imported
+CORE = {"torch", "numpy", "scipy", "nibabel", "safetensors", "blosc2", "hydra", "omegaconf", "yaml"}  # as they are imported
 SHAPE = (26, 30, 24)
 SILENT = {"pynvml"}  # without it a receipt lacks a number
 BLOCK = f"""
@@ -81,7 +81,7 @@ def test_every_optional_package_comes_with_its_extra() -> None:
     for extra in {*EXTRA_OF.values(), "submit"} - {"dask"}:
         assert brought_by(extra) <= brought_by("all") <= brought_by("dev")
     core = {named(requirement) for requirement in PROJECT["dependencies"]}
-    assert core == {"torch", "numpy", "scipy", "nibabel", "safetensors", "blosc2", "hydra-core"}
+    assert core == {"torch", "numpy", "scipy", "nibabel", "safetensors", "blosc2", "hydra-core", "pyyaml"}
     assert not core & brought_by("all")
 
 
