@@ -6,7 +6,7 @@
 Experiments are read from configs/experiment/ (absent ones are named and skipped) and composed as `brainfm pretrain
 experiment=NAME trainer=gpu` does, but without hydra; batches are noise from memory, so that no store, nibabel or blosc2
 is needed. A step is: batch to the device, augmentation where the experiment has one, loss with masks and noise drawn
-for new sample numbers, gradient, clipping, AdamW. Reading patches is not in it: see scripts/benchmark_loader.py. Ways:
+for new sample numbers, gradient, clipping, AdamW. Reading patches is not in it: see scripts/benchmark/loader.py. Ways:
 
     gpu         compiled, weights in channels-last order: what trainer=gpu asks for
     contiguous  compiled, contiguous weights

@@ -420,7 +420,7 @@ def test_configs_are_found() -> None:
 
 
 def test_help_and_import_load_nothing_heavy() -> None:
-    """The reason `brainfm --help` answers at once; the seconds are measured by scripts/benchmark_start.py."""
+    """The reason `brainfm --help` answers at once; the seconds are measured by scripts/benchmark/start.py."""
     code = (
         "import sys, brainfm.cli as c; c.main(['--help']); c.main(['pretrain', '--help']); print(sorted(sys.modules))"
     )

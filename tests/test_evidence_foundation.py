@@ -1,4 +1,4 @@
-"""The protocol of scripts/evidence_foundation.py: pairs, rates, resumption, tables, refusals; on toy heads."""
+"""The protocol of scripts/evidence/foundation.py: pairs, rates, resumption, tables, refusals; on toy heads."""
 
 from __future__ import annotations
 
@@ -27,13 +27,14 @@ from brainfm.training.scanning import Scanning
 from brainfm.training.segmenting import Segmenting
 from brainfm.verbs.compose import resolve
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import evidence_data as data
-import evidence_foundation as script
-import evidence_one_pass
-import evidence_runs as runs
-import evidence_tables
-import evidence_whole_head as whole_head
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "evidence"))
+import foundation_one_pass
+import foundation_people as data
+import foundation_runs as runs
+import foundation_tables
+import foundation_whole_head as whole_head
+
+import foundation as script
 
 NAMES = ("csf", "grey", "white")
 TOY = data.Setting("tissue", (0, 1, 2, 3), NAMES, "t1", 2.0, ("d",), (1, 1), "toy", 2, patch_vox=(16, 16, 16))
@@ -285,24 +286,24 @@ def _runs_of(start: str, table: np.ndarray, trained: str = "p{}") -> dict[int, d
 def test_differences_are_paired_run_by_run_and_person_by_person() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.random((4, 5)), rng.random((5, 5))
-    mine, theirs = evidence_tables.shared(_runs_of("encoder", a), _runs_of("scratch", b))
+    mine, theirs = foundation_tables.shared(_runs_of("encoder", a), _runs_of("scratch", b))
     assert list(mine) == list(theirs) == [0, 1, 2, 3]
-    apart = evidence_tables.matrix(mine, "t1", 7) - evidence_tables.matrix(theirs, "t1", 7)
+    apart = foundation_tables.matrix(mine, "t1", 7) - foundation_tables.matrix(theirs, "t1", 7)
     assert np.allclose(apart, a - b[:4])
     i, won = crossed_bootstrap(a - b[:4], seed=0), int((a.mean(1) > b[:4].mean(1)).sum())
-    said = evidence_tables.compared(apart)
+    said = foundation_tables.compared(apart)
     assert said == f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}] (better in {won} of 4)"
-    assert evidence_tables.compared(apart, of_errors=True).endswith(f"(better in {4 - won} of 4)")
-    assert not evidence_tables.matrix(mine, "t1", 9).any()  # a run that broke before that read
+    assert foundation_tables.compared(apart, of_errors=True).endswith(f"(better in {4 - won} of 4)")
+    assert not foundation_tables.matrix(mine, "t1", 9).any()  # a run that broke before that read
 
 
 def test_runs_that_learned_from_others_are_no_pairs() -> None:
     table = np.ones((2, 3))
     with pytest.raises(ConfigError, match=r"runs of seed 0 differ in trained: \['p0'\] and \['x'\]; expected pairs"):
-        evidence_tables.shared(_runs_of("encoder", table), _runs_of("scratch", table, "x"))
+        foundation_tables.shared(_runs_of("encoder", table), _runs_of("scratch", table, "x"))
     mixed = {**_runs_of("scratch", table), 5: _runs_of("scratch", np.ones((1, 2)))[0]}
     with pytest.raises(ConfigError, match="tested on different people"):
-        evidence_tables.matrix(mixed, "t1", 7)
+        foundation_tables.matrix(mixed, "t1", 7)
 
 
 def _words(file: Path, out: Path, *more: str) -> list[str]:
@@ -363,15 +364,15 @@ def test_every_start_has_as_many_trials_and_runs(file: Path, loaded: LoadedBackb
 
 def test_one_window_is_one_pass_and_more_are_not(loaded: LoadedBackbone) -> None:
     rng = np.random.default_rng(0)
-    small = evidence_one_pass.compared(loaded, rng.standard_normal((16, 16, 16)), None)
+    small = foundation_one_pass.compared(loaded, rng.standard_normal((16, 16, 16)), None)
     assert small["same"] == 1.0 and small["cosine"] == pytest.approx(1, abs=1e-5) and small["windows"] is None
     image = rng.standard_normal((24, 20, 17)) + np.arange(24)[:, None, None] / 4
     target = np.full(image.shape, 6, np.int16)  # thalamus
-    large = evidence_one_pass.compared(loaded, image, target)
+    large = foundation_one_pass.compared(loaded, image, target)
     assert large["cosine"] < 0.9999 and large["centred"] < large["cosine"]
     assert 0 <= large["windows"] <= 1 and 0 <= large["whole"] <= 1
     scan = torch.from_numpy(image.astype(np.float32))
-    answer = evidence_one_pass._classes(loaded, evidence_one_pass.in_one_pass(loaded, scan))
+    answer = foundation_one_pass._classes(loaded, foundation_one_pass.in_one_pass(loaded, scan))
     assert large["whole"] == pytest.approx(2 * (answer == 3).sum() / ((answer == 3).sum() + answer.size))
 
 

@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
         "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.region_volumes", "data.regions",
         "data.sources", "data.store", "nets", "tasks",
     },
+    "reports": {"root", "imaging", "data.manifest", "data.store", "tasks", "inference"},
 }
 # third party -> the modules that may import it
 FENCES: dict[str, set[str]] = {
@@ -34,6 +35,7 @@ FENCES: dict[str, set[str]] = {
     "lightning": {"training"},
     "hydra": {"verbs.compose"},
     "omegaconf": {"verbs.compose"},
+    "jinja2": {"reports.page"},
 }
 NEVER = {"torchvision", "timm", "pickle", "wandb", "requests", "urllib.request"}
 NO_TORCH = {

@@ -16,7 +16,7 @@ two runs over the same files leave the same bytes.
 The coarser copies (`brainfm.data.levels`) follow from the volumes bit by bit, so the index and the fingerprint are
 silent about them: a store from before there were any has the same identity, and gives the same voxels more slowly.
 
-The layout of a scan was measured by ``scripts/benchmark_store.py --sweep`` on seven real scans at 1 mm, whole heads and
+The layout of a scan was measured by ``scripts/benchmark/store.py --sweep`` on seven real scans at 1 mm, whole heads and
 tightly cropped brains: float16, LZ4, random 96^3 patches, one core; sizes are of the cropped float32 volume.
 
 ======================  ==========  =====  ======  =========  ====================

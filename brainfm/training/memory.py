@@ -1,6 +1,6 @@
 """What fits: patch, parts of a batch, precision and recomputation for the memory that a device has.
 
-Nothing here is guessed: the peaks come from memory_table.json, which scripts/benchmark_memory.py measures and says how
+Nothing here is guessed: the peaks come from memory_table.json, which scripts/benchmark/memory.py measures and says how
 (rows of a real GPU where there was one; else a count of every tensor alive during the step). The table has no rows for
 free widths: these are scaled from the nearest family, and the plan says so.
 """

@@ -28,7 +28,7 @@ class Settings:
     overlap: Annotated[
         float,
         "share of a window that its neighbour repeats; 0.25 takes half the time or less and can cost Dice: "
-        "scripts/compare_overlap.py says how much it does for a bundle",
+        "scripts/benchmark/compare_overlap.py says how much it does for a bundle",
     ] = 0.5
     empty: Annotated[
         Literal["one", "fomo", "skip"],

@@ -50,6 +50,7 @@ class Settings:
 
 def run(settings: Settings) -> int:
     from brainfm.inference.explain import describe, explain
+    from brainfm.reports.explanation import write_picture
     from brainfm.tasks.bundle import read_bundle
 
     bundle = read_bundle(settings.bundle)
@@ -60,6 +61,7 @@ def run(settings: Settings) -> int:
             device=settings.device, overlap=settings.overlap, cube_mm=settings.cube_mm, step_mm=settings.step_mm,
             progress=move,
         )  # fmt: skip
+    write_picture(settings.out, found, bundle.task, bundle.preprocess.spacing_mm)
     print(f"{settings.out}: {describe(found, bundle.task)}")
     if not found.heat.any():
         print("the map is empty: nothing in these scans speaks for it")

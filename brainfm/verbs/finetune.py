@@ -33,9 +33,9 @@ def run(settings: Settings) -> int:
     asked = narrowed(FinetuneSettings, settings)
     if settings.launch.cluster is None:
         if train(asked) is not None and settings.report and _is_first():
-            from brainfm.inference.study_report import write_study_report
+            from brainfm.reports.finetuning import write_finetuning_page
 
-            print(write_study_report(settings.run, store=settings.store))
+            print(write_finetuning_page(settings.run, store=settings.store))
     else:
         job = submit("finetune", train, asked, settings.launch)
         print(f"{settings.run}: submitted as job {job.job_id}, logs in {job.paths.folder}")

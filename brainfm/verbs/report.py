@@ -22,7 +22,7 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    from brainfm.inference.study_report import write_study_report
+    from brainfm.reports.finetuning import write_finetuning_page
 
-    print(write_study_report(settings.run, store=settings.store))
+    print(write_finetuning_page(settings.run, store=settings.store))
     return 0

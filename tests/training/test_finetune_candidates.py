@@ -22,10 +22,10 @@ from brainfm.data.store import Store
 from brainfm.inference.evaluate import evaluate
 from brainfm.inference.explain import explain
 from brainfm.inference.predict import predict
-from brainfm.inference.study_report import write_study_report
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.weights import load_backbone, save_backbone
+from brainfm.reports.finetuning import write_finetuning_page
 from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, Provenance
 from brainfm.tasks.bundle import READS, read_bundle
 from brainfm.tasks.reads import PARTS, dense_numbers
@@ -296,7 +296,7 @@ def test_a_backbone_s_own_regions_answer_without_a_label_map(
         assert member_answer(network, store, row["subject"]) == pytest.approx(row["raw"][0], abs=1e-3)
     with pytest.warns(BrainfmWarning, match="not what the decoder sees; method=occlusion"):
         explain(bundle, {"t1": manifest.parent / "03.nii.gz"}, tmp_path / "why.nii.gz")
-    write_study_report(run)
+    write_finetuning_page(run)
 
 
 def test_numbers_of_a_decoder_against_loops(dense_file: Path) -> None:
