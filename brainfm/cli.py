@@ -16,7 +16,7 @@ from typing import Any, TextIO
 
 from brainfm import __version__
 from brainfm import verbs as verbs_folder
-from brainfm.specs import BrainfmError, BrainfmWarning, ConfigError
+from brainfm.errors import BrainfmError, BrainfmWarning, ConfigError
 
 
 def main(arguments: Sequence[str] | None = None) -> int:

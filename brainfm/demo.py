@@ -17,18 +17,18 @@ import numpy as np
 import torch
 
 from brainfm.batch import Batch
+from brainfm.curves import read_curves
 from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
-from brainfm.data.splits import folds
 from brainfm.data.store import Store
+from brainfm.errors import TrainingError
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.nets.transfer import transfer
 from brainfm.nets.weights import load_backbone
 from brainfm.objectives.objective import build_objective
 from brainfm.reports.demo import Demo, cases_of, scans_of, write_demo_page
-from brainfm.specs import TrainingError
+from brainfm.scoring.folds import folds
+from brainfm.scoring.intervals import bootstrap, mean_score
 from brainfm.synthesis.phantom import write_cohort
-from brainfm.tasks.statistics import bootstrap, mean_score
-from brainfm.training.monitor import read_curves
 
 ARMS = {"pretrained": "pre-trained", "scratch": "from scratch"}
 

@@ -20,7 +20,7 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 _Settings = TypeVar("_Settings")
 _COUNTS = {2: "two", 3: "three"}

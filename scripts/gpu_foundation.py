@@ -43,15 +43,17 @@ from brainfm.data.regions import REGIONS, merged_members
 from brainfm.data.settings import WindowSpec
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.windows import WindowPatches
+from brainfm.errors import BrainfmError, ConfigError, WeightsError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.transfer import listed, misfits
-from brainfm.nets.weights import load_backbone, save_backbone, write_atomically
+from brainfm.nets.weights import load_backbone, save_backbone
 from brainfm.objectives.dense_split import DenseSplit
 from brainfm.objectives.objective import build_objective
 from brainfm.seeds import unit_hash
 from brainfm.seen import SeenSubjects
 from brainfm.settings import build, plain
-from brainfm.specs import BrainfmError, ConfigError, PreprocessSpec, Provenance, ViewSpec, WeightsError
+from brainfm.specs import PreprocessSpec, Provenance, ViewSpec
 from brainfm.synthesis.settings import LookSpec
 from brainfm.training.average import WeightAverage
 from brainfm.training.optim import build_optimizer, lr_factor
@@ -464,9 +466,9 @@ def write_pieces(folder: Path, weights: Mapping[str, torch.Tensor], about: Mappi
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             np.savez(Path(scratch) / "piece.npz", **group)
             content = (Path(scratch) / "piece.npz").read_bytes()
-        write_atomically(path, content)
+        write_whole(path, content)
         pieces.append({"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
-    write_atomically(folder / RUN_FILE, (json.dumps({**about, "pieces": pieces}, indent=1) + "\n").encode())
+    write_whole(folder / RUN_FILE, (json.dumps({**about, "pieces": pieces}, indent=1) + "\n").encode())
     return [piece["bytes"] for piece in pieces]
 
 

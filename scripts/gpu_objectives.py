@@ -39,10 +39,11 @@ from torch import nn
 
 from brainfm.batch import Batch
 from brainfm.data.augment import apply, augment_spec, draw
+from brainfm.errors import BrainfmError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.settings import build, plain
-from brainfm.specs import BrainfmError, ViewSpec
+from brainfm.specs import ViewSpec
 from brainfm.training.optim import build_optimizer
 from brainfm.training.run import optim_values
 from brainfm.training.settings import PretrainSettings

@@ -21,8 +21,8 @@ import pytest
 from brainfm import cli
 from brainfm import verbs as verbs_folder
 from brainfm.cli import main, verbs
+from brainfm.errors import ConfigError
 from brainfm.settings import build, dotted, keys_of, plain
-from brainfm.specs import ConfigError
 from brainfm.training.settings import PretrainSettings
 from brainfm.verbs.compose import configs, options, resolve, settings_of
 from tests.conftest import write_subjects

@@ -17,12 +17,13 @@ from lightning.fabric import Fabric
 
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.weights import LoadedBackbone, load_backbone, save_backbone
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance
+from brainfm.scoring.intervals import crossed_bootstrap
+from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.settings import SegmentationSettings
-from brainfm.tasks.statistics import crossed_bootstrap
 from brainfm.training.scanning import Scanning
 from brainfm.training.segmenting import Segmenting
 from brainfm.verbs.compose import resolve

@@ -10,21 +10,22 @@ from pathlib import Path
 import pytest
 
 PACKAGE = Path(__file__).parents[1] / "brainfm"
-ROOT = {"volume", "specs", "settings", "batch", "seeds", "seen", "files"}
+ROOT = {"volume", "specs", "settings", "batch", "seeds", "seen", "errors", "files", "progress", "curves"}
 TOP = {"cli", "demo", "verbs"}  # may import everything; nobody else imports them
 
 MAY_IMPORT: dict[str, set[str]] = {
     "root": set(),
     "imaging": {"root"},
     "nets": {"root"},
+    "scoring": {"root"},
     "synthesis": {"root", "imaging"},
-    "data": {"root", "imaging", "synthesis"},
+    "data": {"root", "imaging", "synthesis", "scoring"},
     "objectives": {"root", "nets"},
-    "tasks": {"root", "nets"},
-    "training": {"root", "data", "nets", "objectives", "tasks", "synthesis.settings"},
+    "tasks": {"root", "nets", "scoring"},
+    "training": {"root", "data", "nets", "objectives", "scoring", "tasks", "synthesis.settings"},
     "inference": {
         "root", "imaging", "data.answers", "data.labelling", "data.manifest", "data.region_volumes", "data.regions",
-        "data.sources", "data.store", "nets", "tasks",
+        "data.sources", "data.store", "nets", "scoring", "tasks",
     },
     "reports": {"root", "imaging", "data.manifest", "data.store", "tasks", "inference"},
 }
@@ -39,6 +40,10 @@ FENCES: dict[str, set[str]] = {
 }
 NEVER = {"torchvision", "timm", "pickle", "wandb", "requests", "urllib.request"}
 NO_TORCH = {
+    "errors",
+    "files",
+    "progress",
+    "scoring",
     "imaging",
     "data.anatomize",
     "data.fingerprint",
@@ -52,7 +57,6 @@ NO_TORCH = {
     "data.tables",
     "data.tree",
     "data.workers",
-    "data.splits",
     "data.doctor",
     "data.prepare",
     "data.store",

@@ -10,6 +10,7 @@ from typing import Annotated, Any, Literal
 
 import pytest
 
+from brainfm.errors import ConfigError
 from brainfm.settings import (
     FREE,
     VERBATIM,
@@ -25,7 +26,6 @@ from brainfm.settings import (
     verbatim,
     words,
 )
-from brainfm.specs import ConfigError
 
 
 @dataclass(frozen=True)

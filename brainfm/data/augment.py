@@ -26,7 +26,7 @@ from torch.nn import functional as F
 from brainfm import seeds
 from brainfm.batch import Batch
 from brainfm.data.regions import RENDERED_FAMILIES
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.synthesis.deform import INJECTIVE
 from brainfm.synthesis.render import render_views
 from brainfm.synthesis.settings import LookSpec

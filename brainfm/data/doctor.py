@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,10 +16,11 @@ import numpy as np
 
 from brainfm.data.manifest import Manifest, Scan, label_paths, plain_first, read_left_out
 from brainfm.data.workers import why_no_processes
-from brainfm.files import write_whole
+from brainfm.errors import ScanError
+from brainfm.files import write_table
 from brainfm.imaging import intensity
 from brainfm.imaging.nifti import FileGrid, header_faults, read, read_header, voxel_faults
-from brainfm.specs import PreprocessSpec, ScanError
+from brainfm.specs import PreprocessSpec
 from brainfm.volume import Volume
 
 _LARGEST_LABEL = 65535  # label volumes are stored as uint16 at most
@@ -110,11 +109,7 @@ def examine(manifest: Manifest, workers: int = 0, progress: Progress | None = No
 
 def write_faults(path: str | os.PathLike[str], faults: Iterable[Fault]) -> None:
     """A CSV with one line a fault, written whole or not at all; a header alone where there is none."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([f.name for f in fields(Fault)])
-    writer.writerows(astuple(fault) for fault in faults)
-    write_whole(path, text.getvalue().encode())
+    write_table(path, [f.name for f in fields(Fault)], (astuple(fault) for fault in faults))
 
 
 # ---- notes -----------------------------------------------------------------------------------------------------------

@@ -23,8 +23,8 @@ from brainfm.data.manifest import CONTRASTS, Scan, contrast_of, plain_first
 from brainfm.data.participants import Participants, join, one_age_notes, read_participants, read_sessions
 from brainfm.data.tables import decoded
 from brainfm.data.tree import Tree, walk
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.imaging.endings import READ, ending_of, strip_ending
-from brainfm.specs import ConfigError, ManifestError
 
 
 @dataclass(frozen=True)

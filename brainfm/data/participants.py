@@ -10,7 +10,7 @@ from pathlib import Path
 
 from brainfm.data.manifest import LABEL_ENDINGS, REQUIRED, Scan
 from brainfm.data.tables import Table, read_table
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 _SUBJECT_COLUMNS = ("participant_id", "subject_id", "patient_id", "subject", "participant", "patient", "mrid", "ptid",
                     "case_id", "sub", "id", "ixi_id")  # fmt: skip

@@ -21,10 +21,11 @@ from brainfm.data.manifest import Manifest, Scan, check_files, label_paths, scan
 from brainfm.data.sources import SourceFile
 from brainfm.data.store import Failure, Key, Share, Store
 from brainfm.data.workers import in_pool, in_this_process, one_thread
+from brainfm.errors import ConfigError, ScanError, StoreError
 from brainfm.imaging import register
 from brainfm.imaging.endings import companions
 from brainfm.imaging.preprocess import Anchor, prepare_session
-from brainfm.specs import ConfigError, PreprocessSpec, ScanError, StoreError
+from brainfm.specs import PreprocessSpec
 
 
 @dataclass(frozen=True)

@@ -19,6 +19,7 @@ from brainfm import seeds
 from brainfm.data.answers import AGE, Unusable, cell, read_answer, tidy, who
 from brainfm.data.patches import Sample, Shuffled, draw_corner, drop_contrasts
 from brainfm.data.store import SessionEntry, Store
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.imaging.views import (
     covering_corners,
     covering_counts,
@@ -26,7 +27,7 @@ from brainfm.imaging.views import (
     whole_view,
     whole_view_mask,
 )
-from brainfm.specs import ConfigError, ManifestError, TaskSpec
+from brainfm.specs import TaskSpec
 
 Triple = tuple[int, int, int]
 

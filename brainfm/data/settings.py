@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from brainfm.errors import ConfigError
 from brainfm.settings import VERBATIM
-from brainfm.specs import ConfigError
 
 
 @dataclass(frozen=True)

@@ -18,7 +18,7 @@ import numpy as np
 from brainfm.data import regions, schemes, volumes
 from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Key, SessionEntry, Store
-from brainfm.specs import ConfigError, ManifestError
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.synthesis.shapes import Shapes, load_shapes, procedural_shapes
 
 LESION_NAME = re.compile(r"lesion|tumou?r|infarct|stroke|wmh|h(ae|e)morrh|mening|gliom|metast|plaque|abnormal")
@@ -197,7 +197,7 @@ def _measure_volumes(store: Store, maps: Mapping[Key, LabelMap], trained: Collec
         level = min(store.levels(chosen.session), max(0, round(math.log2(2 / store.spec.spacing_mm[0]))))
         ids = store.block(chosen.session, chosen.name, (0, 0, 0), store.shape(chosen.session, level), level=level)
         table = schemes.lookup(chosen.scheme, "groups", unknown="ignore")
-        group = np.where(ids < len(table), table[np.minimum(ids, len(table) - 1)], schemes.IGNORE)
+        group = np.where(ids < len(table), np.take(table, ids, mode="clip"), schemes.IGNORE)
         counts = np.bincount(group[group > 0].ravel(), minlength=len(names) + 1)[1:] + 0.5
         shares[session.subject_key] = np.log(counts / counts.sum())
     basis = [key for key in sorted(shares) if key in set(trained)]

@@ -22,7 +22,8 @@ from brainfm.data.patches import Sample
 from brainfm.data.settings import WindowSpec
 from brainfm.data.store import ScanEntry, SessionEntry, Store, Triple
 from brainfm.data.targets import Targets
-from brainfm.specs import ConfigError, StoreError, ViewSpec
+from brainfm.errors import ConfigError, StoreError
+from brainfm.specs import ViewSpec
 from brainfm.synthesis import lesions
 from brainfm.synthesis.deform import INJECTIVE, random_coefficients, spline_bases, spline_field
 from brainfm.volume import spacing_of
@@ -322,7 +323,7 @@ class WindowPatches(Dataset):
                 labelled = self.store.label_points(session, chosen.name)
                 ids = self.store.volume(session, chosen.name)[tuple(labelled.T)]
                 table = self.targets.renders[chosen.scheme]
-                inside = labelled[is_brain(table[np.minimum(ids, len(table) - 1)])]
+                inside = labelled[is_brain(np.take(table, ids, mode="clip"))]
                 points = inside if len(inside) else points
             self._middles[key] = points
         return self._middles[key]

@@ -15,12 +15,12 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from brainfm.errors import ConfigError, ScanError
 from brainfm.imaging import geometry, tissue, warp
 from brainfm.imaging.atlas import tissue_maps
 from brainfm.imaging.intensity import foreground
 from brainfm.imaging.tissue import Mixture
 from brainfm.imaging.warp import Warp
-from brainfm.specs import ConfigError, ScanError
 from brainfm.volume import Volume, spacing_of
 
 VOLUMES = ("csf", "gm", "wm", "brain", "icv")

@@ -9,8 +9,8 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from brainfm.errors import ConfigError
 from brainfm.imaging import nifti
-from brainfm.specs import ConfigError
 
 __all__ = ["tissue_maps"]
 

@@ -20,8 +20,8 @@ import numpy as np
 from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 
+from brainfm.errors import ScanError
 from brainfm.imaging.endings import companions, ending_of, header_names
-from brainfm.specs import ScanError
 from brainfm.volume import spacing_of
 
 _HEADER_BYTES = 544  # enough for either header

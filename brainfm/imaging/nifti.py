@@ -14,9 +14,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
+from brainfm.errors import ScanError
 from brainfm.files import write_whole
 from brainfm.imaging.formats import Opened, open_scan
-from brainfm.specs import ScanError
 from brainfm.volume import Volume, spacing_of
 
 MAX_NON_FINITE = 0.01  # of the voxels; a scan with more has lost data, not a few divisions by zero

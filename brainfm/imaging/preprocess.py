@@ -13,12 +13,13 @@ from typing import Any, Self
 import numpy as np
 
 from brainfm import seeds
+from brainfm.errors import ScanError
 from brainfm.imaging import geometry, intensity, nifti, register
 from brainfm.imaging.geometry import Shape
 from brainfm.imaging.intensity import Stats
 from brainfm.imaging.nifti import FileGrid
 from brainfm.imaging.register import Alignment, Head
-from brainfm.specs import PreprocessSpec, ScanError
+from brainfm.specs import PreprocessSpec
 from brainfm.volume import Volume, spacing_of
 
 FOREGROUND_POINTS = 4096

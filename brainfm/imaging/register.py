@@ -20,9 +20,9 @@ import numpy as np
 import scipy.ndimage
 
 from brainfm import seeds
+from brainfm.errors import ConfigError
 from brainfm.imaging import geometry, intensity
 from brainfm.imaging.intensity import Stats
-from brainfm.specs import ConfigError
 from brainfm.volume import Volume
 
 FARTHEST_MM, MOST_TURNED_DEG = 60.0, 45.0

@@ -27,13 +27,15 @@ import torch
 from torch import Tensor
 
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ScanError
+from brainfm.files import check_writable, write_whole
 from brainfm.imaging.preprocess import prepare_session
-from brainfm.inference.engine import check_folder, settle_device
+from brainfm.inference.engine import settle_device
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.latents import Latents
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note, write_atomically
-from brainfm.specs import ConfigError, PreprocessSpec, ScanError
+from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note
+from brainfm.specs import PreprocessSpec
 
 WHOLE = "backbone"  # the part that is the backbone's deepest map
 IDS = ("dataset", "subject", "session", "scan", "contrast")
@@ -364,7 +366,7 @@ def check_format(path: PathLike) -> Path:
         raise ConfigError(f"out={file}: expected a file that ends in {', '.join(FORMATS)}")
     if file.suffix == ".parquet":
         _pyarrow()
-    check_folder(file.parent)
+    check_writable(file.parent)
     return file
 
 
@@ -404,7 +406,7 @@ def write(embedding: Embedding, path: PathLike) -> list[Path]:
     if file.suffix in (".csv", ".npy"):
         contents[_beside(file, ".about.json")] = about.encode()
     for name, content in contents.items():
-        write_atomically(name, content)
+        write_whole(name, content)
     return list(contents)
 
 

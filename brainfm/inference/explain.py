@@ -22,6 +22,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from brainfm.data.region_volumes import voxel_effects
+from brainfm.errors import BrainfmWarning, BundleError, ConfigError, ScanError
 from brainfm.imaging import nifti
 from brainfm.imaging.preprocess import Recipe, prepare_session, restore_map
 from brainfm.imaging.views import covering_corners, views_of_volumes, whole_view_to_volume
@@ -29,7 +30,7 @@ from brainfm.inference.engine import Engine, PathLike
 from brainfm.inference.label_maps import check_labels, decisions_for, note_missing, reads_of, volumes_of
 from brainfm.inference.predict import check_inputs, check_output
 from brainfm.inference.scan_answers import joined
-from brainfm.specs import BrainfmWarning, BundleError, ConfigError, Decisions, ScanError, TaskSpec
+from brainfm.specs import Decisions, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from brainfm.tasks.windows import gaussian_weight, predict_windows, window_slices
 
@@ -96,7 +97,8 @@ def explain(
 
     Raises:
         BundleError, ScanError: the bundle or a file cannot be used.
-        ConfigError: an unknown contrast, class, method or layer, or an output that cannot be written.
+        ConfigError: an unknown contrast, class, method or layer.
+        FileError: the output cannot be written.
     """
     engine = bundle if isinstance(bundle, Engine) else Engine.load(bundle, device, "32-true", overlap)
     files = check_inputs(inputs, engine.task)
@@ -659,14 +661,10 @@ def _prepared(
 
 
 def _write(path: Path, like: Path, found: Explanation, recipe: Recipe) -> None:
-    """Raises: ConfigError where it cannot be written."""
+    """Raises: FileError."""
     on_file = recipe.file.to_ras(restore_map(found.heat, recipe))
     on_file, _ = _normalised(on_file, signed=bool((found.heat < 0).any()))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nifti.write_map(path, on_file, like)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+    nifti.write_map(path, on_file, like)
 
 
 def describe(found: Explanation, spec: TaskSpec) -> str:

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets.recompute import set_checkpointing
-from brainfm.specs import ConfigError
 
 # name -> the module that holds a function of that name; imported when it is built, so an unused family costs nothing
 BACKBONES: dict[str, str] = {

@@ -7,8 +7,8 @@ from typing import Any
 
 from torch import Tensor
 
+from brainfm.errors import ConfigError
 from brainfm.nets.decoders import Pointwise, SkipDecoder
-from brainfm.specs import ConfigError
 
 
 class DenseDecoder(SkipDecoder):

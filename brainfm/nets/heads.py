@@ -8,9 +8,9 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets import cpu
 from brainfm.nets.backbone import Backbone
-from brainfm.specs import ConfigError
 
 
 class Fusion(nn.Module):

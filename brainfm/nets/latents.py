@@ -9,8 +9,8 @@ import torch
 from torch import Tensor, nn
 
 from brainfm import seeds
+from brainfm.errors import ConfigError
 from brainfm.nets import cpu
-from brainfm.specs import ConfigError
 
 # exp(+-5) is as far from the prior's deviation of 1 as is of any use; beyond it bfloat16 training can overflow
 LOGVAR_RANGE = (-10.0, 10.0)

@@ -8,11 +8,11 @@ from collections.abc import Sequence
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import Pointwise, SkipDecoder
 from brainfm.nets.recompute import Blocks, recomputed
 from brainfm.nets.unet import ConvNormAct
-from brainfm.specs import ConfigError
 
 
 class ResidualBlock(nn.Module):

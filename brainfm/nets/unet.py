@@ -9,10 +9,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets import cpu
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.recompute import Blocks
-from brainfm.specs import ConfigError
 
 
 class ConvNormAct(nn.Sequential):

@@ -10,7 +10,6 @@ from __future__ import annotations
 import json
 import math
 import os
-import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -22,11 +21,13 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError, WeightsError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.transfer import TransferReport, fingerprint, listed, misfits, transfer
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, PreprocessSpec, Provenance, WeightsError
+from brainfm.specs import PreprocessSpec, Provenance
 
 FORMAT = 2
 _KEY = "brainfm"
@@ -118,7 +119,7 @@ def save_backbone(
     }
     _check_heads(about["decoder"], about["heads"])
     # keys are not sorted: the order of a decoder's parts is that of its channels
-    write_atomically(Path(path), save(tensors, metadata={_KEY: json.dumps(about)}))
+    write_whole(path, save(tensors, metadata={_KEY: json.dumps(about)}))
     return mark
 
 
@@ -305,23 +306,3 @@ def _check_description(path: Path, about: Any) -> None:
         raise WeightsError(f"{path}: its description lacks a usable {', '.join(wrong)}")
     if not isinstance(about["backbone"].get("name"), str):
         raise WeightsError(f"{path}: its description does not name a backbone")
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """The whole file or none of it. Raises: OSError that names the file."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    try:
-        with os.fdopen(descriptor, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)  # mkstemp makes private files; a weights file gets the usual rights
-        os.umask(mask)
-        os.chmod(temporary, 0o666 & ~mask)
-        os.replace(temporary, path)
-    except BaseException as error:
-        Path(temporary).unlink(missing_ok=True)
-        if isinstance(error, OSError) and error.errno:
-            raise OSError(error.errno, error.strerror, str(path)) from None
-        raise

@@ -11,13 +11,14 @@ from torch import Tensor, nn
 
 from brainfm import seeds
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import Pointwise
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import Objective
 from brainfm.objectives.settings import DenseSplitSettings
-from brainfm.specs import ConfigError, ViewSpec
+from brainfm.specs import ViewSpec
 
 _MIRRORED_MM = 8.0  # of a place's mirror image that is no wrong answer
 _ON_FLOOR = 1e-3  # a voxel this near to the smallest value is air

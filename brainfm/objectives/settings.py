@@ -10,8 +10,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal
 
+from brainfm.errors import ConfigError
 from brainfm.settings import build, plain
-from brainfm.specs import ConfigError
 
 Reconstruction = Literal["mse", "smooth_l1"]
 _VISITS = "whether the second scan may come from another visit (preprocess.align=rigid)"

@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from brainfm.data.store import SessionEntry, Store
+from brainfm.errors import ConfigError
 from brainfm.inference.label_maps import reads_of
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks.bundle import Bundle, read_bundle
 
 RESULTS = "results.json"

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from brainfm.data.store import SessionEntry
+from brainfm.errors import ScanError
 from brainfm.imaging.descriptors import head_mask
 from brainfm.inference.explain import share_inside
 from brainfm.reports import charts, pictures
@@ -15,7 +16,6 @@ from brainfm.reports.kind_page import KindPage, Row
 from brainfm.reports.page import Section
 from brainfm.reports.run import Run
 from brainfm.reports.wording import number
-from brainfm.specs import ScanError
 
 
 def whole_head_page(run: Run) -> KindPage:

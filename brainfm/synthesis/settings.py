@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 
 @dataclass(frozen=True)

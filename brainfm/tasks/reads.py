@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.specs import ConfigError
 
 PARTS = ("mean", "volumes", "regions", "network")
 """What a member can answer from: nothing but the training cases' mean or class shares; volumes of a label map; volumes

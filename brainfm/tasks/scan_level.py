@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.heads import Fusion, GatedAttention, LinearHead, Standardise, fused_features
-from brainfm.specs import ConfigError, TaskSpec
-from brainfm.tasks.linear import linear_head
+from brainfm.scoring.linear import linear_head
+from brainfm.specs import TaskSpec
 from brainfm.tasks.reads import PARTS, Reads, dense_numbers, dense_width, log_head_volume
 from brainfm.tasks.task import Task
 

@@ -10,11 +10,12 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import Pointwise, SkipDecoder, chained
 from brainfm.nets.dense import DenseHead
 from brainfm.nets.heads import Fusion, fused_features
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks.segmentation_losses import SegmentationLoss, deep_loss, segmentation_loss
 from brainfm.tasks.task import Task
 

@@ -6,8 +6,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
+from brainfm.errors import ConfigError
 from brainfm.settings import FREE, VERBATIM
-from brainfm.specs import ConfigError
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -11,8 +11,9 @@ from typing import Any
 from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.specs import TaskSpec
 
 # kind -> (module, class); imported when it is built
 TASKS: dict[str, tuple[str, str]] = {

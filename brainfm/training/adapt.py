@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.tasks.task import Task
 from brainfm.training.settings import AdaptSpec
 

@@ -22,12 +22,14 @@ from brainfm.data.augment import augment_spec
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.recompute import set_checkpointing
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, load_backbone, write_atomically
+from brainfm.nets.weights import LoadedBackbone, load_backbone
+from brainfm.progress import say
 from brainfm.settings import plain
-from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.settings import SegmentationSettings, WholeHeadSettings
 from brainfm.tasks.task import Task
@@ -38,7 +40,7 @@ from brainfm.training.loop import CHECKPOINT, LoopSpec, Run, State, train
 from brainfm.training.memory import MemoryPlan, plan, settle
 from brainfm.training.processes import make_fabric
 from brainfm.training.questions import Engine, Question, Row
-from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of, say
+from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of
 from brainfm.training.settings import AdaptSpec, FinetuneSettings
 from brainfm.training.speed import settled
 from brainfm.training.supervised import Supervised
@@ -256,7 +258,7 @@ def _planned(
         if fabric.is_global_zero:
             for note in made.notes:
                 say(f"memory: {note}")
-            write_atomically(file, (json.dumps({"asked": asked, "plan": made.to_dict()}, indent=1) + "\n").encode())
+            write_whole(file, (json.dumps({"asked": asked, "plan": made.to_dict()}, indent=1) + "\n").encode())
     return MemoryPlan.from_dict(fabric.broadcast(made.to_dict()))  # each process finds another amount of memory free
 
 
@@ -429,7 +431,7 @@ def _untrained(study: _Study, split: Split, folder: Path, backbone: Backbone | N
     mine, file = _identity(study, split, backbone), folder / IDENTITY
     there = json.loads(file.read_text()) if file.exists() else None
     if there is None and study.chief:
-        write_atomically(file, (json.dumps(mine, indent=1) + "\n").encode())
+        write_whole(file, (json.dumps(mine, indent=1) + "\n").encode())
     elif there is not None and there != json.loads(json.dumps(mine)):
         key = next(k for k in sorted(set(there) | set(mine)) if there.get(k) != json.loads(json.dumps(mine)).get(k))
         raise ConfigError(f"{folder} holds a run with another {key}: use another run= folder, or the same values")
@@ -474,7 +476,7 @@ def _watch(
             if best is None or math.isnan(best) or sign * score > sign * best:
                 state.extra |= {"best": score, "best_step": state.step}
                 if study.chief:
-                    write_atomically(folder / MEMBER, member)
+                    write_whole(folder / MEMBER, member)
         return {f"{word}_{question.primary}": score}
 
     return evaluate
@@ -494,9 +496,9 @@ def _score_start(study: _Study, module: Supervised, split: Split, folder: Path) 
     if study.chief:
         module.answering.to(study.fabric.device)
         score, member = _scored(study, module, split, split.inner)
-        write_atomically(folder / MEMBER, member)
+        write_whole(folder / MEMBER, member)
         text = json.dumps({"best": score if math.isfinite(score) else None}) + "\n"
-        write_atomically(folder / START, text.encode())
+        write_whole(folder / START, text.encode())
     study.fabric.barrier()
 
 
@@ -506,7 +508,7 @@ def _held(
     """The answers to the held-out cases, made once, by the weights that go into the bundle."""
     if module is not None and not split.inner and study.chief and not (folder / MEMBER).exists():
         with torch.no_grad(), study.question.refitted(module.answering, split.trained, study.engine()):
-            write_atomically(folder / MEMBER, module.member())
+            write_whole(folder / MEMBER, module.member())
     study.fabric.barrier()
     if not (folder / HELD).exists() and study.chief:
         network = None
@@ -521,8 +523,8 @@ def _held(
             )  # fmt: skip
         if shipped is not None:
             tensors = {name: value.detach().cpu().clone().contiguous() for name, value in shipped.items()}
-            write_atomically(folder / SHIPPED, save(tensors))
-        write_atomically(folder / HELD, (json.dumps(rows) + "\n").encode())
+            write_whole(folder / SHIPPED, save(tensors))
+        write_whole(folder / HELD, (json.dumps(rows) + "\n").encode())
     study.fabric.barrier()
     return json.loads((folder / HELD).read_text())
 
@@ -555,7 +557,7 @@ def _baseline_rows(study: _Study, splits: Sequence[Split], folder: Path) -> dict
             torch.manual_seed(study.seed)
             fresh = build_backbone(**study.backbone.config).eval()
             made = study.question.baseline(name, fresh, splits, study.seed)
-            write_atomically(file, (json.dumps(made) + "\n").encode())
+            write_whole(file, (json.dumps(made) + "\n").encode())
         study.fabric.barrier()
         found[name] = json.loads(file.read_text())
     return found
@@ -661,7 +663,7 @@ def _write_cases(file: Path, rows: Sequence[Row]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     writer.writerows([[_cell(row.get(name)) for name in names] for row in rows])
-    write_atomically(file, text.getvalue().encode())
+    write_whole(file, text.getvalue().encode())
 
 
 def _cell(value: Any) -> Any:
@@ -671,4 +673,4 @@ def _cell(value: Any) -> Any:
 
 
 def _write_json(file: Path, document: Mapping[str, Any]) -> None:
-    write_atomically(file, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(file, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())

@@ -24,10 +24,10 @@ from brainfm.data import regions
 from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.data.targets import Targets
 from brainfm.data.windows import PLACEHOLDER
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.decoders import Pointwise, SkipDecoder
 from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import write_atomically
 from brainfm.objectives.objective import Objective
 
 Maps = Callable[[Tensor], dict[str, Tensor]]  # [1, 1, X, Y, Z] -> name -> [1, E, X/s, Y/s, Z/s]
@@ -533,7 +533,7 @@ class LevelProbe:
             score = few_shot_dice(*fresh_networks(backbone, dense), self.crops, self.groups, self.fitted)
             table["network"] = {"fewshot_dice": score}
         if len(table) > there:
-            write_atomically(path, (json.dumps({"question": question, "answers": table}, indent=1) + "\n").encode())
+            write_whole(path, (json.dumps({"question": question, "answers": table}, indent=1) + "\n").encode())
         return table
 
     def _of_fresh(self, backbone: Backbone, dense: DenseDecoder | None) -> Table:

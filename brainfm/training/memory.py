@@ -18,8 +18,8 @@ from typing import Any
 
 import torch
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.specs import ConfigError
 from brainfm.training.settings import TrainerSettings
 from brainfm.training.speed import settled
 

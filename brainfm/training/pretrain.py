@@ -18,28 +18,31 @@ from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.regions import REGIONS, merged_members
 from brainfm.data.settings import TargetSpec
-from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, find_targets
 from brainfm.data.windows import WindowPatches
+from brainfm.errors import ConfigError, ManifestError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import save_backbone, write_atomically
+from brainfm.nets.weights import save_backbone
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.objectives.settings import AnatomyPathologySettings, DenseSplitSettings, ObjectiveSettings
+from brainfm.progress import say
+from brainfm.scoring.folds import holdout
 from brainfm.seen import SeenSubjects
 from brainfm.settings import plain
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance, ViewSpec
+from brainfm.specs import PreprocessSpec, Provenance, ViewSpec
 from brainfm.synthesis.settings import LookSpec
 from brainfm.training import receipt
 from brainfm.training.average import WeightAverage
 from brainfm.training.finish import Finish, branch
 from brainfm.training.level_probes import LevelProbe
 from brainfm.training.loop import LoopSpec, Run, State, train
-from brainfm.training.monitor import save_pictures
 from brainfm.training.optim import build_optimizer
+from brainfm.training.pictures import save_pictures
 from brainfm.training.probes import OnlineProbe, with_whole
 from brainfm.training.processes import make_fabric
-from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of, say
+from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of
 from brainfm.training.settings import PretrainData, PretrainSettings, ProbeSpec, WsdSettings
 from brainfm.training.speed import quicken, settled
 
@@ -164,7 +167,7 @@ def pretrain(settings: PretrainSettings) -> State:
         )
     )
     if fabric.is_global_zero:
-        write_atomically(folder / receipt.FILE, (json.dumps(state.receipt, indent=1) + "\n").encode())
+        write_whole(folder / receipt.FILE, (json.dumps(state.receipt, indent=1) + "\n").encode())
         if state.step >= spec.max_steps:
             say(file.write(state))
             say(receipt.describe(state.receipt))

@@ -18,11 +18,12 @@ import torch
 from torch import Tensor
 
 from brainfm import seeds
-from brainfm.data.splits import folds
 from brainfm.data.store import ScanEntry, SessionEntry, Store
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.weights import write_atomically
-from brainfm.tasks import linear
+from brainfm.scoring import linear
+from brainfm.scoring.answers import auroc
+from brainfm.scoring.folds import folds
 from brainfm.training import level_probes
 from brainfm.training.settings import ProbeSpec
 
@@ -276,7 +277,7 @@ def _contrast(features: Features, values: np.ndarray, seed: int) -> dict[str, fl
     x = values[rows].mean(axis=1)
     y = np.array([legal.index(features.rows[r][1].contrast) for r in rows])
     who = [features.rows[r][0].subject_key for r in rows]
-    by_subject = folds_of(who, seed)
+    by_subject = folds(who, _FOLDS, seed, fewer=True)
     return {
         "contrast": _balanced_accuracy(y, linear.crossed(x, y, who, by_subject, _logistic)),
         "contrast_knn": _balanced_accuracy(y, linear.crossed(x, y, who, by_subject, _neighbours)),
@@ -307,7 +308,7 @@ def _age(features: Features, values: np.ndarray, seed: int) -> dict[str, float]:
     x, who, y = _of_sessions(features, values, ages)
     if len(set(who)) < _WITH_AGE or np.ptp(y) == 0:
         return {}
-    by_subject = folds_of(who, seed)
+    by_subject = folds(who, _FOLDS, seed, fewer=True)
     guess = linear.nested(x, y, who, by_subject, "ridge", seed)
     mean = linear.crossed(x, y, who, by_subject, lambda train, target, test: np.full(len(test), target.mean()))
     spread = guess.std() * y.std()
@@ -325,14 +326,12 @@ def _sex(features: Features, values: np.ndarray, seed: int) -> dict[str, float]:
     groups = [sorted({w for w, value in zip(who, y) if value == sex}) for sex in (0.0, 1.0)]
     if min(map(len, groups)) < _PER_SEX:
         return {}
-    from sklearn.metrics import roc_auc_score
-
     # Each fold holds its share of both; a fold's scores are compared among themselves only.
     dealt = [folds(group, _FOLDS, seed) for group in groups]
     by_subject = [[*one, *other] for one, other in zip(*dealt)]
     score = linear.crossed(x, y, who, by_subject, _logistic_score)
     held = [np.isin(who, fold) for fold in by_subject]
-    return {"sex_auroc": float(np.mean([roc_auc_score(y[rows], score[rows]) for rows in held]))}
+    return {"sex_auroc": float(np.mean([auroc(y[rows], score[rows]) for rows in held]))}
 
 
 def _of_sessions(
@@ -389,12 +388,6 @@ def sexes_of(sessions: Iterable[SessionEntry]) -> dict[tuple[str, str, str], flo
 
 
 # ------------------------------------------------------------------------------------------------ cross-validation
-
-
-def folds_of(who: Iterable[str], seed: int) -> list[list[str]]:
-    """Subjects in five folds, or as many as there are subjects."""
-    subjects = sorted(set(who))
-    return folds(subjects, min(_FOLDS, len(subjects)), seed)
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -486,7 +479,7 @@ class OnlineProbe:
         if self.levels is not None:
             answers |= self.levels(step)
             document["levels"] = self.levels.table
-        write_atomically(self.folder / FILE, (json.dumps(document, indent=1) + "\n").encode())
+        write_whole(self.folder / FILE, (json.dumps(document, indent=1) + "\n").encode())
         return answers
 
     def describe(self) -> list[str]:

@@ -18,8 +18,9 @@ import torch
 from lightning.fabric import Fabric
 from lightning.fabric.plugins.environments import LightningEnvironment
 
+from brainfm.errors import ConfigError, TrainingError
 from brainfm.nets.cpu import keep_freed_memory
-from brainfm.specs import ConfigError, TrainingError
+from brainfm.progress import speak
 from brainfm.training.settings import TrainerSettings
 
 _LOST = ("closed by peer", "Connection reset", "Broken pipe", "remote process has exited", "Timed out waiting")
@@ -50,6 +51,7 @@ def make_fabric(trainer: TrainerSettings) -> Fabric:
     if by_fabric and os.environ.get("LOCAL_RANK", "0") != "0":
         _end_with_parent()
     fabric.launch()
+    speak(fabric.is_global_zero)
     if trainer.threads:  # after the launch, which shares out the cores as it sees fit
         torch.set_num_threads(trainer.threads)
     if fabric.device.type == "cpu":

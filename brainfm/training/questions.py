@@ -16,8 +16,8 @@ from torch.utils.data import Dataset
 from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.weights import LoadedBackbone
+from brainfm.scoring.intervals import Interval
 from brainfm.specs import Decisions, TaskSpec
-from brainfm.tasks.metrics import Interval
 from brainfm.tasks.settings import TaskSettings
 from brainfm.tasks.task import Task
 from brainfm.training.crossval import Split

@@ -13,12 +13,12 @@ from typing import Any
 
 import numpy as np
 
-from brainfm.nets.weights import write_atomically
+from brainfm.curves import read_curves
+from brainfm.files import write_whole
+from brainfm.scoring.intervals import Interval
 from brainfm.settings import plain
-from brainfm.tasks.metrics import Interval
 from brainfm.training import transferred
 from brainfm.training.crossval import Split
-from brainfm.training.monitor import read_curves
 from brainfm.training.questions import CHOICE, Decided, Question, Row, subjects_of
 from brainfm.training.settings import FinetuneSettings
 
@@ -226,7 +226,7 @@ def write_curve(file: Path, points: Sequence[Mapping[str, Any]]) -> None:
             shots = "all" if found["shots"] is None else found["shots"]
             numbers = ["" if score[k] is None else f"{score[k]:.6g}" for k in ("mean", "low", "high")]
             writer.writerow([shots, f"{found['subjects']:g}", name, *numbers, score["n"]])
-    write_atomically(file, text.getvalue().encode())
+    write_whole(file, text.getvalue().encode())
 
 
 def headline(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 
 from brainfm import __version__
 from brainfm.data.store import Store
@@ -89,9 +87,3 @@ def commit_of_code() -> str:
         return text
     reference = head.parent / text.removeprefix("ref: ")
     return reference.read_text().strip() if reference.is_file() else ""
-
-
-def say(text: str) -> None:
-    """To the log, once however many processes the run has."""
-    if getattr(rank_zero_only, "rank", 0) == 0:  # Lightning hangs it onto the function
-        print(text, file=sys.stderr, flush=True)

@@ -15,17 +15,19 @@ from torch.utils.data import Dataset
 from brainfm.data import regions, scan_cases
 from brainfm.data.region_volumes import find_volumes
 from brainfm.data.scan_cases import ScanViews, choose_view_mm, find_scan_cases, views_of
-from brainfm.data.splits import strata_of
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.transfer import transfer
 from brainfm.nets.weights import LoadedBackbone
-from brainfm.specs import ConfigError, Decisions
-from brainfm.tasks import calibration, scores
+from brainfm.scoring import calibration
+from brainfm.scoring.answers import primary, scan_score, scan_scores
+from brainfm.scoring.folds import deal, fold_of, strata_of
+from brainfm.scoring.intervals import bootstrap, paired_bootstrap, paired_permutation
+from brainfm.specs import Decisions
 from brainfm.tasks.reads import Reads
 from brainfm.tasks.scan_level import ScanTask
 from brainfm.tasks.settings import ClassificationSettings, RegressionSettings, WholeHeadSettings
-from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
 from brainfm.tasks.task import Task
 from brainfm.training import baselines
 from brainfm.training.audit import audit
@@ -75,7 +77,7 @@ class Scanning(Question):
         )  # fmt: skip
         self.cases, self.left_out = tuple(found.cases), tuple(found.left_out)
         self.spec = found.spec
-        self.primary, self.larger_is_better = scores.primary(self.spec)
+        self.primary, self.larger_is_better = primary(self.spec)
         self.volumes, self.notes = find_volumes(
             store, [case.session for case in self.cases], self.spec.target, settings.volumes
         )
@@ -160,7 +162,7 @@ class Scanning(Question):
 
     def watch(self, task: Task, cases: Sequence[Any], engine: Engine) -> float:
         outputs = np.stack([self._output(task, case, engine) for case in cases])
-        found = scores.scan_scores(self.spec, self._truth(cases), outputs)
+        found = scan_scores(self.spec, self._truth(cases), outputs)
         return found[self.primary]
 
     def answer(self, task: Task, split: Split, engine: Engine, folder: Path) -> list[Row]:
@@ -264,7 +266,7 @@ class Scanning(Question):
         if several:
             scaled = calibration.cross_fitted(fit, fix, right, raw, fold, groups=subjects_of(rows))
             # By the likelihood of what happened: the calibration error itself is too noisy in small cohorts.
-            score = scores.scan_score(self.spec, "log_loss")
+            score = scan_score(self.spec, "log_loss")
             before, after = score(right, raw), score(right, scaled)
             kept = after < before
             temperature = fit(right, raw)
@@ -318,9 +320,9 @@ class Scanning(Question):
         given = answers[:, 0] if self.spec.kind == "regression" else answers
         strata = right.tolist() if self.spec.kind == "classification" and right.ndim == 1 else None
         groups, metrics = subjects_of(rows), {}
-        for name in scores.scan_scores(self.spec, right, given):
+        for name in scan_scores(self.spec, right, given):
             metrics[name] = bootstrap(
-                scores.scan_score(self.spec, name), right, given, groups=groups, seed=seed, strata=strata,
+                scan_score(self.spec, name), right, given, groups=groups, seed=seed, strata=strata,
             )  # fmt: skip
         return Scored(metrics, list(rows))
 
@@ -372,7 +374,7 @@ class Scanning(Question):
             a, b = a[:, 0], b[:, 0]
         strata = right.tolist() if self.spec.kind == "classification" and right.ndim == 1 else None
 
-        metric = scores.scan_score(self.spec, self.primary)
+        metric = scan_score(self.spec, self.primary)
         difference = paired_bootstrap(metric, right, a, b, groups=groups, seed=seed, strata=strata)
         p = paired_permutation(metric, right, a, b, groups=groups, seed=seed)
         return {
@@ -433,8 +435,7 @@ def _as_others_choose(
 def _parts(truth: np.ndarray, subject: np.ndarray) -> np.ndarray:
     """A part for each case: at most five parts of whole subjects, balanced in the truth."""
     first = {s: tuple(np.nan_to_num(np.atleast_1d(truth[np.argmax(subject == s)]), nan=-1.0)) for s in set(subject)}
-    place = {s: number % 5 for number, s in enumerate(sorted(first, key=lambda s: (first[s], s)))}
-    return np.array([place[s] for s in subject])
+    return fold_of(subject.tolist(), deal(sorted(first, key=lambda s: (first[s], s)), 5))
 
 
 def _mean_error(truth: np.ndarray, answers: np.ndarray) -> float:

@@ -17,18 +17,20 @@ from brainfm.data.fingerprint import choose_patch, fingerprint
 from brainfm.data.patches import Case, TaskPatches, class_shares, collate, find_cases, whole_case
 from brainfm.data.store import Store
 from brainfm.data.targets import LESION_NAME
+from brainfm.errors import ConfigError, ManifestError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.dense import DenseHead
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, write_atomically
+from brainfm.nets.weights import LoadedBackbone
+from brainfm.scoring.intervals import bootstrap, paired_bootstrap, paired_permutation
+from brainfm.scoring.masks import dice, instance_scores, volume_ml
 from brainfm.seeds import stream
-from brainfm.specs import ConfigError, Decisions, ManifestError, TaskSpec
+from brainfm.specs import Decisions, TaskSpec
 from brainfm.tasks import postprocess
-from brainfm.tasks.metrics import dice, instance_scores, volume_ml
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.tasks.segmentation_losses import SegmentationLoss
 from brainfm.tasks.settings import SegmentationSettings
-from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
 from brainfm.tasks.task import Task
 from brainfm.tasks.windows import predict_windows
 from brainfm.training import baselines
@@ -363,4 +365,4 @@ def _save_array(file: Path, array: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, indices=array)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, buffer.getvalue())
+    write_whole(file, buffer.getvalue())

@@ -9,9 +9,9 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from brainfm.data.settings import TargetSpec, WindowSpec
+from brainfm.errors import ConfigError
 from brainfm.objectives.settings import OBJECTIVES, ObjectiveSettings, settings_class
 from brainfm.settings import FREE, VERBATIM, Group
-from brainfm.specs import ConfigError
 from brainfm.synthesis.settings import LookSpec
 from brainfm.tasks.settings import TASKS, SegmentationSettings, TaskSettings, WholeHeadSettings, task_settings_class
 

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.verbs.running import bar, processes
 
 if TYPE_CHECKING:

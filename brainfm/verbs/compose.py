@@ -15,8 +15,8 @@ from inspect import cleandoc
 from pathlib import Path
 from typing import Any
 
+from brainfm.errors import ConfigError
 from brainfm.settings import Key, UnknownKey, build, check_keys, defaults, keys_of, shown, verbatim, words
-from brainfm.specs import ConfigError
 
 RECIPES = "experiment"  # a group whose options change the settings as a whole; of verbs with a class attribute RECIPES
 _HEAD = re.compile(r"(?:#.*\n)*")

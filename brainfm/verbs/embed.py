@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Annotated
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.verbs.running import bar
 
 PLACE = 8

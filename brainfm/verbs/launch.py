@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.training.settings import FinetuneSettings, PretrainSettings, TrainerSettings
 
 

@@ -17,7 +17,7 @@ def processes(workers: int) -> int:
 @contextmanager
 def bar(title: str, total: int = 0) -> Iterator[Callable[[int, int], None]]:
     """A bar on a terminal, lines in a log; what is yielded takes how many are done, of how many."""
-    from brainfm.training.monitor import Progress
+    from brainfm.progress import Progress
 
     with Progress(title, total) as progress:
 

@@ -24,7 +24,7 @@ from brainfm.data.manifest import read_manifest
 from brainfm.inference.engine import Engine
 from brainfm.inference.evaluate import evaluate
 from brainfm.inference.predict import predict_manifest
-from brainfm.tasks.statistics import bootstrap, mean_score
+from brainfm.scoring.intervals import bootstrap, mean_score
 from brainfm.training.run import commit_of_code
 
 

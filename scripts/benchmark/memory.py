@@ -39,10 +39,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from brainfm.batch import Batch
+from brainfm.errors import ConfigError
 from brainfm.nets import cpu
 from brainfm.nets.backbone import BACKBONES, build_backbone
 from brainfm.nets.recompute import set_checkpointing
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks.task import Task, build_task
 from brainfm.training.memory import MemoryTable, level_weight, parameters_of, plan
 from brainfm.training.receipt import peak_memory_bytes

@@ -30,9 +30,9 @@ import numpy as np
 
 from brainfm.data.manifest import Scan, write_manifest
 from brainfm.data.schemes import guess_scheme, to_groups
+from brainfm.scoring.answers import primary, scan_score
+from brainfm.scoring.intervals import bootstrap, mean_score, paired_bootstrap, paired_permutation
 from brainfm.specs import TaskSpec
-from brainfm.tasks.scores import primary, scan_score
-from brainfm.tasks.statistics import bootstrap, mean_score, paired_bootstrap, paired_permutation
 
 QUESTIONS: dict[str, dict[str, Any]] = {
     "age": {"store": "ixi", "words": ["task=regression", "task.target=age"], "shots": "[10,20,50,all]", "folds": 3},

@@ -8,7 +8,7 @@ steps; every start has as many runs, from the same seeds: the same people to lea
 order. Starts are fresh weights of the file's own network (scratch), the file's encoder, and its encoder and decoder.
 Each has its own rate, the best of as many trials, on people of the training side who are neither trained on nor tested
 afterwards. Tests are of people of the side ``held`` of foundation/split.csv alone. Intervals are 95 %, over runs and
-people together (tasks/statistics.crossed_bootstrap).
+people together (scoring/intervals.crossed_bootstrap).
 
 Questions:
     hippocampus  MSD task 4 at 1 mm, manual labels, 5 people to learn from
@@ -48,9 +48,10 @@ from foundation_tables import tables
 from lightning.fabric import Fabric
 
 from brainfm.data.patches import find_cases
-from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note, write_atomically
+from brainfm.errors import BrainfmError, ConfigError
+from brainfm.files import write_whole
+from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note
 from brainfm.seen import overlap
-from brainfm.specs import BrainfmError, ConfigError
 from brainfm.tasks.settings import SegmentationSettings
 from brainfm.training.segmenting import Segmenting
 
@@ -230,7 +231,7 @@ def run(args: argparse.Namespace, loaded: LoadedBackbone) -> int:
     text += tables(work.trials, work.runs, args.out) + whole_head.tables(heads, args.out)
     if "one_pass" in args.questions:
         text += one_pass(loaded, args.data, args.out, cached_only=args.tables_only)
-    write_atomically(args.out / f"tables_{loaded.fingerprint[:8]}.md", ("\n".join(text) + "\n").encode())
+    write_whole(args.out / f"tables_{loaded.fingerprint[:8]}.md", ("\n".join(text) + "\n").encode())
     print("\n".join(text))
     return 0
 

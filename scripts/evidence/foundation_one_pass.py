@@ -15,14 +15,16 @@ from torch.nn import functional as F
 
 from brainfm import seeds
 from brainfm.data.regions import REGIONS, RENDERED_FAMILIES, TARGETS, renders_of, targets_of
+from brainfm.errors import ScanError
+from brainfm.files import write_whole
 from brainfm.imaging import nifti
 from brainfm.imaging.preprocess import prepare_session
-from brainfm.nets.weights import LoadedBackbone, write_atomically
-from brainfm.specs import PreprocessSpec, ScanError
+from brainfm.nets.weights import LoadedBackbone
+from brainfm.scoring.masks import dice
+from brainfm.specs import PreprocessSpec
 from brainfm.synthesis.looks import draw_look
 from brainfm.synthesis.render import paint
 from brainfm.synthesis.settings import LookSpec
-from brainfm.tasks.metrics import dice
 from brainfm.tasks.windows import gaussian_weight, window_slices
 
 _MARGIN_VOX = 16  # around the brain
@@ -42,7 +44,7 @@ def one_pass(loaded: LoadedBackbone, data: Path, out: Path, cached_only: bool = 
         if loaded.decoder is None or "regions" not in loaded.heads:
             return ["### one_pass", "", "The file has no decoder with a head for regions: not asked.", ""]
         found = {name: compared(loaded, *make(data)) for name, make in HEADS.items()}
-        write_atomically(file, (json.dumps(found, indent=1) + "\n").encode())
+        write_whole(file, (json.dumps(found, indent=1) + "\n").encode())
     rows = json.loads(file.read_text())
     lines = ["### one_pass: a head at 1 mm in windows and in one pass", "",
              "Dice: mean over the region classes that occur. Cosine: of the decoder's features at a voxel of the "

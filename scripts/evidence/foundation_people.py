@@ -20,8 +20,9 @@ from brainfm.data.patches import Case, class_indices
 from brainfm.data.prepare import prepare
 from brainfm.data.schemes import to_groups
 from brainfm.data.store import Store
+from brainfm.errors import BrainfmError, ManifestError, ScanError
 from brainfm.imaging import anatomy, nifti
-from brainfm.specs import BrainfmError, ManifestError, PreprocessSpec, ScanError
+from brainfm.specs import PreprocessSpec
 from brainfm.synthesis import contrast
 from brainfm.volume import Volume
 

@@ -25,14 +25,15 @@ from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import Case, Sample, TaskPatches
 from brainfm.data.regions import RENDERED, RENDERED_FAMILIES, outside_by_intensity, renders_of
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, TrainingError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, write_atomically
+from brainfm.nets.weights import LoadedBackbone
+from brainfm.scoring.masks import dice
 from brainfm.seeds import stream
-from brainfm.specs import ConfigError, TrainingError
 from brainfm.synthesis.render import render_views
 from brainfm.synthesis.settings import LookSpec
-from brainfm.tasks.metrics import dice
 from brainfm.tasks.task import Task
 from brainfm.tasks.windows import predict_windows, window_slices
 from brainfm.training.adapt import adapted_optimizer
@@ -320,7 +321,7 @@ def perform(job: Job, family: Family, start: Start, out: Path, fabric: Fabric) -
             state["reads"][str(step)] = read(made.module.answering, job, family, step, fabric.device)
         if step in job.reads or step % CHECKPOINT_EVERY == 0:
             state["core_seconds"] = spent + time.process_time() - cpu
-            write_atomically(kept, json.dumps(state).encode())
+            write_whole(kept, json.dumps(state).encode())
 
     steps = job.reads[-1]
     spec = LoopSpec(
@@ -341,7 +342,7 @@ def perform(job: Job, family: Family, start: Start, out: Path, fabric: Fabric) -
         state["notes"].append(str(error))
     record = {"setting": setting_of(job, family), "job": job.name, **state}
     record["core_seconds"] = spent + time.process_time() - cpu
-    write_atomically(job.file(out), (json.dumps(record, indent=1) + "\n").encode())
+    write_whole(job.file(out), (json.dumps(record, indent=1) + "\n").encode())
     shutil.rmtree(folder, ignore_errors=True)
     return record
 

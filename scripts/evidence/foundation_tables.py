@@ -10,9 +10,8 @@ from typing import Any
 import numpy as np
 from foundation_runs import Job, best_rate, recorded, score_of
 
-from brainfm.specs import ConfigError
-from brainfm.tasks.metrics import Interval
-from brainfm.tasks.statistics import crossed_bootstrap
+from brainfm.errors import ConfigError
+from brainfm.scoring.intervals import Interval, crossed_bootstrap
 
 TITLES = {
     "scratch": "scratch", "encoder": "encoder", "decoder": "encoder + decoder", "rendered": "scratch, rendered",

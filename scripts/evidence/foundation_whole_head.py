@@ -20,10 +20,10 @@ from foundation_tables import TITLES, cell, compared
 
 from brainfm.data import layouts
 from brainfm.data.store import Store
-from brainfm.nets.weights import write_atomically
-from brainfm.specs import ConfigError
-from brainfm.tasks.scores import auroc
-from brainfm.tasks.statistics import crossed_bootstrap
+from brainfm.errors import ConfigError
+from brainfm.files import write_whole
+from brainfm.scoring.answers import auroc
+from brainfm.scoring.intervals import crossed_bootstrap
 from brainfm.tasks.task import Task
 from brainfm.training.candidates import CANDIDATES
 from brainfm.training.crossval import Split
@@ -123,7 +123,7 @@ def answer(todo: Sequence[Ask], starts: dict[str, Start], data: Path, out: Path,
             began = time.process_time()
             record = _answered(ask, question, starts[ask.start], out, device)
             record["core_seconds"] = time.process_time() - began
-            write_atomically(ask.file(out), (json.dumps(record, indent=1) + "\n").encode())
+            write_whole(ask.file(out), (json.dumps(record, indent=1) + "\n").encode())
             print(f"{ask.file(out).stem}: {record['chosen']}, {record['core_seconds']:.0f} s", flush=True)
 
 

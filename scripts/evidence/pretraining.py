@@ -43,7 +43,7 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.weights import load_backbone
 from brainfm.objectives.objective import build_objective
-from brainfm.tasks.statistics import bootstrap, mean_score
+from brainfm.scoring.intervals import bootstrap, mean_score
 from brainfm.training.pretrain import split_sessions
 from brainfm.training.probes import ages_of, probe, sexes_of
 from brainfm.training.run import commit_of_code

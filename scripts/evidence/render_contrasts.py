@@ -19,8 +19,8 @@ import time
 from pathlib import Path
 
 from brainfm import seeds
+from brainfm.errors import BrainfmError
 from brainfm.imaging import nifti
-from brainfm.specs import BrainfmError
 from brainfm.synthesis.contrast import SIGNALS, draw, render
 from brainfm.volume import Volume
 

@@ -39,15 +39,16 @@ from brainfm.data.settings import WindowSpec
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, find_targets
 from brainfm.data.windows import WindowPatches
+from brainfm.errors import BrainfmError, ConfigError, StoreError, WeightsError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import LoadedBackbone, load_backbone, write_atomically
+from brainfm.nets.weights import LoadedBackbone, load_backbone
 from brainfm.objectives.dense_split import DenseSplit, overlap
 from brainfm.objectives.objective import build_objective, make_objective
 from brainfm.objectives.settings import DenseSplitSettings
-from brainfm.specs import BrainfmError, ConfigError, StoreError, WeightsError
+from brainfm.scoring.answers import auroc
+from brainfm.scoring.intervals import bootstrap, mean_score
 from brainfm.synthesis.settings import LookSpec
-from brainfm.tasks.scores import auroc
-from brainfm.tasks.statistics import bootstrap, mean_score
 from brainfm.training.optim import build_optimizer, lr_factor
 from brainfm.training.pretrain import sides_of
 from brainfm.training.region_dice import RegionDice
@@ -392,9 +393,9 @@ def terms(asked: argparse.Namespace) -> None:
             print("(e) left out: no region volumes, since the label maps tell no groups")
             continue
         report["terms"][term] = one_term(world, term, asked)
-        write_atomically(file, (json.dumps(report, indent=1) + "\n").encode())
+        write_whole(file, (json.dumps(report, indent=1) + "\n").encode())
     text = terms_table(report)
-    write_atomically(asked.out / "terms.md", text.encode())
+    write_whole(asked.out / "terms.md", text.encode())
     print(text)
 
 
@@ -542,8 +543,8 @@ def checks(asked: argparse.Namespace) -> None:
             "matching": constants_told(world, network, asked),
         }  # fmt: skip
     text = checks_table(report)
-    write_atomically(asked.out / "checks.json", (json.dumps(report, indent=1) + "\n").encode())
-    write_atomically(asked.out / "checks.md", text.encode())
+    write_whole(asked.out / "checks.json", (json.dumps(report, indent=1) + "\n").encode())
+    write_whole(asked.out / "checks.md", text.encode())
     print(text)
 
 

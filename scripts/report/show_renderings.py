@@ -35,18 +35,19 @@ from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, render
 from brainfm.data.patches import collate
 from brainfm.data.regions import REGIONS, RENDERED_FAMILIES, merged_members
 from brainfm.data.settings import TargetSpec, WindowSpec
-from brainfm.data.splits import holdout
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, find_targets
 from brainfm.data.windows import WindowPatches
+from brainfm.errors import BrainfmError, StoreError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.objective import make_objective
 from brainfm.objectives.settings import DenseSplitSettings
-from brainfm.specs import BrainfmError, StoreError, ViewSpec
+from brainfm.scoring.answers import auroc
+from brainfm.scoring.folds import holdout
+from brainfm.scoring.intervals import bootstrap
+from brainfm.specs import ViewSpec
 from brainfm.synthesis.looks import draw_look
 from brainfm.synthesis.settings import LookSpec
-from brainfm.tasks.scores import auroc
-from brainfm.tasks.statistics import bootstrap
 from brainfm.training.optim import build_optimizer
 from brainfm.training.settings import PretrainSettings
 from brainfm.verbs.compose import resolve

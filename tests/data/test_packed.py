@@ -20,7 +20,8 @@ from brainfm.data.settings import TargetSpec, WindowSpec
 from brainfm.data.store import Store
 from brainfm.data.targets import find_targets
 from brainfm.data.windows import WindowPatches, level_for
-from brainfm.specs import StoreError, ViewSpec
+from brainfm.errors import StoreError
+from brainfm.specs import ViewSpec
 
 VIEWS = ViewSpec((16, 16, 16), pairs=True, regions=True, lesions=True, windows=True)
 SPEC = WindowSpec(coarse_steps=4, settle_steps=20)

@@ -9,7 +9,7 @@ import pytest
 from brainfm.data.layouts import Found, find
 from brainfm.data.manifest import Scan
 from brainfm.data.participants import join, match_ids, read_participants
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 
 def people(root: Path, *subjects: str, sessions: tuple[str, ...] = ("",)) -> Path:

@@ -18,7 +18,7 @@ from brainfm.data.manifest import (
     write_left_out,
     write_manifest,
 )
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 
 def make(root: Path, *paths: str) -> Path:

@@ -12,9 +12,9 @@ import torch
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.scan_cases import ScanViews, choose_view_mm, choose_view_patch, find_scan_cases, views_of
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.imaging.views import views_of_volumes, whole_view
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import ConfigError, ManifestError
 from brainfm.tasks.task import build_task
 
 PATCH = (16, 16, 16)

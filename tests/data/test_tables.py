@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from brainfm.data.tables import decoded, read_table
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 
 def rows(path: Path, raw: bytes) -> list[list[str]]:

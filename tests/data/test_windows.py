@@ -14,7 +14,8 @@ from brainfm.data.settings import TargetSpec, WindowSpec
 from brainfm.data.store import Store
 from brainfm.data.targets import find_targets
 from brainfm.data.windows import Placed, WindowPatches, draw_voxel_mm, place_window, read_window, source_shares
-from brainfm.specs import ConfigError, PreprocessSpec, StoreError, ViewSpec
+from brainfm.errors import ConfigError, StoreError
+from brainfm.specs import PreprocessSpec, ViewSpec
 
 VIEWS = ViewSpec((16, 16, 16), pairs=True, regions=True, lesions=True, windows=True)
 STILL = WindowSpec(

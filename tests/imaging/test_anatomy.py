@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from brainfm.errors import ConfigError, ScanError
 from brainfm.imaging import anatomy
 from brainfm.imaging.anatomy import Tissues, segment
-from brainfm.specs import ConfigError, ScanError
 from brainfm.volume import Volume
 
 pytest.importorskip("SimpleITK")

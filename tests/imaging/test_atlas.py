@@ -8,8 +8,8 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from brainfm.errors import ConfigError
 from brainfm.imaging import atlas
-from brainfm.specs import ConfigError
 
 
 def test_without_nilearn_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -14,10 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brainfm.errors import ScanError
 from brainfm.imaging import intensity, nifti
 from brainfm.imaging.endings import companions, ending_of, header_names, is_other, strip_ending
 from brainfm.imaging.preprocess import prepare_session
-from brainfm.specs import PreprocessSpec, ScanError
+from brainfm.specs import PreprocessSpec
 from tests import phantoms
 
 SHAPE = (40, 48, 36)

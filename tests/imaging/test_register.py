@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from brainfm.errors import ConfigError
 from brainfm.imaging import nifti, register
 from brainfm.imaging.register import Alignment, Head
-from brainfm.specs import ConfigError
 from brainfm.volume import Volume
 from tests.phantoms import centred
 

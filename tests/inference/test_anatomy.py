@@ -25,6 +25,7 @@ from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Store
 from brainfm.data.targets import find_targets
 from brainfm.data.volumes import read_volumes
+from brainfm.errors import BrainfmWarning, ConfigError, FileError, ScanError, WeightsError
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.inference import anatomy as module
 from brainfm.inference.anatomy import Labeller, RegionNetwork, keep_one_head, label_files, label_regions
@@ -32,7 +33,7 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.unet import ConvNormAct
 from brainfm.nets.weights import save_backbone
-from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, Provenance, ScanError, WeightsError
+from brainfm.specs import PreprocessSpec, Provenance
 from tests import phantoms
 
 LEVELS = {"background": 0, "head": 60, "frontal_white": 120, "superior_frontal": 180, "thalamus": 300}  # grey values
@@ -413,7 +414,7 @@ def test_inputs_that_cannot_be(known: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.nii").mkdir()
     with pytest.raises(ConfigError, match="is a folder with the name of a file"):
         label_files(labeller, {"t1": scan}, tmp_path / "folder.nii")
-    with pytest.raises(ConfigError, match="nothing can be written there"):
+    with pytest.raises(FileError, match="nothing can be written there"):
         label_files(labeller, {"t1": scan}, scan / "below")
     scan.write_bytes(scan.read_bytes()[:2000])
     with pytest.raises(ScanError, match=r"scan.nii.gz"):

@@ -14,12 +14,13 @@ import torch
 import brainfm
 from brainfm.cli import main
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ScanError, WeightsError
 from brainfm.inference import embed as module
 from brainfm.inference.embed import Embedding, Encoder, Extent, embed, pool, read, write
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.latents import Latents
 from brainfm.nets.weights import save_backbone
-from brainfm.specs import ConfigError, PreprocessSpec, Provenance, ScanError, WeightsError
+from brainfm.specs import PreprocessSpec, Provenance
 
 PARTS = {"anatomy": 0.7, "looks": 0.3}
 

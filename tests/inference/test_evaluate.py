@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from brainfm.data.manifest import Scan, write_manifest
+from brainfm.errors import ConfigError, ManifestError, ScanError
 from brainfm.inference.evaluate import describe, evaluate
 from brainfm.inference.predict import predict_manifest
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, Decisions, ManifestError, PreprocessSpec, Provenance, ScanError, TaskSpec
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from tests.inference.test_predict_geometry import Threshold, marker_of, write
 

@@ -16,6 +16,7 @@ from torch import nn
 
 from brainfm.batch import Batch
 from brainfm.cli import main
+from brainfm.errors import BundleError, ConfigError
 from brainfm.imaging.views import covering_corners, views_of_volumes
 from brainfm.inference import explain as module
 from brainfm.inference.explain import explain, explain_volume, layers_of, saliency, share_inside
@@ -23,7 +24,7 @@ from brainfm.inference.predict import Engine
 from brainfm.inference.scan_answers import decided, raw_answers
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.heads import fused_features
-from brainfm.specs import BundleError, ConfigError, Decisions, PreprocessSpec, Provenance, TaskSpec
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks import scan_level
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.scan_level import ScanOutput, ScanTask

@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.resenc import ResEncDecoder, ResEncEncoder, ResidualBlock, reference_names
-from brainfm.specs import ConfigError
 
 SMALL = {"widths": (4, 8, 8), "depths": (1, 2, 1)}  # a shortcut of every kind: none, pooled, pooled and projected
 

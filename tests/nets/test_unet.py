@@ -4,11 +4,11 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.decoders import LightDecoder, Pointwise, SkipDecoder, chained
 from brainfm.nets.latents import Latents
 from brainfm.nets.unet import ConvNormAct
-from brainfm.specs import ConfigError
 
 
 def _count(module: torch.nn.Module) -> int:

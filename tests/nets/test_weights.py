@@ -12,11 +12,12 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import brainfm.nets.weights as weights
+from brainfm.errors import BrainfmError, WeightsError
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.objectives.objective import build_objective
 from brainfm.seen import SeenSubjects
-from brainfm.specs import BrainfmError, PreprocessSpec, Provenance, WeightsError
+from brainfm.specs import PreprocessSpec, Provenance
 
 SPEC = PreprocessSpec(spacing_mm=(1.0, 1.0, 2.0))
 PROVENANCE = Provenance(version="0", commit="abc", data="d", config={"a": [1, {"b": None}]}, parents=("x",))

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from brainfm.batch import Batch
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.anatomy_pathology import AnatomyPathology, balanced_errors, region_errors, share_errors
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import build_objective
-from brainfm.specs import ConfigError
 
 PATCH, SEED, K, R = (16, 16, 16), 3, 4, 5
 FULL = {"groups": K, "volumes": R, "mask_unit_vox": 4, "latent_channels": 20}

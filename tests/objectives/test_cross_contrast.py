@@ -7,12 +7,12 @@ import torch
 import torch.nn.functional as F
 
 from brainfm.batch import Batch
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.latents import draw_noise
 from brainfm.objectives.cross_contrast import CrossContrast
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import build_objective
-from brainfm.specs import ConfigError
 
 PATCH, SEED = (16, 16, 16), 4
 MENDED = {"terms_on": "means", "centred": True, "logvar_start": -6.0}

@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 
 from brainfm.batch import Batch
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.dense_split import (
     DenseSplit,
@@ -23,7 +24,6 @@ from brainfm.objectives.dense_split import (
 from brainfm.objectives.objective import build_objective
 from brainfm.objectives.settings import DenseSplitSettings
 from brainfm.settings import keys_of
-from brainfm.specs import ConfigError
 
 PATCH = (16, 16, 16)
 CLASSES, MERGED = ("out", "in", "rim"), [[1, 2]]

@@ -6,13 +6,13 @@ import pytest
 import torch
 
 from brainfm.batch import Batch
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.mae import MAE
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import Objective, build_objective
 from brainfm.objectives.settings import OBJECTIVES
 from brainfm.settings import keys_of
-from brainfm.specs import ConfigError
 
 PATCH = (16, 16, 16)
 

@@ -20,13 +20,14 @@ from brainfm.cli import main
 from brainfm.data.manifest import read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.reports import charts, finetuning, pictures
 from brainfm.reports.finetuning import write_finetuning_page
 from brainfm.reports.run import Run
 from brainfm.reports.segmentation_page import SegmentationPage
 from brainfm.reports.style import png
-from brainfm.specs import ConfigError, Decisions, PreprocessSpec, Provenance, TaskSpec
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.task import build_task
 from tests.conftest import write_subjects

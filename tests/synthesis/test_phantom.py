@@ -10,11 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brainfm.errors import ConfigError
 from brainfm.imaging import atlas, nifti
-from brainfm.specs import ConfigError
+from brainfm.imaging.atlas import tissue_maps
 from brainfm.synthesis import lesions, phantom, template
 from brainfm.synthesis.deform import jacobian
-from brainfm.synthesis.phantom import SyntheticSubject, subject, tissue_maps, write_cohort
+from brainfm.synthesis.phantom import SyntheticSubject, subject, write_cohort
 
 pytest.importorskip("nilearn")
 SPACING_MM = 3.0

@@ -8,7 +8,7 @@ import torch
 
 from brainfm import seeds
 from brainfm.batch import Batch
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.synthesis.looks import FAMILIES, KINDS, Look, draw_look
 from brainfm.synthesis.render import blurred, paint, render_views
 from brainfm.synthesis.settings import LookSpec

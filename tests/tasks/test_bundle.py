@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
+from brainfm.errors import BundleError
 from brainfm.nets.backbone import build_backbone
 from brainfm.seen import SeenSubjects
-from brainfm.specs import BundleError, Decisions, PreprocessSpec, Provenance, TaskSpec
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import CHECKSUMS, model_card, read_bundle, write_bundle
 from brainfm.tasks.segmentation import SegmentationTask
 

@@ -14,9 +14,10 @@ import torch
 from torch import nn
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.settings import build
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.training.adapt import adapted_optimizer, parameter_groups
 from brainfm.training.loop import CHECKPOINT, LoopSpec, Run, State, read_checkpoint, train

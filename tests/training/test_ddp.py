@@ -80,7 +80,7 @@ def announce_the_end_to_rank_1_in_step_6(rank: int, sample: int) -> None:
 
 def break_rank_1_in_step_6(rank: int, sample: int) -> None:
     if rank == 1 and sample == 11:
-        from brainfm.specs import StoreError
+        from brainfm.errors import StoreError
 
         raise StoreError("sample 11 cannot be read")
 

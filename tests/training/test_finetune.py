@@ -14,8 +14,8 @@ from safetensors.torch import load_file
 from brainfm.cli import main
 from brainfm.data.patches import find_cases
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.nets.weights import load_backbone
-from brainfm.specs import ConfigError
 from brainfm.tasks.bundle import read_bundle
 from brainfm.training.crossval import SplitSpec, split_cases
 from brainfm.training.finetune import MEMBER, _begin, _fresh, dry_step, finetune

@@ -19,6 +19,7 @@ from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.scan_cases import ScanCase, views_of
 from brainfm.data.store import Store
+from brainfm.errors import BrainfmWarning, ConfigError
 from brainfm.inference.evaluate import evaluate
 from brainfm.inference.explain import explain
 from brainfm.inference.predict import predict
@@ -26,7 +27,7 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.weights import load_backbone, save_backbone
 from brainfm.reports.finetuning import write_finetuning_page
-from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, Provenance
+from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.bundle import READS, read_bundle
 from brainfm.tasks.reads import PARTS, dense_numbers
 from brainfm.tasks.scan_level import ScanTask

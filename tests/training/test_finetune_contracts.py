@@ -13,6 +13,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from brainfm.curves import read_curves
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
@@ -26,7 +27,6 @@ from brainfm.training.average import WeightAverage
 from brainfm.training.finetune import MEMBER, _begin, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.memory import MemoryPlan, plan
-from brainfm.training.monitor import read_curves
 from brainfm.training.scanning import Scanning
 from brainfm.training.settings import FinetuneSettings
 from brainfm.verbs.compose import options, resolve

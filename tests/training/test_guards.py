@@ -12,12 +12,12 @@ import torch
 from torch import nn
 
 from brainfm.cli import main
+from brainfm.curves import read_curves
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, TrainingError
 from brainfm.objectives.mae import MAE
-from brainfm.specs import ConfigError, TrainingError
 from brainfm.training.guards import CollapseGuard, FiniteWatch, Guards, first_not_finite
 from brainfm.training.loop import CHECKPOINT, GOOD, read_checkpoint
-from brainfm.training.monitor import read_curves
 from brainfm.training.pretrain import pretrain
 from brainfm.training.settings import GuardSpec
 from tests.training.test_pretrain import config, words

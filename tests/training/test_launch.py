@@ -17,8 +17,8 @@ import torch
 
 from brainfm.cli import main
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, TrainingError
 from brainfm.settings import narrowed
-from brainfm.specs import ConfigError, TrainingError
 from brainfm.training.loop import CHECKPOINT
 from brainfm.training.processes import check_processes
 from brainfm.training.settings import PretrainSettings, TrainerSettings

@@ -12,17 +12,17 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from brainfm.curves import read_curves
 from brainfm.data import regions
 from brainfm.data.schemes import GROUPS, TISSUES
 from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Store
 from brainfm.data.targets import Targets, find_targets
+from brainfm.errors import BrainfmWarning, ConfigError, TrainingError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.dense import DenseDecoder
-from brainfm.specs import BrainfmWarning, ConfigError, TrainingError
 from brainfm.training import level_probes as lp
 from brainfm.training.guards import Guards
-from brainfm.training.monitor import read_curves
 from brainfm.training.pretrain import pretrain, split_sessions
 from brainfm.training.settings import GuardSpec, ProbeSpec
 from brainfm.verbs.compose import resolve

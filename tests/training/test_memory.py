@@ -10,8 +10,8 @@ from typing import Any
 import pytest
 import torch
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import BACKBONES, Backbone, build_backbone
-from brainfm.specs import ConfigError
 from brainfm.training import memory
 from brainfm.training.memory import MemoryPlan, MemoryTable, budget_gb, lower, patches_down, plan, settle
 from brainfm.training.settings import TrainerSettings

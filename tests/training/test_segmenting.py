@@ -17,9 +17,10 @@ from brainfm.data.manifest import read_manifest, write_manifest
 from brainfm.data.patches import class_shares
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.settings import build
-from brainfm.specs import ConfigError, Decisions, PreprocessSpec
+from brainfm.specs import Decisions, PreprocessSpec
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.tasks.settings import SegmentationSettings
 from brainfm.training.crossval import SplitSpec, split_cases

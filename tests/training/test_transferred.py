@@ -16,12 +16,13 @@ from brainfm.cli import main
 from brainfm.data.manifest import read_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.inference.predict import predict
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.dense import DenseDecoder, DenseHead
 from brainfm.nets.weights import load_backbone, save_backbone
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, PreprocessSpec, Provenance, TaskSpec
+from brainfm.specs import PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import read_bundle
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.training.finetune import MEMBER, _begin, _fresh, finetune

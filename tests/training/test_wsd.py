@@ -11,17 +11,17 @@ import pytest
 import torch
 
 from brainfm.cli import main
+from brainfm.curves import read_curves
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.weights import load_backbone
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.settings import build
-from brainfm.specs import ConfigError
 from brainfm.training.average import WeightAverage
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
-from brainfm.training.monitor import read_curves
 from brainfm.training.optim import Wsd, build_optimizer
 from brainfm.training.pretrain import pretrain, split_sessions
 from brainfm.training.run import loop_spec
