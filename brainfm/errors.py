@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import errno
-from typing import Any
+import os
+from typing import Any, Self
 
 
 class BrainfmError(Exception):
@@ -51,6 +52,11 @@ class FileError(BrainfmError, OSError):
     def __init__(self, number: int, refusal: str, filename: str, sentence: str = "") -> None:
         super().__init__(number, refusal, filename)
         self._sentence = sentence
+
+    @classmethod
+    def of(cls, error: OSError, path: str | os.PathLike[str]) -> Self:
+        """The system's refusal, about the file that was asked for instead of a part of it."""
+        return cls(error.errno or errno.EIO, error.strerror or str(error), str(path))
 
     def __reduce__(self) -> tuple[Any, ...]:
         return type(self), (self.errno, self.strerror, self.filename, self._sentence)

@@ -45,7 +45,7 @@ def writing(path: PathLike, mark: str = ".") -> Iterator[IO[bytes]]:
         with suppress(OSError):  # a file system that is read-only holds no part of ours
             part.unlink(missing_ok=True)
         if isinstance(error, OSError) and not isinstance(error, FileError):
-            raise _refused(error, path) from None
+            raise FileError.of(error, path) from None
         raise
 
 
@@ -108,7 +108,7 @@ def write_folder(folder: PathLike, contents: Mapping[str, bytes]) -> None:
         if old.exists():
             shutil.rmtree(old)
     except OSError as error:
-        raise _refused(error, folder) from None
+        raise FileError.of(error, folder) from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
 
@@ -128,8 +128,3 @@ def check_writable(folder: PathLike) -> None:
     reason = os.strerror(number)
     sentence = f"{folder}: nothing can be written there ({reason.lower()}), expected a folder that may be written to"
     raise FileError(number, reason, str(folder), sentence)
-
-
-def _refused(error: OSError, path: Path) -> FileError:
-    """The system's refusal as ours, about the file that was asked for instead of the part."""
-    return FileError(error.errno or errno.EIO, error.strerror or str(error), str(path))

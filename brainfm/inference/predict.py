@@ -342,7 +342,7 @@ def _note_sources(folder: Path, name: str, stamps: Mapping[str, Any]) -> None:
         with (folder / SOURCES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"file": name, "made_from": stamps}) + "\n")
     except OSError as error:
-        raise FileError(error.errno, error.strerror, str(folder / SOURCES)) from None
+        raise FileError.of(error, folder / SOURCES) from None
 
 
 def _read_sources(folder: Path) -> dict[str, dict[str, Any]]:
