@@ -85,6 +85,10 @@ def _of_the_system(error: OSError) -> str:
     return f"{error.filename or 'the output'}: {(error.strerror or type(error).__name__).lower()}"
 
 
+# What a stream says whose reader went away: the other end of a pipe, a terminal, what was closed by the caller.
+_NOBODY = (errno.EPIPE, errno.EIO, errno.EBADF)
+
+
 class _Patient:
     """A stream that goes on taking text when nobody reads it any more, and escapes what its encoding cannot hold."""
 
@@ -100,18 +104,20 @@ class _Patient:
         except UnicodeEncodeError:
             encoding = self._stream.encoding or "ascii"
             return self._stream.write(text.encode(encoding, "backslashreplace").decode(encoding))
-        except BrokenPipeError:
-            self._let_go()
+        except OSError as error:
+            self._let_go(error)
             return len(text)
 
     def flush(self) -> None:
         try:
             self._stream.flush()
-        except BrokenPipeError:
-            self._let_go()
+        except OSError as error:
+            self._let_go(error)
 
-    def _let_go(self) -> None:
+    def _let_go(self, error: OSError) -> None:
         """What follows is written to nowhere; a second try to flush what is buffered must not fail either."""
+        if error.errno not in _NOBODY:
+            raise error
         with suppress(OSError, ValueError):
             nowhere = os.open(os.devnull, os.O_WRONLY)
             os.dup2(nowhere, self._stream.fileno())
@@ -122,9 +128,11 @@ class _Patient:
 @contextmanager
 def _patient(name: str) -> Iterator[None]:
     stream = getattr(sys, name)
-    if stream is None or isinstance(stream, _Patient):
+    if isinstance(stream, _Patient):
         yield
         return
+    if stream is None:  # the caller has closed it: what is printed goes nowhere, and no file of ours takes its number
+        stream = open(os.devnull, "w")  # noqa: SIM115
     patient = _Patient(stream)
     setattr(sys, name, patient)
     try:

@@ -344,6 +344,16 @@ def test_a_closed_pipe_ends_quietly_and_the_work_is_done(reader: str, tmp_path: 
     assert (tmp_path / "err").read_text() == "" and out.is_file()
 
 
+@pytest.mark.parametrize("closed", ["2>&-", ">&-", ">&- 2>&-"])
+def test_a_verb_works_where_the_caller_has_closed_the_streams(closed: str, tmp_path: Path, toy_manifest: Path) -> None:
+    out = tmp_path / "d.csv"
+    words = f"{sys.executable} -m brainfm.cli doctor manifest={toy_manifest} out={out} workers=1 {closed}"
+    environment = {**os.environ, "PYTHONPATH": str(Path(cli.__file__).parents[1])}
+    run = subprocess.run(["bash", "-c", words], env=environment, capture_output=True, text=True)
+    assert run.returncode == 0 and "Traceback" not in run.stderr
+    assert out.read_text().splitlines() == ["dataset,subject,session,contrast,path,fault"]
+
+
 class Pipe(io.TextIOWrapper):
     """A standard output whose reader has gone away."""
 
@@ -365,6 +375,10 @@ def test_a_verb_goes_on_after_the_pipe_was_closed(monkeypatch: pytest.MonkeyPatc
     monkeypatch.setattr(import_module("brainfm.verbs.doctor"), "run", talk)
     monkeypatch.setattr(sys, "stdout", Pipe())
     assert main(["doctor", "manifest=x"]) == 1 and done == [0, 1, 2]
+    with open(os.devnull) as unwritable:  # as a terminal that was hung up refuses what is written
+        gone = io.TextIOWrapper(io.FileIO(os.dup(unwritable.fileno()), "w"), line_buffering=True)  # type: ignore[arg-type]
+    monkeypatch.setattr(sys, "stderr", gone)
+    assert main(["no such verb"]) == 2
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="no /dev/full here")

@@ -48,12 +48,14 @@ class _Finding:
         digest: of the voxels; None where they cannot be read, and of label volumes.
         grid: None where there is none.
         values: of a mask those that are not 0, the first few; None where it cannot be read.
+        full: whether no voxel of a mask is 0.
     """
 
     faults: tuple[str, ...]
     digest: str | None = None
     grid: FileGrid | None = None
     values: tuple[int, ...] | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -116,18 +118,24 @@ def write_faults(path: str | os.PathLike[str], faults: Iterable[Fault]) -> None:
 
 
 def _mask_notes(manifest: Manifest, findings: dict[_Job, _Finding]) -> list[str]:
-    """Masks without any voxel, and masks of several values, which all count as the finding."""
+    """Masks without any voxel or any background, and masks of several values, which all count as the finding."""
     seen: dict[str, dict[str, tuple[int, ...]]] = {}
+    filled: dict[str, dict[str, None]] = {}
     for scan in manifest.scans:
         for column, path in label_paths(scan).items():
-            values = findings[_label_job(manifest, column, path)].values
-            if values is not None:
-                seen.setdefault(column, {})[path] = values
+            found = findings[_label_job(manifest, column, path)]
+            if found.values is not None:
+                seen.setdefault(column, {})[path] = found.values
+            if found.full and column.endswith("_mask"):
+                filled.setdefault(column, {})[path] = None
     notes = []
     for column, files in seen.items():
         empty = [path for path, values in files.items() if not values]
         if empty:
             notes.append(f"{column}: {len(empty)} of {len(files)} are empty{_examples(empty)}")
+        if column in filled:
+            full = list(filled[column])
+            notes.append(f"{column}: {len(full)} of {len(files)} fill the whole image{_examples(full)}")
         several = {path: values for path, values in files.items() if len(values) > 1}
         if several and column.endswith("_mask"):
             shown = ", ".join(map(str, next(iter(several.values()))))
@@ -229,7 +237,8 @@ def _inspect(path: Path, kind: str) -> _Finding:
         faults.append(f"labels from {volume.voxels.min()} to {volume.voxels.max()}, expected 0 to {_LARGEST_LABEL}")
     if kind != "scan":
         there = np.unique(volume.voxels)
-        return _Finding(tuple(faults), grid=grid, values=tuple(int(value) for value in there[there != 0][:_NAMED]))
+        values = tuple(int(value) for value in there[there != 0][:_NAMED])
+        return _Finding(tuple(faults), grid=grid, values=values, full=bool((there != 0).all()))
     if not of_voxels:
         faults.extend(_content_faults(volume))
     digest = hashlib.blake2b(repr(volume.shape).encode(), digest_size=16)

@@ -292,7 +292,7 @@ class Store:
             return ""
         made_from, now = document["sources"], _sources(scans, sources)
         if made_from["rows"] != now["rows"] or set(made_from["bytes"]) != set(now["bytes"]):
-            return "its rows of the manifest"
+            return "what the manifest says of it"
         stamps = made_from.get("stamps", {})
         for path, source in sorted(sources.items()):
             if source.bytes != made_from["bytes"][path] or not source.is_as(stamps.get(path)):

@@ -376,6 +376,8 @@ def _prepare_label(
 ) -> tuple[np.ndarray, Recipe]:
     volume, grid = nifti.read(path, labels=True)
     owner = next((recipe for recipe in owners.values() if grid.same_place(recipe.file)), None)
+    if owner is None and not grid.placed:
+        raise ScanError(f"{path}: says nothing of its place (neither sform nor qform), expected that of its scan")
     if owner is None:
         raise ScanError(f"{path}: lies on another grid than every scan of its session")
     values = volume.voxels

@@ -279,7 +279,7 @@ def test_is_current(tmp_path):
     assert store.why_not_current(KEY, rows(), now()) == ""
     store.write_session(KEY, rows(), fake(), now())
     assert store.is_current(KEY, rows()[::-1], now())
-    assert store.why_not_current(KEY, rows(age="3"), now()) == "its rows of the manifest"
+    assert store.why_not_current(KEY, rows(age="3"), now()) == "what the manifest says of it"
     assert not store.is_current(KEY, rows(contrasts=("t1",)), now())
     (tmp_path / "t1.nii.gz").write_bytes(b"wrong")  # of the same size
     os.utime(tmp_path / "t1.nii.gz", ns=(now()["t1.nii.gz"].changed_ns[0],) * 2)
