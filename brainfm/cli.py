@@ -17,6 +17,7 @@ from typing import Any, TextIO
 from brainfm import __version__
 from brainfm import verbs as verbs_folder
 from brainfm.errors import BrainfmError, BrainfmWarning, ConfigError
+from brainfm.extras import translated
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -62,6 +63,11 @@ def _main(words: list[str]) -> int:
         if debug:
             raise
         return _complain(str(error))
+    except ModuleNotFoundError as error:
+        lacking = translated(error, f"brainfm {verb}")
+        if lacking is None or debug:
+            raise
+        return _complain(str(lacking))
     except KeyboardInterrupt:
         print("brainfm: interrupted; the same command goes on from what is done", file=sys.stderr)
         return 130

@@ -22,8 +22,8 @@ from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
 from brainfm.data.store import Store
 from brainfm.errors import TrainingError
 from brainfm.imaging.preprocess import prepare_session
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import load_backbone
 from brainfm.objectives.objective import build_objective
 from brainfm.reports.demo import Demo, cases_of, scans_of, write_demo_page
 from brainfm.scoring.folds import folds

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 import time
+from importlib.util import find_spec
 from types import TracebackType
 from typing import Self
 
@@ -13,7 +14,7 @@ _speaks: bool | None = None
 
 
 class Progress:
-    """A bar on a terminal, a plain line now and then in a log."""
+    """A bar on a terminal, a plain line now and then in a log, and where rich is not installed."""
 
     def __init__(self, title: str, total: int, first: int = 0, enabled: bool = True, every_s: float = 15.0) -> None:
         self.title, self.total, self.done, self.enabled = title, total, first, enabled
@@ -21,7 +22,7 @@ class Progress:
         self._every_s, self._last = every_s, time.monotonic()
         self._began, self._first = time.monotonic(), first
         self._bar = None
-        if enabled and sys.stderr.isatty():
+        if enabled and sys.stderr.isatty() and find_spec("rich"):
             from rich.console import Console
             from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
 

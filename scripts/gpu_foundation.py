@@ -46,8 +46,8 @@ from brainfm.data.windows import WindowPatches
 from brainfm.errors import BrainfmError, ConfigError, WeightsError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
+from brainfm.nets.backbone_file import load_backbone, save_backbone
 from brainfm.nets.transfer import listed, misfits
-from brainfm.nets.weights import load_backbone, save_backbone
 from brainfm.objectives.dense_split import DenseSplit
 from brainfm.objectives.objective import build_objective
 from brainfm.seeds import unit_hash

@@ -19,8 +19,8 @@ from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import LoadedBackbone, load_backbone, save_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backbone
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.scoring.intervals import crossed_bootstrap
 from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.settings import SegmentationSettings

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from brainfm.batch import Batch
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import save_backbone
+from brainfm.nets.backbone_file import save_backbone
 from brainfm.objectives.dense_split import DenseSplit
 from brainfm.objectives.objective import build_objective
 from brainfm.specs import PreprocessSpec, Provenance

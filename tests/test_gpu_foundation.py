@@ -16,7 +16,7 @@ import torch
 
 from brainfm.data.store import Store
 from brainfm.errors import WeightsError
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_foundation.py"

@@ -22,6 +22,7 @@ from brainfm.data.sources import SourceFile
 from brainfm.data.store import Failure, Key, Share, Store
 from brainfm.data.workers import in_pool, in_this_process, one_thread
 from brainfm.errors import ConfigError, ScanError, StoreError
+from brainfm.extras import missing
 from brainfm.imaging import register
 from brainfm.imaging.endings import companions
 from brainfm.imaging.preprocess import Anchor, prepare_session
@@ -261,5 +262,5 @@ def _distributed() -> Any:
     try:
         import distributed
     except ImportError:
-        raise ConfigError("scheduler= needs Dask, which is not installed: pip install brainfm[dask]") from None
+        raise missing("distributed", "scheduler=") from None
     return distributed

@@ -37,9 +37,9 @@ from brainfm.imaging.endings import strip_ending
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
 from brainfm.inference.engine import PathLike, settle_device, settle_precision
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import keep_freed_memory
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import LoadedBackbone, load_backbone
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.specs import PreprocessSpec
 from brainfm.tasks.postprocess import largest_component
 from brainfm.tasks.windows import predict_windows

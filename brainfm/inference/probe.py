@@ -25,7 +25,7 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import check_writable, write_table, write_text
 from brainfm.inference.embed import WHOLE, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.scoring import linear
 from brainfm.scoring.answers import Score, primary, scan_score, scan_scores
 from brainfm.scoring.folds import folds_by_answer

@@ -12,8 +12,7 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import LightDecoder, Pointwise
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseHead, Pointwise, decoder_for
 from brainfm.nets.latents import Latents
 from brainfm.objectives.losses import (
     centred,
@@ -52,8 +51,7 @@ class RegionDecoder(nn.Module):
 
     def __init__(self, channels: int, backbone: Backbone, groups: int) -> None:
         super().__init__()
-        widths = [max(8, width // 2) for width in backbone.widths]
-        self.decoder = LightDecoder(channels, widths, backbone.strides, groups)
+        self.decoder = decoder_for(backbone, groups, latent_channels=channels, narrower=2)
 
     def forward(self, code: Tensor) -> Tensor:
         """[V, E, x, y, z] -> logits [V, K, X, Y, Z]."""
@@ -138,7 +136,7 @@ class AnatomyPathology(Objective):
         self.settings, self.weights, self.groups = settings, settings.weights, groups
         hidden_blocks(self.views.patch_vox, settings.mask_unit_vox, settings.mask_ratio)
         self.latents = Latents(backbone.widths, settings.parts, settings.latent_channels)
-        self.decoder = LightDecoder(settings.latent_channels, backbone.widths, backbone.strides)
+        self.decoder = decoder_for(backbone, 1, latent_channels=settings.latent_channels)
         sizes = self.latents.sizes
         self.region_decoder: RegionDecoder | None = None
         self.share_head: Pointwise | None = None
@@ -152,7 +150,7 @@ class AnatomyPathology(Objective):
         if kind == "light":
             self.region_decoder = RegionDecoder(anatomy, self.backbone, groups)
             return
-        self.dense = DenseDecoder(self.backbone.widths, self.backbone.strides, _DENSE)
+        self.dense = decoder_for(self.backbone, _DENSE)
         names = [f"group_{number}" for number in range(groups)]
         self.heads = nn.ModuleDict({"regions": DenseHead("anatomy", _DENSE["anatomy"], names)})
         self.share_head = Pointwise(anatomy, groups)

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import LightDecoder
+from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Latents
 from brainfm.objectives.losses import mean_of_valid, mean_over_processes, reconstruction
 from brainfm.objectives.masking import draw_mask, hidden_blocks
@@ -97,7 +97,7 @@ class MAEContrastive(Objective):
         self.latents = Latents(backbone.widths, settings.parts, channels)
         self.part = next(iter(settings.parts))
         decoded = settings.reconstruction_weight > 0
-        self.decoder = LightDecoder(channels, backbone.widths, backbone.strides) if decoded else None
+        self.decoder = decoder_for(backbone, 1, latent_channels=channels) if decoded else None
         projected = settings.projected_channels
         self.projector = Projector(self.latents.sizes[self.part], settings.hidden_channels, projected)
         self.register_buffer("queue_codes", torch.zeros(settings.queue, projected))

@@ -10,7 +10,7 @@ from torch import Tensor
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import LightDecoder
+from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Code, Latents, draw_noise
 from brainfm.objectives.losses import (
     centred,
@@ -103,7 +103,7 @@ class CrossContrast(Objective):
         self.latents = Latents(
             backbone.widths, settings.parts, settings.latent_channels, settings.variational, settings.logvar_start
         )
-        self.decoder = LightDecoder(settings.latent_channels, backbone.widths, backbone.strides)
+        self.decoder = decoder_for(backbone, 1, latent_channels=settings.latent_channels)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
         """The weighted sum; parts ``self``, ``cross``, ``agreement``, ``separation``, ``kl``, unweighted, and with

@@ -13,8 +13,7 @@ from brainfm import seeds
 from brainfm.batch import Batch, Terms
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import Pointwise
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead, Pointwise, decoder_for
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import Objective
 from brainfm.objectives.settings import DenseSplitSettings
@@ -133,7 +132,7 @@ class DenseSplit(Objective):
         super().__init__(backbone, views, seed, settings)
         self.settings, self.weights, self.stride, self.classes = settings, settings.weights, stride, classes
         self.merged = [list(of) for of in merged]
-        self.dense = DenseDecoder(backbone.widths, backbone.strides, parts)
+        self.dense = decoder_for(backbone, parts)
         heads: dict[str, nn.Module] = {"lesion": DenseHead("pathology", parts["pathology"], ("lesion",))}
         if classes:
             heads["regions"] = DenseHead("anatomy", parts["anatomy"], classes)

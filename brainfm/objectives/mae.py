@@ -7,7 +7,7 @@ from torch import Tensor
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import LightDecoder
+from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Latents
 from brainfm.objectives.losses import mean_of_valid, reconstruction
 from brainfm.objectives.masking import draw_mask, hidden_blocks
@@ -45,7 +45,7 @@ class MAE(Objective):
         self.settings = settings
         hidden_blocks(self.views.patch_vox, settings.mask_unit_vox, settings.mask_ratio)
         self.latents = Latents(backbone.widths, {"all": 1.0}, settings.latent_channels)
-        self.decoder = LightDecoder(settings.latent_channels, backbone.widths, backbone.strides)
+        self.decoder = decoder_for(backbone, 1, latent_channels=settings.latent_channels)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
         """Batch.image [B, 1, X, Y, Z]; ``progress`` changes nothing here. Parts: ``hidden``."""

@@ -10,7 +10,8 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.dense import DenseDecoder
+from brainfm.nets.cpu import swap_in
+from brainfm.nets.decoders import DenseDecoder
 from brainfm.nets.latents import Latents
 from brainfm.objectives.settings import OBJECTIVES, ObjectiveSettings, settings_of
 from brainfm.specs import ViewSpec
@@ -82,10 +83,11 @@ def build_objective(
 def make_objective(
     settings: ObjectiveSettings, backbone: Backbone, *, patch_vox: tuple[int, int, int], seed: int
 ) -> Objective:
-    """The objective around ``backbone``, which it owns from then on.
+    """The objective around ``backbone``, which it owns from then on, with the layers of a CPU.
 
     Raises: ConfigError where the patch does not fit.
     """
     module, kind = OBJECTIVES[settings.name][1].split(":")
-    made: Objective = getattr(importlib.import_module(module), kind)(backbone, settings, patch_vox=patch_vox, seed=seed)
+    asks = getattr(importlib.import_module(module), kind)
+    made: Objective = swap_in(asks(backbone, settings, patch_vox=patch_vox, seed=seed))
     return made

@@ -13,7 +13,7 @@ import warnings
 import numpy as np
 from scipy import ndimage
 
-from brainfm.errors import ConfigError
+from brainfm.extras import missing
 
 
 def dice(predicted: np.ndarray, true: np.ndarray) -> float:
@@ -82,10 +82,8 @@ def require_monai() -> None:
     """Raises: ConfigError where surface Dice cannot be computed, for callers who want to know before long work."""
     try:
         importlib.import_module("monai.metrics")
-    except ModuleNotFoundError as error:
-        raise ConfigError(
-            f"surface Dice needs the package {error.name}, which is not installed: pip install 'brainfm[metrics]'"
-        ) from None
+    except ModuleNotFoundError:
+        raise missing("monai", "surface Dice") from None
 
 
 def instance_scores(

@@ -20,6 +20,7 @@ from brainfm.data.descriptors import Described, describe_all, table
 from brainfm.data.patches import Case, TaskPatches, class_indices
 from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.cpu import swap_in
 from brainfm.scoring.linear import fit_logistic, row_weights, standardised, tuned
 from brainfm.seeds import stream
 from brainfm.specs import TaskSpec
@@ -143,7 +144,7 @@ def random_backbone(config: Mapping[str, Any], seed: int) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build_backbone(**config)
-    return backbone.eval().requires_grad_(False)
+    return swap_in(backbone).eval().requires_grad_(False)
 
 
 @torch.no_grad()

@@ -25,9 +25,10 @@ from brainfm.data.store import Store
 from brainfm.errors import ConfigError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
+from brainfm.nets.cpu import swap_in
 from brainfm.nets.recompute import set_checkpointing
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, load_backbone
 from brainfm.progress import say
 from brainfm.settings import plain
 from brainfm.tasks.bundle import write_bundle
@@ -319,7 +320,7 @@ def _fresh(study: _Study, split: Split, backbone: Backbone | None, begun: bool =
         transfer(encoder, backbone.state_dict(), origin=study.settings.backbone_from)
     # a segmenter begins with the file's decoder where it takes it; an answer for a whole head reads its features
     taken = decoder or (backbone is not None and not study.question.takes_decoder)
-    task = study.question.task(encoder, split.trained, study.pretrained if taken else None)
+    task = swap_in(study.question.task(encoder, split.trained, study.pretrained if taken else None))
     if not begun:
         study.question.start(task, split.trained, study.fabric.device)
     set_checkpointing(task, study.plan.checkpointing)
@@ -555,7 +556,7 @@ def _baseline_rows(study: _Study, splits: Sequence[Split], folder: Path) -> dict
             say(f"baseline {name}")
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(study.seed)
-            fresh = build_backbone(**study.backbone.config).eval()
+            fresh = swap_in(build_backbone(**study.backbone.config)).eval()
             made = study.question.baseline(name, fresh, splits, study.seed)
             write_whole(file, (json.dumps(made) + "\n").encode())
         study.fabric.barrier()

@@ -15,7 +15,7 @@ from typing import Any
 from lightning.fabric import Fabric
 
 from brainfm.errors import ConfigError
-from brainfm.nets.weights import fingerprint
+from brainfm.nets.transfer import fingerprint
 from brainfm.training.loop import CHECKPOINT, first_difference, read_checkpoint, write_checkpoint
 
 _CURVES = "curves.csv"

@@ -14,7 +14,7 @@ from brainfm.data.region_volumes import RegionVolumes
 from brainfm.data.scan_cases import views_of
 from brainfm.data.store import Store
 from brainfm.files import write_whole
-from brainfm.nets.weights import fingerprint
+from brainfm.nets.transfer import fingerprint
 from brainfm.tasks.reads import PARTS
 from brainfm.tasks.scan_level import ScanTask
 from brainfm.training.candidates import Chosen, Side, Tuned, choose, inner_folds

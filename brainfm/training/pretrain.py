@@ -24,7 +24,7 @@ from brainfm.data.windows import WindowPatches
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import save_backbone
+from brainfm.nets.backbone_file import save_backbone
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.objectives.settings import AnatomyPathologySettings, DenseSplitSettings, ObjectiveSettings
 from brainfm.progress import say

@@ -15,7 +15,7 @@ from torch.utils.data import Dataset
 
 from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.weights import LoadedBackbone
+from brainfm.nets.backbone_file import LoadedBackbone
 from brainfm.scoring.intervals import Interval
 from brainfm.specs import Decisions, TaskSpec
 from brainfm.tasks.settings import TaskSettings

@@ -18,8 +18,8 @@ from brainfm.data.scan_cases import ScanViews, choose_view_mm, find_scan_cases, 
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.backbone_file import LoadedBackbone
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone
 from brainfm.scoring import calibration
 from brainfm.scoring.answers import primary, scan_score, scan_scores
 from brainfm.scoring.folds import deal, fold_of, strata_of

@@ -20,9 +20,9 @@ from brainfm.data.targets import LESION_NAME
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.dense import DenseHead
+from brainfm.nets.backbone_file import LoadedBackbone
+from brainfm.nets.decoders import DenseHead
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone
 from brainfm.scoring.intervals import bootstrap, paired_bootstrap, paired_permutation
 from brainfm.scoring.masks import dice, instance_scores, volume_ml
 from brainfm.seeds import stream

@@ -9,8 +9,8 @@ from typing import Any
 
 from brainfm.data.store import Store
 from brainfm.files import write_whole
+from brainfm.nets.backbone_file import LoadedBackbone, spacing_note
 from brainfm.nets.transfer import TransferReport
-from brainfm.nets.weights import LoadedBackbone, spacing_note
 from brainfm.seen import Overlap, overlap
 from brainfm.specs import TaskSpec
 from brainfm.tasks.task import Task

@@ -26,7 +26,7 @@ class Settings:
       brainfm anatomy manifest=manifest.csv out=anatomy backbone=backbone.safetensors
       brainfm anatomy input.t1=t1.nii.gz out=anatomy backbone=backbone.safetensors     (or out=t1_dseg.nii.gz)
 
-    method=atlas: CSF (1), grey (2) and white matter (3), without a network. Needs brainfm[anatomy]. Leaves labels,
+    method=atlas: CSF (1), grey (2) and white matter (3), without a network. Needs brainfm-mri[anatomy]. Leaves labels,
     volumes.csv, and manifest.csv with the column tissue_labels.
 
       brainfm anatomy manifest=manifest.csv out=anatomy

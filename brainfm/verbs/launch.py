@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from typing import Annotated, Any, Literal
 
 from brainfm.errors import ConfigError
+from brainfm.extras import missing
 from brainfm.training.settings import FinetuneSettings, PretrainSettings, TrainerSettings
 
 
@@ -83,7 +84,7 @@ def submit(
     try:
         import submitit
     except ModuleNotFoundError:
-        raise ConfigError("launch=slurm needs submitit, which is not installed: pip install 'brainfm[slurm]'") from None
+        raise missing("submitit", "launch=slurm") from None
     if launch.cluster == "slurm" and shutil.which("srun") is None:
         raise ConfigError(
             "launch=slurm: no srun was found on this machine, expected a login node of a cluster "

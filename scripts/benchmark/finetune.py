@@ -30,7 +30,6 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -71,7 +70,6 @@ class Contestant:
     batch: Callable[[], Any]
     loss: Callable[[Any], Tensor]
     clip: float = 1.0
-    own_layers: bool = False  # whether brainfm's own layers for a CPU are allowed
     seconds: list[list[float]] = field(default_factory=list)
     processor: list[float] = field(default_factory=list)
 
@@ -90,7 +88,7 @@ def brainfm(args: argparse.Namespace, store: Store, cases: list[Case]) -> Contes
     augment = augment_spec(settings.data.augment)
     assert augment is not None
     batches = iter(make_loader(patches, StepSampler(0, 10**6, args.batch), workers=0))
-    task = network(args)
+    task = cpu.swap_in(network(args))
     optimizer = build_optimizer(task, lr=5e-4, weight_decay=3e-5)
 
     def batch() -> Batch:
@@ -100,7 +98,7 @@ def brainfm(args: argparse.Namespace, store: Store, cases: list[Case]) -> Contes
     def loss(batch: Batch) -> Tensor:
         return task.loss(task(batch.image, batch.present), batch).total
 
-    return Contestant("brainfm", task, optimizer, batch, loss, own_layers=True)
+    return Contestant("brainfm", task, optimizer, batch, loss)
 
 
 def network(args: argparse.Namespace) -> SegmentationTask:
@@ -231,26 +229,13 @@ def volumes(store: Store, cases: list[Case]) -> Iterator[tuple[np.ndarray, np.nd
         yield image, label.astype(np.uint8)
 
 
-@contextmanager
-def layers_of(one: Contestant) -> Iterator[None]:
-    """Within, networks use brainfm's own layers for a CPU only where this contestant may."""
-    kept = cpu.is_for
-    if not one.own_layers:
-        cpu.is_for = lambda features: False  # type: ignore[assignment]
-    try:
-        yield
-    finally:
-        cpu.is_for = kept
-
-
 def step(one: Contestant) -> None:
     used = time.process_time()
     marks = [time.perf_counter()]
     batch = one.batch()
     marks.append(time.perf_counter())
-    with layers_of(one):
-        one.optimizer.zero_grad(set_to_none=True)
-        one.loss(batch).backward()
+    one.optimizer.zero_grad(set_to_none=True)
+    one.loss(batch).backward()
     marks.append(time.perf_counter())
     nn.utils.clip_grad_norm_(one.module.parameters(), one.clip)
     one.optimizer.step()
@@ -264,10 +249,11 @@ def tflop(one: Contestant) -> float:
     from torch.utils.flop_counter import FlopCounterMode
 
     batch = one.batch()
-    kept, one.own_layers = one.own_layers, False
-    with layers_of(one), FlopCounterMode(display=False) as counter:
+    cpu.swap_out(one.module)
+    with FlopCounterMode(display=False) as counter:
         one.loss(batch).backward()
-    one.own_layers = kept
+    if one.name == "brainfm":
+        cpu.swap_in(one.module)
     return counter.get_total_flops() / 1e12
 
 

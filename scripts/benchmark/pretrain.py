@@ -61,7 +61,6 @@ class Contestant:
     optimizer: torch.optim.Optimizer
     loss: Callable[[Batch], Tensor]
     autocast: bool = False
-    quick: bool = True  # whether brainfm's own layers for a CPU are allowed
     seconds: dict[str, list[float]] = field(default_factory=lambda: {p: [] for p in PHASES})
     peak_mib: float = 0.0
 
@@ -89,9 +88,6 @@ def batches(args: argparse.Namespace, edge: int, pairs: bool, views: Any) -> Ite
 
 
 def step(one: Contestant, source: Iterator[Batch], device: torch.device) -> None:
-    quick = cpu.is_for
-    if not one.quick:
-        cpu.is_for = lambda features: False  # type: ignore[assignment]
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats()
     marks = [clock(device)]
@@ -108,7 +104,6 @@ def step(one: Contestant, source: Iterator[Batch], device: torch.device) -> None
     one.optimizer.step()
     one.optimizer.zero_grad(set_to_none=True)
     marks.append(clock(device))
-    cpu.is_for = quick
     for phase, begin, end in zip(PHASES, marks[:-1], marks[1:]):
         one.seconds[phase].append(end - begin)
     if device.type == "cuda":
@@ -128,9 +123,9 @@ def ours(args: argparse.Namespace, name: str, edge: int, device: torch.device) -
             quicken(module, trainer)
             optimizer: torch.optim.Optimizer = build_optimizer(module, lr=1e-4, weight_decay=0.01)
         else:
-            optimizer = torch.optim.AdamW(module.parameters(), lr=1e-4)
+            optimizer = torch.optim.AdamW(cpu.swap_out(module).parameters(), lr=1e-4)
         autocast = label == "brainfm" and trainer.precision == "bf16-mixed"
-        found.append(Contestant(label, module, optimizer, loss_of(module), autocast, quick=label == "brainfm"))
+        found.append(Contestant(label, module, optimizer, loss_of(module), autocast))
     return found
 
 
@@ -151,7 +146,7 @@ def peers(name: str, edge: int, device: torch.device, absent: list[str]) -> list
             continue
         net = net.to(device).train()
         optimizer = torch.optim.AdamW(net.parameters(), lr=1e-4)
-        found.append(Contestant(label, net, optimizer, masked_reconstruction(net, edge), quick=False))
+        found.append(Contestant(label, net, optimizer, masked_reconstruction(net, edge)))
     return found
 
 
@@ -221,10 +216,11 @@ def flops_of(one: Contestant, batch: Batch) -> float:
     """Of forward and backward of one step, counted with torch's own layers."""
     from torch.utils.flop_counter import FlopCounterMode
 
-    quick, cpu.is_for = cpu.is_for, lambda features: False  # type: ignore[assignment]
+    cpu.swap_out(one.module)
     with FlopCounterMode(display=False) as counter:
         one.loss(batch).backward()
-    cpu.is_for = quick
+    if one.name == "brainfm":
+        cpu.swap_in(one.module)
     one.optimizer.zero_grad(set_to_none=True)
     return float(counter.get_total_flops())
 
@@ -239,13 +235,9 @@ def kept_mib(one: Contestant, batch: Batch, device: torch.device) -> float:
             kept[value.untyped_storage().data_ptr()] = value
         return value
 
-    quick = cpu.is_for
-    if not one.quick:
-        cpu.is_for = lambda features: False  # type: ignore[assignment]
     mixed = torch.autocast(device.type, torch.bfloat16) if one.autocast else nullcontext()
     with torch.autograd.graph.saved_tensors_hooks(note, lambda value: value), mixed:
         one.loss(batch)
-    cpu.is_for = quick
     return sum(value.untyped_storage().nbytes() for value in kept.values()) / 2**20
 
 

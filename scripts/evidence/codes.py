@@ -41,7 +41,7 @@ from brainfm import seeds
 from brainfm.cli import main as brainfm
 from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import LoadedBackbone, load_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.objectives.cross_contrast import CrossContrast
 from brainfm.objectives.objective import build_objective
 from brainfm.training.pretrain import split_sessions

@@ -50,7 +50,7 @@ from lightning.fabric import Fabric
 from brainfm.data.patches import find_cases
 from brainfm.errors import BrainfmError, ConfigError
 from brainfm.files import write_whole
-from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, spacing_note
 from brainfm.seen import overlap
 from brainfm.tasks.settings import SegmentationSettings
 from brainfm.training.segmenting import Segmenting

@@ -19,7 +19,7 @@ from brainfm.errors import ScanError
 from brainfm.files import write_whole
 from brainfm.imaging import nifti
 from brainfm.imaging.preprocess import prepare_session
-from brainfm.nets.weights import LoadedBackbone
+from brainfm.nets.backbone_file import LoadedBackbone
 from brainfm.scoring.masks import dice
 from brainfm.specs import PreprocessSpec
 from brainfm.synthesis.looks import draw_look

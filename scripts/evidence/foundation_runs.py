@@ -28,8 +28,8 @@ from brainfm.data.store import Store
 from brainfm.errors import ConfigError, TrainingError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.backbone_file import LoadedBackbone
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone
 from brainfm.scoring.masks import dice
 from brainfm.seeds import stream
 from brainfm.synthesis.render import render_views

@@ -21,7 +21,7 @@ from sklearn.exceptions import ConvergenceWarning
 
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.training.pretrain import split_sessions
 from brainfm.training.probes import effective_rank
 

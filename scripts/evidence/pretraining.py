@@ -41,7 +41,7 @@ from brainfm.cli import main as brainfm
 from brainfm.data import schemes
 from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone, build_backbone
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.objectives.objective import build_objective
 from brainfm.scoring.intervals import bootstrap, mean_score
 from brainfm.training.pretrain import split_sessions

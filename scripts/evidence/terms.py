@@ -42,7 +42,7 @@ from brainfm.data.windows import WindowPatches
 from brainfm.errors import BrainfmError, ConfigError, StoreError, WeightsError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import LoadedBackbone, load_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.objectives.dense_split import DenseSplit, overlap
 from brainfm.objectives.objective import build_objective, make_objective
 from brainfm.objectives.settings import DenseSplitSettings

@@ -34,7 +34,7 @@ from brainfm import seeds
 from brainfm.data import regions, schemes
 from brainfm.imaging import anatomy, nifti
 from brainfm.inference.anatomy import Labeller
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.synthesis import phantom
 from brainfm.volume import Volume
 

@@ -360,7 +360,7 @@ def test_prepare__dask(tmp_path):
 def test_prepare__without_dask(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     manifest = cohort(tmp_path / "data", subjects=1)
-    with pytest.raises(ConfigError, match=r"pip install brainfm\[dask\]$"):
+    with pytest.raises(ConfigError, match=r"pip install 'brainfm-mri\[dask\]'$"):
         prepare(manifest, tmp_path / "store", SPEC, scheduler="local")
 
 

@@ -14,7 +14,7 @@ from brainfm.imaging import atlas
 
 def test_without_nilearn_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atlas, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"nilearn.*pip install .*brainfm\[anatomy\]"):
+    with pytest.raises(ConfigError, match=r"nilearn.*pip install 'brainfm-mri\[anatomy\]'"):
         atlas._template_file("gm")
 
 

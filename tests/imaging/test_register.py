@@ -167,7 +167,7 @@ def test_without_simpleitk_the_sentence_names_the_extra(monkeypatch: pytest.Monk
         return real(name, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"pip install brainfm\[register\]$"):
+    with pytest.raises(ConfigError, match=r"align=rigid needs SimpleITK.*pip install 'brainfm-mri\[anatomy\]'$"):
         register.require()
 
 

@@ -30,9 +30,9 @@ from brainfm.imaging.preprocess import prepare_session
 from brainfm.inference import anatomy as module
 from brainfm.inference.anatomy import Labeller, RegionNetwork, keep_one_head, label_files, label_regions
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.backbone_file import save_backbone
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.nets.unet import ConvNormAct
-from brainfm.nets.weights import save_backbone
 from brainfm.specs import PreprocessSpec, Provenance
 from tests import phantoms
 

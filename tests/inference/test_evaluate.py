@@ -158,7 +158,7 @@ def test_refusals(cohort, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"has no predictions\.json"):
         evaluate(cohort, tmp_path / "out", predictions=tmp_path)
     monkeypatch.setitem(sys.modules, "monai.metrics", None)
-    with pytest.raises(ConfigError, match=r"brainfm\[metrics\]"):
+    with pytest.raises(ConfigError, match=r"brainfm-mri\[report\]"):
         evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path))
     assert not (tmp_path / "out").exists()
 

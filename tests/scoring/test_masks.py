@@ -116,7 +116,7 @@ def test_surface_dice_refuses_senseless_spacing():
 def test_surface_dice_without_monai_says_what_to_install(monkeypatch):
     monkeypatch.setitem(sys.modules, "monai.metrics", None)
     ones = np.ones((4, 4, 4), bool)
-    with pytest.raises(ConfigError, match=r"pip install 'brainfm\[metrics\]'"):
+    with pytest.raises(ConfigError, match=r"surface Dice needs monai.*pip install 'brainfm-mri\[report\]'"):
         surface_dice(ones, ones, (1, 1, 1))
 
 

@@ -55,7 +55,7 @@ def test_the_template_lies_at_the_same_place_at_every_spacing() -> None:
 
 def test_without_nilearn_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atlas, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install brainfm\[demo\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'brainfm-mri\[anatomy\]'"):
         atlas._template_file("gm")
 
 

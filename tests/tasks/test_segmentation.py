@@ -11,7 +11,7 @@ import torch
 from brainfm.batch import Batch
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseHead
+from brainfm.nets.decoders import DenseHead
 from brainfm.specs import TaskSpec
 from brainfm.tasks.segmentation import DeepLogits, SegmentationTask, foreground_shares
 from brainfm.tasks.segmentation_losses import LOSSES, SegmentationLoss, soft_dice_loss

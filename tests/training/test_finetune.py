@@ -15,7 +15,7 @@ from brainfm.cli import main
 from brainfm.data.patches import find_cases
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.tasks.bundle import read_bundle
 from brainfm.training.crossval import SplitSpec, split_cases
 from brainfm.training.finetune import MEMBER, _begin, _fresh, dry_step, finetune

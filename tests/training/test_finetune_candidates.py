@@ -24,8 +24,8 @@ from brainfm.inference.evaluate import evaluate
 from brainfm.inference.explain import explain
 from brainfm.inference.predict import predict
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import load_backbone, save_backbone
+from brainfm.nets.backbone_file import load_backbone, save_backbone
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.reports.finetuning import write_finetuning_page
 from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.bundle import READS, read_bundle

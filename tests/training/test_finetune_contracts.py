@@ -18,7 +18,7 @@ from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import load_backbone, save_backbone
+from brainfm.nets.backbone_file import load_backbone, save_backbone
 from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.bundle import read_bundle
 from brainfm.tasks.segmentation_losses import LOSSES

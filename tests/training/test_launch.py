@@ -126,7 +126,7 @@ def test_missing_submitit_or_slurm_is_one_sentence(
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert main(arguments) == 2
     said = capsys.readouterr().err.strip()
-    assert said == "brainfm: launch=slurm needs submitit, which is not installed: pip install 'brainfm[slurm]'"
+    assert said == "brainfm: launch=slurm needs submitit, which is not installed: pip install 'brainfm-mri[train]'"
     monkeypatch.undo()
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))

@@ -20,7 +20,7 @@ from brainfm.data.store import Store
 from brainfm.data.targets import Targets, find_targets
 from brainfm.errors import BrainfmWarning, ConfigError, TrainingError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder
+from brainfm.nets.decoders import DenseDecoder
 from brainfm.training import level_probes as lp
 from brainfm.training.guards import Guards
 from brainfm.training.pretrain import pretrain, split_sessions

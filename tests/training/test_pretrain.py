@@ -19,8 +19,8 @@ from brainfm.data.patches import PretrainPatches
 from brainfm.data.store import Store
 from brainfm.errors import TrainingError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.objectives.objective import build_objective
 from brainfm.specs import Provenance
 from brainfm.training.loop import CHECKPOINT, read_checkpoint

@@ -17,7 +17,7 @@ from brainfm.data.patches import PretrainPatches
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.settings import build
 from brainfm.training.average import WeightAverage

@@ -24,7 +24,8 @@ from torch import Tensor, nn
 from brainfm.errors import ConfigError, WeightsError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.cpu import swap_in
+from brainfm.nets.decoders import DenseDecoder, DenseHead, decoder_for
 from brainfm.nets.transfer import TransferReport, fingerprint, listed, misfits, transfer
 from brainfm.seen import SeenSubjects
 from brainfm.specs import PreprocessSpec, Provenance
@@ -38,7 +39,7 @@ _Network = TypeVar("_Network", bound=nn.Module)
 
 @dataclass(frozen=True)
 class LoadedBackbone:
-    """A backbone file, rebuilt; networks are in eval mode, on the CPU.
+    """A backbone file, rebuilt; networks are in eval mode, on the CPU, with its layers (nets/cpu.swap_in).
 
     Attributes:
         backbone: the encoder.
@@ -213,7 +214,7 @@ def _rebuilt(
         raise WeightsError(f"{path}: does not fit {name}: {listed(wrong)}")
     network = make()
     report = transfer(network, state, origin=str(path))
-    return network.eval(), report
+    return swap_in(network).eval(), report
 
 
 def _rebuilt_beside(
@@ -227,8 +228,7 @@ def _rebuilt_beside(
         raise WeightsError(f"{path}: {listed(f'{name} has no place' for name in homeless)}")
     if config is None:
         return None, {}
-    make = partial(DenseDecoder, backbone.widths, backbone.strides, **config)
-    decoder, _ = _rebuilt(path, make, groups["decoder"], "the decoder")
+    decoder, _ = _rebuilt(path, lambda: decoder_for(backbone, config["parts"]), groups["decoder"], "the decoder")
     heads = {}
     for key, settings in named.items():
         own = {n.removeprefix(f"{key}."): v for n, v in groups["heads"].items() if n.startswith(f"{key}.")}
@@ -238,7 +238,7 @@ def _rebuilt_beside(
 
 def _check_heads(decoder: Any, heads: Any) -> None:
     """Raises: ConfigError where the descriptions of a decoder and of the heads on its parts contradict each other."""
-    parts = decoder.get("parts") if isinstance(decoder, dict) else None
+    parts = decoder.get("parts") if isinstance(decoder, dict) and set(decoder) == {"parts"} else None
     if decoder is not None and not (isinstance(parts, dict) and all(_is_count(size) for size in parts.values())):
         raise ConfigError(f"decoder={decoder}: expected parts with their channels")
     if not isinstance(heads, dict):

@@ -11,10 +11,12 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-import brainfm.nets.weights as weights
+import brainfm.nets.backbone_file as backbone_file
 from brainfm.errors import BrainfmError, WeightsError
 from brainfm.nets.backbone import Backbone, build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.cpu import swap_in
+from brainfm.nets.decoders import DenseDecoder, DenseHead
+from brainfm.nets.transfer import fingerprint, transfer
 from brainfm.objectives.objective import build_objective
 from brainfm.seen import SeenSubjects
 from brainfm.specs import PreprocessSpec, Provenance
@@ -24,7 +26,7 @@ PROVENANCE = Provenance(version="0", commit="abc", data="d", config={"a": [1, {"
 
 
 def _save(path: Path, backbone: Backbone | None = None) -> str:
-    return weights.save_backbone(
+    return backbone_file.save_backbone(
         path,
         backbone or build_backbone("unet", widths=[2, 3]),
         objective={"name": "mae", "config": {"loss": "mse"}},
@@ -42,7 +44,7 @@ def _parts(path: Path) -> tuple[dict[str, torch.Tensor], dict]:
 
 def _rewrite(path: Path, tensors: dict[str, torch.Tensor], about: object) -> None:
     if isinstance(about, dict) and "fingerprint" in about:
-        about["fingerprint"] = weights.fingerprint(tensors)
+        about["fingerprint"] = fingerprint(tensors)
     save_file(tensors, path, metadata={"brainfm": json.dumps(about)})
 
 
@@ -51,7 +53,7 @@ def test_round_trip_is_bit_equal(tmp_path):
         "cross_contrast", build_backbone("unet_tiny"), patch_vox=(16, 16, 16), seed=0, latent_channels=16
     )
     path = tmp_path / "new" / "backbone.safetensors"
-    mark = weights.save_backbone(
+    mark = backbone_file.save_backbone(
         path,
         objective.backbone,
         objective={"name": objective.name, "config": objective.config},
@@ -60,7 +62,7 @@ def test_round_trip_is_bit_equal(tmp_path):
         patch_vox=(16, 16, 16),
         provenance=PROVENANCE,
     )
-    loaded = weights.load_backbone(path)
+    loaded = backbone_file.load_backbone(path)
     for name, value in objective.backbone.state_dict().items():
         assert torch.equal(value, loaded.backbone.state_dict()[name])
     assert set(loaded.extra) | {f"backbone.{n}" for n in loaded.report.loaded} == set(objective.state_dict())
@@ -70,9 +72,9 @@ def test_round_trip_is_bit_equal(tmp_path):
     again = build_objective(
         loaded.objective["name"], loaded.backbone, patch_vox=loaded.patch_vox, seed=0, **loaded.objective["config"]
     )
-    report = weights.transfer(again, loaded.extra, allow_missing=["backbone.*"])
+    report = transfer(again, loaded.extra, allow_missing=["backbone.*"])
     assert len(report.loaded) == len(loaded.extra) and not report.unused
-    assert not loaded.backbone.training and not weights.load(path).training
+    assert not loaded.backbone.training and not backbone_file.load(path).training
     assert [p.name for p in path.parent.iterdir()] == ["backbone.safetensors"]
 
 
@@ -92,7 +94,7 @@ def test_an_interrupted_save_keeps_the_old_file(tmp_path, monkeypatch):
     def interrupt(descriptor: int) -> None:
         raise OSError("no space left")
 
-    monkeypatch.setattr(weights.os, "fsync", interrupt)
+    monkeypatch.setattr(backbone_file.os, "fsync", interrupt)
     with pytest.raises(OSError, match="no space"):
         _save(path)
     assert path.read_bytes() == before and len(list(tmp_path.iterdir())) == 1
@@ -114,24 +116,24 @@ def test_a_pickle_is_refused_and_not_executed(tmp_path, how):
     else:
         torch.save({"state_dict": _Bomb(mark)}, path)
     with pytest.raises(WeightsError, match="pickle is never opened"):
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
     assert not mark.exists()
 
 
 def test_missing_truncated_foreign(tmp_path):
     path = tmp_path / "b.safetensors"
     with pytest.raises(WeightsError, match="no such file"):
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
     path.write_bytes(b"")
     with pytest.raises(WeightsError, match="cannot be read as safetensors"):
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(WeightsError, match="no description"):
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
     _save(path)
     path.write_bytes(path.read_bytes()[:-5])
     with pytest.raises(WeightsError, match="cannot be read as safetensors"):
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
 
 
 def test_any_damage_is_one_sentence(tmp_path):
@@ -144,7 +146,7 @@ def test_any_damage_is_one_sentence(tmp_path):
         damaged[place] ^= 1 << draw.randrange(8)
         path.write_bytes(bytes(damaged) if draw.random() < 0.7 else whole[:place])
         try:
-            weights.load_backbone(path)
+            backbone_file.load_backbone(path)
         except WeightsError as error:
             assert str(path) in str(error)
         # a flipped bit inside the words of the provenance is still a legal file
@@ -157,7 +159,7 @@ def test_flipped_weights_are_noticed(tmp_path):
     damaged[-3] ^= 1
     path.write_bytes(bytes(damaged))
     with pytest.raises(WeightsError, match="checksum"):
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
 
 
 def test_misfits_are_named_together(tmp_path):
@@ -169,7 +171,7 @@ def test_misfits_are_named_together(tmp_path):
     tensors["backbone.stranger"] = torch.zeros(1)
     _rewrite(path, tensors, about)
     with pytest.raises(WeightsError) as caught:
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
     text = str(caught.value)
     assert "levels.0.0.0.bias is missing" in text and "levels.1.0.0.bias is 9, expected 3" in text
     assert "stranger has no place" in text and str(path) in text and "\n" not in text
@@ -181,7 +183,7 @@ def test_ten_misfits_are_named_and_the_rest_counted(tmp_path):
     tensors, about = _parts(path)
     _rewrite(path, {n: v for n, v in tensors.items() if n.startswith("objective")}, about)
     with pytest.raises(WeightsError, match="and 6 more") as caught:
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
     assert str(caught.value).count("is missing") == 10
 
 
@@ -207,7 +209,7 @@ def test_descriptions_that_cannot_be_used(tmp_path, change, words):
     tensors, about = _parts(path)
     _rewrite(path, tensors, about | change)
     with pytest.raises(WeightsError, match=words):
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
 
 
 @pytest.mark.parametrize("about", [[], 3, "x", {}])
@@ -215,7 +217,7 @@ def test_descriptions_of_another_kind(tmp_path, about):
     path = tmp_path / "b.safetensors"
     _rewrite(path, {"backbone.a": torch.zeros(1)}, about)
     with pytest.raises(WeightsError, match="lacks a usable"):
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
 
 
 def test_a_tensor_of_neither_group_is_refused(tmp_path):
@@ -224,7 +226,7 @@ def test_a_tensor_of_neither_group_is_refused(tmp_path):
     tensors, about = _parts(path)
     _rewrite(path, tensors | {"optimizer.m": torch.zeros(1)}, about)
     with pytest.raises(WeightsError, match=r"optimizer\.m is neither backbone\.\*, decoder"):
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
 
 
 # ---- format 2: what was trained beside the encoder -------------------------------------------------------------------
@@ -237,7 +239,7 @@ def _dense_file(path: Path, **more: Any) -> tuple[Backbone, DenseDecoder, dict[s
     backbone = build_backbone("unet", widths=[2, 3])
     decoder = DenseDecoder(backbone.widths, backbone.strides, PARTS)
     heads = {"regions": DenseHead("anatomy", 4, ("a", "b")), "lesion": DenseHead("pathology", 3, ("lesion",))}
-    weights.save_backbone(
+    backbone_file.save_backbone(
         path,
         backbone,
         objective={"name": "dense_split", "config": {"parts": PARTS}},
@@ -254,7 +256,7 @@ def test_decoder_heads_and_people_come_back_bit_equal(tmp_path):
     path = tmp_path / "b.safetensors"
     people = SeenSubjects.of(["d/one", "d/two"], seed=3)
     backbone, decoder, heads = _dense_file(path, voxel_mm=(0.8, 4), subjects=people)
-    loaded = weights.load_backbone(path, needs_decoder=True)
+    loaded = backbone_file.load_backbone(path, needs_decoder=True)
     assert loaded.decoder is not None and list(loaded.heads) == ["regions", "lesion"]
     assert loaded.decoder.parts == PARTS and list(loaded.decoder.parts) == list(PARTS)  # the order of the channels
     pairs = [(backbone, loaded.backbone), (decoder, loaded.decoder), *zip(heads.values(), loaded.heads.values())]
@@ -264,6 +266,8 @@ def test_decoder_heads_and_people_come_back_bit_equal(tmp_path):
     assert [head.config for head in loaded.heads.values()] == [head.config for head in heads.values()]
     assert (loaded.voxel_mm, loaded.subjects) == ((0.8, 4.0), people)
     image = torch.randn(1, 1, 4, 4, 4)
+    for network in (backbone, decoder, *heads.values()):
+        swap_in(network)  # as what is loaded
     with torch.no_grad():
         then = heads["lesion"](decoder.split(decoder(backbone.features(image)))["pathology"])
         now = loaded.heads["lesion"](loaded.decoder.split(loaded.decoder(loaded.backbone.features(image)))["pathology"])
@@ -275,18 +279,18 @@ def test_a_file_of_format_1_still_loads():
     """Written by the version before format 2."""
     path = Path(__file__).parent / "format_1.safetensors"
     assert _parts(path)[1]["format"] == 1
-    loaded = weights.load_backbone(path)
+    loaded = backbone_file.load_backbone(path)
     assert loaded.fingerprint == "6238633b17f2468ca56d5c1ed0f1013e920e887d14d3597b0cedd04d295d6fbf"
     assert (loaded.provenance.steps, loaded.preprocess) == (7, SPEC) and set(loaded.extra) == {"decoder.out.weight"}
     assert (loaded.decoder, loaded.heads, loaded.voxel_mm, loaded.subjects) == (None, {}, None, None)
     with pytest.raises(WeightsError, match=r"format_1\.safetensors: holds no decoder, only an encoder"):
-        weights.load_backbone(path, needs_decoder=True)
+        backbone_file.load_backbone(path, needs_decoder=True)
 
 
 def test_a_file_without_decoder_is_whole(tmp_path):
     path = tmp_path / "b.safetensors"
     _save(path)
-    loaded = weights.load_backbone(path)
+    loaded = backbone_file.load_backbone(path)
     assert (loaded.decoder, loaded.heads, loaded.voxel_mm, loaded.subjects) == (None, {}, None, None)
 
 
@@ -300,7 +304,7 @@ def test_any_damage_to_format_2_is_one_sentence(tmp_path):
         damaged[place] ^= 1 << draw.randrange(8)
         path.write_bytes(bytes(damaged) if draw.random() < 0.7 else whole[:place])
         try:
-            weights.load_backbone(path)
+            backbone_file.load_backbone(path)
         except WeightsError as error:
             assert str(path) in str(error)
 
@@ -335,7 +339,7 @@ def test_descriptions_of_decoder_heads_and_people_that_cannot_be_used(tmp_path, 
     tensors, about = _parts(path)
     _rewrite(path, tensors, about | change)
     with pytest.raises(WeightsError, match=words) as caught:
-        weights.load_backbone(path)
+        backbone_file.load_backbone(path)
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
 
 
@@ -344,41 +348,3 @@ def test_a_head_without_its_part_is_not_saved(tmp_path):
     with pytest.raises(BrainfmError, match="head lesion reads 2 channels of part 'pathology', the decoder has"):
         _dense_file(path, heads={"lesion": DenseHead("pathology", 2, ("lesion",))})
     assert not path.exists()
-
-
-def test_transfer__changes_nothing_when_it_refuses():
-    module = build_backbone("unet", widths=[2, 3])
-    before = {n: v.clone() for n, v in module.state_dict().items()}
-    state = {n: torch.ones_like(v) for n, v in before.items()} | {"levels.1.1.1.bias": torch.ones(7)}
-    with pytest.raises(WeightsError, match=r"levels\.1\.1\.1\.bias is 7, expected 3"):
-        weights.transfer(module, state, allow_missing=["*"], allow_unused=["*"])
-    assert all(torch.equal(v, before[n]) for n, v in module.state_dict().items())
-
-
-def test_transfer__lists_are_honoured_and_reported():
-    module = build_backbone("unet", widths=[2, 3])
-    state = {n: torch.ones_like(v) for n, v in module.state_dict().items() if not n.startswith("levels.1")}
-    state["head.weight"] = torch.zeros(1)
-    for listed in ({}, {"allow_missing": ["levels.1.*"]}, {"allow_unused": ["head.*"]}):
-        with pytest.raises(BrainfmError):
-            weights.transfer(module, state, **listed)
-    report = weights.transfer(module, state, allow_missing=["levels.1.*"], allow_unused=["head.weight"])
-    assert len(report.loaded) == 8 and len(report.left_at_init) == 8 and report.unused == ("head.weight",)
-    assert str(report).startswith("8 tensors loaded, 8 left at their initial values (levels.1.0.0.weight, ")
-    assert str(report).endswith("1 of the file unused (head.weight)")
-    assert all((p == 1).all() for p in module.levels[0].parameters())
-
-
-def test_transfer__whole_numbers_do_not_become_weights():
-    module = torch.nn.Linear(2, 2)
-    state = {"weight": torch.zeros(2, 2, dtype=torch.int64), "bias": torch.zeros(2, dtype=torch.float16)}
-    with pytest.raises(WeightsError, match=r"weight is torch\.int64"):
-        weights.transfer(module, state)
-
-
-def test_fingerprint__sees_values_names_shapes_types_but_not_order():
-    a, b = torch.arange(4.0), torch.ones(2, dtype=torch.bfloat16)
-    mark = weights.fingerprint({"a": a, "b": b})
-    assert mark == weights.fingerprint({"b": b, "a": a}) and len(mark) == 64
-    others = [{"a": a + 1, "b": b}, {"c": a, "b": b}, {"a": a.reshape(2, 2), "b": b}, {"a": a, "b": b.half()}]
-    assert len({mark, *(weights.fingerprint(o) for o in others)}) == 5
