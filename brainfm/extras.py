@@ -6,6 +6,8 @@ the name brainfm belongs to another project.
 
 from __future__ import annotations
 
+from importlib.util import find_spec
+
 from brainfm.errors import ConfigError
 
 DISTRIBUTION = "brainfm-mri"
@@ -38,6 +40,19 @@ def missing(package: str, purpose: str, instead: str = "") -> ConfigError:
     """
     sentence = f"{purpose} needs {package}, which is not installed: pip install '{DISTRIBUTION}[{EXTRA_OF[package]}]'"
     return ConfigError(sentence + (f", {instead}" if instead else ""))
+
+
+def demand(package: str, purpose: str) -> None:
+    """For callers who want to know before long work, without the time of an import.
+
+    Raises: ConfigError where the package is not installed.
+    """
+    try:
+        found = find_spec(package)
+    except (ModuleNotFoundError, ValueError):
+        found = None
+    if found is None:
+        raise missing(package, purpose)
 
 
 def translated(error: ModuleNotFoundError, purpose: str) -> ConfigError | None:

@@ -143,8 +143,8 @@ def test_a_missing_extra_is_one_sentence(words: list[str], said: str, tmp_path: 
     write_head(tmp_path / "t1.nii.gz", 0)
     done = run(words, tmp_path)
     lines = done.stderr.strip().splitlines()
-    assert done.returncode == 2 and not [line for line in lines[:-1] if not line.startswith("explain 1/1")]
-    assert lines[-1].startswith("brainfm: ") and lines[-1].endswith(said)
+    assert done.returncode == 2 and len(lines) == 1, "it is said at the start"
+    assert lines[0].startswith("brainfm: ") and lines[0].endswith(said)
 
 
 def test_an_import_that_no_extra_helps_stays_an_error() -> None:

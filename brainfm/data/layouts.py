@@ -680,12 +680,16 @@ def _crowd_notes(
     files: Sequence[tuple[str, ...]], kinds: Sequence[tuple[str, str, list[str]]], places: Sequence[_Place]
 ) -> list[str]:
     """Whether a folder that was taken for a person holds scans of one contrast under several numbered names."""
-    names: dict[tuple[tuple[str, ...], str], set[str]] = defaultdict(set)
+    groups: dict[tuple[tuple[str, ...], str], list[tuple[str, ...]]] = defaultdict(list)
     for parts, (explicit, _, others), place in zip(files, kinds, places):
-        name = _subject_in_name(strip_ending(parts[-1]))
-        if not explicit and others and place.subject == parts[-2] and re.search(r"\d", name) and not why_no_scan(parts):
-            names[parts[:-1], place.contrast].add(name)
-    crowds = {folder: found for (folder, _), found in names.items() if len(found) > 1}
+        if not explicit and others and place.subject == parts[-2]:
+            groups[parts[:-1], place.contrast].append(parts)
+    crowds = {}
+    for (folder, _), alike in groups.items():
+        names = [_subject_in_name(strip_ending(p[-1])) for p in alike if len(alike) > 1 and not why_no_scan(p)]
+        numbered = {name for name in names if re.search(r"\d", name)}
+        if len(numbered) > 1:
+            crowds[folder] = numbered
     if not crowds:
         return []
     folder, found = min(crowds.items(), key=lambda item: item[0])
@@ -726,18 +730,19 @@ def _guess_notes(contrasts: Mapping[str, str], subjects: Mapping[str, str], sess
 def _shelves(files: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
     """Folders with one contrast of many people, as ``IXI-T1/IXI002-Guys-0828-T1.nii.gz``: their names show the contrast
     of every scan in them and hold no number else, and the files are of several ids."""
-    inside: dict[tuple[str, ...], list[str]] = defaultdict(list)
+    inside: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
     for parts in files:
-        if len(parts) > 1 and not why_no_scan(parts):
-            inside[parts[:-1]].append(strip_ending(parts[-1]))
+        if len(parts) > 1:
+            inside[parts[:-1]].append(parts)
     found = set()
-    for folder, stems in inside.items():
+    for folder, its_files in inside.items():
         shown = contrast_of(folder[-1])
         words = re.findall(r"[A-Za-z0-9]+", folder[-1])
         numbered = any(contrast_of(word) == "unknown" and re.search(r"\d", word) for word in words)
-        if shown == "unknown" or numbered or any(contrast_of(stem) != shown for stem in stems):
+        if shown == "unknown" or numbered:
             continue
-        if len({_subject_in_name(stem) for stem in stems}) > 1:
+        stems = [strip_ending(parts[-1]) for parts in its_files if not why_no_scan(parts)]
+        if {contrast_of(stem) for stem in stems} == {shown} and len(set(map(_subject_in_name, stems))) > 1:
             found.add(folder)
     return found
 
@@ -765,8 +770,10 @@ def _kinds(parts: Sequence[str], shelves: Collection[tuple[str, ...]]) -> tuple[
 
 def _is_of_one_image(folder: str, parts: Sequence[str]) -> bool:
     """Whether a folder is called as the image in it, by what that shows: ``P01/P01_T1/P01_T1.nii.gz`` is of P01."""
+    if folder != parts[-2] or not parts[-1].startswith(folder) or _CONTRAST_FOLDER.fullmatch(folder):
+        return False
     stem = strip_ending(parts[-1])
-    if folder != stem or folder != parts[-2] or _CONTRAST_FOLDER.fullmatch(folder):
+    if folder != stem:
         return False
     return contrast_of(stem) != "unknown" or any(map(is_label_word, re.findall(r"[A-Za-z0-9]+", stem)))
 

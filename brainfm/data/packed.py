@@ -49,7 +49,8 @@ def write_packed(
         step: of the scans, in standard deviations.
     """
     store, targets, away = patches.store, patches.targets, set(held)
-    sessions = [session for of in patches.people.values() for group in of for session in group]
+    groups = [group for of in patches.people.values() for group in of]
+    sessions = sorted((session for group in groups for session in group), key=lambda session: session.key)
     pairs = _Pairs(targets)
     arrays: dict[str, np.ndarray] = {}
     heads = []

@@ -8,7 +8,7 @@ maps below are up to twice slower; torch's instance norm copies such maps to the
 transposed convolution runs at a sixth of the processor's rate, which one matrix product reaches; the gradient of a
 convolution of one channel takes seven times as long as matrix products over slabs of the image do; a batch of one with
 a small map meets torch's own convolution instead of oneDNN's, and two of its halves as a batch of two take a seventh to
-a half of the time. scripts/benchmark_cpu.py measures the layers together.
+a half of the time. scripts/benchmark/cpu.py measures the layers together.
 """
 
 from __future__ import annotations

@@ -88,6 +88,6 @@ def make_objective(
     Raises: ConfigError where the patch does not fit.
     """
     module, kind = OBJECTIVES[settings.name][1].split(":")
-    asks = getattr(importlib.import_module(module), kind)
-    made: Objective = swap_in(asks(backbone, settings, patch_vox=patch_vox, seed=seed))
+    find = getattr(importlib.import_module(module), kind)
+    made: Objective = swap_in(find(backbone, settings, patch_vox=patch_vox, seed=seed))
     return made

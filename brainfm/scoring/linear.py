@@ -164,7 +164,7 @@ def fit_logistic(
     """Logistic regressions with an L2 penalty, one for each 1 / penalty: what every logistic answer here is fitted by.
 
     Two classes by Newton's method, which goes to the optimum: on up to 128 rows of up to 30 features 5 to 16 times as
-    quick as scikit-learn's solvers, and equally quick with 128 (scripts/benchmark_logistic.py; their probabilities are
+    quick as scikit-learn's solvers, and equally quick with 128 (scripts/benchmark/logistic.py; their probabilities are
     off by up to .01 where they stop). More classes, or where a tolerance lets a fit stop early, by scikit-learn's
     L-BFGS. Each fit begins at the one before.
 

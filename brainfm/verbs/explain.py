@@ -49,10 +49,12 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
+    from brainfm.extras import demand
     from brainfm.inference.explain import describe, explain
     from brainfm.reports.explanation import write_picture
     from brainfm.tasks.bundle import read_bundle
 
+    demand("matplotlib", "brainfm explain")  # it draws a picture at the end
     bundle = read_bundle(settings.bundle)
     with bar("explain") as move:
         found = explain(

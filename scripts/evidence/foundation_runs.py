@@ -29,6 +29,7 @@ from brainfm.errors import ConfigError, TrainingError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import LoadedBackbone
+from brainfm.nets.cpu import swap_in
 from brainfm.nets.transfer import transfer
 from brainfm.scoring.masks import dice
 from brainfm.seeds import stream
@@ -286,7 +287,7 @@ def prepared(job: Job, family: Family, start: Start) -> Prepared:
     cases = [c for c in family.question.cases if c.session.subject_key in job.trained]
     if len(cases) != len(job.trained):
         raise ConfigError(f"{family.store.path}: {len(cases)} of the people {', '.join(job.trained)} are there")
-    task = family.question.task(encoder, cases, start.file if decoder else None)
+    task = swap_in(family.question.task(encoder, cases, start.file if decoder else None))
     adapt = AdaptSpec(start.name, layer_decay=LAYER_DECAY if start.file is not None else 1.0, decoder=decoder)
     steps, spec = job.reads[-1], family.question.spec
     optimizer = adapted_optimizer(task, adapt, lr=job.rate, weight_decay=3e-5, max_steps=steps)

@@ -22,6 +22,7 @@ from sklearn.exceptions import ConvergenceWarning
 from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.nets.cpu import swap_in
 from brainfm.training.pretrain import split_sessions
 from brainfm.training.probes import effective_rank
 
@@ -65,7 +66,8 @@ def main() -> None:
     few, away = labelled(heads, held)
     loaded = [(file, load_backbone(file).backbone) for file in args.backbones]
     torch.manual_seed(0)
-    asked = [("no training", build_backbone(**loaded[0][1].config)), *((str(file.parent), b) for file, b in loaded)]
+    fresh = swap_in(build_backbone(**loaded[0][1].config))
+    asked = [("no training", fresh), *((str(file.parent), b) for file, b in loaded)]
     levels = len(loaded[0][1].widths)
     titles = [*(f"Dice {n}" for n in range(levels)), "all", *(f"rank {n}" for n in range(levels))]
     print("| | " + " | ".join(titles) + " |")

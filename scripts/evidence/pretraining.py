@@ -42,6 +42,7 @@ from brainfm.data import schemes
 from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.nets.cpu import swap_in
 from brainfm.objectives.objective import build_objective
 from brainfm.scoring.intervals import bootstrap, mean_score
 from brainfm.training.pretrain import split_sessions
@@ -362,7 +363,8 @@ def main() -> None:
 
     def untrained(seed: int) -> dict[str, Any]:
         torch.manual_seed(seed)
-        return of_backbone(build_backbone(args.backbone, **_widths(args.backbone)).eval(), None, seed)
+        backbone = swap_in(build_backbone(args.backbone, **_widths(args.backbone)))
+        return of_backbone(backbone.eval(), None, seed)
 
     def trained(name: str, seed: int) -> dict[str, Any]:
         began = time.time()

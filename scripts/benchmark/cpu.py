@@ -1,7 +1,7 @@
 """brainfm's layers for a CPU beside torch's own: training steps and answers of an encoder with a skip decoder.
 
-    python scripts/benchmark_cpu.py                                        # minutes on one core
-    python scripts/benchmark_cpu.py --backbones unet_b --edges 64 --batches 1 2 --rounds 9
+    python scripts/benchmark/cpu.py                                        # minutes on one core
+    python scripts/benchmark/cpu.py --backbones unet_b --edges 64 --batches 1 2 --rounds 9
 
 Contestants take turns in every round on the same image: ``torch`` has the ordinary layers, ``whole`` the quick ones
 without the halves in which a small map of a batch of one passes, ``brainfm`` the quick ones as they are. It shows

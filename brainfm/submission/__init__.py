@@ -1,0 +1,1 @@
+"""Challenge submissions: containers, what organisers would say to them, and how they score."""
