@@ -24,7 +24,7 @@ from brainfm.errors import StoreError
 from brainfm.specs import ViewSpec
 
 VIEWS = ViewSpec((16, 16, 16), pairs=True, regions=True, lesions=True, windows=True)
-SPEC = WindowSpec(coarse_steps=4, settle_steps=20, mapped_share=None)
+SPEC = WindowSpec(coarse_steps=4, settle_steps=20)
 STEP = 1 / 64
 
 
