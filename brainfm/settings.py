@@ -222,7 +222,7 @@ def words(hint: Any) -> list[str]:
             found += [shown(value) for value in get_args(each)]
         elif get_origin(each) is tuple:
             inner = get_args(each)
-            many = _MANY.get(inner[0], "values")
+            many = ", ".join(words(inner[0])) if get_origin(inner[0]) is Literal else _MANY.get(inner[0], "values")
             found.append(f"a list of {many}" if Ellipsis in inner else f"{_COUNTS.get(len(inner), len(inner))} {many}")
         elif each is bool:
             found += ["true", "false"]

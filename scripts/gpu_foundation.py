@@ -90,7 +90,7 @@ def pack(asked: argparse.Namespace) -> None:
     targets = find_targets(store, spec, {session.subject_key for session in trained})
     chosen = few(sorted((s for s in held if s.key in targets.maps), key=lambda s: s.key), asked.held)
     views = ViewSpec((64, 64, 64), pairs=True, windows=True)
-    patches = WindowPatches(store, [*trained, *chosen], views, 0, WindowSpec(), 1, targets)
+    patches = WindowPatches(store, [*trained, *chosen], views, 0, WindowSpec(mapped_share=None), 1, targets)
     config = plain(settings)
     objective = config["objective"] | {"classes": list(REGIONS), "merged": merged_members()}
     objective["volumes"] = len(targets.regions)

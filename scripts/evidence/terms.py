@@ -151,8 +151,8 @@ class World:
 def spec_for(term: str) -> WindowSpec:
     """Whole heads, with which a run begins; for lesions, which are small there, windows of finer voxels."""
     if term == "d":
-        return WindowSpec(low_mm=1.5, high_mm=2.5, whole_share=0.0)
-    return WindowSpec(whole_share=1.0)
+        return WindowSpec(low_mm=1.5, high_mm=2.5, whole_share=0.0, mapped_share=None)
+    return WindowSpec(whole_share=1.0, mapped_share=None)
 
 
 # ---- questions -------------------------------------------------------------------------------------------------------
@@ -491,7 +491,7 @@ def crossed(
 ) -> tuple[Tensor, Tensor]:
     """Whole heads, each rendered in each of ``looks`` looks without any texture of its scan: anatomy [S, L, E, X, Y, Z]
     and codes [S, L, C]. A look belongs to the number of a sample, so all heads of one look get one number."""
-    spec = WindowSpec(whole_share=1.0, rendered=1.0, rotate_deg=5.0, elastic=0.0, stretch=0.0)
+    spec = WindowSpec(whole_share=1.0, rendered=1.0, rotate_deg=5.0, elastic=0.0, stretch=0.0, mapped_share=None)
     anatomy, codes = [], []
     edge = objective.views.patch_vox
     for place, session in enumerate(subjects):
@@ -511,9 +511,9 @@ def constants_told(world: World, objective: DenseSplit, asked: argparse.Namespac
     """Matching on constant images and on the real ones, against chance, by size of the voxels."""
     found = {}
     for name, spec in (
-        ("whole heads", WindowSpec(whole_share=1.0)),
-        ("1.5-3 mm", WindowSpec(low_mm=1.5, high_mm=3.0, whole_share=0.0)),
-        ("0.8-1.2 mm", WindowSpec(low_mm=0.8, high_mm=1.2, whole_share=0.0)),
+        ("whole heads", WindowSpec(whole_share=1.0, mapped_share=None)),
+        ("1.5-3 mm", WindowSpec(low_mm=1.5, high_mm=3.0, whole_share=0.0, mapped_share=None)),
+        ("0.8-1.2 mm", WindowSpec(low_mm=0.8, high_mm=1.2, whole_share=0.0, mapped_share=None)),
     ):
         mapped = [s for s in world.held if s.key in world.targets.maps]
         windows = world.windows(objective, mapped, spec, asked.seed + 1, 0.0)

@@ -100,7 +100,7 @@ def sheet(asked: argparse.Namespace, store: Store, targets: Targets, settings: P
     held = [s for s in store.sessions if s.columns.get("side") == "held"] or list(store.sessions)
     still = WindowSpec(
         whole_mm=(SHEET_MM, SHEET_MM), whole_share=1.0, coarse_steps=0, settle_steps=0, rotate_deg=0, stretch=0,
-        elastic=0, shift_vox=0, rendered=0.0, source_cap=1.0,
+        elastic=0, shift_vox=0, rendered=0.0, mapped_share=None, source_cap=1.0,
     )  # fmt: skip
     pictures: list[tuple[str, np.ndarray]] = []
     for contrast in ("t1", "t2", "flair"):
@@ -276,7 +276,7 @@ def real_or_rendered(
     """All renderings against all real scans, and T1-like ones against the T1s of the same heads; see the module."""
     spec = WindowSpec(
         low_mm=0.9, high_mm=2.0, whole_share=0.0, coarse_steps=0, settle_steps=0, elastic=0.3, shift_vox=0,
-        rendered=0.0, source_cap=0.6,
+        rendered=0.0, mapped_share=None, source_cap=0.6,
     )  # fmt: skip
     only_made = dataclasses.replace(spec, rendered=1.0)
     mapped = [s for s in store.sessions if s.key in targets.maps]

@@ -221,7 +221,9 @@ def test_refusals(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[st
         store, tmp_path, capsys, "classification", "lesion", "protocol=fewshot", "task.shots=[0]"
     )
     assert "no session has a value in column weight" in _said(store, tmp_path, capsys, "regression", "weight")
-    assert "baselines: found luck" in _said(store, tmp_path, capsys, "classification", "lesion", "baselines=[luck]")
+    assert "baselines=[luck]: expected a list of scratch, random_linear, features" in _said(
+        store, tmp_path, capsys, "classification", "lesion", "baselines=[luck]"
+    )
     assert "sites_apart" in _said(
         store, tmp_path, capsys, "classification", "lesion", "sites_apart=true", "site=nowhere"
     )

@@ -19,6 +19,7 @@ from brainfm.training import results
 from brainfm.training.crossval import Split
 from brainfm.training.questions import Decided
 from brainfm.training.segmenting import Segmenting
+from brainfm.verbs.compose import resolve
 
 
 @dataclass(frozen=True)
@@ -40,7 +41,8 @@ def case(number: int) -> Any:
 
 CASES = tuple(case(n) for n in range(16))
 SPLITS = [Split(0, fold, CASES[:8], (), CASES[8 * fold : 8 * fold + 8]) for fold in (0, 1)]
-CONFIG = {"audit": False, "audit_columns": [], "command": "brainfm finetune x=1", "seed": 0}
+WORDS = ["store=s", "run=r", "backbone_from=none", "task.target=lesion", "audit=false"]
+SETTINGS = replace(resolve("finetune", WORDS), command="brainfm finetune x=1")
 
 
 def question() -> Segmenting:
@@ -62,7 +64,7 @@ def rows(shift: float = 0.0) -> list[dict[str, Any]]:
 def document() -> dict[str, Any]:
     decided = Decided(Decisions(min_ml=0.1), rows(), ("components below 0.1 ml removed: +0.0100",))
     return results.collect(
-        question(), CONFIG, SPLITS, decided, {"scratch": rows(-0.1), "features": rows()}, {"accumulate": 1}, 0
+        question(), SETTINGS, SPLITS, decided, {"scratch": rows(-0.1), "features": rows()}, {"accumulate": 1}, 0
     )
 
 
@@ -123,7 +125,7 @@ def test_a_learning_curve_has_a_row_for_each_point_and_condition(tmp_path: Path)
         ("2", "model"), ("2", "features"), ("all", "model"), ("all", "features"),
     ]  # fmt: skip
     assert float(table[0]["low"]) < float(table[0]["score"]) == pytest.approx(0.45) and table[0]["cases"] == "16"
-    document = results.collect_curve(asked, CONFIG, SPLITS, {}, {"points": points, "primary": "dice"})
+    document = results.collect_curve(asked, SETTINGS, SPLITS, {}, {"points": points, "primary": "dice"})
     assert "scores" not in document and results.describe(document)[0].startswith("2 shots: model 0.450 [")
 
 
