@@ -20,7 +20,8 @@ from tests import phantoms
 ROOT = Path(__file__).parents[1]
 OLD = ROOT / "tests" / "fixtures" / "format_9328027"
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-CORE = {"torch", "numpy", "scipy", "nibabel", "safetensors", "blosc2", "hydra", "omegaconf", "yaml"}  # as they are imported
+# as they are imported
+CORE = {"torch", "numpy", "scipy", "nibabel", "safetensors", "blosc2", "hydra", "omegaconf", "yaml"}
 SHAPE = (26, 30, 24)
 SILENT = {"pynvml"}  # without it a receipt lacks a number
 BLOCK = f"""

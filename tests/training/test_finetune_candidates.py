@@ -236,7 +236,7 @@ def test_scored_cases_have_no_say(store: Store, aged: Path, tmp_path: Path, monk
 
 def test_a_spoilt_network_is_not_shipped(store: Store, tmp_path: Path) -> None:
     """A rate that destroys it: a simpler candidate is shipped, nobody is worse than at step 0 on the inner cases."""
-    more = ("task.candidates=[mean,volumes,features,tuned]", "optim.lr=3.0", "trainer.max_steps=6", "average=0",
+    more = ("task.candidates=[mean,volumes,features,tuned]", "optim.lr=300.0", "trainer.max_steps=6", "average=0",
             "folds=1")  # fmt: skip
     assert main(["finetune", *words(store, tmp_path / "run", "regression", "age", *more)]) == 0
     found = json.loads((tmp_path / "run" / "scores.json").read_text())["candidates"]
