@@ -15,14 +15,14 @@ __all__ = ["Volume", "__version__", "embed", "load", "predict"]
 _HOME = {
     "Volume": "brainfm.volume",
     "embed": "brainfm.inference.embed",
-    "load": "brainfm.nets.weights",
+    "load": "brainfm.nets.backbone_file",
     "predict": "brainfm.inference.predict",
 }
 
 if TYPE_CHECKING:
     from brainfm.inference.embed import embed
     from brainfm.inference.predict import predict
-    from brainfm.nets.weights import load
+    from brainfm.nets.backbone_file import load
     from brainfm.volume import Volume
 
 

@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from brainfm import seeds
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 _DIGITS = 16  # of a hash: 64 bits, so that two of a million people share one with a chance of 3 in 100 million
 

@@ -1,4 +1,4 @@
-"""Frozen values that are hashed and shipped, and the exceptions a user can cause."""
+"""Specs: frozen values that are hashed and shipped."""
 
 from __future__ import annotations
 
@@ -7,41 +7,7 @@ import json
 from dataclasses import asdict, dataclass, field, fields
 from typing import Any, Self
 
-
-class BrainfmError(Exception):
-    """Something the user can mend. The text is one sentence: what was found, what was expected, which file."""
-
-
-class ConfigError(BrainfmError):
-    """A wrong or missing key on the command line or in a configuration."""
-
-
-class ManifestError(BrainfmError):
-    """A manifest that cannot be read or contradicts itself."""
-
-
-class ScanError(BrainfmError):
-    """One scan that cannot be used; the others stay usable."""
-
-
-class StoreError(BrainfmError):
-    """A store that is missing, damaged or was made with another spec."""
-
-
-class WeightsError(BrainfmError):
-    """A weights file that is damaged or does not fit."""
-
-
-class BundleError(BrainfmError):
-    """A bundle that is incomplete, damaged or was tampered with."""
-
-
-class TrainingError(BrainfmError):
-    """A run that cannot go on; the last good state was kept."""
-
-
-class BrainfmWarning(UserWarning):
-    """Something that the user should know, and that is done all the same."""
+from brainfm.errors import ConfigError
 
 
 class _Frozen:

@@ -40,12 +40,13 @@ import numpy as np
 
 from brainfm.cli import main as brainfm
 from brainfm.data import layouts
-from brainfm.data.manifest import Scan, strip_ending, write_manifest
+from brainfm.data.manifest import Scan, write_manifest
 from brainfm.data.store import Store
+from brainfm.errors import BrainfmError, ManifestError
 from brainfm.imaging import nifti, register
+from brainfm.imaging.endings import strip_ending
 from brainfm.imaging.register import Head
 from brainfm.seeds import stream, unit_hash
-from brainfm.specs import BrainfmError, ManifestError
 from brainfm.volume import Volume
 
 LISTS = Path(__file__).resolve().parents[1] / "foundation"

@@ -100,6 +100,14 @@ def stop(run: Path) -> str:
     return status(run)
 
 
+def say(text: str) -> None:
+    """Prints; who reads may have gone away (``| head -1``)."""
+    try:
+        print(text, flush=True)
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=["start", "status", "stop"])
@@ -110,9 +118,9 @@ def main() -> None:
     asked = parser.parse_intermixed_args()
     asked.run.mkdir(parents=True, exist_ok=True)
     if asked.what == "start":
-        print(start(asked.run, asked.store, asked.nice, asked.keys))
+        say(start(asked.run, asked.store, asked.nice, asked.keys))
     else:
-        print(status(asked.run) if asked.what == "status" else stop(asked.run))
+        say(status(asked.run) if asked.what == "status" else stop(asked.run))
 
 
 if __name__ == "__main__":

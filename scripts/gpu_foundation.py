@@ -36,24 +36,29 @@ from torch import nn
 
 from brainfm import __version__
 from brainfm.batch import Batch
-from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, look_spec, render
+from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, render
 from brainfm.data.device_windows import DeviceWindows
 from brainfm.data.packed import PackedStore, PackedWindows, write_packed
 from brainfm.data.regions import REGIONS, merged_members
+from brainfm.data.settings import WindowSpec
 from brainfm.data.store import SessionEntry, Store
-from brainfm.data.windows import WindowPatches, WindowSpec
+from brainfm.data.windows import WindowPatches
+from brainfm.errors import BrainfmError, ConfigError, WeightsError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
+from brainfm.nets.backbone_file import load_backbone, save_backbone
 from brainfm.nets.transfer import listed, misfits
-from brainfm.nets.weights import load_backbone, save_backbone, write_atomically
 from brainfm.objectives.dense_split import DenseSplit
 from brainfm.objectives.objective import build_objective
 from brainfm.seeds import unit_hash
 from brainfm.seen import SeenSubjects
-from brainfm.specs import BrainfmError, ConfigError, PreprocessSpec, Provenance, ViewSpec, WeightsError
-from brainfm.synthesis.looks import LookSpec
+from brainfm.settings import build, plain
+from brainfm.specs import PreprocessSpec, Provenance, ViewSpec
+from brainfm.synthesis.settings import LookSpec
 from brainfm.training.average import WeightAverage
 from brainfm.training.optim import build_optimizer, lr_factor
 from brainfm.training.region_dice import RegionDice
+from brainfm.training.settings import PretrainData, TrainerSettings
 from brainfm.training.speed import quicken
 
 BEGAN = time.monotonic()
@@ -70,21 +75,23 @@ ASKED = 24  # held-out windows of each kind
 
 def pack(asked: argparse.Namespace) -> None:
     """Raises: BrainfmError; StoreError where the file comes out too large."""
-    from brainfm.cli import resolve
-    from brainfm.data.targets import TargetSpec, find_targets
+    from brainfm.data.targets import find_targets
     from brainfm.training.pretrain import sides_of
+    from brainfm.verbs.compose import resolve
 
     shapes = asked.shapes or asked.store.parent / "lesion_shapes"
     keys = [f"data.targets.lesion_shapes={shapes.resolve()}"] * shapes.is_dir()
-    config = resolve("pretrain", ["experiment=dense_split", f"store={asked.store}", "run=none", *keys, *asked.keys])
+    settings = resolve("pretrain", ["experiment=dense_split", f"store={asked.store}", "run=none", *keys, *asked.keys])
     only = dict(pair.split("=", 1) for pair in asked.only)
     store = Store.open(asked.store)
-    trained, held = sides_of(store, {**config["data"], "side_column": asked.side_column, "only": only})
-    spec = TargetSpec(**(dict(config["data"]["targets"]) | {"level": "regions"}))
+    data = dataclasses.replace(settings.data, side_column=asked.side_column, only=only)
+    trained, held = sides_of(store, data)
+    spec = dataclasses.replace(data.targets, level="regions")
     targets = find_targets(store, spec, {session.subject_key for session in trained})
     chosen = few(sorted((s for s in held if s.key in targets.maps), key=lambda s: s.key), asked.held)
     views = ViewSpec((64, 64, 64), pairs=True, windows=True)
     patches = WindowPatches(store, [*trained, *chosen], views, 0, WindowSpec(), 1, targets)
+    config = plain(settings)
     objective = config["objective"] | {"classes": list(REGIONS), "merged": merged_members()}
     objective["volumes"] = len(targets.regions)
     travelling = {"store": store.path.name, "only": only, "seed": config["seed"], "average": config["average"]}
@@ -175,12 +182,12 @@ class Session:
         self.store = PackedStore.open(asked.data)
         self.config = dict(self.store.about["config"])
         self.seed = int(self.config["seed"] if asked.seed is None else asked.seed)
-        data = self.config["data"]
-        self.looks = look_spec(data["looks"])
-        artefacts = augment_spec(data["augment"])
+        data = build(PretrainData, self.config["data"], "data.")
+        self.looks = data.looks
+        artefacts = augment_spec(data.augment)
         # windows are moved already; artefacts change their intensities alone
         self.artefacts = artefacts and dataclasses.replace(artefacts, flip=0.0, affine=0.0, elastic=0.0)
-        self.spec = WindowSpec(**data["windows"], rendered=float(data["rendered"]))
+        self.spec = dataclasses.replace(data.windows, rendered=data.rendered)
         self.views = ViewSpec((asked.patch,) * 3, pairs=True, regions=True, volumes=True, lesions=True, windows=True)
         self.targets = self.store.targets()
         self.trained = [s for s in self.store.sessions if s.key not in self.store.held]
@@ -242,7 +249,7 @@ class Session:
             objective, self.looks, self.artefacts, self.config["optim"], self.seed, self.device,
             float(self.config["average"] or 0.999),
         )  # fmt: skip
-        quicken(objective, {"channels_last": channels_last, "compile": "default" if compiled else None})
+        quicken(objective, TrainerSettings(channels_last=channels_last, compile="default" if compiled else None))
         return course
 
     def left(self) -> float:
@@ -459,9 +466,9 @@ def write_pieces(folder: Path, weights: Mapping[str, torch.Tensor], about: Mappi
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             np.savez(Path(scratch) / "piece.npz", **group)
             content = (Path(scratch) / "piece.npz").read_bytes()
-        write_atomically(path, content)
+        write_whole(path, content)
         pieces.append({"file": path.name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()})
-    write_atomically(folder / RUN_FILE, (json.dumps({**about, "pieces": pieces}, indent=1) + "\n").encode())
+    write_whole(folder / RUN_FILE, (json.dumps({**about, "pieces": pieces}, indent=1) + "\n").encode())
     return [piece["bytes"] for piece in pieces]
 
 

@@ -6,7 +6,7 @@
 Experiments are read from configs/experiment/ (absent ones are named and skipped) and composed as `brainfm pretrain
 experiment=NAME trainer=gpu` does, but without hydra; batches are noise from memory, so that no store, nibabel or blosc2
 is needed. A step is: batch to the device, augmentation where the experiment has one, loss with masks and noise drawn
-for new sample numbers, gradient, clipping, AdamW. Reading patches is not in it: see scripts/benchmark_loader.py. Ways:
+for new sample numbers, gradient, clipping, AdamW. Reading patches is not in it: see scripts/benchmark/loader.py. Ways:
 
     gpu         compiled, weights in channels-last order: what trainer=gpu asks for
     contiguous  compiled, contiguous weights
@@ -29,6 +29,7 @@ import sys
 import time
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -38,13 +39,17 @@ from torch import nn
 
 from brainfm.batch import Batch
 from brainfm.data.augment import apply, augment_spec, draw
+from brainfm.errors import BrainfmError
 from brainfm.nets.backbone import build_backbone
-from brainfm.objectives.objective import Objective, build_objective
-from brainfm.specs import BrainfmError, ViewSpec
+from brainfm.objectives.objective import Objective, make_objective
+from brainfm.settings import build, plain
+from brainfm.specs import ViewSpec
 from brainfm.training.optim import build_optimizer
+from brainfm.training.run import optim_values
+from brainfm.training.settings import PretrainSettings
 from brainfm.training.speed import quicken, settled
+from brainfm.verbs.compose import chosen, configs, start
 
-CONFIGS = Path(__file__).resolve().parents[1] / "configs"
 WAYS: dict[str, dict[str, Any]] = {
     "gpu": {},
     "contiguous": {"channels_last": False},
@@ -54,7 +59,6 @@ WAYS: dict[str, dict[str, Any]] = {
 # What the data would fill in: the groups and regions of a DLMUSE map.
 FROM_DATA = {"groups": 8, "volumes": 101}
 TINY = {
-    "backbone": {"name": "unet_tiny"},
     "objective": {"latent_channels": 20},
     "data": {"patch_vox": [32, 32, 32]},
     "trainer": {"batch_size": 2, "precision": "32-true"},
@@ -62,7 +66,7 @@ TINY = {
 
 
 class _Yaml(yaml.SafeLoader):
-    """PyYAML takes 1e-4 for a word; hydra, and these files, mean a number."""
+    """PyYAML takes 1e-4 for a word; hydra, and experiments, mean a number."""
 
 
 _Yaml.add_implicit_resolver(
@@ -70,22 +74,12 @@ _Yaml.add_implicit_resolver(
 )
 
 
-def read(group: str, option: str) -> dict[str, Any]:
-    with (CONFIGS / group / f"{option}.yaml").open(encoding="utf-8") as file:
-        return yaml.load(file, _Yaml) or {}
-
-
-def composed(experiment: str, trainer: str) -> dict[str, Any]:
-    """The configuration of ``brainfm pretrain experiment=...``: the groups' files, then the experiment's own values."""
-    config, own = read("", "pretrain"), read("experiment", experiment)
-    chosen: dict[str, str] = {}
-    for entry in (*config.pop("defaults"), *own.pop("defaults", [])):
-        if isinstance(entry, dict):
-            chosen |= {key.split("/")[-1].split()[-1]: value for key, value in entry.items() if value is not None}
-    chosen["trainer"] = trainer
-    for group, option in chosen.items():
-        config[group] = read(group, option)
-    return merged(config, own)
+def composed(experiment: str, trainer: str) -> PretrainSettings:
+    """The settings of ``brainfm pretrain experiment=...``: the options of groups, then the experiment's own values."""
+    own = yaml.load((configs() / "experiment" / f"{experiment}.yaml").read_text(encoding="utf-8"), _Yaml)
+    named = {key.split("/")[-1]: value for entry in own.pop("defaults", []) for key, value in entry.items()}
+    values = start(PretrainSettings, chosen(PretrainSettings, named | {"trainer": trainer}))
+    return build(PretrainSettings, merged(values, own) | {"store": "-", "run": "-"})
 
 
 def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
@@ -96,14 +90,14 @@ def merged(old: Mapping[str, Any], new: Mapping[str, Any]) -> dict[str, Any]:
     return found
 
 
-def tiny(config: Mapping[str, Any]) -> dict[str, Any]:
+def tiny(settings: PretrainSettings) -> PretrainSettings:
     """Of the changes those that the experiment has a key for."""
-    fitting = {group: {k: v for k, v in values.items() if group == "backbone" or k in config[group]}
-               for group, values in TINY.items()}  # fmt: skip
-    return merged(config, fitting) | {"backbone": TINY["backbone"]}
+    config = plain(settings)
+    fitting = {group: {k: v for k, v in values.items() if k in config[group]} for group, values in TINY.items()}
+    return build(PretrainSettings, merged(config, fitting) | {"backbone": {"name": "unet_tiny"}})
 
 
-def batches(views: ViewSpec, config: Mapping[str, Any], size: int, pinned: bool) -> Iterator[Batch]:
+def batches(views: ViewSpec, size: int, pinned: bool) -> Iterator[Batch]:
     """Noise with all that an objective may ask for; the sample numbers go on, so that masks are drawn anew."""
     generator = torch.Generator().manual_seed(0)
     shape = views.patch_vox
@@ -111,7 +105,7 @@ def batches(views: ViewSpec, config: Mapping[str, Any], size: int, pinned: bool)
     def scan() -> torch.Tensor:
         return torch.randn(size, 1, *shape, generator=generator).half()
 
-    groups = max(2, config.get("groups") or FROM_DATA["groups"])
+    groups = FROM_DATA["groups"]
     lesion = torch.zeros(size, *shape, dtype=torch.int8)
     lesion[: size // 2, : shape[0] // 4] = 1
     start = 0
@@ -123,7 +117,7 @@ def batches(views: ViewSpec, config: Mapping[str, Any], size: int, pinned: bool)
         same_contrast=torch.zeros(size, dtype=torch.bool) if views.pairs else None,
         subject=torch.arange(size),
         regions=torch.randint(0, groups, (size, *shape), generator=generator) if views.regions else None,
-        volumes=torch.randn(size, config["volumes"], generator=generator) if views.volumes else None,
+        volumes=torch.randn(size, FROM_DATA["volumes"], generator=generator) if views.volumes else None,
         pathology=(torch.arange(size) % 2).float() if views.lesions else None,
         lesion=lesion if views.lesions else None,
     )
@@ -138,25 +132,20 @@ def batches(views: ViewSpec, config: Mapping[str, Any], size: int, pinned: bool)
 class Trial:
     """One experiment computed in one way."""
 
-    def __init__(self, config: dict[str, Any], way: str, batch_size: int, device: torch.device) -> None:
-        trainer = settled(config["trainer"] | WAYS[way])
-        question = dict(config["objective"])
-        question |= {key: count for key, count in FROM_DATA.items() if question.get(key, 0) is None}
+    def __init__(self, settings: PretrainSettings, way: str, batch_size: int, device: torch.device) -> None:
+        trainer = settled(replace(settings.trainer, **WAYS[way]))
+        question: Any = settings.objective
+        question = replace(question, **{k: count for k, count in FROM_DATA.items() if getattr(question, k, 0) is None})
         torch.manual_seed(0)
-        backbone = build_backbone(**config["backbone"])
-        self.objective: Objective = build_objective(
-            **question, backbone=backbone, patch_vox=tuple(config["data"]["patch_vox"]), seed=0
-        )
+        backbone = build_backbone(**settings.backbone)
+        self.objective: Objective = make_objective(question, backbone, patch_vox=settings.data.patch_vox, seed=0)
         self.objective.to(device).train()
         quicken(self.objective, trainer)
-        optim = config["optim"]
-        self.optimizer = build_optimizer(
-            self.objective, lr=optim["lr"], weight_decay=optim["weight_decay"], betas=tuple(optim["betas"])
-        )
-        self.augment = augment_spec(config["data"]["augment"])
-        self.precision, self.clip_norm = trainer["precision"], trainer["clip_norm"]
+        self.optimizer = build_optimizer(self.objective, **optim_values(settings.optim))
+        self.augment = augment_spec(settings.data.augment)
+        self.precision, self.clip_norm = trainer.precision, trainer.clip_norm
         self.device = device
-        self.source = batches(self.objective.views, question, batch_size, pinned=device.type == "cuda")
+        self.source = batches(self.objective.views, batch_size, pinned=device.type == "cuda")
         self.parameters = sum(p.numel() for p in self.objective.parameters())
 
     def step(self) -> None:
@@ -208,18 +197,17 @@ def _most_kib() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
-def tried(config: dict[str, Any], name: str, way: str, seconds: float, device: torch.device) -> dict[str, Any]:
+def tried(settings: PretrainSettings, name: str, way: str, seconds: float, device: torch.device) -> dict[str, Any]:
     """A row of the table; the batch is halved until a step fits."""
-    trainer = config["trainer"]
-    size = int(trainer["batch_size"])
-    row: dict[str, Any] = {"experiment": name, "way": way, "backbone": config["backbone"]["name"],
-                           "patch_vox": config["data"]["patch_vox"], "max_steps": trainer["max_steps"]}  # fmt: skip
+    size, max_steps = settings.trainer.batch_size, settings.trainer.max_steps
+    row: dict[str, Any] = {"experiment": name, "way": way, "backbone": settings.backbone["name"],
+                           "patch_vox": list(settings.data.patch_vox), "max_steps": max_steps}  # fmt: skip
     while True:
         trial = None
         try:
-            trial = Trial(config, way, size, device)
+            trial = Trial(settings, way, size, device)
             found = measured(trial, seconds, device)
-            hours = found["seconds_a_step"] * trainer["max_steps"] / 3600
+            hours = found["seconds_a_step"] * max_steps / 3600
             return row | {"batch": size, "parameters": trial.parameters, "precision": trial.precision, "hours": hours,
                           "samples_a_s": size / found["seconds_a_step"]} | found  # fmt: skip
         except torch.OutOfMemoryError:
@@ -269,13 +257,13 @@ def main() -> int:
     rows = []
     for way in args.ways if gpu else ["cpu"]:  # every experiment in the first way, before any in the second
         for name in args.experiments:
-            if not (CONFIGS / "experiment" / f"{name}.yaml").is_file():
+            if not (configs() / "experiment" / f"{name}.yaml").is_file():
                 row = {"experiment": name, "way": way, "fault": "skipped: no such file in configs/experiment"}
             elif time.perf_counter() - began > args.limit:
                 row = {"experiment": name, "way": way, "fault": f"skipped: {args.limit:g} s are over"}
             else:
-                config = composed(name, "gpu" if gpu else "cpu")
-                row = tried(config if gpu else tiny(config), name, way, args.seconds if gpu else 0.0, device)
+                settings = composed(name, "gpu" if gpu else "cpu")
+                row = tried(settings if gpu else tiny(settings), name, way, args.seconds if gpu else 0.0, device)
             rows.append(row)
             print(show(row), flush=True)
             if args.json:

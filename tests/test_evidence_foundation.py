@@ -1,4 +1,4 @@
-"""The protocol of scripts/evidence_foundation.py: pairs, rates, resumption, tables, refusals; on toy heads."""
+"""The protocol of scripts/evidence/foundation.py: pairs, rates, resumption, tables, refusals; on toy heads."""
 
 from __future__ import annotations
 
@@ -15,24 +15,27 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
-from brainfm.cli import resolve
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import LoadedBackbone, load_backbone, save_backbone
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance
-from brainfm.tasks.statistics import crossed_bootstrap
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backbone
+from brainfm.nets.decoders import DenseDecoder, DenseHead
+from brainfm.scoring.intervals import crossed_bootstrap
+from brainfm.specs import PreprocessSpec, Provenance
+from brainfm.tasks.settings import SegmentationSettings
 from brainfm.training.scanning import Scanning
 from brainfm.training.segmenting import Segmenting
+from brainfm.verbs.compose import resolve
 
-sys.path.insert(0, str(Path(__file__).parents[1] / "scripts"))
-import evidence_data as data
-import evidence_foundation as script
-import evidence_one_pass
-import evidence_runs as runs
-import evidence_tables
-import evidence_whole_head as whole_head
+sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "evidence"))
+import foundation_one_pass
+import foundation_people as data
+import foundation_runs as runs
+import foundation_tables
+import foundation_whole_head as whole_head
+
+import foundation as script
 
 NAMES = ("csf", "grey", "white")
 TOY = data.Setting("tissue", (0, 1, 2, 3), NAMES, "t1", 2.0, ("d",), (1, 1), "toy", 2, patch_vox=(16, 16, 16))
@@ -60,9 +63,8 @@ def loaded(file: Path) -> LoadedBackbone:
 
 @pytest.fixture(scope="module")
 def family(people_store: Store) -> runs.Family:
-    values = {"target": "tissue", "contrasts": ["t1"], "values": [0, 1, 2, 3], "loss": "dice_ce",
-              "deep_supervision": False, "fusion": "attention", "patch_vox": [16, 16, 16]}  # fmt: skip
-    question = Segmenting(people_store, values, clean=False)
+    asked = SegmentationSettings(target="tissue", contrasts=("t1",), values=(0, 1, 2, 3), patch_vox=(16, 16, 16))
+    question = Segmenting(people_store, asked, clean=False)
     question.settle(TOY.patch_vox)
     tests = data.tests_of(people_store, question.cases, ["d/p2", "d/p3"], "t1", TOY)
     trials = data.tests_of(people_store, question.cases, ["d/p0", "d/p1"], "trial", TOY)
@@ -285,24 +287,24 @@ def _runs_of(start: str, table: np.ndarray, trained: str = "p{}") -> dict[int, d
 def test_differences_are_paired_run_by_run_and_person_by_person() -> None:
     rng = np.random.default_rng(1)
     a, b = rng.random((4, 5)), rng.random((5, 5))
-    mine, theirs = evidence_tables.shared(_runs_of("encoder", a), _runs_of("scratch", b))
+    mine, theirs = foundation_tables.shared(_runs_of("encoder", a), _runs_of("scratch", b))
     assert list(mine) == list(theirs) == [0, 1, 2, 3]
-    apart = evidence_tables.matrix(mine, "t1", 7) - evidence_tables.matrix(theirs, "t1", 7)
+    apart = foundation_tables.matrix(mine, "t1", 7) - foundation_tables.matrix(theirs, "t1", 7)
     assert np.allclose(apart, a - b[:4])
     i, won = crossed_bootstrap(a - b[:4], seed=0), int((a.mean(1) > b[:4].mean(1)).sum())
-    said = evidence_tables.compared(apart)
+    said = foundation_tables.compared(apart)
     assert said == f"{i.mean:+.3f} [{i.low:+.3f}, {i.high:+.3f}] (better in {won} of 4)"
-    assert evidence_tables.compared(apart, of_errors=True).endswith(f"(better in {4 - won} of 4)")
-    assert not evidence_tables.matrix(mine, "t1", 9).any()  # a run that broke before that read
+    assert foundation_tables.compared(apart, of_errors=True).endswith(f"(better in {4 - won} of 4)")
+    assert not foundation_tables.matrix(mine, "t1", 9).any()  # a run that broke before that read
 
 
 def test_runs_that_learned_from_others_are_no_pairs() -> None:
     table = np.ones((2, 3))
     with pytest.raises(ConfigError, match=r"runs of seed 0 differ in trained: \['p0'\] and \['x'\]; expected pairs"):
-        evidence_tables.shared(_runs_of("encoder", table), _runs_of("scratch", table, "x"))
+        foundation_tables.shared(_runs_of("encoder", table), _runs_of("scratch", table, "x"))
     mixed = {**_runs_of("scratch", table), 5: _runs_of("scratch", np.ones((1, 2)))[0]}
     with pytest.raises(ConfigError, match="tested on different people"):
-        evidence_tables.matrix(mixed, "t1", 7)
+        foundation_tables.matrix(mixed, "t1", 7)
 
 
 def _words(file: Path, out: Path, *more: str) -> list[str]:
@@ -363,15 +365,15 @@ def test_every_start_has_as_many_trials_and_runs(file: Path, loaded: LoadedBackb
 
 def test_one_window_is_one_pass_and_more_are_not(loaded: LoadedBackbone) -> None:
     rng = np.random.default_rng(0)
-    small = evidence_one_pass.compared(loaded, rng.standard_normal((16, 16, 16)), None)
+    small = foundation_one_pass.compared(loaded, rng.standard_normal((16, 16, 16)), None)
     assert small["same"] == 1.0 and small["cosine"] == pytest.approx(1, abs=1e-5) and small["windows"] is None
     image = rng.standard_normal((24, 20, 17)) + np.arange(24)[:, None, None] / 4
     target = np.full(image.shape, 6, np.int16)  # thalamus
-    large = evidence_one_pass.compared(loaded, image, target)
+    large = foundation_one_pass.compared(loaded, image, target)
     assert large["cosine"] < 0.9999 and large["centred"] < large["cosine"]
     assert 0 <= large["windows"] <= 1 and 0 <= large["whole"] <= 1
     scan = torch.from_numpy(image.astype(np.float32))
-    answer = evidence_one_pass._classes(loaded, evidence_one_pass.in_one_pass(loaded, scan))
+    answer = foundation_one_pass._classes(loaded, foundation_one_pass.in_one_pass(loaded, scan))
     assert large["whole"] == pytest.approx(2 * (answer == 3).sum() / ((answer == 3).sum() + answer.size))
 
 
@@ -395,7 +397,7 @@ def test_a_whole_head_record_holds_every_candidate_and_its_errors(
     people_store: Store, loaded: LoadedBackbone, tmp_path: Path
 ) -> None:
     words = ["task=regression", "task.target=age", "store=-", "run=-", "backbone_from=none"]
-    question = Scanning(people_store, resolve("finetune", words)["task"])
+    question = Scanning(people_store, resolve("finetune", words).task)
     question.settle((16, 16, 16))
     start = runs.starts_of(loaded)["decoder"]
     trained, held = ("d/p1", "d/p2", "d/p3", "d/p5"), ("d/p4",)

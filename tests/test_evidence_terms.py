@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from brainfm.batch import Batch
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import save_backbone
+from brainfm.nets.backbone_file import save_backbone
 from brainfm.objectives.dense_split import DenseSplit
 from brainfm.objectives.objective import build_objective
 from brainfm.specs import PreprocessSpec, Provenance
@@ -29,7 +29,7 @@ KEYS = ["--keys", "data.validation=0.5", "data.split_seed=5", "objective.points=
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = util.spec_from_file_location("evidence_terms", ROOT / "scripts" / "evidence_terms.py")
+    spec = util.spec_from_file_location("evidence_terms", ROOT / "scripts" / "evidence" / "terms.py")
     assert spec is not None and spec.loader is not None
     module = util.module_from_spec(spec)
     sys.modules["evidence_terms"] = module
@@ -39,7 +39,7 @@ def script() -> Any:
 
 def call(script: Any, *words: Any) -> int:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sys, "argv", ["evidence_terms.py", *map(str, words)])
+        patch.setattr(sys, "argv", ["terms.py", *map(str, words)])
         return int(script.main())
 
 

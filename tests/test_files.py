@@ -1,14 +1,16 @@
-"""Files appear whole or not at all, whatever they are called and wherever they shall lie."""
+"""Files and folders appear whole or not at all, whatever they are called and wherever they shall lie."""
 
 from __future__ import annotations
 
 import errno
 import os
+import pickle
 from pathlib import Path
 
 import pytest
 
-from brainfm.files import check_writable, write_whole
+from brainfm.errors import FileError
+from brainfm.files import check_writable, write_folder, write_table, write_whole, writing
 
 
 def test_a_name_as_long_as_the_system_allows(tmp_path: Path) -> None:
@@ -17,7 +19,7 @@ def test_a_name_as_long_as_the_system_allows(tmp_path: Path) -> None:
     write_whole(path, b"first")
     write_whole(path, b"second")
     assert path.read_bytes() == b"second" and [p.name for p in path.parent.iterdir()] == [path.name]
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(FileError) as caught:
         write_whole(tmp_path / ("m" * (longest + 1)), b"")
     assert caught.value.errno == errno.ENAMETOOLONG and caught.value.filename.endswith("m" * longest)
     assert sorted(p.name for p in tmp_path.iterdir()) == ["new"]
@@ -34,9 +36,10 @@ def test_what_cannot_be_written_leaves_what_was_there(
         raise OSError(number, os.strerror(number))
 
     monkeypatch.setattr(os, "fsync", refuse)
-    with pytest.raises(OSError) as caught:
+    with pytest.raises(FileError) as caught:
         write_whole(path, b"new")
     assert (caught.value.errno, caught.value.filename) == (number, str(path))
+    assert str(path) in str(caught.value) and str(pickle.loads(pickle.dumps(caught.value))) == str(caught.value)
     assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["m.csv"]
 
 
@@ -53,9 +56,39 @@ def test_an_interruption_leaves_nothing(tmp_path: Path, monkeypatch: pytest.Monk
 def test_where_something_can_be_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     check_writable(tmp_path / "to" / "be" / "made")
     (tmp_path / "file").touch()
-    with pytest.raises(NotADirectoryError):
+    with pytest.raises(FileError, match="nothing can be written there \\(not a directory\\), expected a folder"):
         check_writable(tmp_path / "file" / "below")
     monkeypatch.setattr(os, "access", lambda place, mode: False)
-    with pytest.raises(PermissionError) as caught:
+    with pytest.raises(FileError, match="permission denied") as caught:
         check_writable(tmp_path / "new")
-    assert caught.value.filename == str(tmp_path / "new")
+    assert caught.value.errno == errno.EACCES and caught.value.filename == str(tmp_path / "new")
+
+
+def test_a_stream_that_breaks_off_leaves_what_was_there(tmp_path: Path) -> None:
+    path = tmp_path / "m.csv"
+    path.write_bytes(b"old")
+    with pytest.raises(ValueError, match="of the caller"), writing(path, mark="tmp-") as file:
+        file.write(b"new")
+        assert [p.name[:4] for p in tmp_path.iterdir() if p != path] == ["tmp-"]
+        raise ValueError("of the caller")
+    assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["m.csv"]
+
+
+def test_text_and_tables(tmp_path: Path) -> None:
+    write_table(tmp_path / "t.tsv", ["a", "b"], [[1, "x\ty"], ["\udcff", ""]], delimiter="\t")
+    assert (tmp_path / "t.tsv").read_bytes() == b'a\tb\n1\t"x\ty"\n\\udcff\t\n'
+
+
+def test_folders_are_swapped_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder = tmp_path / "to" / "bundle"
+    write_folder(folder, {"a": b"1", "b": b"2"})
+    write_folder(folder, {"a": b"3"})
+    assert {p.name: p.read_bytes() for p in folder.iterdir()} == {"a": b"3"}
+
+    def refuse(handle: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "fsync", refuse)
+    with pytest.raises(FileError, match=f"no space left on the disk for {folder}"):
+        write_folder(folder, {"a": b"4"})
+    assert (folder / "a").read_bytes() == b"3" and [p.name for p in folder.parent.iterdir()] == ["bundle"]

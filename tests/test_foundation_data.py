@@ -13,9 +13,9 @@ import pytest
 
 from brainfm.data.manifest import Scan
 from brainfm.data.schemes import SCHEMES
+from brainfm.errors import ManifestError
 from brainfm.imaging import nifti
 from brainfm.seeds import unit_hash
-from brainfm.specs import ManifestError
 from brainfm.volume import Volume
 
 ROOT = Path(__file__).parents[1]

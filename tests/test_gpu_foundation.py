@@ -15,8 +15,8 @@ import pytest
 import torch
 
 from brainfm.data.store import Store
-from brainfm.nets.weights import load_backbone
-from brainfm.specs import WeightsError
+from brainfm.errors import WeightsError
+from brainfm.nets.backbone_file import load_backbone
 
 ROOT = Path(__file__).parents[1]
 SCRIPT = ROOT / "scripts" / "gpu_foundation.py"

@@ -4,8 +4,8 @@ import hashlib
 
 import pytest
 
+from brainfm.errors import ConfigError
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError
 
 KEYS = ["ixi/sub-01", "ixi/sub-02", "openms/sub-01"]
 

@@ -18,7 +18,7 @@ ROOT = Path(__file__).parents[1]
 
 @pytest.fixture(scope="module")
 def script() -> Any:
-    spec = util.spec_from_file_location("show_renderings", ROOT / "scripts" / "show_renderings.py")
+    spec = util.spec_from_file_location("show_renderings", ROOT / "scripts" / "report" / "show_renderings.py")
     assert spec is not None and spec.loader is not None
     module = util.module_from_spec(spec)
     sys.modules["show_renderings"] = module

@@ -9,8 +9,8 @@ from typing import Any
 from brainfm.data.labelling import PRIORITY, Found, Job, Method, Report, check_contrasts, label_manifest, settle
 from brainfm.data.manifest import Manifest
 from brainfm.data.workers import in_pool, in_this_process
+from brainfm.errors import ConfigError
 from brainfm.imaging import anatomy, nifti
-from brainfm.specs import ConfigError
 
 COLUMN = "tissue_labels"
 

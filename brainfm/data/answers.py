@@ -9,7 +9,8 @@ from typing import Protocol
 
 import numpy as np
 
-from brainfm.specs import ManifestError, TaskSpec
+from brainfm.errors import ManifestError
+from brainfm.specs import TaskSpec
 
 _MISSING = {"", "n/a", "na", "nan", "null", "unknown", "unspecified", "?"}
 _YES = {"1", "yes", "y", "true", "positive", "present"}

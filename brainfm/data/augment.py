@@ -26,10 +26,10 @@ from torch.nn import functional as F
 from brainfm import seeds
 from brainfm.batch import Batch
 from brainfm.data.regions import RENDERED_FAMILIES
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.synthesis.deform import INJECTIVE
-from brainfm.synthesis.looks import LookSpec
 from brainfm.synthesis.render import render_views
+from brainfm.synthesis.settings import LookSpec
 
 SCANS = ("image", "partner")  # moved with linear interpolation; what lies outside repeats the border
 # Label fields, moved to the nearest voxel, and what stands where there is nothing to copy.
@@ -155,15 +155,6 @@ def augment_spec(value: str | Mapping[str, Any] | None) -> AugmentSpec | None:
     if unknown:
         raise ConfigError(f"unknown augment key {unknown[0]!r}, expected one of preset, {', '.join(known)}")
     return None if start is None else replace(start, **values)
-
-
-def look_spec(values: Mapping[str, Any]) -> LookSpec:
-    """What ``data.looks`` of a configuration says. Raises: ConfigError for an unknown key or a value out of range."""
-    unknown = sorted(set(values) - {f.name for f in fields(LookSpec)})
-    if unknown:
-        known = ", ".join(f.name for f in fields(LookSpec))
-        raise ConfigError(f"unknown data.looks key {unknown[0]!r}, expected one of {known}")
-    return LookSpec(**values)
 
 
 def render(batch: Batch, looks: LookSpec, patch_vox: Sequence[int], seed: int) -> Batch:

@@ -12,6 +12,7 @@ MAP = "map of probabilities, tissue, thickness or the like, by name"
 TRANSFORM = "deformation or other transform by name"
 PART = "phase, real or imaginary part by name"
 COPY = "made from the scan beside it, by name"
+TEMPLATE = "template that scans are compared with, by name"
 FREESURFER = "working file of FreeSurfer beside its T1.mgz"
 
 # Words are what stands between _ - . and blanks, in small letters. Entities of BIDS that only tell a scan from others
@@ -23,9 +24,11 @@ _IDENTITY = re.compile(
 _LABEL = re.compile(
     r"[a-z]*(?:mask|dseg|labelmap|pveseg|label|segm|segmentation|annotation|groundtruth|parcellation|atlas)s?\d*"
     r"|[a-z]*segs?\d*|rois?|msk|gt|aseg|aparc|wmparc|parc|warp|les|truth|annots?|consensus|contours?|delineations?|dkt"
-    r"|dlmuse|dlicv|ribbon|ples|bles|origsegs"
+    r"|dlmuse|dlicv|ribbon|ples|bles|origsegs|preds?|predictions?|predicted|glistr\w*"
 )
-_LAST_LABEL = re.compile(r"lesions?\d*|wmhs?|hyperintensities|tissues?|manual|expert\d*|rater\d*")
+_LAST_LABEL = re.compile(
+    r"lesions?\d*|wmhs?|hyperintensities|tissues?|manual|expert\d*|rater\d*|tumou?rs?|o?edema|infarcts?"
+)
 _MAP = re.compile(
     r"[a-z]*(?:probseg|probtissue|probmap|probability|probabilities|posteriors?|thickness|mixeltype|biasfield)\d*"
     r"|probs?|pve\d*|dartelinput|seg8|uncertainty"
@@ -36,17 +39,23 @@ _TRANSFORM = re.compile(
     r"|jac|velocity|svf|coeffs?|coefs?"
 )
 _LAST_TRANSFORM = re.compile(r"field|disp")
+_TEMPLATE = re.compile(
+    r"mni152_t[12]_\d|mni152nlin|avg152t[12]|avg305|(?:mni_)?icbm_?152|colin_?27|template(?![a-z0-9])"
+)
 _PART = re.compile(r"(?:^|_)part-(?!mag(?:_|$))[a-z0-9]+(?=_|$)")
 _LAST_PART = re.compile(r"(?:phase|pha?|real|imag|imaginary)\d?")
 _NUMBER = re.compile(r"(?:e|echo)?\d{1,2}[a-z]?")  # what a converter may add behind
 _FOLDER = re.compile(
     r"labels?(?:tr|ts)?|masks?|segs?|segmentations?|derivatives|rois?|samseg|synthseg|posteriors", re.IGNORECASE
 )
-# SPM writes before the name, without a mark between: c1 grey matter, wm warped and bias-corrected, y_ deformation.
+# SPM writes before the name, without a mark between: c1 grey matter, wm warped and bias-corrected, y_ deformation,
+# s8mwp1 smoothed by 8 mm; wj_ and jac_ of CAT12 are Jacobians.
 _SPM = (
-    (re.compile(r"(?:[smwr]*(?:c[1-6]|wp[0-3]|p[0-3])|u_r?c[1-6])(?P<rest>.+)"), MAP),
-    (re.compile(r"i?y_(?P<rest>.+)"), TRANSFORM),
+    (re.compile(r"(?:(?:s\d{0,2})?[smwr]*(?:c[1-6]|wp[0-3]|p[0-3])|u_r?c[1-6])(?P<rest>.+)"), MAP),
+    (re.compile(r"(?:i?y|w?j|jac)_(?P<rest>.+)"), TRANSFORM),
+    (re.compile(r"s\d{1,2}w?m?(?P<rest>.+)"), COPY),
 )
+_ANTS = re.compile(r"(?P<scan>.+?)_?(?:inverse)?warped")  # ANTs writes behind the name without a mark
 _SPM_LETTERS, _MOST_LETTERS = "smwra", 5
 _BLOOD = re.compile(r"cb[vf]")  # rCBV beside CBV is another measure, not its resliced copy
 # Nothing follows the suffix of a BIDS name but what programs add. These additions leave a scan a scan:
@@ -70,9 +79,14 @@ def why_no_scan(parts: Sequence[str], beside: Collection[str] = ()) -> str:
     stem, folders = strip_ending(parts[-1]).lower(), [part.lower() for part in parts[:-1]]
     if folders[-1:] == ["mri"] and "t1" in beside and "orig" in beside and stem != "t1":
         return FREESURFER
+    if folders[-2:] in (["mri", "orig"], ["mri", "transforms"]) and parts[-1].lower().endswith((".mgz", ".mgh")):
+        return FREESURFER
+    if _TEMPLATE.match(stem):
+        return TEMPLATE
     if _PART.search(stem):
         return PART
-    return _of_spm(stem, beside) or _of_words(_telling_words(stem, folders)) or _of_suffix(stem, beside)
+    by_words = _of_words(_telling_words(stem, folders))
+    return _of_spm(stem, beside) or by_words or _of_suffix(stem, beside) or _of_prefix(stem, beside)
 
 
 def is_label_word(word: str) -> bool:
@@ -90,7 +104,8 @@ def _of_spm(stem: str, beside: Collection[str]) -> str:
             break
         if stem[length:] in beside and not _BLOOD.match(stem[length:]):
             return COPY
-    return ""
+    warped = _ANTS.fullmatch(stem)
+    return COPY if warped and warped["scan"] in beside else ""
 
 
 def _of_words(words: Sequence[str]) -> str:
@@ -114,6 +129,12 @@ def _of_suffix(stem: str, beside: Collection[str]) -> str:
     if found is None or found["scan"] not in beside:
         return ""
     return "" if all(_STILL_A_SCAN.fullmatch(word) for word in re.findall(r"[a-z0-9]+", found["added"])) else COPY
+
+
+def _of_prefix(stem: str, beside: Collection[str]) -> str:
+    """Nothing stands before the subject in BIDS but what programs add: ``n4_sub-01_T1w``."""
+    at = stem.find("sub-", 1)
+    return COPY if at > 0 and stem[at:] in beside else ""
 
 
 def _telling_words(stem: str, folders: Sequence[str]) -> list[str]:

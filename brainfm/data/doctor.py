@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import os
 from collections import Counter, deque
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -18,10 +16,11 @@ import numpy as np
 
 from brainfm.data.manifest import Manifest, Scan, label_paths, plain_first, read_left_out
 from brainfm.data.workers import why_no_processes
-from brainfm.files import write_whole
+from brainfm.errors import ScanError
+from brainfm.files import write_table
 from brainfm.imaging import intensity
 from brainfm.imaging.nifti import FileGrid, header_faults, read, read_header, voxel_faults
-from brainfm.specs import PreprocessSpec, ScanError
+from brainfm.specs import PreprocessSpec
 from brainfm.volume import Volume
 
 _LARGEST_LABEL = 65535  # label volumes are stored as uint16 at most
@@ -49,12 +48,14 @@ class _Finding:
         digest: of the voxels; None where they cannot be read, and of label volumes.
         grid: None where there is none.
         values: of a mask those that are not 0, the first few; None where it cannot be read.
+        full: whether no voxel of a mask is 0.
     """
 
     faults: tuple[str, ...]
     digest: str | None = None
     grid: FileGrid | None = None
     values: tuple[int, ...] | None = None
+    full: bool = False
 
 
 @dataclass(frozen=True)
@@ -110,29 +111,31 @@ def examine(manifest: Manifest, workers: int = 0, progress: Progress | None = No
 
 def write_faults(path: str | os.PathLike[str], faults: Iterable[Fault]) -> None:
     """A CSV with one line a fault, written whole or not at all; a header alone where there is none."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow([f.name for f in fields(Fault)])
-    writer.writerows(astuple(fault) for fault in faults)
-    write_whole(path, text.getvalue().encode())
+    write_table(path, [f.name for f in fields(Fault)], (astuple(fault) for fault in faults))
 
 
 # ---- notes -----------------------------------------------------------------------------------------------------------
 
 
 def _mask_notes(manifest: Manifest, findings: dict[_Job, _Finding]) -> list[str]:
-    """Masks without any voxel, and masks of several values, which all count as the finding."""
+    """Masks without any voxel or any background, and masks of several values, which all count as the finding."""
     seen: dict[str, dict[str, tuple[int, ...]]] = {}
+    filled: dict[str, dict[str, None]] = {}
     for scan in manifest.scans:
         for column, path in label_paths(scan).items():
-            values = findings[_label_job(manifest, column, path)].values
-            if values is not None:
-                seen.setdefault(column, {})[path] = values
+            found = findings[_label_job(manifest, column, path)]
+            if found.values is not None:
+                seen.setdefault(column, {})[path] = found.values
+            if found.full and column.endswith("_mask"):
+                filled.setdefault(column, {})[path] = None
     notes = []
     for column, files in seen.items():
         empty = [path for path, values in files.items() if not values]
         if empty:
             notes.append(f"{column}: {len(empty)} of {len(files)} are empty{_examples(empty)}")
+        if column in filled:
+            full = list(filled[column])
+            notes.append(f"{column}: {len(full)} of {len(files)} fill the whole image{_examples(full)}")
         several = {path: values for path, values in files.items() if len(values) > 1}
         if several and column.endswith("_mask"):
             shown = ", ".join(map(str, next(iter(several.values()))))
@@ -234,7 +237,8 @@ def _inspect(path: Path, kind: str) -> _Finding:
         faults.append(f"labels from {volume.voxels.min()} to {volume.voxels.max()}, expected 0 to {_LARGEST_LABEL}")
     if kind != "scan":
         there = np.unique(volume.voxels)
-        return _Finding(tuple(faults), grid=grid, values=tuple(int(value) for value in there[there != 0][:_NAMED]))
+        values = tuple(int(value) for value in there[there != 0][:_NAMED])
+        return _Finding(tuple(faults), grid=grid, values=values, full=bool((there != 0).all()))
     if not of_voxels:
         faults.extend(_content_faults(volume))
     digest = hashlib.blake2b(repr(volume.shape).encode(), digest_size=16)

@@ -13,8 +13,8 @@ from scipy import ndimage
 
 from brainfm.data.manifest import Manifest
 from brainfm.data.store import Store, read_spec
+from brainfm.errors import ConfigError, ManifestError, ScanError
 from brainfm.imaging.nifti import read_header
-from brainfm.specs import ConfigError, ManifestError, ScanError
 from brainfm.volume import spacing_of
 
 if TYPE_CHECKING:

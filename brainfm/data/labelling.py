@@ -6,9 +6,7 @@ are whole and agree with the manifest is not looked at again. How a scan is labe
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 from collections.abc import Callable, Generator, Iterable, Mapping, Sequence
 from contextlib import closing
@@ -21,9 +19,9 @@ import numpy as np
 from brainfm.data.manifest import CONTRASTS, Manifest, Scan, check_files, plain_first, scan_names, write_manifest
 from brainfm.data.sources import SourceFile
 from brainfm.data.volumes import ICV_ML
-from brainfm.files import check_writable, write_whole
+from brainfm.errors import BrainfmError, ConfigError, ManifestError, ScanError
+from brainfm.files import check_writable, write_table, write_text
 from brainfm.imaging import nifti
-from brainfm.specs import BrainfmError, ConfigError, ManifestError, ScanError
 
 _LONGEST_NAME = 200  # bytes of a folder's name, which may hold 255
 OTHERS = "others"  # any contrast that is not named
@@ -302,15 +300,13 @@ def write_volumes(path: Path, volumes: Sequence[str], rows: Iterable[tuple[Scan,
         volumes: names of the columns, without the unit.
         rows: whose, of which file, and what record_of keeps.
     """
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
     names = [f"{name}_ml" for name in volumes]
-    writer.writerow(["dataset", "subject", "session", "contrast", "path", *names, "quality", "flag"])
+    lines = []
     for scan, file, record in rows:
         found = record["volumes_ml"]
         cells = [f"{found[name]:.2f}" if name in found else "" for name in volumes]
-        writer.writerow([*scan.key, scan.contrast, str(file), *cells, f"{record['quality']:.3f}", record["reason"]])
-    write_text(path, text.getvalue())
+        lines.append([*scan.key, scan.contrast, str(file), *cells, f"{record['quality']:.3f}", record["reason"]])
+    write_table(path, ["dataset", "subject", "session", "contrast", "path", *names, "quality", "flag"], lines)
 
 
 def _write_manifest(
@@ -330,8 +326,3 @@ def _write_manifest(
         new = dict(zip(added, made.get(scan.key, [""] * len(added)), strict=False))
         rows.append(replace(scan, path=str(manifest.resolve(scan.path)), columns={**scan.columns, **paths, **new}))
     write_manifest(out / "manifest.csv", rows)
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file that appears whole or not at all."""
-    write_whole(path, text.encode())

@@ -13,18 +13,25 @@ import json
 import os
 import re
 from collections import Counter, defaultdict
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import pairwise
 from pathlib import Path
 
 from brainfm.data.derived import is_label_word, why_no_scan
 from brainfm.data.manifest import CONTRASTS, Scan, contrast_of, plain_first
-from brainfm.data.participants import Participants, join, one_age_notes, read_participants, read_sessions
+from brainfm.data.participants import (
+    Participants,
+    join,
+    one_age_notes,
+    read_participants,
+    read_sessions,
+    without_doubles,
+)
 from brainfm.data.tables import decoded
 from brainfm.data.tree import Tree, walk
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.imaging.endings import READ, ending_of, strip_ending
-from brainfm.specs import ConfigError, ManifestError
 
 
 @dataclass(frozen=True)
@@ -98,17 +105,20 @@ def find(
     notes: list[str] = []
     left_out = list(tree.aside)
     matched: Counter[str] = Counter()
-    for dataset, its_layout in parts:
+    found = [(dataset, _read(dataset, its_layout, globs, matched)) for dataset, its_layout in parts]
+    doubles: list[str] = []
+    if given is not None and table is not None and not any(table.is_relative_to(folder) for folder in folders):
+        given, doubles = without_doubles(given, _people(read.scans for _, read in found))
+    for dataset, read in found:
         inside = table is not None and table.is_relative_to(dataset.root)
         elsewhere = table is not None and not inside and any(table.is_relative_to(folder) for folder in folders)
-        read = _read(dataset, its_layout, globs, matched)
         tables, troubles = _own_tables(dataset, table) if own_tables and read.scans else ([], [])
         joined = _joined(read.scans, [*tables, *([given] if given is not None and not elsewhere else [])])
         scans.extend(joined[0])
         notes.extend(f"{dataset.name}: {note}" for note in (*read.notes, *troubles, *joined[1]))
         below = os.path.relpath(dataset.root, tree.root)
         left_out += [(os.path.normpath(os.path.join(below, path)), why) for path, why in read.left_out]
-    notes += _aside_notes(tree.aside)
+    notes += [*doubles, *_aside_notes(tree.aside)]
     if not scans:
         raise _no_scan(root, tree, left_out)
     for column, patterns in globs.items():
@@ -117,6 +127,15 @@ def find(
     scans.sort(key=lambda s: (s.dataset, s.subject, s.session, s.contrast, s.path))
     notes += _sex_notes(scans)
     return Found(scans, notes, parts[0][1] if len(parts) == 1 else "several", left_out)
+
+
+def _people(several: Iterable[Sequence[Scan]]) -> dict[str, set[str]]:
+    """Dataset -> subjects."""
+    people: dict[str, set[str]] = defaultdict(set)
+    for scans in several:
+        for scan in scans:
+            people[scan.dataset].add(scan.subject)
+    return people
 
 
 def _no_scan(root: str | os.PathLike[str], tree: Tree, left_out: Sequence[tuple[str, str]]) -> ManifestError:
@@ -431,8 +450,9 @@ def _entity(parts: Sequence[str], key: str) -> str:
     """``sub-01`` from a folder or, failing that, from the file's name; empty where there is none."""
     for part in parts[:-1]:
         if re.fullmatch(rf"{key}[-_][\w.+-]+", part) and not ending_of(part):
-            return part
-    found = re.search(rf"(?:^|_)({key}-[A-Za-z0-9+.]+)(?=_|$)", strip_ending(parts[-1]))
+            return re.sub(r"(?<=.)_ses-[A-Za-z0-9+.]+$", "", part)  # sub-01_ses-1, a folder of both
+    names = (strip_ending(parts[-1]), *parts[-2::-1])
+    found = next(filter(None, (re.search(rf"(?:^|_)({key}-[A-Za-z0-9+.]+)(?=_|$)", name) for name in names)), None)
     return found[1] if found else ""
 
 
@@ -605,7 +625,9 @@ _PLAIN_FOLDER = re.compile(
     "reg|orig|original)",
     re.IGNORECASE,
 )
-_SUBJECT_FOLDER = re.compile(r"(?:sub|subj|subject|patient|pat|case|participant)[-_ ]?\w*\d\w*", re.IGNORECASE)
+_SUBJECT_FOLDER = re.compile(
+    r"(?:sub|subj|subject|patient|pat|case|participant)[-_ ]?\w*\d\w*(?:(?<=\w)_ses-\w+)?", re.IGNORECASE
+)
 _SESSION_FOLDER = re.compile(
     r"(?:session|ses|visit|study|tp|time|timepoint|scan|exam|month|year|week|wk|day|fu|follow[-_ ]?up)[-_ ]?\d+\w*"
     r"|[mvyt][-_]?\d{1,2}"
@@ -623,12 +645,14 @@ _KNOWN_IDS = (
     re.compile(r"(?P<subject>OAS[12]_\d{4})_(?P<session>MR\d+)"),
     re.compile(r"(?P<subject>OAS3\d{4})_(?:MR_)?(?P<session>d\d{4})"),
     re.compile(r"(?:ADNI_)?(?P<subject>\d{3}_S_\d{4})(?:_(?P<session>m\d+|bl|sc))?"),
+    re.compile(r"(?P<subject>sub-[A-Za-z0-9]+)_(?P<session>ses-[A-Za-z0-9]+)"),  # a folder of FreeSurfer or FastSurfer
 )
 
 
 def _folder(tree: Tree) -> tuple[list[_Place], list[str]]:
     """Guesses from names: which level of folders is the subject, what the file's name adds."""
-    kinds = [_kinds(parts) for parts in tree.files]
+    shelves = _shelves(tree.files)
+    kinds = [_kinds(parts, shelves) for parts in tree.files]
     groups = _group_folders(tree.files, kinds)
     files = _without_channels(tree.files)
     guesses = [_guess(parts, kind, groups, tree.name) for parts, kind in zip(files, kinds)]
@@ -649,7 +673,31 @@ def _folder(tree: Tree) -> tuple[list[_Place], list[str]]:
             contrasts.setdefault(contrast, parts[-1])
             subjects.setdefault(who, "/".join(parts))
             sessions.setdefault(session, "/".join(parts))
-    return places, _guess_notes(contrasts, subjects, sessions)
+    return places, [*_guess_notes(contrasts, subjects, sessions), *_crowd_notes(tree.files, kinds, places)]
+
+
+def _crowd_notes(
+    files: Sequence[tuple[str, ...]], kinds: Sequence[tuple[str, str, list[str]]], places: Sequence[_Place]
+) -> list[str]:
+    """Whether a folder that was taken for a person holds scans of one contrast under several numbered names."""
+    groups: dict[tuple[tuple[str, ...], str], list[tuple[str, ...]]] = defaultdict(list)
+    for parts, (explicit, _, others), place in zip(files, kinds, places):
+        if not explicit and others and place.subject == parts[-2]:
+            groups[parts[:-1], place.contrast].append(parts)
+    crowds = {}
+    for (folder, _), alike in groups.items():
+        names = [_subject_in_name(strip_ending(p[-1])) for p in alike if len(alike) > 1 and not why_no_scan(p)]
+        numbered = {name for name in names if re.search(r"\d", name)}
+        if len(numbered) > 1:
+            crowds[folder] = numbered
+    if not crowds:
+        return []
+    folder, found = min(crowds.items(), key=lambda item: item[0])
+    more = f", and so are {len(crowds) - 1} more folders" if len(crowds) > 1 else ""
+    return [
+        f"warning: {'/'.join(folder)} is taken for one person though its files are called "
+        f"{', '.join(sorted(found)[:3])}{more}; if these are people, give that folder as root="
+    ]
 
 
 def _without_channels(files: Sequence[tuple[str, ...]]) -> Sequence[tuple[str, ...]]:
@@ -679,12 +727,34 @@ def _guess_notes(contrasts: Mapping[str, str], subjects: Mapping[str, str], sess
     return notes
 
 
-def _kinds(parts: Sequence[str]) -> tuple[str, str, list[str]]:
+def _shelves(files: Sequence[tuple[str, ...]]) -> set[tuple[str, ...]]:
+    """Folders with one contrast of many people, as ``IXI-T1/IXI002-Guys-0828-T1.nii.gz``: their names show the contrast
+    of every scan in them and hold no number else, and the files are of several ids."""
+    inside: dict[tuple[str, ...], list[tuple[str, ...]]] = defaultdict(list)
+    for parts in files:
+        if len(parts) > 1:
+            inside[parts[:-1]].append(parts)
+    found = set()
+    for folder, its_files in inside.items():
+        shown = contrast_of(folder[-1])
+        words = re.findall(r"[A-Za-z0-9]+", folder[-1])
+        numbered = any(contrast_of(word) == "unknown" and re.search(r"\d", word) for word in words)
+        if shown == "unknown" or numbered:
+            continue
+        stems = [strip_ending(parts[-1]) for parts in its_files if not why_no_scan(parts)]
+        if {contrast_of(stem) for stem in stems} == {shown} and len(set(map(_subject_in_name, stems))) > 1:
+            found.add(folder)
+    return found
+
+
+def _kinds(parts: Sequence[str], shelves: Collection[tuple[str, ...]]) -> tuple[str, str, list[str]]:
     """The explicit subject folder, the explicit session folder, and the folders that may be either."""
     subject = session = ""
     others: list[str] = []
     shown = contrast_of(parts[-1])
-    for part in parts[:-1]:
+    for at, part in enumerate(parts[:-1]):
+        if _is_of_one_image(part, parts) or parts[: at + 1] in shelves:
+            continue
         if not subject and _SUBJECT_FOLDER.fullmatch(part):
             subject = part
         elif _CONTRAST_FOLDER.fullmatch(part):
@@ -696,6 +766,16 @@ def _kinds(parts: Sequence[str]) -> tuple[str, str, list[str]]:
         elif not _PLAIN_FOLDER.fullmatch(part) and not ending_of(part):
             others.append(part)
     return subject, session, others
+
+
+def _is_of_one_image(folder: str, parts: Sequence[str]) -> bool:
+    """Whether a folder is called as the image in it, by what that shows: ``P01/P01_T1/P01_T1.nii.gz`` is of P01."""
+    if folder != parts[-2] or not parts[-1].startswith(folder) or _CONTRAST_FOLDER.fullmatch(folder):
+        return False
+    stem = strip_ending(parts[-1])
+    if folder != stem:
+        return False
+    return contrast_of(stem) != "unknown" or any(map(is_label_word, re.findall(r"[A-Za-z0-9]+", stem)))
 
 
 def _group_folders(files: Sequence[tuple[str, ...]], kinds: Sequence[tuple[str, str, list[str]]]) -> bool:

@@ -15,7 +15,7 @@ from torch.utils.data import DataLoader, Dataset, Sampler
 from brainfm.batch import Batch
 from brainfm.data.patches import Sample, collate
 from brainfm.data.workers import why_no_processes
-from brainfm.specs import BrainfmError, TrainingError
+from brainfm.errors import BrainfmError, TrainingError
 
 _AHEAD = 4  # batches that each worker reads before they are asked for
 _SHARED = "/dev/shm"  # where Linux keeps what processes share; a container has 64 MB of it unless told otherwise

@@ -18,9 +18,9 @@ from functools import lru_cache
 from pathlib import Path
 
 from brainfm.data.derived import why_no_scan
-from brainfm.files import write_whole
+from brainfm.errors import ManifestError
+from brainfm.files import write_table, write_whole
 from brainfm.imaging.endings import strip_ending
-from brainfm.specs import ManifestError
 
 REQUIRED = ("dataset", "subject", "session", "contrast", "path")
 LABEL_ENDINGS = ("_mask", "_labels")
@@ -267,17 +267,13 @@ def left_out_file(path: str | os.PathLike[str]) -> Path:
 def write_left_out(path: str | os.PathLike[str], left_out: Iterable[tuple[str, str]]) -> None:
     """Writes (file, reason) beside a manifest, by reason and name; without any, a list of before is taken away.
 
-    Raises: OSError where it cannot be written.
+    Raises: FileError where it cannot be written.
     """
     file, rows = left_out_file(path), sorted(set(left_out), key=lambda row: (row[1], row[0]))
     if not rows:
         file.unlink(missing_ok=True)
         return
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["path", "reason"])
-    writer.writerows(rows)
-    write_whole(file, text.getvalue().encode(errors="backslashreplace"))
+    write_table(file, ["path", "reason"], rows)
 
 
 def read_left_out(path: str | os.PathLike[str]) -> dict[str, list[str]]:

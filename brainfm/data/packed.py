@@ -23,7 +23,9 @@ from brainfm.data.levels import coarse_image, coarse_labels, kept_levels
 from brainfm.data.store import Key, ScanEntry, SessionEntry, Store
 from brainfm.data.targets import LabelMap, Targets
 from brainfm.data.windows import PLACEHOLDER, WindowPatches
-from brainfm.specs import PreprocessSpec, StoreError
+from brainfm.errors import StoreError
+from brainfm.files import writing
+from brainfm.specs import PreprocessSpec
 from brainfm.synthesis.shapes import Shapes
 
 FORMAT = 1
@@ -140,14 +142,11 @@ def _beside(targets: Targets, sessions: Sequence[SessionEntry]) -> dict[str, np.
 
 
 def _write(file: Path, arrays: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
-    file.parent.mkdir(parents=True, exist_ok=True)
-    part = file.with_name(f".{file.name}.part")
-    with zipfile.ZipFile(part, "w", zipfile.ZIP_LZMA) as archive:
+    with writing(file) as part, zipfile.ZipFile(part, "w", zipfile.ZIP_LZMA) as archive:
         archive.writestr(_member("about.json"), json.dumps(about))
         for name, values in arrays.items():
             with archive.open(_member(f"{name}.npy"), "w") as out:
                 np.lib.format.write_array(out, np.ascontiguousarray(values), allow_pickle=False)
-    part.replace(file)
 
 
 def _member(name: str) -> zipfile.ZipInfo:

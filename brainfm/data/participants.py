@@ -10,7 +10,7 @@ from pathlib import Path
 
 from brainfm.data.manifest import LABEL_ENDINGS, REQUIRED, Scan
 from brainfm.data.tables import Table, read_table
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 _SUBJECT_COLUMNS = ("participant_id", "subject_id", "patient_id", "subject", "participant", "patient", "mrid", "ptid",
                     "case_id", "sub", "id", "ixi_id")  # fmt: skip
@@ -155,15 +155,22 @@ def _value(column: str, cell: str) -> str:
 
 
 def _mixed_sex(rows: Iterable[tuple[str, str, str, dict[str, str]]], path: Path) -> list[str]:
-    """Empties numbers in a column of M and F: 1 may be either. Returns a note where there were any."""
+    """Empties numbers in a column of M and F: 1 may be either. Returns notes of them and of further words."""
     coded = [values for *_, values in rows if values.get("sex")]
     numbers = [values for values in coded if _is_number(values["sex"])]
+    others = [values["sex"] for values in coded if values["sex"] not in "MF" and not _is_number(values["sex"])]
+    notes = []
+    if others:
+        shown = ", ".join(sorted(set(others))[:4])
+        text = f"sex is {shown} in {len(others)} rows, which count as classes beside M and F"
+        notes.append(f"warning: {path.name}: {text}")
     if not numbers or len(numbers) == len(coded):
-        return []
+        return notes
     shown = ", ".join(sorted({values["sex"] for values in numbers})[:4])
     for values in numbers:
         values["sex"] = ""
-    return [f"warning: {path.name}: sex is coded in two ways, {shown} beside letters; {len(numbers)} rows left empty"]
+    text = f"sex is coded in two ways, {shown} beside letters; {len(numbers)} rows left empty"
+    return [*notes, f"warning: {path.name}: {text}"]
 
 
 def _age_notes(rows: Iterable[tuple[str, str, str, dict[str, str]]], path: Path) -> list[str]:
@@ -237,6 +244,10 @@ def _word_and_number(text: str) -> str | None:
     return f"{found[1]} {found[2]}" if found else None
 
 
+def _person_key(text: str) -> str:
+    return _word_and_number(text) or _bare(text)
+
+
 def _number(text: str) -> str | None:
     key = _word_and_number(text)
     return key.split(" ")[1] if key else None
@@ -285,14 +296,44 @@ def join(scans: Sequence[Scan], table: Participants) -> tuple[list[Scan], list[s
     return joined, notes + _join_notes(table, matched, unmatched, torn, +elsewhere)
 
 
+def without_doubles(table: Participants, people: Mapping[str, Collection[str]]) -> tuple[Participants, list[str]]:
+    """The table with nothing said of ids that are people of several datasets, and a note of them.
+
+    Args:
+        people: dataset -> its subjects. Rows that name their dataset are left alone.
+    """
+    ids = {subject for of, subject, _, _ in table.rows if not of}
+    whose: dict[str, list[str]] = defaultdict(list)
+    for dataset, subjects in people.items():
+        for found in match_ids(subjects, ids).values():
+            whose[found].append(dataset)
+    shared = {subject: of for subject, of in whose.items() if len(of) > 1}
+    if not shared:
+        return table, []
+    rows = tuple(
+        (of, subject, session, dict.fromkeys(values, "") if subject in shared and not of else values)
+        for of, subject, session, values in table.rows
+    )
+    first = min(shared)
+    return replace(table, rows=rows), [
+        f"warning: {table.path.name}: {len(shared)} ids are people of several datasets, e.g. {first} of "
+        f"{' and '.join(shared[first][:2])}, left empty; a column dataset tells them apart"
+    ]
+
+
 def one_age_notes(scans: Sequence[Scan], tables: Sequence[Participants]) -> list[str]:
-    """Whether people who came more than once have one age for all visits, because no table tells visits apart."""
-    if any(session for table in tables for _, _, session, _ in table.rows):
-        return []
+    """Whether people who came more than once have one age for all visits, because no table tells theirs apart."""
+    told = {
+        (_person_key(subject), column)
+        for table in tables
+        for _, subject, session, values in table.rows
+        for column, value in values.items()
+        if session and value
+    }
     visits: dict[tuple[str, str], dict[str, str]] = defaultdict(dict)
     for scan in scans:
         for column, value in scan.columns.items():
-            if value and _AGE.search(column.lower()):
+            if value and _AGE.search(column.lower()) and (_person_key(scan.subject), column) not in told:
                 visits[scan.subject_key, column][scan.session] = value
     several = [column for (_, column), ages in visits.items() if len(ages) > 1 and len(set(ages.values())) == 1]
     return [f"{several[0]} is one a person and was given to every visit of {len(several)} people"] if several else []

@@ -19,7 +19,8 @@ from brainfm import seeds
 from brainfm.batch import Batch
 from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.data.targets import Targets, interval_years
-from brainfm.specs import ConfigError, ManifestError, StoreError, ViewSpec
+from brainfm.errors import ConfigError, ManifestError, StoreError
+from brainfm.specs import ViewSpec
 from brainfm.synthesis import lesions
 
 Triple = tuple[int, int, int]
@@ -212,9 +213,8 @@ class PretrainPatches(Dataset):
                 corner = tuple(int(c + mine - its) for c, mine, its in offset)
                 ids = self.store.block(chosen.session, chosen.name, corner, self.views.patch_vox)
                 table = self.targets.tables[chosen.scheme]
-                fields["regions"] = np.where(ids < len(table), table[np.minimum(ids, len(table) - 1)], -1).astype(
-                    np.int64
-                )
+                found = np.where(ids < len(table), np.take(table, ids, mode="clip"), -1)
+                fields["regions"] = found.astype(np.int64)
         if self.views.volumes:
             unknown = np.full(len(self.targets.regions), np.nan, np.float32)
             fields["volumes"] = self.targets.volumes.get(a.session.subject_key, unknown)

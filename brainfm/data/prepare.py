@@ -21,10 +21,12 @@ from brainfm.data.manifest import Manifest, Scan, check_files, label_paths, scan
 from brainfm.data.sources import SourceFile
 from brainfm.data.store import Failure, Key, Share, Store
 from brainfm.data.workers import in_pool, in_this_process, one_thread
+from brainfm.errors import ConfigError, ScanError, StoreError
+from brainfm.extras import missing
 from brainfm.imaging import register
 from brainfm.imaging.endings import companions
 from brainfm.imaging.preprocess import Anchor, prepare_session
-from brainfm.specs import ConfigError, PreprocessSpec, ScanError, StoreError
+from brainfm.specs import PreprocessSpec
 
 
 @dataclass(frozen=True)
@@ -260,5 +262,5 @@ def _distributed() -> Any:
     try:
         import distributed
     except ImportError:
-        raise ConfigError("scheduler= needs Dask, which is not installed: pip install brainfm[dask]") from None
+        raise missing("distributed", "scheduler=") from None
     return distributed

@@ -15,7 +15,7 @@ import numpy as np
 
 from brainfm.data import schemes, volumes
 from brainfm.data.store import Key, SessionEntry, Store
-from brainfm.specs import ConfigError, ManifestError, ScanError
+from brainfm.errors import ConfigError, ManifestError, ScanError
 
 AUTO, NONE = "auto", "none"
 TOTAL = "total"

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 import numpy as np
 
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 from brainfm.synthesis.looks import FAMILIES
 
 # class: FreeSurfer id (FreeSurferColorLUT; 32xx are lobes of white matter, 10xx gyri of aparc, 11104 of aparc.a2009s)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,6 +19,7 @@ from brainfm import seeds
 from brainfm.data.answers import AGE, Unusable, cell, read_answer, tidy, who
 from brainfm.data.patches import Sample, Shuffled, draw_corner, drop_contrasts
 from brainfm.data.store import SessionEntry, Store
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.imaging.views import (
     covering_corners,
     covering_counts,
@@ -26,7 +27,7 @@ from brainfm.imaging.views import (
     whole_view,
     whole_view_mask,
 )
-from brainfm.specs import ConfigError, ManifestError, TaskSpec
+from brainfm.specs import TaskSpec
 
 Triple = tuple[int, int, int]
 
@@ -68,19 +69,29 @@ class Found:
 # ---- who can answer --------------------------------------------------------------------------------------------------
 
 
-def find_scan_cases(store: Store, values: Mapping[str, Any]) -> Found:
+def find_scan_cases(
+    store: Store,
+    kind: str,
+    target: str,
+    *,
+    mode: str = "auto",
+    values: Sequence[Any] | None = None,
+    contrasts: Sequence[str] | None = None,
+    unit: str = "",
+    fusion: str = "attention",
+    lesion: str | None = None,
+) -> Found:
     """The question with what was left to the data filled in, and the sessions that can answer it.
 
     Args:
-        values: configs/task/classification.yaml or regression.yaml.
+        kind, target, ...: see tasks/settings.py.
 
     Raises:
         ManifestError: where no session has an answer (names the columns there are) or an age is impossible.
         ConfigError: where a setting does not suit the columns, or all answers are the same.
     """
-    kind, target, given = values["kind"], str(values["target"]), values.get("values")
-    names = None if given is None else tuple(tidy(str(v)) for v in given)
-    mode = _mode(store, kind, target, str(values.get("mode") or ""), names)
+    names = None if values is None else tuple(tidy(str(v)) for v in values)
+    mode = _mode(store, kind, target, mode, names)
     columns = names if names is not None and mode == "multilabel" else (target,)
     filled = [s for s in store.sessions if any(cell(s, c) is not None for c in columns)]
     if not filled:
@@ -89,10 +100,8 @@ def find_scan_cases(store: Store, values: Mapping[str, Any]) -> Found:
             f"{store.path}: no session has a value in column {', '.join(columns)}; columns in the store: "
             f"{', '.join(there) or 'none'}"
         )
-    contrasts = values.get("contrasts")
     if contrasts is None:
         contrasts = sorted({scan.contrast for session in filled for scan in session.scans})
-    unit = str(values.get("unit") or "")
     if kind == "regression":
         classes: tuple[str, ...] = ()
         unit = unit or ("years" if AGE.search(target.lower()) else "")
@@ -104,11 +113,11 @@ def find_scan_cases(store: Store, values: Mapping[str, Any]) -> Found:
         contrasts=tuple(contrasts),
         values=classes,
         patch_vox=(0, 0, 0),
-        fusion=str(values["fusion"]),
+        fusion=fusion,
         mode=mode,
         unit=unit,
     )
-    lesions = _lesion_names(store, values.get("lesion"))
+    lesions = _lesion_names(store, lesion)
     cases, left_out = [], []
     for session in store.sessions:
         scans = tuple(tuple(s.name for s in session.scans if s.contrast == contrast) for contrast in contrasts)

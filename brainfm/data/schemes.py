@@ -12,7 +12,7 @@ from collections.abc import Iterable
 import numpy as np
 
 from brainfm.data import regions
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 GROUPS = (
     "background", "ventricles", "cortex", "white", "deep_grey", "medial_temporal", "cerebellum", "brainstem",

@@ -16,7 +16,7 @@ two runs over the same files leave the same bytes.
 The coarser copies (`brainfm.data.levels`) follow from the volumes bit by bit, so the index and the fingerprint are
 silent about them: a store from before there were any has the same identity, and gives the same voxels more slowly.
 
-The layout of a scan was measured by ``scripts/benchmark_store.py --sweep`` on seven real scans at 1 mm, whole heads and
+The layout of a scan was measured by ``scripts/benchmark/store.py --sweep`` on seven real scans at 1 mm, whole heads and
 tightly cropped brains: float16, LZ4, random 96^3 patches, one core; sizes are of the cropped float32 volume.
 
 ======================  ==========  =====  ======  =========  ====================
@@ -63,7 +63,9 @@ from brainfm import seeds
 from brainfm.data.levels import coarse_image, coarse_labels, coarse_shape, kept_levels
 from brainfm.data.manifest import LABEL_ENDINGS, Scan, scan_names, session_labels
 from brainfm.data.sources import SourceFile
-from brainfm.specs import ConfigError, PreprocessSpec, StoreError
+from brainfm.errors import ConfigError, StoreError
+from brainfm.files import write_synced, write_whole
+from brainfm.specs import PreprocessSpec
 
 if TYPE_CHECKING:
     import blosc2  # imported when used: windows of a packed file (data/packed) are read where there is none
@@ -290,7 +292,7 @@ class Store:
             return ""
         made_from, now = document["sources"], _sources(scans, sources)
         if made_from["rows"] != now["rows"] or set(made_from["bytes"]) != set(now["bytes"]):
-            return "its rows of the manifest"
+            return "what the manifest says of it"
         stamps = made_from.get("stamps", {})
         for path, source in sorted(sources.items()):
             if source.bytes != made_from["bytes"][path] or not source.is_as(stamps.get(path)):
@@ -395,7 +397,7 @@ class Store:
             try:
                 scratch.mkdir()
                 for name, content in {**files, "session.json": _json_bytes(document)}.items():
-                    _write_file(scratch / name, content)
+                    write_synced(scratch / name, content)
                 _sync_folder(scratch)
                 final.parent.mkdir(exist_ok=True)
                 self._move_in(scratch, final)
@@ -857,20 +859,8 @@ def _csv_bytes(rows: Sequence[Sequence[Any]]) -> bytes:
     return out.getvalue().encode()
 
 
-def _write_file(file: Path, content: bytes) -> None:
-    with open(file, "wb") as handle:
-        handle.write(content)
-        handle.flush()
-        os.fsync(handle.fileno())
-
-
 def _write_atomic(folder: Path, name: str, content: bytes) -> None:
-    scratch = folder / f"tmp-{secrets.token_hex(4)}-{name}"
-    try:
-        _write_file(scratch, content)
-        os.replace(scratch, folder / name)
-    finally:
-        scratch.unlink(missing_ok=True)
+    write_whole(folder / name, content, mark="tmp-")
     _sync_folder(folder)
 
 

@@ -10,9 +10,12 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
-_MARKS = ((codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"))
+_MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"), (codecs.BOM_UTF32_LE, "utf-32"), (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"), (codecs.BOM_UTF16_BE, "utf-16"),
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ def read_table(path: Path) -> Table:
     """Reads a table separated by tabs, commas, semicolons or, where there are none of these, blanks.
 
     Tabs separate whatever quotes stand between them, for TSV knows no quoting. A quote in a CSV that is never closed
-    quotes nothing. A row that is too short is filled up.
+    quotes nothing. A row that is too short is filled up; one with more cells than the header, or separated by blanks
+    and too short, is left out, for nobody can tell which cell belongs to which column.
 
     Raises:
         ManifestError: the file is missing, cannot be read, is empty or is no text.
@@ -47,15 +51,19 @@ def read_table(path: Path) -> Table:
     if not lines:
         raise ManifestError(f"{path} is empty, expected a header and rows")
     delimiter = max("\t;,", key=lines[0].count)
+    blanks = delimiter not in lines[0] and len(lines[0].split()) > 1
     if delimiter in lines[0]:
         cells = _unquoted(lines, delimiter) if delimiter == "\t" else _quoted(text, lines, delimiter, path, notes)
     else:
-        cells = [line.split() for line in lines] if len(lines[0].split()) > 1 else [[line.strip()] for line in lines]
+        cells = [line.split() for line in lines] if blanks else [[line.strip()] for line in lines]
     columns, rows = tuple(cells[0]), cells[1:]
     width = len(columns)
-    long = sum(any(row[width:]) for row in rows)
-    if long:
-        notes.append(f"{path.name}: {long} rows have more cells than the header, the last ones are not read")
+    strange = [row for row in rows if any(row[width:]) or (blanks and len(row) < width)]
+    if strange:
+        other = "another number of" if blanks else "more"
+        shown = f"{path.name}: {len(strange)} rows have {other} cells than the header and are left out"
+        notes.append(f"{shown}, e.g. {' | '.join(strange[0])[:60]}")
+        rows = [row for row in rows if not any(row[width:]) and not (blanks and len(row) < width)]
     return Table(path, columns, tuple((*row[:width], *[""] * (width - len(row))) for row in rows), tuple(notes))
 
 
@@ -106,7 +114,7 @@ def _bare(cell: str) -> str:
 
 
 def _quoted(text: str, lines: Sequence[str], delimiter: str, path: Path, notes: list[str]) -> list[list[str]]:
-    """The rows of a CSV; where a stray quote would swallow rows, without quoting."""
+    """The rows of a CSV; where a stray quote would swallow rows, line by line, those with the quote without quoting."""
     try:
         rows = [row for row in csv.reader(io.StringIO(text, newline=""), delimiter=delimiter) if any(row)]
     except csv.Error:
@@ -115,4 +123,10 @@ def _quoted(text: str, lines: Sequence[str], delimiter: str, path: Path, notes: 
     if rows and not swallowed and text.count('"') % 2 == 0:
         return [[cell.strip() for cell in row] for row in rows]
     notes.append(f"{path.name}: a quote is opened and not closed; quotes were read as they stand")
-    return _unquoted(lines, delimiter)
+    found: list[list[str]] = []
+    for line in lines:
+        if line.count('"') % 2:
+            found += _unquoted([line], delimiter)
+        else:
+            found += [[cell.strip() for cell in row] for row in csv.reader([line], delimiter=delimiter)]
+    return found

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Collection, Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,9 @@ from typing import Any
 import numpy as np
 
 from brainfm.data import regions, schemes, volumes
+from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Key, SessionEntry, Store
-from brainfm.specs import ConfigError, ManifestError
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.synthesis.shapes import Shapes, load_shapes, procedural_shapes
 
 LESION_NAME = re.compile(r"lesion|tumou?r|infarct|stroke|wmh|h(ae|e)morrh|mening|gliom|metast|plaque|abnormal")
@@ -26,43 +27,6 @@ _HEALTHY_WORDS = {"healthy", "control", "healthy control", "hc", "nc", "normal"}
 _NO_WORDS = {"", "n/a", "na", "nan", "none", "unknown", "unspecified"}
 _LOOKED_AT = 12  # label maps whose ids settle the scheme of a column
 _SHAPES = 200  # procedural ones
-
-
-@dataclass(frozen=True)
-class TargetSpec:
-    """Where targets come from (``data.targets`` in configs/pretrain.yaml).
-
-    Attributes:
-        labels: label column to scheme (a key of schemes.SCHEMES, or ``auto``), the best source first; None for every
-            ``*_labels`` column, in alphabetical order.
-        level: ``groups``, ``tissues``, ``regions`` (fine classes: data/regions.py), or None for groups where every
-            chosen scheme tells them, else tissues.
-        volumes: a table of region volumes, see volumes.read_volumes.
-        health: the column that tells health; None for ``healthy`` or ``health_status``.
-        lesions: mask columns that show pathology; None for those whose name says so.
-        synthesise: share of the patches without known disease that get a lesion.
-        lesion_shapes: a folder of ``*_mask.nii.gz`` to cut shapes from; None for procedural ones.
-    """
-
-    labels: Mapping[str, str] | None = None
-    level: str | None = None
-    volumes: str | None = None
-    health: str | None = None
-    lesions: Sequence[str] | None = None
-    synthesise: float = 0.5
-    lesion_shapes: str | None = None
-
-    def __post_init__(self) -> None:
-        if self.level not in (None, "groups", "tissues", "regions"):
-            raise ConfigError(f"data.targets.level={self.level}: expected groups, tissues, regions or null")
-        if not 0 <= self.synthesise <= 1:
-            raise ConfigError(f"data.targets.synthesise={self.synthesise}: expected a share from 0 to 1")
-        strange = [s for s in (self.labels or {}).values() if s not in (*schemes.SCHEMES, "auto")]
-        if strange:
-            raise ConfigError(
-                f"data.targets.labels: scheme {strange[0]!r} is not known, expected auto or one of "
-                f"{', '.join(schemes.SCHEMES)}"
-            )
 
 
 @dataclass(frozen=True)
@@ -138,6 +102,12 @@ def find_targets(
 def _find_maps(store: Store, spec: TargetSpec, notes: list[str]) -> dict[str, Any]:
     there = {label.name for session in store.sessions for label in session.labels if label.name.endswith("_labels")}
     wanted = dict.fromkeys(sorted(there), "auto") if spec.labels is None else dict(spec.labels)
+    strange = [scheme for scheme in wanted.values() if scheme not in (*schemes.SCHEMES, "auto")]
+    if strange:
+        known = ", ".join(schemes.SCHEMES)
+        raise ConfigError(
+            f"data.targets.labels: scheme {strange[0]!r} is not known, expected auto or one of {known}"
+        )
     missing = [name for name in wanted if name not in there]
     if missing:
         raise ManifestError(
@@ -227,7 +197,7 @@ def _measure_volumes(store: Store, maps: Mapping[Key, LabelMap], trained: Collec
         level = min(store.levels(chosen.session), max(0, round(math.log2(2 / store.spec.spacing_mm[0]))))
         ids = store.block(chosen.session, chosen.name, (0, 0, 0), store.shape(chosen.session, level), level=level)
         table = schemes.lookup(chosen.scheme, "groups", unknown="ignore")
-        group = np.where(ids < len(table), table[np.minimum(ids, len(table) - 1)], schemes.IGNORE)
+        group = np.where(ids < len(table), np.take(table, ids, mode="clip"), schemes.IGNORE)
         counts = np.bincount(group[group > 0].ravel(), minlength=len(names) + 1)[1:] + 0.5
         shares[session.subject_key] = np.log(counts / counts.sum())
     basis = [key for key in sorted(shares) if key in set(trained)]

@@ -8,8 +8,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from brainfm.errors import ManifestError
 from brainfm.imaging.endings import ending_of, header_names, is_other
-from brainfm.specs import ManifestError
 
 _SIDE = (".bval", ".zip", "participants.tsv", "sessions.tsv", "dataset.json", "label.txt", "labels.txt",
          "openneuro_metadata.csv", "dataset_description.json")  # fmt: skip

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 ICV_ML = (500.0, 3000.0)  # an intracranial volume outside is none
 _MOST_ZEROS = 0.05  # of the subjects; a region that is empty more often is no measure of size

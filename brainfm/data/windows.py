@@ -19,9 +19,11 @@ from torch.utils.data import Dataset
 from brainfm import seeds
 from brainfm.data import regions
 from brainfm.data.patches import Sample
+from brainfm.data.settings import WindowSpec
 from brainfm.data.store import ScanEntry, SessionEntry, Store, Triple
 from brainfm.data.targets import Targets
-from brainfm.specs import ConfigError, StoreError, ViewSpec
+from brainfm.errors import ConfigError, StoreError
+from brainfm.specs import ViewSpec
 from brainfm.synthesis import lesions
 from brainfm.synthesis.deform import INJECTIVE, random_coefficients, spline_bases, spline_field
 from brainfm.volume import spacing_of
@@ -32,68 +34,6 @@ _FINER = 1.1  # a level is read where its voxels are at most this much larger th
 _OWN = 0.8  # voxels down to this part of a scan's own are asked for
 _BEND_CELLS = 4  # of the displacement's splines along a window's edge
 _ROOM_MM = 10.0  # of a finer window's middle from the border of the head
-
-
-@dataclass(frozen=True)
-class WindowSpec:
-    """How windows vary over a run (``data.windows`` in configs/pretrain.yaml).
-
-    Attributes:
-        low_mm, high_mm: edge of a voxel, log-uniform, once settled.
-        whole_mm: the same of a whole head, uniform.
-        whole_share: of the samples that show a whole head, once settled.
-        coarse_steps: steps of whole heads only.
-        settle_steps: steps after which nothing changes any more; between the two the finest voxel falls from high_mm to
-            low_mm and the share of whole heads to whole_share.
-        rotate_deg: largest angle about each axis.
-        stretch: largest relative change of each axis, on top of the voxel size.
-        elastic: largest coefficient of a smooth displacement as a part of what could fold.
-        shift_vox: largest distance of the second view's corner from the first's along each axis.
-        rendered: share of the views that are rendered, of heads with a label map.
-        mapped_share: of the samples that show a head with a label map, where there are heads with and without; null:
-            as the people are.
-        source_cap: largest share of the samples that one data set may have; sets are drawn with the square root of
-            their number of people.
-
-    Raises: ConfigError for impossible values.
-    """
-
-    low_mm: float = 0.8
-    high_mm: float = 4.0
-    whole_mm: tuple[float, float] = (3.5, 5.0)
-    whole_share: float = 1 / 6
-    coarse_steps: int = 2000
-    settle_steps: int = 6000
-    rotate_deg: float = 20.0
-    stretch: float = 0.12
-    elastic: float = 0.5
-    shift_vox: int = 8
-    rendered: float = 0.6
-    mapped_share: float | None = None
-    source_cap: float = 0.5
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "whole_mm", tuple(float(v) for v in self.whole_mm))
-        if not 0 < self.low_mm <= self.high_mm or not 0 < self.whole_mm[0] <= self.whole_mm[1]:
-            raise ConfigError(
-                f"data.windows: low_mm={self.low_mm}, high_mm={self.high_mm}, whole_mm={list(self.whole_mm)}; "
-                "expected lengths above 0, the smaller first"
-            )
-        for name in ("whole_share", "rendered", "mapped_share", "source_cap", "elastic", "stretch"):
-            value = getattr(self, name)
-            if value is not None and (not 0 <= value <= 1 or (name == "source_cap" and value == 0)):
-                raise ConfigError(f"data.windows.{name}={value}: expected a share from 0 to 1")
-        if not 0 <= self.coarse_steps <= self.settle_steps or self.shift_vox < 0:
-            raise ConfigError(
-                f"data.windows: coarse_steps={self.coarse_steps}, settle_steps={self.settle_steps}, "
-                f"shift_vox={self.shift_vox}; expected 0 <= coarse_steps <= settle_steps and no negative shift"
-            )
-
-    def settled(self, step: int) -> float:
-        """0 while there are whole heads only, 1 once nothing changes any more."""
-        if step >= self.settle_steps:
-            return 1.0
-        return max(0.0, (step - self.coarse_steps) / max(1, self.settle_steps - self.coarse_steps))
 
 
 @dataclass(frozen=True)
@@ -383,7 +323,7 @@ class WindowPatches(Dataset):
                 labelled = self.store.label_points(session, chosen.name)
                 ids = self.store.volume(session, chosen.name)[tuple(labelled.T)]
                 table = self.targets.renders[chosen.scheme]
-                inside = labelled[is_brain(table[np.minimum(ids, len(table) - 1)])]
+                inside = labelled[is_brain(np.take(table, ids, mode="clip"))]
                 points = inside if len(inside) else points
             self._middles[key] = points
         return self._middles[key]

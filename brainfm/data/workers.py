@@ -14,7 +14,7 @@ from contextlib import contextmanager
 from multiprocessing.connection import wait as wait_for
 from typing import TypeVar
 
-from brainfm.specs import BrainfmWarning, StoreError
+from brainfm.errors import BrainfmWarning, StoreError
 
 # Every worker has one core: libraries that start a thread per core would only get in each other's way.
 _THREADS = (

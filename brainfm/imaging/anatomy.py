@@ -15,12 +15,13 @@ from typing import Any
 import numpy as np
 from scipy import ndimage
 
+from brainfm.errors import ScanError
+from brainfm.extras import missing
 from brainfm.imaging import geometry, tissue, warp
 from brainfm.imaging.atlas import tissue_maps
 from brainfm.imaging.intensity import foreground
 from brainfm.imaging.tissue import Mixture
 from brainfm.imaging.warp import Warp
-from brainfm.specs import ConfigError, ScanError
 from brainfm.volume import Volume, spacing_of
 
 VOLUMES = ("csf", "gm", "wm", "brain", "icv")
@@ -395,9 +396,7 @@ def _sitk() -> Any:
     try:
         import SimpleITK
     except ImportError:
-        raise ConfigError(
-            "SimpleITK, which registers the atlas, is not installed: pip install brainfm[anatomy]"
-        ) from None
+        raise missing("SimpleITK", "the registration of the atlas") from None
     SimpleITK.ProcessObject.SetGlobalDefaultNumberOfThreads(1)
     return SimpleITK
 

@@ -9,8 +9,9 @@ from pathlib import Path
 import numpy as np
 from scipy import ndimage
 
+from brainfm.errors import ConfigError
+from brainfm.extras import DISTRIBUTION, missing
 from brainfm.imaging import nifti
-from brainfm.specs import ConfigError
 
 __all__ = ["tissue_maps"]
 
@@ -18,15 +19,12 @@ __all__ = ["tissue_maps"]
 def _template_file(tissue: str) -> Path:
     found = find_spec("nilearn")  # nilearn itself is not imported: that takes seconds, and only its data are needed
     if found is None or not found.submodule_search_locations:
-        raise ConfigError(
-            "nilearn, which ships the ICBM152 tissue maps, is not installed: "
-            "pip install brainfm[demo] or brainfm[anatomy]"
-        )
+        raise missing("nilearn", "what reads the ICBM152 tissue maps")
     folder = Path(found.submodule_search_locations[0]) / "datasets" / "data"
     matches = sorted(folder.glob(f"mni_icbm152_{tissue}_*.nii.gz"))
     if not matches:
         raise ConfigError(f"no ICBM152 {tissue} map in {folder}, expected one as in nilearn 0.10.4: "
-                          "pip install brainfm[demo] or brainfm[anatomy]")  # fmt: skip
+                          f"pip install '{DISTRIBUTION}[anatomy]'")  # fmt: skip
     return matches[0]
 
 

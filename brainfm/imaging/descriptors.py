@@ -11,10 +11,10 @@ from collections.abc import Mapping, Sequence
 import numpy as np
 import scipy.ndimage
 
+from brainfm.errors import ScanError
 from brainfm.imaging import intensity
 from brainfm.imaging.nifti import FileGrid
 from brainfm.imaging.preprocess import Recipe
-from brainfm.specs import ScanError
 from brainfm.volume import Volume
 
 Numbers = dict[str, float]

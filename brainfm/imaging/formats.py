@@ -20,8 +20,8 @@ import numpy as np
 from nibabel.fileholders import FileHolder
 from nibabel.spatialimages import HeaderDataError
 
+from brainfm.errors import ScanError
 from brainfm.imaging.endings import companions, ending_of, header_names
-from brainfm.specs import ScanError
 from brainfm.volume import spacing_of
 
 _HEADER_BYTES = 544  # enough for either header
@@ -62,7 +62,7 @@ def open_scan(path: Path) -> Opened:
     header = _nifti_header(first, single=True)
     if header is None:
         raise ScanError(f"{path}: not a single-file NIfTI image, expected .nii or .nii.gz")
-    return Opened(header, (), lambda shape: _numbers(_all_bytes(path), header, shape, path, int(header.sizeof_hdr)))
+    return Opened(header, (), lambda shape: _numbers(_all_bytes(path), header, shape, path, single=True))
 
 
 def _of_pair(path: Path) -> Opened:
@@ -71,7 +71,7 @@ def _of_pair(path: Path) -> Opened:
     first = _first_bytes(header_file)
     header = _nifti_header(first, single=False)
     if header is not None:
-        return Opened(header, (), lambda shape: _numbers(_all_bytes(numbers), header, shape, numbers, 0))
+        return Opened(header, (), lambda shape: _numbers(_all_bytes(numbers), header, shape, numbers, single=False))
     kind = next((kind for kind in _ANALYZE if kind.header_class.may_contain_header(first[:348])), None)
     if kind is None:
         raise ScanError(f"{header_file}: not a header of a NIfTI or ANALYZE pair, expected one beside {numbers.name}")
@@ -191,12 +191,19 @@ def _unreadable(path: Path, error: Exception) -> ScanError:
     return ScanError(f"{path}: cannot be read ({reason})")
 
 
-def _numbers(raw: bytes, header: Any, shape: tuple[int, int, int], path: Path, least: int) -> np.ndarray:
-    """The numbers of a NIfTI file as stored, in the file's axes, without a copy; they begin after ``least`` bytes."""
+def _numbers(raw: bytes, header: Any, shape: tuple[int, int, int], path: Path, *, single: bool) -> np.ndarray:
+    """The numbers of a NIfTI file as stored, in the file's axes, without a copy.
+
+    A single file whose header does not say where they begin, or says within itself, has them after the four bytes that
+    tell of extensions; right behind the header where the file is too short for these.
+    """
     dtype = header.get_data_dtype()
-    given = float(header["vox_offset"])
-    offset = max(int(given), least) if np.isfinite(given) else least
     count = shape[0] * shape[1] * shape[2]
+    given, size = float(header["vox_offset"]), int(header.sizeof_hdr) if single else 0
+    offset = int(given) if np.isfinite(given) else 0
+    if offset < size or offset < 0:
+        whole = size + 4 if single else 0
+        offset = whole if len(raw) >= whole + count * dtype.itemsize else size
     needed = offset + count * dtype.itemsize
     if len(raw) < needed:
         raise ScanError(f"{path}: the file is cut short, found {len(raw)} bytes where the header promises {needed}")

@@ -8,7 +8,7 @@ from typing import Any, Self
 import numpy as np
 import scipy.ndimage
 
-from brainfm.specs import ScanError
+from brainfm.errors import ScanError
 from brainfm.volume import Volume
 
 _MOST_FOREGROUND = 0.6  # above this share, "differs from the background" tells nothing

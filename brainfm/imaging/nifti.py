@@ -6,7 +6,7 @@ Knows nibabel, as `imaging/formats` does, which says what is read. What is writt
 from __future__ import annotations
 
 import gzip
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,9 +14,9 @@ import nibabel as nib
 import numpy as np
 from nibabel.spatialimages import HeaderDataError
 
+from brainfm.errors import ScanError
 from brainfm.files import write_whole
 from brainfm.imaging.formats import Opened, open_scan
-from brainfm.specs import ScanError
 from brainfm.volume import Volume, spacing_of
 
 MAX_NON_FINITE = 0.01  # of the voxels; a scan with more has lost data, not a few divisions by zero
@@ -37,11 +37,13 @@ class FileGrid:
         shape_vox: in the file's own axis order.
         affine_mm: four rows of four; file indices to scanner mm (RAS+).
         orientation: per file axis, the RAS axis it runs along (0, 1, 2) and whether with it (1) or against it (-1).
+        placed: whether the header says where the voxels are; else the affine is a guess of the voxel sizes.
     """
 
     shape_vox: tuple[int, int, int]
     affine_mm: tuple[tuple[float, ...], ...]
     orientation: tuple[tuple[int, int], ...]
+    placed: bool = field(default=True, compare=False)  # of the file, not of the grid; kept in no record
 
     def to_ras(self, array: np.ndarray) -> np.ndarray:
         """A view of [..., file axes] as [..., X, Y, Z]: axes permuted and flipped, nothing else."""
@@ -81,9 +83,10 @@ class FileGrid:
     def same_place(self, other: FileGrid) -> bool:
         """Whether both hold the same voxels, in whatever axis order they are stored.
 
-        No corner may be further off than 0.1 mm, and a quarter of a voxel: what sform and qform of one file may.
+        No corner may be further off than 0.1 mm, and a quarter of a voxel: what sform and qform of one file may. A
+        guess never agrees with what a header says: in the middle of the same field it may be its mirror image.
         """
-        if self.ras_shape() != other.ras_shape():
+        if self.ras_shape() != other.ras_shape() or self.placed != other.placed:
             return False
         return self.apart_mm(other) <= min(_DISAGREEMENT_MM, _DISAGREEMENT_VOX * min(spacing_of(self.ras_affine())))
 
@@ -220,6 +223,7 @@ def write_map(path: Path, map_ras: np.ndarray, like: Path) -> None:
 def _like(source: Any, data: np.ndarray) -> Any:
     """The header of another file for new voxels: its geometry, nothing that it says about its own."""
     header = source.copy()
+    _shorten_quaternion(header)  # nibabel refuses a longer one
     header.set_data_dtype(data.dtype)
     header.set_data_shape(data.shape)
     header["scl_slope"], header["scl_inter"] = 1, 0
@@ -327,10 +331,10 @@ def _interpret(opened: Opened, path: Path) -> Header:
     if dtype.kind not in "iuf":
         raise ScanError(f"{path}: found voxels of type {dtype}, expected real numbers")
     shape = _shape(header, path)
-    affine, faults = _settle_affine(header, shape, path)
+    affine, faults, placed = _settle_affine(header, shape, path)
     faults = [*opened.faults, *faults]
     orientation = tuple((int(axis), int(flip)) for axis, flip in nib.io_orientation(affine))
-    grid = FileGrid(shape, tuple(tuple(float(v) for v in row) for row in affine), orientation)
+    grid = FileGrid(shape, tuple(tuple(float(v) for v in row) for row in affine), orientation, placed)
     spacing = spacing_of(affine)
     if min(shape) < _FEW_SLICES:
         faults.append(f"only {min(shape)} slices along one axis, expected {_FEW_SLICES} or more for a 3D scan")
@@ -354,8 +358,9 @@ def _shape(header: Any, path: Path) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def _settle_affine(header: Any, shape: tuple[int, int, int], path: Path) -> tuple[np.ndarray, list[str]]:
-    """sform where its code is set, else qform, else the voxel sizes alone; a broken one yields to the next."""
+def _settle_affine(header: Any, shape: tuple[int, int, int], path: Path) -> tuple[np.ndarray, list[str], bool]:
+    """sform where its code is set, else qform, else the voxel sizes alone; a broken one yields to the next. With the
+    faults, and whether it is more than a guess."""
     faults: list[str] = []
     pixdim = np.asarray(header["pixdim"][1:4], dtype=np.float64)
     if not (np.isfinite(pixdim).all() and (pixdim > 0).all()):
@@ -379,7 +384,7 @@ def _settle_affine(header: Any, shape: tuple[int, int, int], path: Path) -> tupl
         if apart > _DISAGREEMENT_MM:
             faults.append(f"sform and qform disagree by {apart:.3g} mm, the sform is used")
     if found:
-        return next(iter(found.values())), faults
+        return next(iter(found.values())), faults, True
     sizes = np.abs(pixdim)
     base = np.diag([-sizes[0], sizes[1], sizes[2], 1.0])  # radiological order, as the ANALYZE format had it
     base, strange = _in_mm(base, header)
@@ -388,7 +393,7 @@ def _settle_affine(header: Any, shape: tuple[int, int, int], path: Path) -> tupl
     if not _usable(base):
         raise ScanError(f"{path}: neither sform nor qform nor the voxel sizes give a usable affine")
     faults.append("neither sform nor qform is set, so left and right are a guess")
-    return base, faults
+    return base, faults, False
 
 
 def _sform(header: Any) -> np.ndarray | None:
@@ -408,14 +413,18 @@ def _qform(header: Any) -> np.ndarray | None:
     mended = header.copy()
     mended["pixdim"][0] = -1 if header["pixdim"][0] < 0 else 1
     mended["pixdim"][1:4] = np.abs(header["pixdim"][1:4])
-    length = _quaternion_length(header)
-    if length > 1:
-        for name in ("quatern_b", "quatern_c", "quatern_d"):
-            mended[name] = float(header[name]) / length
+    _shorten_quaternion(mended)
     try:
         return np.asarray(mended.get_qform(coded=False), dtype=np.float64)
     except (HeaderDataError, ValueError):
         return np.full((4, 4), np.nan)
+
+
+def _shorten_quaternion(header: Any) -> None:
+    length = _quaternion_length(header)
+    if length > 1:
+        for name in ("quatern_b", "quatern_c", "quatern_d"):
+            header[name] = float(header[name]) / length
 
 
 def _quaternion_length(header: Any) -> float:

@@ -13,12 +13,13 @@ from typing import Any, Self
 import numpy as np
 
 from brainfm import seeds
+from brainfm.errors import ScanError
 from brainfm.imaging import geometry, intensity, nifti, register
 from brainfm.imaging.geometry import Shape
 from brainfm.imaging.intensity import Stats
 from brainfm.imaging.nifti import FileGrid
 from brainfm.imaging.register import Alignment, Head
-from brainfm.specs import PreprocessSpec, ScanError
+from brainfm.specs import PreprocessSpec
 from brainfm.volume import Volume, spacing_of
 
 FOREGROUND_POINTS = 4096
@@ -375,6 +376,8 @@ def _prepare_label(
 ) -> tuple[np.ndarray, Recipe]:
     volume, grid = nifti.read(path, labels=True)
     owner = next((recipe for recipe in owners.values() if grid.same_place(recipe.file)), None)
+    if owner is None and not grid.placed:
+        raise ScanError(f"{path}: says nothing of its place (neither sform nor qform), expected that of its scan")
     if owner is None:
         raise ScanError(f"{path}: lies on another grid than every scan of its session")
     values = volume.voxels

@@ -20,9 +20,9 @@ import numpy as np
 import scipy.ndimage
 
 from brainfm import seeds
+from brainfm.extras import missing
 from brainfm.imaging import geometry, intensity
 from brainfm.imaging.intensity import Stats
-from brainfm.specs import ConfigError
 from brainfm.volume import Volume
 
 FARTHEST_MM, MOST_TURNED_DEG = 60.0, 45.0
@@ -356,8 +356,7 @@ def require() -> Any:
     try:
         import SimpleITK
     except ImportError:
-        message = "preprocess.align=rigid needs SimpleITK, which is not installed: pip install brainfm[register]"
-        raise ConfigError(message) from None
+        raise missing("SimpleITK", "preprocess.align=rigid") from None
     return SimpleITK
 
 

@@ -29,15 +29,18 @@ from brainfm.data.labelling import (
     write_found,
     write_volumes,
 )
-from brainfm.data.manifest import CONTRASTS, Manifest, Scan, strip_ending
+from brainfm.data.manifest import CONTRASTS, Manifest, Scan
 from brainfm.data.regions import REGIONS
+from brainfm.errors import BrainfmWarning, ConfigError, ScanError, WeightsError
+from brainfm.files import check_writable, write_table
+from brainfm.imaging.endings import strip_ending
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
-from brainfm.inference.engine import PathLike, check_folder, settle_device, settle_precision, write_table
+from brainfm.inference.engine import PathLike, settle_device, settle_precision
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import keep_freed_memory
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import LoadedBackbone, load_backbone
-from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, ScanError, WeightsError
+from brainfm.nets.decoders import DenseDecoder, DenseHead
+from brainfm.specs import PreprocessSpec
 from brainfm.tasks.postprocess import largest_component
 from brainfm.tasks.windows import predict_windows
 
@@ -287,10 +290,11 @@ def label_regions(
 
     Raises:
         ManifestError: files are missing, or the manifest has label maps of its own in that column.
-        ConfigError: a contrast is unknown, or the folder cannot be written.
+        ConfigError: a contrast is unknown.
+        FileError: the folder cannot be written.
     """
     folder = Path(out)
-    check_folder(folder)
+    check_writable(folder)
 
     def work(todo: Sequence[Job]) -> Generator[Any, None, None]:
         write_legend(folder / "dseg.tsv", labeller.names)
@@ -389,12 +393,12 @@ def _places(out: Path, contrast: str) -> tuple[Path, Path, Path, Path]:
     """Label map, brain mask, volumes and legend."""
     ending = next((e for e in _ENDINGS if out.name.endswith(e) and out.name != e), None)
     if ending is None:
-        check_folder(out)
+        check_writable(out)
         named = (f"{contrast}_dseg.nii.gz", f"{contrast}_brain_mask.nii.gz", "volumes.csv", "dseg.tsv")
         return out / named[0], out / named[1], out / named[2], out / named[3]
     if out.is_dir():
         raise ConfigError(f"out={out} is a folder with the name of a file, expected a folder or a file")
-    check_folder(out.parent)
+    check_writable(out.parent)
     stem = out.name.removesuffix(ending)
     beside = (f"{stem.removesuffix('_dseg')}_brain_mask{ending}", f"{stem.removesuffix('_dseg')}_volumes.csv")
     return out, out.with_name(beside[0]), out.with_name(beside[1]), out.with_name(f"{stem}.tsv")

@@ -27,13 +27,17 @@ import torch
 from torch import Tensor
 
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ScanError
+from brainfm.extras import missing
+from brainfm.files import check_writable, write_whole
 from brainfm.imaging.preprocess import prepare_session
-from brainfm.inference.engine import check_folder, settle_device
+from brainfm.inference.engine import settle_device
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, spacing_note
+from brainfm.nets.cpu import swap_in
 from brainfm.nets.latents import Latents
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, load_backbone, spacing_note, write_atomically
-from brainfm.specs import ConfigError, PreprocessSpec, ScanError
+from brainfm.specs import PreprocessSpec
 
 WHOLE = "backbone"  # the part that is the backbone's deepest map
 IDS = ("dataset", "subject", "session", "scan", "contrast")
@@ -120,7 +124,7 @@ class Encoder:
         """The backbone that ``config`` describes with weights that nothing was learnt with: what a probe must beat."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
-            backbone = build_backbone(**config)
+            backbone = swap_in(build_backbone(**config))
         return cls(backbone.eval(), None, (WHOLE,), {"weights": f"random, seed {seed}", "backbone": dict(config)})
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
@@ -351,7 +355,7 @@ def _latents(loaded: LoadedBackbone) -> Latents | None:
     variational = any(k.startswith("logvar.") for k in state)
     latents = Latents(loaded.backbone.widths, {n: sizes[n] / total for n in names}, total, variational)
     transfer(latents, state, origin="the latent of the backbone file")
-    return latents.eval()
+    return swap_in(latents).eval()
 
 
 # -------------------------------------------------------------------------------------------------------------- files
@@ -364,7 +368,7 @@ def check_format(path: PathLike) -> Path:
         raise ConfigError(f"out={file}: expected a file that ends in {', '.join(FORMATS)}")
     if file.suffix == ".parquet":
         _pyarrow()
-    check_folder(file.parent)
+    check_writable(file.parent)
     return file
 
 
@@ -404,7 +408,7 @@ def write(embedding: Embedding, path: PathLike) -> list[Path]:
     if file.suffix in (".csv", ".npy"):
         contents[_beside(file, ".about.json")] = about.encode()
     for name, content in contents.items():
-        write_atomically(name, content)
+        write_whole(name, content)
     return list(contents)
 
 
@@ -514,7 +518,4 @@ def _pyarrow() -> tuple[Any, Any]:
     try:
         return importlib.import_module("pyarrow"), importlib.import_module("pyarrow.parquet")
     except ModuleNotFoundError:
-        raise ConfigError(
-            "Parquet needs the package pyarrow, which is not installed: pip install 'brainfm[tables]', "
-            "or write .npz, .npy or .csv"
-        ) from None
+        raise missing("pyarrow", "Parquet", "or write .npz, .npy or .csv") from None

@@ -1,20 +1,17 @@
-"""A bundle on a device, and files that appear whole or not at all."""
+"""A bundle on a device."""
 
 from __future__ import annotations
 
-import csv
-import io
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 import torch
 
-from brainfm.files import check_writable, write_whole
+from brainfm.errors import ConfigError
 from brainfm.nets.cpu import keep_freed_memory
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, Decisions, PreprocessSpec, TaskSpec
+from brainfm.specs import Decisions, PreprocessSpec, TaskSpec
 from brainfm.tasks.bundle import Bundle, read_bundle
 from brainfm.tasks.windows import Network
 
@@ -99,33 +96,3 @@ def settle_precision(name: str, device: torch.device) -> torch.dtype | None:
     if name not in _PRECISIONS:
         raise ConfigError(f"precision={name}: expected auto, {', '.join(_PRECISIONS)}")
     return _PRECISIONS[name]
-
-
-def check_folder(folder: Path) -> None:
-    """Raises: ConfigError where the folder neither exists nor could be made, before any time is spent."""
-    try:
-        check_writable(folder)
-    except OSError as error:
-        reason = (error.strerror or str(error)).lower()
-        raise ConfigError(
-            f"{folder}: nothing can be written there ({reason}), expected a folder that may be written to"
-        ) from None
-
-
-def write_table(
-    path: Path, columns: Sequence[str], rows: Iterable[Sequence[object]], delimiter: str = ","
-) -> None:
-    """A table that appears whole or not at all."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
-    writer.writerow(columns)
-    writer.writerows(rows)
-    write_text(path, text.getvalue())
-
-
-def write_text(path: Path, text: str) -> None:
-    """A text file that appears whole or not at all. Raises: ConfigError where it cannot be written."""
-    try:
-        write_whole(path, text.encode(errors="backslashreplace"))
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None

@@ -14,8 +14,10 @@ from typing import Any
 import numpy as np
 
 from brainfm.data.manifest import Manifest, read_manifest
+from brainfm.errors import ConfigError, ManifestError, ScanError
+from brainfm.files import check_writable, write_table, write_text
 from brainfm.imaging import nifti
-from brainfm.inference.engine import Engine, check_folder, write_table, write_text
+from brainfm.inference.engine import Engine
 from brainfm.inference.evaluate_scans import evaluate_answers
 from brainfm.inference.predict import (
     LISTING,
@@ -26,11 +28,11 @@ from brainfm.inference.predict import (
     read_claim,
     strange_grid,
 )
+from brainfm.scoring.intervals import bootstrap, mean_score
+from brainfm.scoring.masks import dice, require_monai, surface_dice, volume_ml
 from brainfm.seen import Overlap, overlap
-from brainfm.specs import ConfigError, ManifestError, ScanError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks.bundle import Bundle
-from brainfm.tasks.metrics import dice, require_monai, surface_dice, volume_ml
-from brainfm.tasks.statistics import bootstrap, mean_score
 
 CASES = "cases.csv"
 SUMMARY = "summary.json"
@@ -71,7 +73,7 @@ def evaluate(
 ) -> Evaluation:
     """Scores a bundle, or what it answered earlier, on the labelled sessions of a manifest.
 
-    Of a scan-level question: the scores of tasks/scores.py with intervals by subject. Of a segmentation, per case:
+    Of a scan-level question: the scores of scoring/answers.py with intervals by subject. Of a segmentation, per case:
     Dice, surface Dice at 1 mm and volumes in ml; with several classes each of these per class too, and the first two
     as the mean over the classes. A labelled case without a mask, because its prediction failed, scores 0 and says so
     in the column ``note``. Sessions without the label are counted and left out.
@@ -94,7 +96,7 @@ def evaluate(
     if empty not in EMPTY:
         raise ConfigError(f"empty={empty}: expected {', '.join(EMPTY)}")
     folder = Path(out)
-    check_folder(folder)
+    check_writable(folder)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     engine = None if bundle is None else Engine.load(bundle, device, precision, overlap)
     if engine is not None:

@@ -12,14 +12,16 @@ import numpy as np
 
 from brainfm.data.answers import Unusable, read_answer
 from brainfm.data.manifest import Manifest
-from brainfm.inference.engine import Engine, write_table
+from brainfm.errors import ManifestError
+from brainfm.files import write_table
+from brainfm.inference.engine import Engine
 from brainfm.inference.predict import Key, answer_name, predict_manifest
 from brainfm.inference.scan_answers import ScanAnswer
 from brainfm.inference.scan_answers import read_answer as read_file
-from brainfm.specs import ManifestError, TaskSpec
-from brainfm.tasks.calibration import expected_calibration_error
-from brainfm.tasks.scores import scan_score, scan_scores
-from brainfm.tasks.statistics import bootstrap
+from brainfm.scoring.answers import scan_score, scan_scores
+from brainfm.scoring.calibration import expected_calibration_error
+from brainfm.scoring.intervals import bootstrap
+from brainfm.specs import TaskSpec
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ import warnings
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, cast
 
@@ -22,15 +22,15 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from brainfm.data.region_volumes import voxel_effects
+from brainfm.errors import BrainfmWarning, BundleError, ConfigError, ScanError
 from brainfm.imaging import nifti
 from brainfm.imaging.preprocess import Recipe, prepare_session, restore_map
 from brainfm.imaging.views import covering_corners, views_of_volumes, whole_view_to_volume
 from brainfm.inference.engine import Engine, PathLike
 from brainfm.inference.label_maps import check_labels, decisions_for, note_missing, reads_of, volumes_of
 from brainfm.inference.predict import check_inputs, check_output
-from brainfm.inference.report import heat_figure
 from brainfm.inference.scan_answers import joined
-from brainfm.specs import BrainfmWarning, BundleError, ConfigError, Decisions, ScanError, TaskSpec
+from brainfm.specs import Decisions, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from brainfm.tasks.windows import gaussian_weight, predict_windows, window_slices
 
@@ -53,6 +53,8 @@ class Explanation:
             volume in ml before mirroring and clean-up. Of bare networks, what they answer.
         method: one of METHODS.
         layer: whose maps were used; empty for occlusion.
+        scan: [X, Y, Z] the standardised voxels of the file that is answered for, to draw the map on; None where bare
+            volumes were explained.
     """
 
     heat: np.ndarray
@@ -61,6 +63,7 @@ class Explanation:
     answer: float
     method: str
     layer: str
+    scan: np.ndarray | None = None
 
 
 def explain(
@@ -79,13 +82,13 @@ def explain(
     step_mm: float | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Explanation:
-    """Explains one answer for one session, and writes the map and a picture of it.
+    """Explains one answer for one session, and writes the map.
 
     Args:
         bundle: a bundle's folder.
         inputs: file by contrast, as for predict.
         out: ``.nii`` or ``.nii.gz``: float32 on the grid of the file that is answered for, its largest absolute value
-            1; beside it appears the picture, with the ending ``.png``.
+            1.
         target: the class as the bundle writes it, or the label of a multi-label question; by default the answer given:
             the most probable class, or of a segmentation the class that takes the largest volume.
         on: the contrast whose file's grid the map lies on; by default the first of the inputs.
@@ -94,7 +97,8 @@ def explain(
 
     Raises:
         BundleError, ScanError: the bundle or a file cannot be used.
-        ConfigError: an unknown contrast, class, method or layer, or an output that cannot be written.
+        ConfigError: an unknown contrast, class, method or layer.
+        FileError: the output cannot be written.
     """
     engine = bundle if isinstance(bundle, Engine) else Engine.load(bundle, device, "32-true", overlap)
     files = check_inputs(inputs, engine.task)
@@ -114,8 +118,8 @@ def explain(
         step_mm=step_mm, progress=progress,
     )  # fmt: skip
     if place is not None:
-        _write(place, files[on], found, recipe, image[shown].numpy(), engine)
-    return found
+        _write(place, files[on], found, recipe)
+    return replace(found, scan=image[shown].numpy())
 
 
 def saliency(
@@ -656,19 +660,11 @@ def _prepared(
     return image, present, prepared.recipes[on], names.index(on), next(iter(prepared.labels.values()), None)
 
 
-def _write(path: Path, like: Path, found: Explanation, recipe: Recipe, shown: np.ndarray, engine: Engine) -> None:
-    """Raises: ConfigError where it cannot be written."""
+def _write(path: Path, like: Path, found: Explanation, recipe: Recipe) -> None:
+    """Raises: FileError."""
     on_file = recipe.file.to_ras(restore_map(found.heat, recipe))
     on_file, _ = _normalised(on_file, signed=bool((found.heat < 0).any()))
-    ending = ".nii.gz" if path.name.endswith(".nii.gz") else ".nii"
-    picture = path.with_name(path.name.removesuffix(ending) + ".png")
-    png = heat_figure(shown, found.heat, engine.preprocess.spacing_mm, label=describe(found, engine.task))
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nifti.write_map(path, on_file, like)
-        picture.write_bytes(png)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+    nifti.write_map(path, on_file, like)
 
 
 def describe(found: Explanation, spec: TaskSpec) -> str:

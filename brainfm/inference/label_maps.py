@@ -12,8 +12,9 @@ import numpy as np
 import torch
 
 from brainfm.data.region_volumes import log_volumes
+from brainfm.errors import BrainfmWarning, ConfigError, ScanError
 from brainfm.inference.engine import PathLike
-from brainfm.specs import BrainfmWarning, ConfigError, Decisions, ScanError
+from brainfm.specs import Decisions
 from brainfm.tasks.reads import PARTS, Reads
 
 

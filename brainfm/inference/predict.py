@@ -26,11 +26,13 @@ from brainfm.data.manifest import (
     session_labels,
 )
 from brainfm.data.sources import SourceFile
+from brainfm.errors import BrainfmWarning, BundleError, ConfigError, FileError, ManifestError, ScanError
+from brainfm.files import check_writable, write_table, write_text
 from brainfm.imaging import nifti
 from brainfm.imaging.endings import companions
 from brainfm.imaging.nifti import FileGrid
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
-from brainfm.inference.engine import Engine, PathLike, check_folder, in_order, write_table, write_text
+from brainfm.inference.engine import Engine, PathLike, in_order
 from brainfm.inference.label_maps import check_labels, note_missing, reads_of
 from brainfm.inference.scan_answers import (
     ScanAnswer,
@@ -40,7 +42,7 @@ from brainfm.inference.scan_answers import (
     table_columns,
     write_answer,
 )
-from brainfm.specs import BrainfmWarning, BundleError, ConfigError, ManifestError, ScanError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks import postprocess
 from brainfm.tasks.bundle import Bundle
 from brainfm.tasks.windows import predict_windows
@@ -194,7 +196,7 @@ def check_inputs(inputs: Mapping[str, PathLike], task: TaskSpec) -> dict[str, Pa
 
 
 def check_output(out: PathLike, inputs: Collection[Path]) -> Path:
-    """The output as a path. Raises: ConfigError where it cannot be written or would replace an input."""
+    """The output as a path. Raises: ConfigError where it is no mask or an input, FileError."""
     path = Path(out)
     if not path.name.endswith(_ENDINGS) or path.name in _ENDINGS:
         raise ConfigError(f"out={path}: expected a file that ends in .nii or .nii.gz")
@@ -202,18 +204,13 @@ def check_output(out: PathLike, inputs: Collection[Path]) -> Path:
         raise ConfigError(f"out={path} is a folder, expected a file")
     if path.exists() and any(path.samefile(file) for file in inputs):
         raise ConfigError(f"out={path} is one of the inputs, expected another file")
-    check_folder(path.parent)
+    check_writable(path.parent)
     return path
 
 
 def write_mask(path: Path, labels: np.ndarray, like: Path) -> None:
-    """Writes labels in the axis order of ``like`` on its grid. Raises: ConfigError where it cannot be written."""
-    grid = nifti.read_header(like).grid
-    try:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        nifti.write_labels(path, grid.to_ras(labels), like)
-    except OSError as error:
-        raise ConfigError(f"{path}: cannot be written ({error.strerror or error})") from None
+    """Writes labels in the axis order of ``like`` on its grid. Raises: FileError."""
+    nifti.write_labels(path, nifti.read_header(like).grid.to_ras(labels), like)
 
 
 # ---- a whole manifest ------------------------------------------------------------------------------------------------
@@ -261,7 +258,8 @@ def predict_manifest(
 
     Raises:
         BundleError, ManifestError: the bundle or the manifest cannot be used.
-        ConfigError: the folder holds masks of another bundle, or cannot be written.
+        ConfigError: the folder holds masks of another bundle.
+        FileError: it cannot be written.
     """
     engine = bundle if isinstance(bundle, Engine) else Engine.load(bundle, device, precision, overlap)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
@@ -344,7 +342,7 @@ def _note_sources(folder: Path, name: str, stamps: Mapping[str, Any]) -> None:
         with (folder / SOURCES).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"file": name, "made_from": stamps}) + "\n")
     except OSError as error:
-        raise ConfigError(f"{folder / SOURCES}: cannot be written ({error.strerror or error})") from None
+        raise FileError.of(error, folder / SOURCES) from None
 
 
 def _read_sources(folder: Path) -> dict[str, dict[str, Any]]:
@@ -464,7 +462,7 @@ def strange_grid(label: Path) -> ScanError:
 
 def _claim(folder: Path, engine: Engine) -> None:
     """Marks the folder as this bundle's. Raises: ConfigError where it is another one's."""
-    check_folder(folder)
+    check_writable(folder)
     mark = {"bundle": engine.fingerprint, "task": engine.task.to_dict()}
     path = folder / CLAIM
     if path.exists():

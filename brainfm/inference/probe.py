@@ -1,7 +1,7 @@
 """What frozen features know of a column of the manifest, next to what chance and a random network know.
 
 Nearest neighbours, and a logistic or a ridge regression, on the pooled features of whole heads: tuned and tested by
-subject (tasks/linear), with intervals over subjects. A network that was never trained is probed in the same way,
+subject (scoring/linear), with intervals over subjects. A network that was never trained is probed in the same way,
 because random convolutions already tell ages and sexes apart: what pre-training taught is the difference to that row.
 """
 
@@ -22,15 +22,16 @@ import numpy as np
 from brainfm import seeds
 from brainfm.data.answers import Unusable, cell, read_answer, who
 from brainfm.data.store import SessionEntry, Store
+from brainfm.errors import ConfigError, ManifestError
+from brainfm.files import check_writable, write_table, write_text
 from brainfm.inference.embed import WHOLE, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
-from brainfm.inference.engine import check_folder, write_table, write_text
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
+from brainfm.scoring import linear
+from brainfm.scoring.answers import Score, primary, scan_score, scan_scores
+from brainfm.scoring.folds import folds_by_answer
+from brainfm.scoring.intervals import Interval, bootstrap, paired_bootstrap, paired_permutation
 from brainfm.seen import overlap
-from brainfm.specs import ConfigError, ManifestError, TaskSpec
-from brainfm.tasks import linear
-from brainfm.tasks.metrics import Interval
-from brainfm.tasks.scores import Score, primary, scan_score, scan_scores
-from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
+from brainfm.specs import TaskSpec
 
 TABLE = "table.csv"
 SCORES = "scores.json"
@@ -163,7 +164,7 @@ def probe(
     if (backbone is None) == (features is None):
         raise ConfigError("brainfm probe needs either backbone=FILE or features=FILE, found both or neither")
     folder = Path(out)
-    check_folder(folder)
+    check_writable(folder)
     store = store if isinstance(store, Store) else Store.open(Path(store))
     question = ask(store, spec, contrasts)
     check_enough(question, spec.folds)
@@ -346,7 +347,7 @@ def _rows(question: Question, by_name: Mapping[str, np.ndarray], spec: ProbeSpec
     strata = [str(value) for value in y] if task.values else None
     # Each repeat deals other folds, the same ones to every model.
     numbers = [int(seeds.stream(spec.seed, "probe folds", r).integers(2**31)) for r in range(spec.repeats)]
-    dealt = [linear.deal(subjects, y, spec.folds, number) for number in numbers]
+    dealt = [folds_by_answer(subjects, y, spec.folds, number) for number in numbers]
     main = primary(task)[0]
     yield _row(question, CHANCE, "prior" if task.values else "mean", _guesses(y, subjects, dealt, task), strata, spec)
     random: dict[str, np.ndarray] = {}

@@ -12,12 +12,14 @@ from typing import Any
 import numpy as np
 import torch
 
+from brainfm.errors import ConfigError, ScanError
+from brainfm.files import write_text
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.imaging.views import views_of_volumes
-from brainfm.inference.engine import Engine, in_order, write_text
+from brainfm.inference.engine import Engine, in_order
 from brainfm.inference.label_maps import decisions_for, volumes_of
-from brainfm.specs import ConfigError, Decisions, ScanError, TaskSpec
-from brainfm.tasks.calibration import apply_bias, apply_temperature, conformal_quantile
+from brainfm.scoring.calibration import apply_bias, apply_temperature, conformal_quantile
+from brainfm.specs import Decisions, TaskSpec
 
 LEVEL = 0.9  # of prediction intervals
 ENDINGS = (".json", ".txt")

@@ -10,8 +10,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets.recompute import set_checkpointing
-from brainfm.specs import ConfigError
 
 # name -> the module that holds a function of that name; imported when it is built, so an unused family costs nothing
 BACKBONES: dict[str, str] = {
@@ -31,7 +31,8 @@ class Backbone(nn.Module, ABC):
 
     Attributes:
         widths: channels E of each map.
-        strides: voxels of the image per voxel of each map; the first is 1.
+        strides: voxels of the image per voxel of each map, each a multiple of the one before; a transformer's maps may
+            all have one stride. The first need not be 1: decoders lead on to the voxels (nets/decoders.decoder_for).
         config: ``{"name": ..., ...}``; ``build_backbone(**config)`` makes the same network with fresh weights.
     """
 

@@ -1,27 +1,60 @@
-"""The layers of a convolutional network in float32 on a CPU: the same values up to rounding, in less time.
+"""Layers for a CPU: those of a network in float32 compute the same values up to rounding, in less time.
+
+``swap_in`` puts them in the places of the ordinary layers, once; the networks themselves know nothing of it.
 
 Measured on one AVX512 core (torch 2.13, oneDNN), shares of a training step of a U-Net at 48 voxels:
 convolutions of up to 128 channels are 1.2 to 1.6 times faster with channels last, those of more channels on the small
 maps below are up to twice slower; torch's instance norm copies such maps to the other layout and back; its 2x2x2
 transposed convolution runs at a sixth of the processor's rate, which one matrix product reaches; the gradient of a
-convolution of one channel takes seven times as long as matrix products over slabs of the image do.
+convolution of one channel takes seven times as long as matrix products over slabs of the image do; a batch of one with
+a small map meets torch's own convolution instead of oneDNN's, and two of its halves as a batch of two take a seventh to
+a half of the time. scripts/benchmark/cpu.py measures the layers together.
 """
 
 from __future__ import annotations
 
 import ctypes
 import math
-from collections.abc import Iterator, Sequence
-from typing import Any, cast
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, ClassVar, TypeVar, cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from brainfm.nets.decoders import DenseHead, Pointwise, Upsample
+from brainfm.nets.latents import Latents
+from brainfm.nets.unet import ConvNormAct
+
 _VOXELS = (2, 3, 4)
 _MOST_CHANNELS_LAST = 128
 _SLAB_VOXELS = 2**14
+_SMALL_MAP = 20_480  # E X Y up to which torch keeps a batch of one from oneDNN (ConvParams::use_mkldnn)
+_LEAST_HALF = 4  # planes: below, what two halves repeat costs what they gain
 _MMAP_MAX, _TRIM_THRESHOLD, _ARENA_MAX = -4, -1, -8  # of glibc's mallopt
+_Network = TypeVar("_Network", bound=nn.Module)
+
+
+def swap_in(network: _Network) -> _Network:
+    """Gives every layer of a network that lies on a CPU its quick form, in place; returns the network.
+
+    Parameters, their names, hooks and copies are those of the ordinary layers: a layer changes its class alone, as with
+    torch's parametrizations. Where a quick form does not apply (autocast, another precision, a compiler) it computes as
+    the ordinary layer does, and moved to another device the layer is an ordinary one again.
+    """
+    for part in network.modules():
+        quick = _QUICK.get(type(part))
+        if quick is not None and _on_cpu(part):
+            part.__class__ = quick
+    return network
+
+
+def swap_out(network: _Network) -> _Network:
+    """Gives every layer its ordinary form back, in place, e.g. to trace or export the network; returns the network."""
+    for part in network.modules():
+        if isinstance(part, _Quick):
+            part.__class__ = part.ordinary  # type: ignore[assignment]
+    return network
 
 
 def keep_freed_memory() -> None:
@@ -67,6 +100,29 @@ def first_convolution(image: Tensor, conv: nn.Conv3d) -> Tensor | None:
     return cast(Tensor, _FirstConvolution.apply(image, conv.weight, conv.bias))
 
 
+def convolution(features: Tensor, conv: nn.Conv3d) -> Tensor:
+    """A convolution, in the memory layout that suits it; that of one scan's small map by halves along X."""
+    features = laid_out(features, conv.out_channels)
+    if not _by_halves(features, conv):
+        convolved: Tensor = conv(features)
+        return convolved
+    kernel, (step, *_) = conv.kernel_size[0], conv.stride
+    planes = features.shape[2] // 2
+    seen = planes - step + kernel  # from half of the map's planes and those beside them
+    padded = F.pad(features, [0, 0, 0, 0, kernel // 2, kernel // 2])
+    halves = laid_out(torch.cat([padded[:, :, :seen], padded[:, :, planes : planes + seen]]), conv.out_channels)
+    found = F.conv3d(halves, conv.weight, conv.bias, conv.stride, [0, *conv.padding[1:]])
+    return torch.cat([found[:1], found[1:]], dim=2)
+
+
+def _by_halves(features: Tensor, conv: nn.Conv3d) -> bool:
+    batch, channels, x, y, _ = features.shape
+    slow = batch == 1 and channels * x * y <= _SMALL_MAP and conv.out_channels <= _MOST_CHANNELS_LAST
+    kernel, step = conv.kernel_size[0], conv.stride[0]
+    same = kernel > 1 and kernel % 2 == 1 and conv.padding[0] == kernel // 2 and conv.dilation[0] == conv.groups == 1
+    return slow and same and x >= 2 * _LEAST_HALF and x % (2 * step) == 0
+
+
 def norm_act(features: Tensor, norm: nn.InstanceNorm3d, slope: float) -> Tensor:
     """Instance norm with scale and shift, then leaky ReLU (none where the slope is 1), in the layout of ``features``.
 
@@ -93,9 +149,9 @@ def upsampled(features: Tensor, conv: nn.ConvTranspose3d) -> Tensor:
     return cells.reshape(batch, x * scale_x, y * scale_y, z * scale_z, conv.out_channels).movedim(-1, 1)
 
 
-def pointwise(features: Tensor, conv: nn.Conv3d) -> Tensor:
-    """A 1x1x1 convolution as a matrix product."""
-    return F.linear(features.movedim(1, -1), conv.weight.flatten(1), conv.bias).movedim(-1, 1)
+def pointwise(features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """A 1x1x1 convolution with weights [E', E, 1, 1, 1] as a matrix product."""
+    return F.linear(features.movedim(1, -1), weight.flatten(1), bias).movedim(-1, 1)
 
 
 def block_means(features: Tensor, grid: Sequence[int]) -> Tensor:
@@ -213,3 +269,67 @@ def _inner(one: Tensor, other: Tensor) -> Tensor:
         return (one * other).sum(_VOXELS, keepdim=True)
     products = torch.bmm(one.flatten(2), other.flatten(2).transpose(1, 2))
     return products.diagonal(dim1=1, dim2=2)[..., None, None, None]
+
+
+# ---- quick forms of layers -------------------------------------------------------------------------------------------
+
+
+def _on_cpu(layer: nn.Module) -> bool:
+    return all(value.device.type == "cpu" for value in (*layer.parameters(), *layer.buffers()))
+
+
+class _Quick(nn.Module):
+    """What the quick forms share: moved off the CPU, a layer is an ordinary one again."""
+
+    ordinary: ClassVar[type[nn.Module]]
+
+    def _apply(self, fn: Callable[..., Any], recurse: bool = True) -> Any:  # what .to() and .cuda() go through
+        super()._apply(fn, recurse)
+        if not _on_cpu(self):
+            self.__class__ = self.ordinary  # type: ignore[assignment]
+        return self
+
+
+class _ConvNormAct(_Quick, ConvNormAct):
+    ordinary = ConvNormAct
+
+    def forward(self, features: Tensor) -> Tensor:
+        if not is_for(features):
+            return super().forward(features)
+        conv, norm = cast(nn.Conv3d, self[0]), cast(nn.InstanceNorm3d, self[1])
+        convolved = first_convolution(features, conv)
+        if convolved is None:
+            convolved = convolution(features, conv)
+        return norm_act(convolved, norm, self.slope)
+
+
+class _Upsample(_Quick, Upsample):
+    ordinary = Upsample
+
+    def forward(self, features: Tensor, output_size: list[int] | None = None) -> Tensor:
+        return upsampled(features, self) if is_for(features) else super().forward(features, output_size)
+
+
+class _Pointwise(_Quick, Pointwise):
+    ordinary: ClassVar[type[nn.Module]] = Pointwise
+
+    def mapped(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        return pointwise(features, weight, bias) if is_for(features) else super().mapped(features, weight, bias)
+
+
+class _DenseHead(_Pointwise, DenseHead):
+    ordinary = DenseHead
+
+
+class _Latents(_Quick, Latents):
+    ordinary = Latents
+
+    def averaged(self, features: Tensor, grid: Sequence[int]) -> Tensor:
+        if list(features.shape[2:]) == list(grid) or not is_for(features):
+            return super().averaged(features, grid)
+        return block_means(features, grid)
+
+
+_QUICK: dict[type[nn.Module], type[_Quick]] = {
+    quick.ordinary: quick for quick in (_ConvNormAct, _Upsample, _Pointwise, _DenseHead, _Latents)
+}

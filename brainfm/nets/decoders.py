@@ -1,17 +1,50 @@
-"""From feature maps back to voxels."""
+"""Decoders: from the feature maps of any backbone back to the voxels of its image."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from itertools import pairwise
+from typing import Any, overload
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainfm.nets import cpu
+from brainfm.errors import ConfigError
+from brainfm.nets.backbone import Backbone
 from brainfm.nets.recompute import recomputed
 from brainfm.nets.unet import ConvNormAct
+
+# Where no map of the backbone joins a decoder: channels per voxel of the stride, as unet_b has them, and the fewest.
+_CHANNELS_A_STRIDE, _FEWEST_CHANNELS = 32, 8
+
+
+@overload
+def decoder_for(backbone: Backbone, out: int) -> SkipDecoder: ...
+@overload
+def decoder_for(backbone: Backbone, out: Mapping[str, int]) -> DenseDecoder: ...
+@overload
+def decoder_for(backbone: Backbone, out: int, *, latent_channels: int, narrower: int = 1) -> LightDecoder: ...
+def decoder_for(
+    backbone: Backbone, out: int | Mapping[str, int], *, latent_channels: int | None = None, narrower: int = 1
+) -> SkipDecoder | DenseDecoder | LightDecoder:
+    """A fresh decoder from what a backbone gives to the voxels of its image, whatever strides its maps have.
+
+    Where the finest map is coarser than the image (a transformer's tokens), steps without a map of the backbone lead on
+    to stride 1, each half as wide as the one before.
+
+    Args:
+        out: channels of the answer, from the maps; or parts of a dense map by name (see DenseDecoder).
+        latent_channels: E of latents on the coarsest grid, which alone the decoder then reads; None: all maps.
+        narrower: what the widths are divided by, of a decoder of latents.
+    """
+    if isinstance(out, Mapping):
+        return DenseDecoder(backbone.widths, backbone.strides, out)
+    if latent_channels is None:
+        return SkipDecoder(backbone.widths, backbone.strides, out)
+    widths = backbone.widths if narrower == 1 else [max(_FEWEST_CHANNELS, w // narrower) for w in backbone.widths]
+    return LightDecoder(latent_channels, widths, backbone.strides, out)
 
 
 class Upsample(nn.ConvTranspose3d):
@@ -20,18 +53,19 @@ class Upsample(nn.ConvTranspose3d):
     def __init__(self, channels_in: int, channels_out: int, scale: int) -> None:
         super().__init__(channels_in, channels_out, kernel_size=scale, stride=scale)
 
-    def forward(self, features: Tensor, output_size: list[int] | None = None) -> Tensor:
-        return cpu.upsampled(features, self) if cpu.is_for(features) else super().forward(features, output_size)
-
 
 class Pointwise(nn.Conv3d):
     """A 1x1x1 convolution: [B, E, X, Y, Z] -> [B, E', X, Y, Z]."""
 
-    def __init__(self, channels_in: int, channels_out: int) -> None:
-        super().__init__(channels_in, channels_out, kernel_size=1)
+    def __init__(self, channels_in: int, channels_out: int, bias: bool = True) -> None:
+        super().__init__(channels_in, channels_out, kernel_size=1, bias=bias)
 
     def forward(self, features: Tensor) -> Tensor:
-        return cpu.pointwise(features, self) if cpu.is_for(features) else super().forward(features)
+        return self.mapped(features, self.weight, self.bias)
+
+    def mapped(self, features: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """What the layer would answer with other weights [E', E, 1, 1, 1] and bias [E']."""
+        return F.conv3d(features, weight, bias)
 
 
 def chained(features: Tensor, first: Pointwise, second: Pointwise) -> Tensor:
@@ -43,9 +77,7 @@ def chained(features: Tensor, first: Pointwise, second: Pointwise) -> Tensor:
     with torch.autocast(features.device.type, enabled=False):
         outer = second.weight.flatten(1)
         weight, bias = outer @ first.weight.flatten(1), outer @ first.bias + second.bias
-    if cpu.is_for(features):
-        return F.linear(features.movedim(1, -1), weight, bias).movedim(-1, 1)
-    return F.conv3d(features, weight[..., None, None, None], bias)
+    return second.mapped(features, weight[..., None, None, None], bias)
 
 
 class LightDecoder(nn.Module):
@@ -54,7 +86,7 @@ class LightDecoder(nn.Module):
     Args:
         latent_channels: E of the latents.
         widths: channels of the backbone's maps, fine to coarse; the decoder climbs back through them.
-        strides: of the same maps, starting at 1.
+        strides: of the same maps.
         out_channels: C, 1 for an image.
 
     Source: github.com/jbanusco/fomo25 at de35782, src/models/networks/mmunetvae.py: transposed convolution, then one
@@ -67,9 +99,10 @@ class LightDecoder(nn.Module):
         super().__init__()
         self.levels = nn.ModuleList()
         before = latent_channels
-        for width, scale in _climb(widths, strides):
-            self.levels.append(nn.Sequential(Upsample(before, width, scale), ConvNormAct(width, width)))
-            before = width
+        for step in _climb(widths, strides):
+            up = Upsample(before, step.width, step.scale)
+            self.levels.append(nn.Sequential(up, ConvNormAct(step.width, step.width)))
+            before = step.width
         self.out = Pointwise(before, out_channels)
 
     def forward(self, latents: Tensor) -> Tensor:
@@ -87,13 +120,15 @@ class SkipDecoder(nn.Module):
 
     Args:
         widths: channels of the maps, fine to coarse.
-        strides: of the same maps, starting at 1.
+        strides: of the same maps.
         out_channels: K.
 
     Attributes:
+        widths: channels of the decoder's own features (see ``climb``), fine to coarse.
         checkpointing: whether each level is computed a second time in the backward pass instead of keeping its maps.
 
-    Source: Ronneberger et al. 2015 (arXiv 1505.04597) with the blocks of UNetEncoder.
+    Source: Ronneberger et al. 2015 (arXiv 1505.04597) with the blocks of UNetEncoder. Steps that no map joins:
+    Hatamizadeh et al. 2022, UNETR (arXiv 2103.10504). Differs: they start from the finest map, not from several depths.
     """
 
     checkpointing: bool = False
@@ -101,11 +136,13 @@ class SkipDecoder(nn.Module):
     def __init__(self, widths: Sequence[int], strides: Sequence[int], out_channels: int) -> None:
         super().__init__()
         self.ups, self.merges = nn.ModuleList(), nn.ModuleList()
+        steps = _climb(widths, strides)
         before = widths[-1]
-        for width, scale in _climb(widths, strides):
-            self.ups.append(Upsample(before, width, scale))
-            self.merges.append(ConvNormAct(2 * width, width))
-            before = width
+        for step in steps:
+            self.ups.append(Upsample(before, step.width, step.scale))
+            self.merges.append(ConvNormAct(step.width + step.joining, step.width))
+            before = step.width
+        self.widths = tuple(step.width for step in reversed(steps))
         self.out = Pointwise(before, out_channels)
 
     def forward(self, maps: Sequence[Tensor]) -> Tensor:
@@ -114,21 +151,109 @@ class SkipDecoder(nn.Module):
         return self.out(self.climb(maps)[-1])
 
     def climb(self, maps: Sequence[Tensor]) -> list[Tensor]:
-        """The decoder's features [B, E, X/s, Y/s, Z/s] for every stride but the coarsest, coarse to fine."""
+        """The decoder's features [B, E, X/s, Y/s, Z/s], coarse to fine, after each of its steps: one for every map but
+        the coarsest, and then for every finer stride, down to 1."""
         features, levels = maps[-1], []
-        for level, skip in enumerate(reversed(maps[:-1])):
-            features = recomputed(self.checkpointing, self._step, level, features, skip)
+        joining = [*reversed(maps[:-1]), *[None] * len(self.ups)]
+        for level in range(len(self.ups)):
+            features = recomputed(self.checkpointing, self._step, level, features, joining[level])
             levels.append(features)
         return levels
 
-    def _step(self, level: int, features: Tensor, skip: Tensor) -> Tensor:
-        merged: Tensor = self.merges[level](torch.cat([self.ups[level](features), skip], dim=1))
+    def _step(self, level: int, features: Tensor, joining: Tensor | None) -> Tensor:
+        larger = self.ups[level](features)
+        merged: Tensor = self.merges[level](larger if joining is None else torch.cat([larger, joining], dim=1))
         return merged
 
 
-def _climb(widths: Sequence[int], strides: Sequence[int]) -> list[tuple[int, int]]:
-    """(width, upsampling factor) of every step from the coarsest map to the finest."""
-    if strides[0] != 1 or len(widths) != len(strides):
-        raise ValueError(f"a decoder needs a map at stride 1 and one width a stride, not {widths} at {strides}")
+class DenseDecoder(SkipDecoder):
+    """Feature maps to voxels; the last map is widened by a 1x1x1 convolution and split into named parts.
+
+    Args:
+        widths: channels of the backbone's maps, fine to coarse.
+        strides: of the same maps.
+        parts: name -> channels, in the order of the channels.
+
+    Attributes:
+        config: ``{"parts": ...}``; with a backbone's widths and strides it makes the same decoder.
+
+    Source: SkipDecoder for the climb; the widened last map as in anatomix (Dey et al. 2024, arXiv 2411.02372).
+    Raises: ConfigError for a part without a channel.
+    """
+
+    def __init__(self, widths: Sequence[int], strides: Sequence[int], parts: Mapping[str, int]) -> None:
+        if not parts or any(int(size) < 1 for size in parts.values()):
+            raise ConfigError(f"parts of a dense decoder {dict(parts)}: expected names with one channel or more each")
+        super().__init__(widths, strides, sum(parts.values()))
+        self.parts = {name: int(size) for name, size in parts.items()}
+        self.config: dict[str, Any] = {"parts": dict(self.parts)}
+
+    def split(self, dense: Tensor) -> dict[str, Tensor]:
+        """[B, E, X, Y, Z] as forward gives it -> part -> [B, E_part, X, Y, Z]."""
+        return dict(zip(self.parts, dense.split(list(self.parts.values()), dim=1), strict=True))
+
+
+class DenseHead(Pointwise):
+    """A 1x1x1 convolution on one part of a dense decoder's map: [B, E_part, X, Y, Z] -> [B, K, X, Y, Z].
+
+    Args:
+        part: the part it reads.
+        channels: E_part.
+        names: of the K outputs, e.g. the classes of a label map.
+
+    Attributes:
+        config: ``{"part": ..., "channels": ..., "names": [...]}``; ``DenseHead(**config)`` makes the same head.
+    """
+
+    def __init__(self, part: str, channels: int, names: Sequence[str]) -> None:
+        super().__init__(channels, len(names))
+        self.part, self.names = part, tuple(names)
+        self.config: dict[str, Any] = {"part": part, "channels": channels, "names": list(self.names)}
+
+
+@dataclass(frozen=True)
+class _Step:
+    """From one resolution to the next finer one.
+
+    Attributes:
+        width: channels afterwards.
+        scale: by which the map grows; 1 between two maps of one stride.
+        joining: channels of the backbone's map that is laid beside it, 0 for none.
+    """
+
+    width: int
+    scale: int
+    joining: int
+
+
+def _climb(widths: Sequence[int], strides: Sequence[int]) -> list[_Step]:
+    """Every step from the coarsest map to the voxels.
+
+    Raises: ConfigError where maps do not follow one another, fine to coarse, on grids that divide each other.
+    """
+    whole = all(fine >= 1 and coarse % fine == 0 for fine, coarse in pairwise((1, *strides)))
+    if not widths or len(widths) != len(strides) or not whole:
+        raise ConfigError(
+            f"a decoder of maps of {list(widths)} channels at the strides {list(strides)}: expected as many of both, "
+            "fine to coarse, each stride a multiple of the one before"
+        )
     scales = [coarse // fine for fine, coarse in pairwise(strides)]
-    return list(zip(reversed(widths[:-1]), reversed(scales), strict=True))
+    steps = [_Step(w, s, w) for w, s in zip(reversed(widths[:-1]), reversed(scales), strict=True)]
+    width, stride = widths[0], strides[0]
+    while stride > 1 or not steps:
+        scale = _largest_prime(stride)
+        stride //= scale
+        width = max(_FEWEST_CHANNELS, min(width // 2, _CHANNELS_A_STRIDE * stride))
+        steps.append(_Step(width, scale, 0))
+    return steps
+
+
+def _largest_prime(number: int) -> int:
+    """Of a number's factors; 1 of 1."""
+    factor = 2
+    while factor * factor <= number:
+        if number % factor:
+            factor += 1
+        else:
+            number //= factor
+    return number

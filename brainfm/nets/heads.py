@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 from torch import Tensor, nn
 
-from brainfm.nets import cpu
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.specs import ConfigError
+from brainfm.nets.decoders import Pointwise
 
 
 class Fusion(nn.Module):
@@ -37,11 +36,11 @@ class Fusion(nn.Module):
         self.scores = nn.ModuleList()
         if how == "attention":
             for width in widths:
-                score = nn.Conv3d(width, 1, kernel_size=1, bias=False)
+                score = Pointwise(width, 1, bias=False)
                 nn.init.zeros_(score.weight)
                 self.scores.append(score)
 
-    def forward(self, maps: Sequence[Sequence[Tensor]], present: Tensor) -> list[Tensor]:
+    def forward(self, maps: Sequence[Sequence[Tensor]], present: Tensor | None = None) -> list[Tensor]:
         """The maps of the case; zeros for a case without any contrast.
 
         What stands in an absent contrast's maps, be it NaN, changes neither the result nor any gradient of it here.
@@ -49,10 +48,12 @@ class Fusion(nn.Module):
 
         Args:
             maps: M contrasts, each a list of maps [B, E, X/s, Y/s, Z/s], fine to coarse.
-            present: [B, M] bool.
+            present: [B, M] bool; None: every case has every contrast.
         """
         fused = []
-        whole = present.device.type == "cpu" and bool(present.all())  # elsewhere the question would cost a wait
+        whole = present is None
+        if present is None:
+            present = maps[0][0].new_ones((maps[0][0].shape[0], len(maps)), dtype=torch.bool)
         for level in range(len(maps[0])):
             features = [contrast[level] for contrast in maps]
             if not whole:
@@ -70,8 +71,7 @@ class Fusion(nn.Module):
         if self.how == "mean":
             weights = there / there.sum(dim=1, keepdim=True).clamp(min=1)
             return weights.to(features[0].dtype)
-        score = cast(nn.Conv3d, self.scores[level])
-        scores = torch.stack([cpu.pointwise(f, score) if cpu.is_for(f) else score(f) for f in features], dim=1).float()
+        scores = torch.stack([self.scores[level](f) for f in features], dim=1).float()
         # a finite floor instead of -inf: a case without contrasts gets zeros, not NaN
         shares = torch.softmax(scores.masked_fill(~there, torch.finfo(scores.dtype).min), dim=1) * there
         return shares.to(features[0].dtype)
@@ -123,16 +123,17 @@ class GatedAttention(nn.Module):
             return torch.cat([mean, variance.clamp(min=1e-6).sqrt()], dim=1), weights
 
 
-def fused_features(backbone: Backbone, fusion: Fusion, image: Tensor, present: Tensor) -> list[Tensor]:
+def fused_features(backbone: Backbone, fusion: Fusion, image: Tensor, present: Tensor | None) -> list[Tensor]:
     """The contrasts of each case one by one through a backbone, then together.
 
     The weights know no contrast: any number of them passes, in any order. What stands in the channel of an absent
-    contrast is never looked at, and a contrast that no case has costs neither time nor memory.
+    contrast is never looked at, and a contrast that no case has costs neither time nor memory. Where nothing is absent
+    no step depends on a value: ``present=None`` can be traced and exported (see nets/cpu.swap_out).
 
     Args:
         fusion: for all levels of the backbone or its last ones; the finer maps are dropped.
         image: [B, M, X, Y, Z] standardised voxels.
-        present: [B, M] bool, at least one contrast a case.
+        present: [B, M] bool, at least one contrast a case; None: every case has every contrast.
 
     Returns:
         One map [B, E, X/s, Y/s, Z/s] a level of the fusion.
@@ -140,14 +141,18 @@ def fused_features(backbone: Backbone, fusion: Fusion, image: Tensor, present: T
     Raises:
         ValueError: where the shapes do not fit or a case has no contrast.
     """
-    if image.ndim != 5 or present.shape != image.shape[:2]:
-        raise ValueError(f"expected [B, M, X, Y, Z] and [B, M], found {tuple(image.shape)} and {tuple(present.shape)}")
+    if image.ndim != 5 or (present is not None and present.shape != image.shape[:2]):
+        found = None if present is None else tuple(present.shape)
+        raise ValueError(f"expected [B, M, X, Y, Z] and [B, M], found {tuple(image.shape)} and {found}")
+    if present is None:
+        return fusion([backbone.features(scan)[-fusion.levels :] for scan in image.split(1, dim=1)])
     cases = [[b for b, there in enumerate(column) if there] for column in present.t().tolist()]
     if len({b for column in cases for b in column}) < len(image):
         raise ValueError("every case needs at least one contrast")
     shown = [m for m, column in enumerate(cases) if column]
     maps = [_encode(backbone, image[:, m : m + 1], cases[m])[-fusion.levels :] for m in shown]
-    return fusion(maps, present[:, shown])
+    whole = all(len(cases[m]) == len(image) for m in shown)  # nothing of an absent contrast is to be kept out
+    return fusion(maps, None if whole else present[:, shown])
 
 
 def _encode(backbone: Backbone, scans: Tensor, cases: list[int]) -> list[Tensor]:

@@ -9,8 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from brainfm import seeds
-from brainfm.nets import cpu
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 # exp(+-5) is as far from the prior's deviation of 1 as is of any use; beyond it bfloat16 training can overflow
 LOGVAR_RANGE = (-10.0, 10.0)
@@ -89,12 +88,21 @@ class Latents(nn.Module):
     def forward(self, maps: Sequence[Tensor]) -> dict[str, Code]:
         """Maps [B, E, X/s, Y/s, Z/s] -> name -> Code on the coarsest grid."""
         grid = maps[-1].shape[2:]
-        pooled = torch.cat([_average_onto(m, grid) for m in maps], dim=1)
+        pooled = torch.cat([self.averaged(m, grid) for m in maps], dim=1)
         codes = {}
         for name in self.sizes:
             logvar = self.logvar[name](pooled).float().clamp(*LOGVAR_RANGE) if self.variational else None
             codes[name] = Code(self.mean[name](pooled).float(), logvar)
         return codes
+
+    def averaged(self, features: Tensor, grid: Sequence[int]) -> Tensor:
+        """[B, E, X, Y, Z] -> [B, E, *grid] by block means; unlike torch's pooling their gradient repeats on a GPU."""
+        batch, channels, *shape = features.shape
+        if list(shape) == list(grid):
+            return features
+        x, y, z = (edge // cells for edge, cells in zip(shape, grid, strict=True))
+        blocks = features.reshape(batch, channels, grid[0], x, grid[1], y, grid[2], z)
+        return blocks.mean(dim=(3, 5, 7))
 
     def sample(self, codes: Mapping[str, Code], noise: Tensor | None) -> dict[str, Tensor]:
         """A value of each part; the mean where there is no noise or nothing is variational.
@@ -131,15 +139,3 @@ def draw_noise(
         for number in samples.tolist()
     ]
     return torch.stack(rows) if rows else torch.empty((0, *shape), device=device)
-
-
-def _average_onto(features: Tensor, grid: Sequence[int]) -> Tensor:
-    """[B, E, X, Y, Z] -> [B, E, *grid] by block means; unlike torch's pooling its gradient is repeatable on a GPU."""
-    batch, channels, *shape = features.shape
-    if list(shape) == list(grid):
-        return features
-    if cpu.is_for(features):
-        return cpu.block_means(features, grid)
-    x, y, z = (edge // cells for edge, cells in zip(shape, grid, strict=True))
-    blocks = features.reshape(batch, channels, grid[0], x, grid[1], y, grid[2], z)
-    return blocks.mean(dim=(3, 5, 7))

@@ -10,7 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 from torch import Tensor, nn
 
-from brainfm.specs import WeightsError
+from brainfm.errors import WeightsError
 
 _LISTED = 10  # misfits named in one message; the others are counted
 

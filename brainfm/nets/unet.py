@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import cast
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from brainfm.nets import cpu
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.recompute import Blocks
-from brainfm.specs import ConfigError
 
 
 class ConvNormAct(nn.Sequential):
@@ -43,18 +41,12 @@ class ConvNormAct(nn.Sequential):
         self.slope = slope
 
     def forward(self, features: Tensor) -> Tensor:
-        if features.device.type == "cpu" and features.shape[2] == 2 and torch.is_autocast_enabled("cpu"):
+        if torch.is_autocast_enabled("cpu") and features.device.type == "cpu" and features.shape[2] == 2:
             # oneDNN's bfloat16 weight gradient of a 3x3x3 convolution over maps 2 voxels deep is uninitialised memory
             # (seen with torch 2.13 on AVX512-BF16; every other depth is right): such maps cost nothing in float32.
             with torch.autocast("cpu", enabled=False):
                 return self(features.float())
-        if not cpu.is_for(features):
-            return super().forward(features)
-        conv, norm = cast(nn.Conv3d, self[0]), cast(nn.InstanceNorm3d, self[1])
-        convolved = cpu.first_convolution(features, conv)
-        if convolved is None:
-            convolved = conv(cpu.laid_out(features, conv.out_channels))
-        return cpu.norm_act(convolved, norm, self.slope)
+        return super().forward(features)
 
 
 class UNetEncoder(Backbone):

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from types import MappingProxyType
-from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -13,11 +12,9 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import LightDecoder, Pointwise
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseHead, Pointwise, decoder_for
 from brainfm.nets.latents import Latents
 from brainfm.objectives.losses import (
-    RECONSTRUCTIONS,
     centred,
     cosine,
     mean_of_valid,
@@ -27,9 +24,9 @@ from brainfm.objectives.losses import (
 )
 from brainfm.objectives.masking import draw_mask, hidden_blocks
 from brainfm.objectives.objective import Objective
-from brainfm.specs import ConfigError, ViewSpec
+from brainfm.objectives.settings import AnatomyPathologySettings
+from brainfm.specs import ViewSpec
 
-_PARTS = MappingProxyType({"anatomy": 0.5, "pathology": 0.3, "free": 0.2})
 _DENSE = MappingProxyType({"anatomy": 32})  # channels of the skip decoder's last map
 
 
@@ -54,8 +51,7 @@ class RegionDecoder(nn.Module):
 
     def __init__(self, channels: int, backbone: Backbone, groups: int) -> None:
         super().__init__()
-        widths = [max(8, width // 2) for width in backbone.widths]
-        self.decoder = LightDecoder(channels, widths, backbone.strides, groups)
+        self.decoder = decoder_for(backbone, groups, latent_channels=channels, narrower=2)
 
     def forward(self, code: Tensor) -> Tensor:
         """[V, E, x, y, z] -> logits [V, K, X, Y, Z]."""
@@ -97,33 +93,21 @@ class AnatomyPathology(Objective):
 
     Args:
         backbone: trained; owned from here on.
-        patch_vox: X, Y, Z.
-        seed: of the masks.
-        parts: of the latent, ``anatomy`` and ``pathology`` among them.
-        latent_channels: of all parts.
-        groups: K, classes of the anatomical label maps; 0 or None where there are none (the trainer fills in what the
-            data have before it builds).
-        volumes: R, regions of the volume table; likewise.
-        mask_unit_vox, mask_ratio: edge length and share of the hidden blocks.
-        region_decoder: who answers with the label map. ``skip``: a decoder with skip connections on the backbone's
+        settings: see AnatomyPathologySettings; ``groups`` and ``volumes`` of None are 0 (the trainer fills in what the
+            data have before it builds). ``region_decoder=skip``: a decoder with skip connections on the backbone's
             maps, which teaches every level where borders are and travels in the file (``dense``, and ``regions`` in
             ``heads``); the anatomy part is asked what share of each of its cells a group has. ``light``: a decoder on
-            the anatomy part alone, which cannot know of borders.
-        regions_on: whether the label map is asked for in the ``visible`` voxels, or in ``all``: a guess in the rest.
-        loss, beta: of the reconstruction of hidden voxels, as in MAE.
-        reconstruction_weight, anatomy_weight, pathology_weight: of the terms; 0 switches a term off.
-        agreement_weight: of 1 - cosine between the anatomy parts of two scans of a subject at one place.
-        centred: whether that looks at codes less what all samples share at a cell (losses.centred), which else
-            satisfies it, beside a floor under their spread, with the same weight.
-        visits: whether the second scan may come from another visit.
+            the anatomy part alone, which cannot know of borders. ``centred`` looks at codes less what all samples share
+            at a cell (losses.centred), which else satisfies the agreement, beside a floor under their spread, with the
+            same weight.
+        patch_vox: X, Y, Z.
+        seed: of the masks.
 
     Source: the winner of SSL3D's ResEnc-L track as described in arXiv 2601.13166: shares .5/.3/.2 and weights
     .7/.15/.15 are theirs. Soft Dice: Milletari et al. 2016 (arXiv 1606.04797), equation 1.
     Differs: label maps or standardised log fractions in place of a cosine to raw volumes, which mostly asks for the
     average brain; lesions in the patch in place of a session's label alone; parts are projections of all levels, not
     slices of the last one.
-    The defaults of region_decoder, regions_on and centred are what files without these keys were trained with; what is
-    recommended stands in configs/.
     Raises: ConfigError for impossible values.
     """
 
@@ -133,74 +117,31 @@ class AnatomyPathology(Objective):
     def __init__(
         self,
         backbone: Backbone,
+        settings: AnatomyPathologySettings,
         *,
         patch_vox: tuple[int, int, int],
         seed: int,
-        parts: Mapping[str, float] = _PARTS,
-        latent_channels: int = 512,
-        groups: int | None = None,
-        volumes: int | None = None,
-        mask_unit_vox: int = 16,
-        mask_ratio: float = 0.75,
-        region_decoder: str = "light",
-        regions_on: str = "all",
-        loss: str = "mse",
-        beta: float = 0.1,
-        reconstruction_weight: float = 0.7,
-        anatomy_weight: float = 0.15,
-        pathology_weight: float = 0.15,
-        agreement_weight: float = 0.0,
-        centred: bool = False,
-        visits: bool = False,
     ) -> None:
-        groups, volumes = groups or 0, volumes or 0
-        config: dict[str, Any] = {
-            "parts": dict(parts),
-            "latent_channels": latent_channels,
-            "groups": groups,
-            "volumes": volumes,
-            "mask_unit_vox": mask_unit_vox,
-            "mask_ratio": mask_ratio,
-            "region_decoder": region_decoder,
-            "regions_on": regions_on,
-            "loss": loss,
-            "beta": beta,
-            "reconstruction_weight": reconstruction_weight,
-            "anatomy_weight": anatomy_weight,
-            "pathology_weight": pathology_weight,
-            "agreement_weight": agreement_weight,
-            "centred": centred,
-            "visits": visits,
-        }
-        weights = {
-            "reconstruction": reconstruction_weight,
-            "anatomy": anatomy_weight,
-            "pathology": pathology_weight,
-            "agreement": agreement_weight,
-        }
-        _check(parts, loss, beta, groups, volumes, weights)
-        _check_regions(region_decoder, regions_on)
+        groups, volumes = settings.groups or 0, settings.volumes or 0
+        settings = replace(settings, groups=groups, volumes=volumes)
         views = ViewSpec(
             patch_vox,
-            pairs=agreement_weight > 0,
-            visits=visits,
-            regions=anatomy_weight > 0 and groups > 0,
-            volumes=anatomy_weight > 0 and volumes > 0,
-            lesions=pathology_weight > 0,
+            pairs=settings.agreement_weight > 0,
+            visits=settings.visits,
+            regions=settings.anatomy_weight > 0 and groups > 0,
+            volumes=settings.anatomy_weight > 0 and volumes > 0,
+            lesions=settings.pathology_weight > 0,
         )
-        super().__init__(backbone, views, seed, config)
-        self.weights = weights
-        hidden_blocks(self.views.patch_vox, mask_unit_vox, mask_ratio)
-        self.mask_unit_vox, self.mask_ratio = mask_unit_vox, mask_ratio
-        self.regions_on, self.centred = regions_on, centred
-        self.loss, self.beta = loss, beta
-        self.latents = Latents(backbone.widths, parts, latent_channels)
-        self.decoder = LightDecoder(latent_channels, backbone.widths, backbone.strides)
+        super().__init__(backbone, views, seed, settings)
+        self.settings, self.weights, self.groups = settings, settings.weights, groups
+        hidden_blocks(self.views.patch_vox, settings.mask_unit_vox, settings.mask_ratio)
+        self.latents = Latents(backbone.widths, settings.parts, settings.latent_channels)
+        self.decoder = decoder_for(backbone, 1, latent_channels=settings.latent_channels)
         sizes = self.latents.sizes
         self.region_decoder: RegionDecoder | None = None
         self.share_head: Pointwise | None = None
         if views.regions:
-            self._add_regions(region_decoder, groups)
+            self._add_regions(settings.region_decoder, groups)
         self.volume_head = VolumeHead(sizes["anatomy"], volumes) if views.volumes else None
         self.pathology_head = PathologyHead(sizes["pathology"]) if views.lesions else None
 
@@ -209,7 +150,7 @@ class AnatomyPathology(Objective):
         if kind == "light":
             self.region_decoder = RegionDecoder(anatomy, self.backbone, groups)
             return
-        self.dense = DenseDecoder(self.backbone.widths, self.backbone.strides, _DENSE)
+        self.dense = decoder_for(self.backbone, _DENSE)
         names = [f"group_{number}" for number in range(groups)]
         self.heads = nn.ModuleDict({"regions": DenseHead("anatomy", _DENSE["anatomy"], names)})
         self.share_head = Pointwise(anatomy, groups)
@@ -245,7 +186,7 @@ class AnatomyPathology(Objective):
         pictures = {"input": image, "masked": image.masked_fill(views.hidden[:count], 0), "self": output}
         if self.views.regions and batch.regions is not None:
             low, width = image.amin(), image.amax() - image.amin()  # onto the grey values of the scans beside it
-            step = width / max(1, int(self.config["groups"]) - 1)
+            step = width / max(1, self.groups - 1)
             logits = self._regions(codes["anatomy"][:count], [level[:count] for level in maps])
             predicted = logits.argmax(dim=1, keepdim=True)
             pictures["regions"] = low + step * batch.regions[:, None].clamp(min=0).float()
@@ -257,12 +198,13 @@ class AnatomyPathology(Objective):
         count = len(batch)
         shape = batch.image.shape[2:]
         every = torch.arange(count, device=device)
-        hidden = draw_mask(batch.sample, shape, self.mask_unit_vox, self.mask_ratio, self.seed, "mask_a", device)
+        unit, ratio = self.settings.mask_unit_vox, self.settings.mask_ratio
+        hidden = draw_mask(batch.sample, shape, unit, ratio, self.seed, "mask_a", device)
         if batch.partner is None or not self.views.pairs:
             return _Views(batch.image.float(), hidden, every, every[:0])
         chosen = torch.arange(count) if batch.paired is None else batch.paired.cpu().nonzero().squeeze(1)
         samples, partners = batch.sample.cpu()[chosen], chosen.to(device, non_blocking=True)
-        second = draw_mask(samples, shape, self.mask_unit_vox, self.mask_ratio, self.seed, "mask_b", device)
+        second = draw_mask(samples, shape, unit, ratio, self.seed, "mask_b", device)
         image = torch.cat([batch.image, batch.partner[partners]]).float()
         return _Views(image, torch.cat([hidden, second]), torch.cat([every, partners]), partners)
 
@@ -274,7 +216,8 @@ class AnatomyPathology(Objective):
 
     def _reconstruction(self, codes: Mapping[str, Tensor], views: _Views) -> Tensor:
         output = self.decoder(torch.cat(list(codes.values()), dim=1))
-        return mean_of_valid(reconstruction(output, views.image, self.loss, self.beta, where=views.hidden))
+        loss, beta = self.settings.loss, self.settings.beta
+        return mean_of_valid(reconstruction(output, views.image, loss, beta, where=views.hidden))
 
     def _regions(self, code: Tensor, maps: Sequence[Tensor]) -> Tensor:
         """Logits [V, K, X, Y, Z] of the groups."""
@@ -291,7 +234,7 @@ class AnatomyPathology(Objective):
         if self.views.regions:
             target = _or_unknown(batch.regions, batch.image)[views.rows]
             mapped = (target >= 0).flatten(1).any(dim=1)
-            if self.regions_on == "visible":
+            if self.settings.regions_on == "visible":
                 target = target.masked_fill(views.hidden[:, 0], -1)
             asked = (target >= 0).flatten(1).any(dim=1)
             terms["regions"] = mean_where(region_errors(self._regions(code, maps), target), asked)
@@ -336,7 +279,7 @@ class AnatomyPathology(Objective):
             return {}
         count = len(anatomy) - len(views.partners)
         pair = anatomy[:count][views.partners], anatomy[count:]
-        if not self.centred:
+        if not self.settings.centred:
             return {"agreement": mean_of_valid(1 - cosine(*pair))}
         pair = centred(*pair)
         return {"agreement": mean_of_valid(1 - cosine(*pair)), "anatomy_floor": spread_floor(*pair)}
@@ -406,29 +349,3 @@ def _or_unknown(values: Tensor | None, image: Tensor) -> Tensor:
     if values is not None:
         return values
     return torch.full((len(image), *image.shape[2:]), -1, dtype=torch.int64, device=image.device)
-
-
-def _check(
-    parts: Mapping[str, float], loss: str, beta: float, groups: int, volumes: int, weights: Mapping[str, float]
-) -> None:
-    if not {"anatomy", "pathology"} <= set(parts):
-        raise ConfigError(f"objective.parts={', '.join(parts)}: anatomy_pathology needs 'anatomy' and 'pathology'")
-    if loss not in RECONSTRUCTIONS:
-        raise ConfigError(f"objective.loss={loss!r}: expected one of {', '.join(RECONSTRUCTIONS)}")
-    if beta <= 0:
-        raise ConfigError(f"objective.beta={beta}: expected more than 0")
-    if groups < 0 or groups == 1 or volumes < 0:
-        raise ConfigError(f"objective.groups={groups}, volumes={volumes}: expected 0, or two groups and one volume on")
-    bad = [name for name, weight in weights.items() if weight < 0]
-    if bad or sum(weights.values()) == 0:
-        key = bad[0] if bad else "reconstruction"
-        raise ConfigError(f"objective.{key}_weight={weights[key]}: expected weights of 0 or more, not all of them 0")
-
-
-def _check_regions(region_decoder: str, regions_on: str) -> None:
-    for key, value, legal in (
-        ("region_decoder", region_decoder, ("skip", "light")),
-        ("regions_on", regions_on, ("visible", "all")),
-    ):
-        if value not in legal:
-            raise ConfigError(f"objective.{key}={value!r}: expected one of {', '.join(legal)}")

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-from typing import Any
-
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F
@@ -11,12 +9,13 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import LightDecoder
+from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Latents
 from brainfm.objectives.losses import mean_of_valid, mean_over_processes, reconstruction
 from brainfm.objectives.masking import draw_mask, hidden_blocks
 from brainfm.objectives.objective import Objective
-from brainfm.specs import ConfigError, ViewSpec
+from brainfm.objectives.settings import MAEContrastiveSettings
+from brainfm.specs import ViewSpec
 
 
 class Projector(nn.Module):
@@ -67,19 +66,9 @@ class MAEContrastive(Objective):
 
     Args:
         backbone: trained; owned from here on.
+        settings: see MAEContrastiveSettings; blocks are hidden apart in both views.
         patch_vox: X, Y, Z.
         seed: of the masks.
-        mask_unit_vox, mask_ratio: edge length and share of the hidden blocks, drawn apart for both views; 0 hides none.
-        loss, beta: of the reconstruction, as in MAE.
-        reconstruction_weight, contrastive_weight: of the terms; 0 leaves a term and its network out.
-        latent_channels: between backbone, decoder and projector.
-        parts: of the latent; the first one is drawn together, all are decoded.
-        temperature: of the contrast.
-        hidden_channels, projected_channels: of the projector.
-        shift: how far the second patch may lie from the first, as a share of its edge.
-        visits: whether the second view may come from another visit.
-        interval_tau_years: a pair that lies t years apart weighs exp(-t / tau); null weighs all alike.
-        queue: how many codes of earlier steps serve as further wrong answers.
 
     Source: SimCLR (arXiv 2002.05709) with the memory of Wang et al. 2020, XBM (arXiv 1912.06798); the sum with masked
     reconstruction as in the SSL3D challenge entries that led on classification (mean of both tasks).
@@ -93,67 +82,26 @@ class MAEContrastive(Objective):
     def __init__(
         self,
         backbone: Backbone,
+        settings: MAEContrastiveSettings,
         *,
         patch_vox: tuple[int, int, int],
         seed: int,
-        mask_unit_vox: int = 4,
-        mask_ratio: float = 0.6,
-        loss: str = "mse",
-        beta: float = 0.1,
-        reconstruction_weight: float = 1.0,
-        contrastive_weight: float = 0.1,
-        latent_channels: int = 512,
-        parts: dict[str, float] | None = None,
-        temperature: float = 0.1,
-        hidden_channels: int = 512,
-        projected_channels: int = 128,
-        shift: float = 0.25,
-        visits: bool = False,
-        interval_tau_years: float | None = None,
-        queue: int = 1024,
     ) -> None:
-        parts = dict(parts) if parts else {"all": 1.0}
-        config: dict[str, Any] = {
-            "mask_unit_vox": mask_unit_vox,
-            "mask_ratio": mask_ratio,
-            "loss": loss,
-            "beta": beta,
-            "reconstruction_weight": reconstruction_weight,
-            "contrastive_weight": contrastive_weight,
-            "latent_channels": latent_channels,
-            "parts": parts,
-            "temperature": temperature,
-            "hidden_channels": hidden_channels,
-            "projected_channels": projected_channels,
-            "shift": shift,
-            "visits": visits,
-            "interval_tau_years": interval_tau_years,
-            "queue": queue,
-        }
-        super().__init__(backbone, ViewSpec(patch_vox, pairs=True, visits=visits, shift=shift), seed, config)
-        if mask_ratio:
-            hidden_blocks(self.views.patch_vox, mask_unit_vox, mask_ratio)
-        elif reconstruction_weight:
-            raise ConfigError("objective.mask_ratio=0: nothing is hidden, so there is nothing to reconstruct")
-        if temperature <= 0 or queue < 0 or (interval_tau_years is not None and interval_tau_years <= 0):
-            raise ConfigError(
-                f"objective.temperature={temperature}, queue={queue}, interval_tau_years={interval_tau_years}: "
-                "expected temperature > 0, queue >= 0 and null or more than 0 years"
-            )
-        if min(reconstruction_weight, contrastive_weight) < 0 or contrastive_weight == 0:
-            raise ConfigError("objective.contrastive_weight: expected more than 0, and reconstruction_weight 0 or more")
-        self.mask_unit_vox, self.mask_ratio = mask_unit_vox, mask_ratio
-        self.loss, self.beta = loss, beta
-        self.weights = {"hidden": reconstruction_weight, "contrast": contrastive_weight}
-        self.temperature, self.tau = temperature, interval_tau_years
-        self.latents = Latents(backbone.widths, parts, latent_channels)
-        self.part = next(iter(parts))
-        self.decoder = (
-            LightDecoder(latent_channels, backbone.widths, backbone.strides) if reconstruction_weight else None
-        )
-        self.projector = Projector(self.latents.sizes[self.part], hidden_channels, projected_channels)
-        self.register_buffer("queue_codes", torch.zeros(queue, projected_channels))
-        self.register_buffer("queue_subjects", torch.full((queue,), -1, dtype=torch.int64))
+        views = ViewSpec(patch_vox, pairs=True, visits=settings.visits, shift=settings.shift)
+        super().__init__(backbone, views, seed, settings)
+        self.settings = settings
+        if settings.mask_ratio:
+            hidden_blocks(self.views.patch_vox, settings.mask_unit_vox, settings.mask_ratio)
+        self.weights = {"hidden": settings.reconstruction_weight, "contrast": settings.contrastive_weight}
+        channels = settings.latent_channels
+        self.latents = Latents(backbone.widths, settings.parts, channels)
+        self.part = next(iter(settings.parts))
+        decoded = settings.reconstruction_weight > 0
+        self.decoder = decoder_for(backbone, 1, latent_channels=channels) if decoded else None
+        projected = settings.projected_channels
+        self.projector = Projector(self.latents.sizes[self.part], settings.hidden_channels, projected)
+        self.register_buffer("queue_codes", torch.zeros(settings.queue, projected))
+        self.register_buffer("queue_subjects", torch.full((settings.queue,), -1, dtype=torch.int64))
         self.register_buffer("queue_next", torch.zeros((), dtype=torch.int64))
 
     queue_codes: Tensor
@@ -168,7 +116,8 @@ class MAEContrastive(Objective):
         if self.decoder is not None:
             assert hidden is not None
             output = self.decoder(torch.cat(list(codes.values()), dim=1))
-            parts["hidden"] = mean_of_valid(reconstruction(output, views, self.loss, self.beta, where=hidden))
+            loss, beta = self.settings.loss, self.settings.beta
+            parts["hidden"] = mean_of_valid(reconstruction(output, views, loss, beta, where=hidden))
         parts["contrast"], rank1 = self._contrast(codes[self.part], batch)
         total = torch.stack([self.weights[name] * part for name, part in parts.items()]).sum()
         return Terms(total, {name: part.detach() for name, part in parts.items()} | {"rank1": rank1})
@@ -192,11 +141,11 @@ class MAEContrastive(Objective):
         """Both views of all samples [2B, 1, X, Y, Z], the first ones first, and what is hidden of them."""
         partner = batch.image if batch.partner is None else batch.partner
         views = torch.cat([batch.image, partner]).float()
-        if not self.mask_ratio:
+        unit, ratio, shape = self.settings.mask_unit_vox, self.settings.mask_ratio, views.shape[2:]
+        if not ratio:
             return views, None
-        shape = views.shape[2:]
         hidden = [
-            draw_mask(batch.sample, shape, self.mask_unit_vox, self.mask_ratio, self.seed, purpose, views.device)
+            draw_mask(batch.sample, shape, unit, ratio, self.seed, purpose, views.device)
             for purpose in ("mask_a", "mask_b")
         ]
         return views, torch.cat(hidden)
@@ -220,7 +169,7 @@ class MAEContrastive(Objective):
             torch.cat([subjects, subjects]),
             torch.cat([whose, self.queue_subjects]),
             partner,
-            self.temperature,
+            self.settings.temperature,
         )
         weight = self._weight(batch)
         loss = mean_over_processes((losses * torch.cat([weight, weight])).sum(), 2 * weight.sum())
@@ -233,9 +182,10 @@ class MAEContrastive(Objective):
 
     def _weight(self, batch: Batch) -> Tensor:
         """[B], 1 within a visit and where the interval is not known."""
-        if self.tau is None or batch.interval_years is None:
+        tau = self.settings.interval_tau_years
+        if tau is None or batch.interval_years is None:
             return torch.ones(len(batch), device=batch.image.device)
-        return torch.exp(-batch.interval_years.abs().nan_to_num(0.0) / self.tau)
+        return torch.exp(-batch.interval_years.abs().nan_to_num(0.0) / tau)
 
     def _remember(self, keys: Tensor, whose: Tensor) -> None:
         size = len(self.queue_codes)
@@ -249,7 +199,7 @@ class MAEContrastive(Objective):
 
 
 class Contrastive(MAEContrastive):
-    """The contrast alone, unless its configuration says otherwise; see MAEContrastive."""
+    """The contrast alone, unless its settings say otherwise; see MAEContrastive."""
 
     name = "contrastive"
 

@@ -4,14 +4,13 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from types import MappingProxyType
 
 import torch
 from torch import Tensor
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import LightDecoder
+from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Code, Latents, draw_noise
 from brainfm.objectives.losses import (
     centred,
@@ -24,9 +23,8 @@ from brainfm.objectives.losses import (
 )
 from brainfm.objectives.masking import draw_mask, hidden_blocks
 from brainfm.objectives.objective import Objective
-from brainfm.specs import ConfigError, ViewSpec
-
-_HALVES = MappingProxyType({"anatomy": 0.5, "contrast": 0.5})
+from brainfm.objectives.settings import CrossContrastSettings
+from brainfm.specs import ViewSpec
 
 
 @dataclass(frozen=True)
@@ -61,33 +59,16 @@ class CrossContrast(Objective):
     Parts beside ``anatomy`` and ``contrast`` travel with the contrast and meet no term but the KL.
 
     The published agreement and separation are cosines of sampled codes, as they are: noise satisfies the second, a
-    large vector that all codes share the first. ``terms_on=means`` and ``centred`` close these ways. The defaults here
-    are the published ones, which files without the keys were trained with; what is recommended stands in configs/.
+    large vector that all codes share the first. ``terms_on=means`` and ``centred`` close these ways.
 
     Args:
         backbone: trained; owned from here on.
+        settings: see CrossContrastSettings. ``terms_on=means`` looks at what is used later; ``centred`` at codes less
+            what all samples share at a cell (losses.centred), each beside a floor under the spread of its part, with
+            the same weight: two pairs a step, or more, make the most of it. ``swap=published`` pairs D[A, C_b] -> a and
+            D[A, C_a] -> b. Of a pair from two visits with the same contrast the anatomy alone counts.
         patch_vox: X, Y, Z.
         seed: of masks and latent noise.
-        parts: of the latent, ``anatomy`` and ``contrast`` among them.
-        latent_channels: of all parts.
-        variational: sample the latents while training, and use the KL term.
-        logvar_start: where the log variances begin; null for about 0 (see Latents).
-        terms_on: whether agreement and separation look at the ``means`` of the codes, which are what is used later, or
-            at their ``samples``.
-        centred: whether both look at codes less what all samples share at a cell (losses.centred), each beside a
-            floor under the spread of its part, with the same weight. Two pairs a step, or more, make the most of it.
-        mask_unit_vox, mask_ratio: edge length and share of the hidden blocks.
-        loss_on: ``all`` voxels of a target or the ``hidden`` ones.
-        beta: of the smooth L1, in units of the standardised intensity.
-        swap: ``standard``, or ``published``: the cross terms then pair a target with the contrast of the OTHER scan,
-            D[A, C_b] -> a and D[A, C_a] -> b.
-        anatomy_from: in the cross terms: of the ``other`` scan or the ``mean`` of both; null for ``other`` with the
-            standard swap and ``mean`` with the published one.
-        self_weight, cross_weight, agreement_weight, separation_weight, kl_weight: of the terms.
-        separation_floor: cosine below which contrast codes are far enough apart; -1 pushes for ever, as published.
-        kl_ramp: share of the run over which the KL weight grows from 0.
-        visits: whether the second scan may come from another visit: of the same contrast it is a pair for the anatomy
-            alone.
 
     Source: github.com/jbanusco/fomo25 at de35782, src/models/self_supervised_crosspatch.py (arXiv 2601.13166).
     Differs: samples with one scan, and repeats of one contrast, are not pushed apart from themselves; the cross terms
@@ -101,71 +82,28 @@ class CrossContrast(Objective):
     def __init__(
         self,
         backbone: Backbone,
+        settings: CrossContrastSettings,
         *,
         patch_vox: tuple[int, int, int],
         seed: int,
-        parts: Mapping[str, float] = _HALVES,
-        latent_channels: int = 512,
-        variational: bool = True,
-        logvar_start: float | None = None,
-        terms_on: str = "samples",
-        centred: bool = False,
-        mask_unit_vox: int = 4,
-        mask_ratio: float = 0.2,
-        loss_on: str = "all",
-        beta: float = 0.1,
-        swap: str = "standard",
-        anatomy_from: str | None = None,
-        self_weight: float = 3.0,
-        cross_weight: float = 1.0,
-        agreement_weight: float = 0.5,
-        separation_weight: float = 0.5,
-        separation_floor: float = -1.0,
-        kl_weight: float = 0.001,
-        kl_ramp: float = 0.1,
-        visits: bool = False,
     ) -> None:
-        config = {
-            "parts": dict(parts),
-            "latent_channels": latent_channels,
-            "variational": variational,
-            "logvar_start": logvar_start,
-            "terms_on": terms_on,
-            "centred": centred,
-            "mask_unit_vox": mask_unit_vox,
-            "mask_ratio": mask_ratio,
-            "loss_on": loss_on,
-            "beta": beta,
-            "swap": swap,
-            "anatomy_from": anatomy_from,
-            "self_weight": self_weight,
-            "cross_weight": cross_weight,
-            "agreement_weight": agreement_weight,
-            "separation_weight": separation_weight,
-            "separation_floor": separation_floor,
-            "kl_weight": kl_weight,
-            "kl_ramp": kl_ramp,
-            "visits": visits,
-        }
-        super().__init__(backbone, ViewSpec(patch_vox=patch_vox, pairs=True, visits=visits), seed, config)
-        hidden_blocks(self.views.patch_vox, mask_unit_vox, mask_ratio)
-        _check(parts, loss_on, beta, swap, anatomy_from, terms_on)
-        self.mask_unit_vox, self.mask_ratio = mask_unit_vox, mask_ratio
-        self.loss_on, self.beta, self.swap = loss_on, beta, swap
-        self.anatomy_from = anatomy_from or ("mean" if swap == "published" else "other")
-        self.separation_floor, self.kl_ramp = separation_floor, kl_ramp
-        self.terms_on, self.centred = terms_on, centred
+        super().__init__(backbone, ViewSpec(patch_vox=patch_vox, pairs=True, visits=settings.visits), seed, settings)
+        self.settings = settings
+        hidden_blocks(self.views.patch_vox, settings.mask_unit_vox, settings.mask_ratio)
+        self.anatomy_from = settings.anatomy_from or ("mean" if settings.swap == "published" else "other")
         self.weights = {
-            "self": self_weight,
-            "cross": cross_weight,
-            "agreement": agreement_weight,
-            "separation": separation_weight,
-            "anatomy_floor": agreement_weight,
-            "contrast_floor": separation_weight,
-            "kl": kl_weight,
+            "self": settings.self_weight,
+            "cross": settings.cross_weight,
+            "agreement": settings.agreement_weight,
+            "separation": settings.separation_weight,
+            "anatomy_floor": settings.agreement_weight,
+            "contrast_floor": settings.separation_weight,
+            "kl": settings.kl_weight,
         }
-        self.latents = Latents(backbone.widths, parts, latent_channels, variational, logvar_start)
-        self.decoder = LightDecoder(latent_channels, backbone.widths, backbone.strides)
+        self.latents = Latents(
+            backbone.widths, settings.parts, settings.latent_channels, settings.variational, settings.logvar_start
+        )
+        self.decoder = decoder_for(backbone, 1, latent_channels=settings.latent_channels)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
         """The weighted sum; parts ``self``, ``cross``, ``agreement``, ``separation``, ``kl``, unweighted, and with
@@ -179,7 +117,7 @@ class CrossContrast(Objective):
         values = self.latents.sample(codes, self._noise(batch, scans, codes) if self._noisy() else None)
         outputs = self._decode(values, scans)
         parts = self._terms(scans, codes, values, outputs)
-        weights = self.weights | {"kl": self.weights["kl"] * ramp(progress, self.kl_ramp)}
+        weights = self.weights | {"kl": self.weights["kl"] * ramp(progress, self.settings.kl_ramp)}
         total = torch.stack([weights[name] * part for name, part in parts.items()]).sum()
         return Terms(total, {name: part.detach() for name, part in parts.items()})
 
@@ -217,8 +155,8 @@ class CrossContrast(Objective):
         )
 
     def _hidden(self, batch: Batch, samples: Tensor, purpose: str) -> Tensor:
-        shape = batch.image.shape[2:]
-        return draw_mask(samples, shape, self.mask_unit_vox, self.mask_ratio, self.seed, purpose, batch.image.device)
+        unit, ratio = self.settings.mask_unit_vox, self.settings.mask_ratio
+        return draw_mask(samples, batch.image.shape[2:], unit, ratio, self.seed, purpose, batch.image.device)
 
     def _encode(self, scans: _Scans) -> dict[str, Code]:
         """Codes of [B + P] scans, the a first, in one pass."""
@@ -243,7 +181,7 @@ class CrossContrast(Objective):
         anatomy_for_a, anatomy_for_b = b["anatomy"], a["anatomy"]
         if self.anatomy_from == "mean":
             anatomy_for_a = anatomy_for_b = (a["anatomy"] + b["anatomy"]) / 2
-        rest_for_a, rest_for_b = (a, b) if self.swap == "standard" else (b, a)
+        rest_for_a, rest_for_b = (a, b) if self.settings.swap == "standard" else (b, a)
         latents = torch.cat(
             [
                 _join(every_a["anatomy"], every_a),
@@ -259,21 +197,21 @@ class CrossContrast(Objective):
         self, scans: _Scans, codes: Mapping[str, Code], values: Mapping[str, Tensor], outputs: _Outputs
     ) -> dict[str, Tensor]:
         count, rows = len(scans.a), scans.rows
-        on_hidden = self.loss_on == "hidden"
+        on_hidden = self.settings.loss_on == "hidden"
         hidden_a, hidden_b = (scans.hidden_a, scans.hidden_b) if on_hidden else (None, None)
         hidden_pa = scans.hidden_a[rows] if on_hidden else None
 
         def error(output: Tensor, target: Tensor, where: Tensor | None) -> Tensor:
-            return mean_of_valid(reconstruction(output, target, "smooth_l1", self.beta, where))
+            return mean_of_valid(reconstruction(output, target, "smooth_l1", self.settings.beta, where))
 
         a, b = scans.a, scans.b
-        looked_at = values if self.terms_on == "samples" else {name: code.mean for name, code in codes.items()}
+        looked_at = values if self.settings.terms_on == "samples" else {name: code.mean for name, code in codes.items()}
         pairs = {name: (looked_at[name][:count][rows], looked_at[name][count:]) for name in ("anatomy", "contrast")}
         floors = {}
-        if self.centred:
+        if self.settings.centred:
             pairs = {name: centred(*pair) for name, pair in pairs.items()}
             floors = {f"{name}_floor": spread_floor(*pair) for name, pair in pairs.items()}
-        apart = cosine(*pairs["contrast"])[scans.differing].clamp(min=self.separation_floor)
+        apart = cosine(*pairs["contrast"])[scans.differing].clamp(min=self.settings.separation_floor)
         divergences = torch.stack([kl_to_standard_normal(code) for code in codes.values()]).sum(dim=0)
         return {
             "self": error(outputs.self_a, a, hidden_a) + error(outputs.self_b, b, hidden_b),
@@ -288,27 +226,3 @@ class CrossContrast(Objective):
 def _join(anatomy: Tensor, rest: Mapping[str, Tensor]) -> Tensor:
     """A latent [V, E, X, Y, Z] of one scan's anatomy and another's other parts, in the order of the parts."""
     return torch.cat([anatomy if name == "anatomy" else value for name, value in rest.items()], dim=1)
-
-
-def _check(
-    parts: Mapping[str, float], loss_on: str, beta: float, swap: str, anatomy_from: str | None, terms_on: str
-) -> None:
-    if not {"anatomy", "contrast"} <= set(parts):
-        raise ConfigError(f"objective.parts={', '.join(parts)}: cross_contrast needs 'anatomy' and 'contrast'")
-    choices = (
-        ("loss_on", loss_on, ("all", "hidden")),
-        ("terms_on", terms_on, ("means", "samples")),
-        ("swap", swap, ("standard", "published")),
-        ("anatomy_from", anatomy_from, (None, "other", "mean")),
-    )
-    for key, value, legal in choices:
-        if value not in legal:
-            words = ", ".join("null" if v is None else str(v) for v in legal)
-            raise ConfigError(f"objective.{key}={value!r}: expected one of {words}")
-    if beta <= 0:
-        raise ConfigError(f"objective.beta={beta}: expected more than 0")
-    if swap == "published" and anatomy_from == "other":
-        raise ConfigError(
-            "objective.anatomy_from=other: with swap=published a cross term would be the other scan's own code asked "
-            "for this scan; expected 'mean'"
-        )

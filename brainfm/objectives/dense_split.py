@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from types import MappingProxyType
-from typing import Any
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 
 import torch
 import torch.nn.functional as F
@@ -13,14 +11,14 @@ from torch import Tensor, nn
 
 from brainfm import seeds
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import Pointwise
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead, Pointwise, decoder_for
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import Objective
-from brainfm.specs import ConfigError, ViewSpec
+from brainfm.objectives.settings import DenseSplitSettings
+from brainfm.specs import ViewSpec
 
-_PARTS = MappingProxyType({"anatomy": 32, "pathology": 8, "free": 8})
 _MIRRORED_MM = 8.0  # of a place's mirror image that is no wrong answer
 _ON_FLOOR = 1e-3  # a voxel this near to the smallest value is air
 
@@ -97,20 +95,12 @@ class DenseSplit(Objective):
 
     Args:
         backbone: trained; owned from here on.
+        settings: see DenseSplitSettings; ``classes``, ``merged`` and ``volumes`` of None are none (the trainer fills in
+            what the data have), ``merged`` holds the places of a merged label's classes. Every ``stride``-th voxel
+            along each axis is what (a), (c) and (d) look at, from a random phase in every sample: neighbours say much
+            the same, and a CPU has little time.
         patch_vox: X, Y, Z.
         seed: of masks and of the voxels that are matched.
-        parts: channels of the dense decoder's parts, ``anatomy`` and ``pathology`` among them.
-        code: numbers of a contrast code.
-        classes: names of the fine classes; None where there is no label map (the trainer fills in what the data have).
-        merged: for each merged label the places of its classes.
-        volumes: R, regions of the volume vector, or None.
-        mask_unit_vox, mask_ratio, mask_share: edge of a hidden block, share of the blocks, share of the views.
-        stride: every how manyth voxel along each axis (a), (c) and (d) look at, from a random phase in every sample:
-            neighbours say much the same, and a CPU has little time.
-        points: voxels of a pair that are matched; 0: none.
-        temperature: of (b).
-        apart_mm: nearer voxels are no wrong answers.
-        *_weight: of the terms; 0 switches a term off.
 
     Source: SynthSeg (arXiv 2107.09559) for (a), anatomix (arXiv 2411.02372) and supervised InfoNCE (van den Oord et al.
     2018, arXiv 1807.03748) for (b), FOMO25's winner (arXiv 2601.13166) for (c), the SSL3D winner's idea for (d).
@@ -125,57 +115,30 @@ class DenseSplit(Objective):
     def __init__(
         self,
         backbone: Backbone,
+        settings: DenseSplitSettings,
         *,
         patch_vox: tuple[int, int, int],
         seed: int,
-        parts: Mapping[str, int] = _PARTS,
-        code: int = 12,
-        classes: Sequence[str] | None = None,
-        merged: Sequence[Sequence[int]] | None = None,
-        volumes: int | None = None,
-        mask_unit_vox: int = 8,
-        mask_ratio: float = 0.3,
-        mask_share: float = 0.5,
-        stride: int = 1,
-        points: int = 256,
-        temperature: float = 0.1,
-        apart_mm: float = 8.0,
-        regions_weight: float = 1.0,
-        match_weight: float = 0.2,
-        self_weight: float = 0.5,
-        cross_weight: float = 0.5,
-        lesion_weight: float = 0.3,
-        volumes_weight: float = 0.1,
     ) -> None:
-        weights = {
-            "regions": regions_weight, "match": match_weight, "self": self_weight, "cross": cross_weight,
-            "lesion": lesion_weight, "volumes": volumes_weight,
-        }  # fmt: skip
-        config: dict[str, Any] = {
-            "parts": dict(parts), "code": code, "classes": list(classes or ()),
-            "merged": [list(of) for of in merged or ()], "volumes": volumes or 0, "mask_unit_vox": mask_unit_vox,
-            "mask_ratio": mask_ratio, "mask_share": mask_share, "stride": stride, "points": points,
-            "temperature": temperature, "apart_mm": apart_mm,
-            **{f"{name}_weight": weight for name, weight in weights.items()},
-        }  # fmt: skip
-        _check(parts, code, points, temperature, mask_share, weights)
+        classes, merged, volumes = settings.classes or (), settings.merged or (), settings.volumes or 0
+        settings = replace(settings, classes=classes, merged=merged, volumes=volumes)
+        stride, parts = settings.stride, settings.parts
         if stride < 1 or any(edge % stride for edge in patch_vox):
             raise ConfigError(f"objective.stride={stride}: expected a divisor of every edge of the patch {patch_vox}")
+        lesions = settings.lesion_weight > 0
         views = ViewSpec(
-            patch_vox, pairs=True, regions=bool(classes), volumes=bool(volumes), lesions=lesion_weight > 0, windows=True
+            patch_vox, pairs=True, regions=bool(classes), volumes=bool(volumes), lesions=lesions, windows=True
         )
-        super().__init__(backbone, views, seed, config)
-        self.weights, self.temperature, self.apart_mm, self.points = weights, temperature, apart_mm, points
-        self.stride = stride
-        self.mask = (mask_unit_vox, mask_ratio, mask_share)
-        self.merged = [list(of) for of in merged or ()]
-        self.dense = DenseDecoder(backbone.widths, backbone.strides, parts)
+        super().__init__(backbone, views, seed, settings)
+        self.settings, self.weights, self.stride, self.classes = settings, settings.weights, stride, classes
+        self.merged = [list(of) for of in merged]
+        self.dense = decoder_for(backbone, parts)
         heads: dict[str, nn.Module] = {"lesion": DenseHead("pathology", parts["pathology"], ("lesion",))}
         if classes:
-            heads["regions"] = DenseHead("anatomy", parts["anatomy"], tuple(classes))
+            heads["regions"] = DenseHead("anatomy", parts["anatomy"], classes)
         self.heads = nn.ModuleDict(heads)
-        self.code = ContrastCode(sum(parts.values()), code)
-        self.recolour = Recolour(parts["anatomy"], code)
+        self.code = ContrastCode(sum(parts.values()), settings.code)
+        self.recolour = Recolour(parts["anatomy"], settings.code)
         self.volume_head = nn.Linear(2 * backbone.widths[-1], volumes) if volumes else None
 
     def forward(self, batch: Batch, progress: float) -> Terms:
@@ -191,7 +154,7 @@ class DenseSplit(Objective):
         parts: dict[str, Tensor] = {}
         if "regions" in self.heads and self.weights["regions"]:
             parts["regions"] = region_errors(self.heads["regions"](split["anatomy"]), some.regions, self.merged)
-        if self.weights["match"] and self.points:
+        if self.weights["match"] and self.settings.points:
             parts["match"], right = self._match(features, views, batch)
         if self.weights["self"] or self.weights["cross"]:
             parts["self"], parts["cross"] = self._recolour(dense, split["anatomy"], some)
@@ -236,7 +199,7 @@ class DenseSplit(Objective):
             "cross": self.recolour(anatomy[:count], codes[count:]).float(),
         }  # fmt: skip
         if "regions" in self.heads:
-            low, step = image.amin(), (image.amax() - image.amin()) / max(1, len(self.config["classes"]) - 1)
+            low, step = image.amin(), (image.amax() - image.amin()) / max(1, len(self.classes) - 1)
             predicted = self.heads["regions"](anatomy[:count]).argmax(dim=1, keepdim=True)
             pictures["regions"] = low + step * views.regions[:count, None].clamp(min=0).float()
             pictures["predicted"] = low + step * predicted.float()
@@ -247,7 +210,7 @@ class DenseSplit(Objective):
     def _views(self, batch: Batch) -> _Views:
         image = batch.image if batch.partner is None else torch.cat([batch.image, batch.partner])
         device, shape, times = image.device, image.shape[2:], len(image) // len(batch)
-        unit, ratio, share = self.mask
+        unit, ratio, share = self.settings.mask_unit_vox, self.settings.mask_ratio, self.settings.mask_share
         hidden = []
         for purpose in ("mask_a", "mask_b")[:times]:
             drawn = draw_mask(batch.sample, shape, unit, ratio, self.seed, purpose, device)
@@ -297,14 +260,15 @@ class DenseSplit(Objective):
         for b, number in enumerate(batch.sample.tolist()):
             corners, voxel_mm = views.corners[b], 1.0 if batch.voxel_mm is None else float(batch.voxel_mm[b])
             generator = seeds.torch_stream(self.seed, "points", number, device=features.device)
-            one, other = overlap_points(views.image[b, 0], views.regions[b], corners, self.points, generator)
+            one, other = overlap_points(views.image[b, 0], views.regions[b], corners, self.settings.points, generator)
             codes = []
             for view, voxels in ((b, one), (count + b, other)):
                 at = features[view].flatten(1)[:, flat_index(voxels, shape)]
                 codes.append(self.dense.split(self.dense.out(at[None, :, :, None, None]))["anatomy"][0, :, :, 0, 0].t())
             loss, right = matching_errors(
                 codes[0], codes[1], views.regions[b].flatten()[flat_index(one, shape)], one.float() * voxel_mm,
-                temperature=self.temperature, apart_mm=self.apart_mm, width_mm=(shape[0] - 1) * voxel_mm,
+                temperature=self.settings.temperature, apart_mm=self.settings.apart_mm,
+                width_mm=(shape[0] - 1) * voxel_mm,
             )  # fmt: skip
             losses.append(loss)
             rights.append(right)
@@ -486,28 +450,3 @@ def lesion_errors(logits: Tensor, target: Tensor) -> Tensor:
     p = logits.sigmoid().flatten(1) * known.flatten(1)
     dice = (2 * (p * ill).sum(dim=1) + 1) / (p.sum(dim=1) + ill.sum(dim=1) + 1)
     return torch.where(shown, (on_ill + on_well) / 2 + (1 - dice), on_well)
-
-
-def _check(
-    parts: Mapping[str, int],
-    code: int,
-    points: int,
-    temperature: float,
-    mask_share: float,
-    weights: Mapping[str, float],
-) -> None:
-    if not {"anatomy", "pathology"} <= set(parts) or sum(parts.values()) < 48 or parts["anatomy"] < 32:
-        raise ConfigError(
-            f"objective.parts={dict(parts)}: expected anatomy with 32 channels or more, pathology, and 48 in all"
-        )
-    if not 1 <= code <= 16:
-        raise ConfigError(f"objective.code={code}: expected 1 to 16 numbers for a contrast")
-    if points < 0 or temperature <= 0 or not 0 <= mask_share <= 1:
-        raise ConfigError(
-            f"objective.points={points}, temperature={temperature}, mask_share={mask_share}: expected points from 0, a "
-            "temperature above 0 and a share from 0 to 1"
-        )
-    bad = [name for name, weight in weights.items() if weight < 0]
-    if bad or sum(weights.values()) == 0:
-        key = bad[0] if bad else "regions"
-        raise ConfigError(f"objective.{key}_weight={weights[key]}: expected weights of 0 or more, not all of them 0")

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from brainfm import seeds
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 
 def hidden_blocks(patch_vox: Sequence[int], unit_vox: int, ratio: float) -> tuple[tuple[int, int, int], int]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import inspect
 from abc import ABC, abstractmethod
 from typing import Any, ClassVar
 
@@ -11,18 +10,11 @@ from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.dense import DenseDecoder
+from brainfm.nets.cpu import swap_in
+from brainfm.nets.decoders import DenseDecoder
 from brainfm.nets.latents import Latents
-from brainfm.specs import ConfigError, ViewSpec
-
-OBJECTIVES: dict[str, tuple[str, str]] = {
-    "mae": ("brainfm.objectives.mae", "MAE"),
-    "cross_contrast": ("brainfm.objectives.cross_contrast", "CrossContrast"),
-    "anatomy_pathology": ("brainfm.objectives.anatomy_pathology", "AnatomyPathology"),
-    "contrastive": ("brainfm.objectives.contrastive", "Contrastive"),
-    "dense_split": ("brainfm.objectives.dense_split", "DenseSplit"),
-    "mae+contrastive": ("brainfm.objectives.contrastive", "MAEContrastive"),
-}
+from brainfm.objectives.settings import OBJECTIVES, ObjectiveSettings, settings_of
+from brainfm.specs import ViewSpec
 
 
 class Objective(nn.Module, ABC):
@@ -31,7 +23,7 @@ class Objective(nn.Module, ABC):
     Attributes:
         name: what build_objective calls it.
         views: what the loader must supply.
-        config: its settings, complete, JSON-able; with the name they make the same objective again.
+        config: its settings as a file holds them; with the name they make the same objective again.
         seed: of the draws; each is a function of (seed, purpose, the sample's number).
         latents: between backbone and whatever answers; None where nothing lies between.
         dense: a skip decoder that is trained with the backbone and travels in its file; None for most.
@@ -43,13 +35,13 @@ class Objective(nn.Module, ABC):
     dense: DenseDecoder | None
     heads: nn.ModuleDict | None
 
-    def __init__(self, backbone: Backbone, views: ViewSpec, seed: int, config: dict[str, Any]) -> None:
+    def __init__(self, backbone: Backbone, views: ViewSpec, seed: int, settings: ObjectiveSettings) -> None:
         super().__init__()
         backbone.check_patch(views.patch_vox)
         self.backbone = backbone
         self.views = views
         self.seed = seed
-        self.config = config
+        self.config = settings.config
         self.latents = self.dense = self.heads = None  # not on the class, where None would hide a module of that name
 
     @abstractmethod
@@ -81,28 +73,21 @@ class Objective(nn.Module, ABC):
 def build_objective(
     name: str, backbone: Backbone, *, patch_vox: tuple[int, int, int], seed: int, **config: Any
 ) -> Objective:
-    """The objective of this name around ``backbone``, which it owns from then on.
+    """The objective of this name, with these settings as a file holds them.
 
     Raises: ConfigError where the name or a key is unknown, a value impossible, or the patch does not fit.
     """
-    legal = settings(name)
-    unknown = sorted(set(config) - set(legal))
-    if unknown:
-        raise ConfigError(f"unknown key {', '.join(unknown)} for objective {name}, expected {', '.join(sorted(legal))}")
-    return _find(name)(backbone, patch_vox=patch_vox, seed=seed, **config)
+    return make_objective(settings_of(name, config), backbone, patch_vox=patch_vox, seed=seed)
 
 
-def settings(name: str) -> dict[str, Any]:
-    """The keys of an objective with their defaults.
+def make_objective(
+    settings: ObjectiveSettings, backbone: Backbone, *, patch_vox: tuple[int, int, int], seed: int
+) -> Objective:
+    """The objective around ``backbone``, which it owns from then on, with the layers of a CPU.
 
-    Raises: ConfigError where the name is unknown.
+    Raises: ConfigError where the patch does not fit.
     """
-    own = ("self", "backbone", "patch_vox", "seed")
-    return {k: p.default for k, p in inspect.signature(_find(name).__init__).parameters.items() if k not in own}
-
-
-def _find(name: str) -> Any:
-    if name not in OBJECTIVES:
-        raise ConfigError(f"unknown objective {name!r}, expected one of {', '.join(sorted(OBJECTIVES))}")
-    module, kind = OBJECTIVES[name]
-    return getattr(importlib.import_module(module), kind)
+    module, kind = OBJECTIVES[settings.name][1].split(":")
+    find = getattr(importlib.import_module(module), kind)
+    made: Objective = swap_in(find(backbone, settings, patch_vox=patch_vox, seed=seed))
+    return made

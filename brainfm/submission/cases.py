@@ -8,8 +8,8 @@ from pathlib import Path
 
 import numpy as np
 
+from brainfm.errors import ConfigError
 from brainfm.imaging import nifti
-from brainfm.specs import ConfigError
 from brainfm.submission.challenge import ChallengeTask, Input
 from brainfm.submission.convert import input_of
 from brainfm.volume import Volume

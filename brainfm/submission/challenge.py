@@ -11,7 +11,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 KINDS = ("classification", "segmentation", "regression", "embedding")
 ENDINGS = {"classification": ".txt", "segmentation": ".nii.gz", "regression": ".txt", "embedding": ".npy"}

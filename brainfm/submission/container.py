@@ -19,9 +19,10 @@ from pathlib import Path
 import numpy as np
 
 from brainfm import __version__
+from brainfm.errors import BundleError, ConfigError
 from brainfm.files import write_whole
-from brainfm.nets.weights import load_backbone
-from brainfm.specs import BundleError, ConfigError, TaskSpec
+from brainfm.nets.backbone_file import load_backbone
+from brainfm.specs import TaskSpec
 from brainfm.submission.challenge import ChallengeTask
 from brainfm.submission.predict import BACKBONE, BUNDLE, SCALE, SETTINGS, TASK, AppSettings
 from brainfm.tasks.bundle import read_bundle

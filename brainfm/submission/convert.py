@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 
 from brainfm.data.manifest import Scan, contrast_of, write_left_out, write_manifest
+from brainfm.errors import ManifestError, ScanError
 from brainfm.imaging import nifti
 from brainfm.imaging.nifti import FileGrid
-from brainfm.specs import ManifestError, ScanError
 from brainfm.submission.challenge import ChallengeTask, Input
 
 SCANS, LABELS = "preprocessed", "labels"

@@ -13,9 +13,9 @@ from typing import Any
 import numpy as np
 from scipy.stats import rankdata
 
+from brainfm.scoring import answers as scores
+from brainfm.scoring import masks
 from brainfm.submission.challenge import LOWER_IS_BETTER, Challenge, ChallengeTask
-from brainfm.tasks import metrics as masks
-from brainfm.tasks import scores
 
 WORST_MAE, WORST_CORRELATION = 100.0, -100.0
 TOLERANCE_MM = 1.0

@@ -22,7 +22,7 @@ from typing import Any, NoReturn
 
 import numpy as np
 
-from brainfm.specs import BrainfmError, BrainfmWarning, BundleError, ConfigError, ScanError
+from brainfm.errors import BrainfmError, BrainfmWarning, BundleError, ConfigError, ScanError
 from brainfm.submission.challenge import ChallengeTask, Input
 
 TASK, SETTINGS, BUNDLE, BACKBONE, SCALE = "task.json", "settings.json", "bundle", "backbone.safetensors", "scale.npy"

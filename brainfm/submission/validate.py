@@ -17,8 +17,8 @@ from pathlib import Path
 
 import numpy as np
 
+from brainfm.errors import ConfigError
 from brainfm.files import write_whole
-from brainfm.specs import ConfigError
 from brainfm.submission import sandbox
 from brainfm.submission.cases import Case
 from brainfm.submission.challenge import ChallengeTask

@@ -18,8 +18,8 @@ import numpy as np
 from scipy import ndimage
 
 from brainfm import seeds
+from brainfm.errors import ConfigError, ScanError
 from brainfm.imaging.intensity import foreground
-from brainfm.specs import ConfigError, ScanError
 from brainfm.synthesis.deform import random_field
 from brainfm.volume import Volume
 

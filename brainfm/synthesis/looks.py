@@ -6,7 +6,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from brainfm.specs import ConfigError
+from brainfm.synthesis.settings import LookSpec
 
 # Families of tissue whose intensities go together, and what a usual scan of each kind makes of them (0 is air, 1 is the
 # brightest brain tissue). T1, T2, FLAIR and PD by their order in textbooks, not measured.
@@ -19,38 +19,6 @@ _KINDS: dict[str, tuple[float, ...]] = {
     "pd":    (0.0, 0.80, 0.85, 0.78, 0.62, 0.84, 0.64),
 }  # fmt: skip
 KINDS = (*_KINDS, "free")
-
-
-@dataclass(frozen=True)
-class LookSpec:
-    """How renderings vary.
-
-    Attributes:
-        free_share: of the renderings whose tissues have any intensities; the others are T1-, T2-, FLAIR- or PD-like.
-        family_std: of a family's intensity about its kind's.
-        class_std: of the logarithm of a class's intensity about its family's.
-        noise: largest standard deviation within a class, of the brightest tissue.
-        texture: largest share of the real scan's own structure in a rendering that has one beside it.
-        blur_vox: largest standard deviation of the partial volume's blur.
-        strip: share of the samples whose head is cut away.
-
-    Raises: ConfigError for a share or strength out of 0..1 (``blur_vox``: 0..3).
-    """
-
-    free_share: float = 0.4
-    family_std: float = 0.08
-    class_std: float = 0.08
-    noise: float = 0.10
-    texture: float = 0.5
-    blur_vox: float = 0.9
-    strip: float = 0.3
-
-    def __post_init__(self) -> None:
-        for name in ("free_share", "family_std", "class_std", "noise", "texture", "strip"):
-            if not 0 <= getattr(self, name) <= 1:
-                raise ConfigError(f"data.looks.{name}={getattr(self, name)}: expected a number from 0 to 1")
-        if not 0 <= self.blur_vox <= 3:
-            raise ConfigError(f"data.looks.blur_vox={self.blur_vox}: expected 0 to 3 voxels")
 
 
 @dataclass(frozen=True)

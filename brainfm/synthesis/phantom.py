@@ -18,8 +18,9 @@ from scipy import ndimage
 
 from brainfm import seeds
 from brainfm.imaging import nifti
+from brainfm.imaging.atlas import tissue_maps
 from brainfm.synthesis import deform, lesions, template
-from brainfm.synthesis.template import Anatomy, tissue_maps
+from brainfm.synthesis.template import Anatomy
 from brainfm.volume import Volume
 
 __all__ = ["CONTRASTS", "SyntheticSubject", "subject", "tissue_maps", "write_cohort"]

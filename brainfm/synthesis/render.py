@@ -17,7 +17,8 @@ from torch.nn import functional as F
 
 from brainfm import seeds
 from brainfm.batch import Batch
-from brainfm.synthesis.looks import FAMILIES, Look, LookSpec, draw_look
+from brainfm.synthesis.looks import FAMILIES, Look, draw_look
+from brainfm.synthesis.settings import LookSpec
 
 _SHIFT = (0.2, 0.7)  # of a lesion's intensity, in parts of the brightest tissue
 _LEAST_STD = 1e-2

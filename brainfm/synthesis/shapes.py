@@ -11,7 +11,7 @@ import numpy as np
 import scipy.ndimage
 
 from brainfm import seeds
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 from brainfm.synthesis.deform import random_field
 
 _Thing = TypeVar("_Thing")

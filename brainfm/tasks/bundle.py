@@ -16,8 +16,6 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import secrets
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,10 +26,12 @@ from safetensors.torch import load as load_tensors
 from safetensors.torch import save as save_tensors
 from torch import Tensor
 
+from brainfm.errors import BundleError, ConfigError, WeightsError
+from brainfm.files import write_folder
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.transfer import transfer
 from brainfm.seen import SeenSubjects
-from brainfm.specs import BundleError, ConfigError, Decisions, PreprocessSpec, Provenance, TaskSpec, WeightsError
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.task import Task, build_task
 
 FORMAT = 1
@@ -131,7 +131,7 @@ def write_bundle(
         contents[f"member{number}.safetensors"] = save_tensors(tensors)
     checksums = _json({name: hashlib.sha256(content).hexdigest() for name, content in sorted(contents.items())})
     contents[CHECKSUMS] = checksums
-    _place(directory, contents)
+    write_folder(directory, contents)
     return hashlib.sha256(checksums).hexdigest()[:16]
 
 
@@ -232,34 +232,6 @@ def _parsed(path: Path, content: bytes) -> dict[str, Any]:
 
 def _json(values: dict[str, Any]) -> bytes:
     return (json.dumps(values, indent=2, sort_keys=True) + "\n").encode()
-
-
-def _place(directory: Path, contents: Mapping[str, bytes]) -> None:
-    """Writes the files beside the place and swaps the folders: a crash leaves the old bundle or the new one in place,
-    or, between the two renames, both whole under their temporary names."""
-    directory.parent.mkdir(parents=True, exist_ok=True)
-    mark = secrets.token_hex(4)
-    fresh = directory.with_name(f".{directory.name}.{mark}.tmp")
-    old = directory.with_name(f".{directory.name}.{mark}.old")
-    fresh.mkdir()
-    try:
-        for name, content in contents.items():
-            with open(fresh / name, "wb") as file:
-                file.write(content)
-                file.flush()
-                os.fsync(file.fileno())
-        if directory.exists():
-            os.replace(directory, old)
-        try:
-            os.replace(fresh, directory)
-        except OSError:
-            if old.exists():
-                os.replace(old, directory)
-            raise
-    finally:
-        shutil.rmtree(fresh, ignore_errors=True)
-    if old.exists():
-        shutil.rmtree(old)
 
 
 # ---- card ------------------------------------------------------------------------------------------------------------

@@ -10,8 +10,8 @@ from collections.abc import Callable, Iterable, Sequence
 import numpy as np
 from scipy import ndimage
 
+from brainfm.scoring.masks import dice
 from brainfm.specs import Decisions
-from brainfm.tasks.metrics import dice
 
 _TOUCHING = np.ones((3, 3, 3), dtype=bool)
 _SMALLEST_ML = (0.01, 0.03, 0.1, 0.3)  # 10 to 300 voxels of 1 mm: specks, up to a lesion of 8 mm

@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.specs import ConfigError
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 
 PARTS = ("mean", "volumes", "regions", "network")
 """What a member can answer from: nothing but the training cases' mean or class shares; volumes of a label map; volumes
@@ -94,11 +94,11 @@ def log_head_volume(scans: Tensor, voxel_ml: float) -> Tensor:
     return torch.log(head_voxels(scans).sum(dim=(2, 3, 4)) * voxel_ml + _LEAST_ML)
 
 
-def dense_width(reads: Reads, backbone: Backbone) -> int:
-    """F of `dense_numbers`."""
-    if reads.decoder is None:
+def dense_width(reads: Reads, decoder: DenseDecoder | None) -> int:
+    """F of `dense_numbers`; 0 without a decoder."""
+    if decoder is None:
         return 0
-    return len(reads.region_names) + 2 * sum(backbone.widths[:_DENSE_LEVELS]) + len(reads.inside) * backbone.widths[0]
+    return len(reads.region_names) + 2 * sum(decoder.widths[:_DENSE_LEVELS]) + len(reads.inside) * decoder.widths[0]
 
 
 @torch.no_grad()

@@ -11,11 +11,12 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.decoders import DenseDecoder, DenseHead, decoder_for
 from brainfm.nets.heads import Fusion, GatedAttention, LinearHead, Standardise, fused_features
-from brainfm.specs import ConfigError, TaskSpec
-from brainfm.tasks.linear import linear_head
+from brainfm.scoring.linear import linear_head
+from brainfm.specs import TaskSpec
 from brainfm.tasks.reads import PARTS, Reads, dense_numbers, dense_width, log_head_volume
 from brainfm.tasks.task import Task
 
@@ -127,21 +128,21 @@ class ScanTask(Task):
             return 0
         if reads.decoder is None:
             return 1
-        self.dense = DenseDecoder(self.backbone.widths, self.backbone.strides, reads.decoder["parts"])
+        self.dense = decoder_for(self.backbone, reads.decoder["parts"])
         self.dense.requires_grad_(False)
         self.reads_of_file = {"decoder.": "dense.", "heads.regions.": "regions."}
         if reads.regions is not None:
             self.regions = DenseHead(**reads.regions).requires_grad_(False)
             self.region_head = LinearHead(len(reads.region_names), outputs).requires_grad_(False)
-        return 1 + dense_width(reads, self.backbone)
+        return 1 + dense_width(reads, self.dense)
 
-    def forward(self, image: Tensor, present: Tensor, volumes: Tensor | None = None) -> ScanOutput:
+    def forward(self, image: Tensor, present: Tensor | None = None, volumes: Tensor | None = None) -> ScanOutput:
         """Without gradients the views pass one by one, so that a head of many windows takes the memory of one.
 
         Args:
             image: [B, V, M, X, Y, Z] standardised voxels, the whole head first if the spec has that view; any contrasts
                 in any order.
-            present: [B, M] bool, at least one contrast a case.
+            present: [B, M] bool, at least one contrast a case; None: all of them.
             volumes: [B, F] numbers of a label map, as ``reads`` names them; NaN for a case without, None for all.
 
         Raises:
@@ -177,15 +178,14 @@ class ScanTask(Task):
     def region_columns(self) -> slice:
         """Where the numbers about the volumes of regions lie in what `pooled` gives."""
         assert self.reads is not None
-        first = self.norm.mean.numel() - dense_width(self.reads, self.backbone)
+        first = self.norm.mean.numel() - dense_width(self.reads, self.dense)
         return slice(first, first + len(self.reads.region_names))
 
-    def pooled(self, image: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def pooled(self, image: Tensor, present: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What the last layers see of each case, [B, E], and the attention that made it; see ``forward``."""
-        if image.ndim != 6 or present.shape != (image.shape[0], image.shape[2]):
-            raise ValueError(
-                f"expected [B, V, M, X, Y, Z] and [B, M], found {tuple(image.shape)} and {tuple(present.shape)}"
-            )
+        if image.ndim != 6 or (present is not None and present.shape != (image.shape[0], image.shape[2])):
+            found = None if present is None else tuple(present.shape)
+            raise ValueError(f"expected [B, V, M, X, Y, Z] and [B, M], found {tuple(image.shape)} and {found}")
         cases, views = image.shape[:2]
         together = views if torch.is_grad_enabled() else 1
         parts = [self._tokens(image[:, v : v + together], present) for v in range(0, views, together)]
@@ -204,29 +204,35 @@ class ScanTask(Task):
         return pooled, weights.view(cases, views, *grid)
 
     @torch.no_grad()
-    def _measured(self, whole: Tensor, present: Tensor) -> Tensor:
+    def _measured(self, whole: Tensor, present: Tensor | None) -> Tensor:
         """Numbers about the whole-head views [B, M, X, Y, Z], the mean over the contrasts that are there. Without a
         gradient: they tell the head of the encoder's maps nothing, and keep no activations."""
-        voxel_ml = self.spec.view_mm**3 / 1000
+        if present is None:
+            return torch.stack([self._numbers(scans) for scans in whole.split(1, dim=1)]).mean(dim=0)
         total: Tensor | None = None
         for m in range(whole.shape[1]):
             cases = present[:, m].nonzero()[:, 0]
             if not len(cases):
                 continue
-            scans = whole[cases, m : m + 1].float()
-            numbers = log_head_volume(scans, voxel_ml)
-            if self.dense is not None:
-                assert self.reads is not None
-                seen = dense_numbers(self.reads, self.backbone, self.dense, self.regions, scans, voxel_ml)
-                numbers = torch.cat([numbers, seen], dim=1)
+            numbers = self._numbers(whole[cases, m : m + 1])
             total = numbers.new_zeros(len(whole), numbers.shape[1]) if total is None else total
             total.index_add_(0, cases, numbers)
         assert total is not None
         return total / present.sum(dim=1, keepdim=True)
 
-    def _tokens(self, image: Tensor, present: Tensor) -> tuple[Tensor, Tensor]:
+    def _numbers(self, scans: Tensor) -> Tensor:
+        """The same of scans of one contrast [B, 1, X, Y, Z]."""
+        scans, voxel_ml = scans.float(), self.spec.view_mm**3 / 1000
+        numbers = log_head_volume(scans, voxel_ml)
+        if self.dense is None:
+            return numbers
+        assert self.reads is not None
+        seen = dense_numbers(self.reads, self.backbone, self.dense, self.regions, scans, voxel_ml)
+        return torch.cat([numbers, seen], dim=1)
+
+    def _tokens(self, image: Tensor, present: Tensor | None) -> tuple[Tensor, Tensor]:
         """[B, V, M, X, Y, Z] -> means and mean squares of all levels on the coarsest grid, [B, V, x, y, z, E]."""
-        there = present.repeat_interleave(image.shape[1], dim=0)
+        there = None if present is None else present.repeat_interleave(image.shape[1], dim=0)
         maps = [level.float() for level in fused_features(self.backbone, self.fusion, image.flatten(0, 1), there)]
         x, y, z = maps[-1].shape[2:]
         means = torch.cat([F.adaptive_avg_pool3d(level, (x, y, z)) for level in maps], dim=1)

@@ -10,11 +10,11 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.decoders import Pointwise, SkipDecoder, chained
-from brainfm.nets.dense import DenseHead
+from brainfm.nets.decoders import DenseHead, Pointwise, chained, decoder_for
 from brainfm.nets.heads import Fusion, fused_features
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks.segmentation_losses import SegmentationLoss, deep_loss, segmentation_loss
 from brainfm.tasks.task import Task
 
@@ -85,22 +85,22 @@ class SegmentationTask(Task):
         self.backbone = backbone
         self.loss_spec = loss
         self.fusion = Fusion(backbone.widths, spec.fusion)
-        self.decoder = SkipDecoder(backbone.widths, backbone.strides, dense_channels or spec.classes)
+        self.decoder = decoder_for(backbone, dense_channels or spec.classes)
         self.head = Pointwise(dense_channels, spec.classes) if dense_channels else None
         self.began = "fresh"
         self.auxiliary = nn.ModuleList()  # last, so that the weights before it are drawn alike with and without
         if deep_supervision or loss.deep_supervision:
-            self.auxiliary.extend(Pointwise(width, spec.classes) for width in backbone.widths[1:-1])
+            self.auxiliary.extend(Pointwise(width, spec.classes) for width in self.decoder.widths[1:])
         for head in self.heads():
             _answer(head, self.prior)
         self.register_buffer("_values", torch.tensor(spec.values, dtype=torch.uint8), persistent=False)
 
-    def forward(self, image: Tensor, present: Tensor) -> Any:
+    def forward(self, image: Tensor, present: Tensor | None = None) -> Any:
         """Logits of the classes. What stands in the channel of an absent contrast is never looked at.
 
         Args:
             image: [B, M, X, Y, Z] standardised voxels; any contrasts in any order, also such as training never saw.
-            present: [B, M] bool, at least one contrast a case.
+            present: [B, M] bool, at least one contrast a case; None: all of them.
 
         Returns:
             [B, K, X, Y, Z]; with deep supervision, in training mode, DeepLogits.
@@ -114,7 +114,7 @@ class SegmentationTask(Task):
         answers = tuple(head(level) for head, level in zip(self.auxiliary, reversed(coarser), strict=True))
         return DeepLogits(self._logits(finest), answers)
 
-    def climb(self, image: Tensor, present: Tensor) -> list[Tensor]:
+    def climb(self, image: Tensor, present: Tensor | None) -> list[Tensor]:
         """The decoder's features [B, E, X/s, Y/s, Z/s], coarse to fine, of what ``forward`` reads."""
         return self.decoder.climb(fused_features(self.backbone, self.fusion, image, present))
 

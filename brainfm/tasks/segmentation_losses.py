@@ -15,7 +15,7 @@ from torch import Tensor
 from torch.nn import functional
 
 from brainfm.batch import Terms
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 _SMOOTH = 1e-5
 LOSSES = ("dice_ce", "dice_focal", "focal_tversky", "tversky")

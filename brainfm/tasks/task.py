@@ -11,8 +11,10 @@ from typing import Any
 from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.nets.cpu import swap_in
+from brainfm.specs import TaskSpec
 
 # kind -> (module, class); imported when it is built
 TASKS: dict[str, tuple[str, str]] = {
@@ -37,8 +39,8 @@ class Task(nn.Module, ABC):
     reads_of_file: Mapping[str, str] = MappingProxyType({})
 
     @abstractmethod
-    def forward(self, image: Tensor, present: Tensor) -> Any:
-        """[B, M, X, Y, Z], or [B, V, M, X, Y, Z] with views, and present [B, M] -> the head's raw output."""
+    def forward(self, image: Tensor, present: Tensor | None = None) -> Any:
+        """[B, M, X, Y, Z], or [B, V, M, X, Y, Z] with views, present [B, M] (None: all) -> the head's raw output."""
 
     @abstractmethod
     def loss(self, output: Any, batch: Batch) -> Terms:
@@ -58,7 +60,7 @@ class Task(nn.Module, ABC):
 
 
 def build_task(spec: TaskSpec, backbone: Backbone, **settings: Any) -> Task:
-    """The task of this kind around a backbone, its head with fresh weights.
+    """The task of this kind around a backbone, its head with fresh weights, all with the layers of a CPU.
 
     Args:
         settings: of the task; answering needs none but those of ``Task.settings``.
@@ -68,4 +70,5 @@ def build_task(spec: TaskSpec, backbone: Backbone, **settings: Any) -> Task:
     if spec.kind not in TASKS:
         raise ConfigError(f"task.kind={spec.kind!r}: expected one of {', '.join(sorted(TASKS))}")
     module, name = TASKS[spec.kind]
-    return getattr(importlib.import_module(module), name)(spec, backbone, **settings)
+    task: Task = swap_in(getattr(importlib.import_module(module), name)(spec, backbone, **settings))
+    return task

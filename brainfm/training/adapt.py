@@ -2,82 +2,14 @@
 
 from __future__ import annotations
 
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass, fields
 from typing import Any
 
 import torch
 from torch import nn
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.tasks.task import Task
-
-
-@dataclass(frozen=True)
-class AdaptSpec:
-    """One mode of adaptation; the files of configs/adapt/ name the usual ones, any mixture is legal.
-
-    Attributes:
-        name: for people; nothing depends on it.
-        pretrained: whether the encoder keeps the weights of its file; else it starts fresh (``scratch``).
-        last_blocks: how many of the backbone's blocks learn, counted from the deepest; 0 freezes the encoder, None
-            trains all of it. Frozen weights stay equal to the bit.
-        layer_decay: a block's learning rate is this times that of the block behind it; the head has the full rate. A
-            decoder that was taken from the file counts as one block between the head and the deepest one.
-        lr_scale: times ``optim.lr``, for everything.
-        head_fraction: share of the steps at the start in which the head alone learns, warmed up over the first half of
-            them and then falling to 0, before the whole network warms up (the second tooth of the saw).
-        warmup_fraction: share of all steps over which the whole network warms up after that; None: the optimiser's own
-            ``warmup_fraction``, where the head has no tooth of its own.
-        decoder: whether the decoder of the backbone's file is taken as well; ``auto``: where a trial on inner folds of
-            the training side says so (training/decoder_trial.py).
-        trial_share: of the steps of a training that the four short trainings of such a trial cost together.
-        trial_steps: each of them has at least these, or all that the training has.
-
-    Raises:
-        ConfigError: for values outside their ranges.
-    """
-
-    name: str = "full"
-    pretrained: bool = True
-    last_blocks: int | None = None
-    layer_decay: float = 1.0
-    lr_scale: float = 1.0
-    head_fraction: float = 0.0
-    warmup_fraction: float | None = None
-    decoder: bool | str = "auto"
-    trial_share: float = 0.25
-    trial_steps: int = 25
-
-    def __post_init__(self) -> None:
-        if not isinstance(self.decoder, bool) and self.decoder != "auto":
-            raise ConfigError(f"adapt.decoder={self.decoder}: expected auto, true or false")
-        if not 0 < self.trial_share <= 1:
-            raise ConfigError(f"adapt.trial_share={self.trial_share}: expected more than 0 and at most 1")
-        if self.trial_steps < 1:
-            raise ConfigError(f"adapt.trial_steps={self.trial_steps}: expected 1 or more")
-        if self.last_blocks is not None and (isinstance(self.last_blocks, bool) or self.last_blocks < 0):
-            raise ConfigError(f"adapt.last_blocks={self.last_blocks}: expected 0 or more blocks, or null for all")
-        if not 0 < self.layer_decay <= 1:
-            raise ConfigError(f"adapt.layer_decay={self.layer_decay}: expected more than 0 and at most 1")
-        if not 0 < self.lr_scale < math.inf:
-            raise ConfigError(f"adapt.lr_scale={self.lr_scale}: expected more than 0")
-        whole = self.warmup_fraction or 0.0
-        if not 0 <= self.head_fraction < 1 or whole < 0 or self.head_fraction + whole >= 1:
-            raise ConfigError(
-                f"adapt.head_fraction={self.head_fraction}, adapt.warmup_fraction={self.warmup_fraction}: "
-                "expected shares of the steps that leave some of them"
-            )
-
-
-def adapt_spec(values: Mapping[str, Any]) -> AdaptSpec:
-    """From a configuration. Raises: ConfigError for unknown keys and impossible values."""
-    legal = [f.name for f in fields(AdaptSpec)]
-    unknown = sorted(set(values) - set(legal))
-    if unknown:
-        raise ConfigError(f"unknown key adapt.{unknown[0]}, expected one of {', '.join(legal)}")
-    return AdaptSpec(**values)
+from brainfm.training.settings import AdaptSpec
 
 
 def parameter_groups(

@@ -17,10 +17,12 @@ import numpy as np
 
 from brainfm.data.descriptors import Described, describe_all, table
 from brainfm.data.store import SessionEntry, Store
-from brainfm.specs import ConfigError, TaskSpec
-from brainfm.tasks.linear import logistic
-from brainfm.tasks.metrics import Interval
-from brainfm.training.predictability import aurocs, crossed, holm, permutation_p, resampled_counts, shuffles
+from brainfm.errors import ConfigError
+from brainfm.scoring.answers import aurocs
+from brainfm.scoring.intervals import Interval, holm, permutation_p, resampled_counts, shuffles
+from brainfm.scoring.linear import logistic
+from brainfm.scoring.permuted_ridge import permuted_ridge
+from brainfm.specs import TaskSpec
 
 ALPHA = 0.05
 _BINS = 5  # strata of a shortcut made of numbers; five remove nine tenths of a bias (Cochran 1968, Biometrics 24:295)
@@ -362,7 +364,7 @@ def _asked(
     if why:
         return replace(finding, verdict=f"cannot be tested: {why}")
     values = evidence.values
-    return replace(finding, **asked.scores(values, evidence.words, crossed(values, groups, seed)))
+    return replace(finding, **asked.scores(values, evidence.words, permuted_ridge(values, groups, seed)))
 
 
 class _Values:

@@ -7,7 +7,7 @@ import copy
 import torch
 from torch import Tensor, nn
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 
 class WeightAverage(nn.Module):

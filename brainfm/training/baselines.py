@@ -6,7 +6,6 @@ included. Only the imputation of numbers that some cases lack looks at all cases
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -21,9 +20,10 @@ from brainfm.data.descriptors import Described, describe_all, table
 from brainfm.data.patches import Case, TaskPatches, class_indices
 from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.cpu import swap_in
+from brainfm.scoring.linear import fit_logistic, row_weights, standardised, tuned
 from brainfm.seeds import stream
 from brainfm.specs import TaskSpec
-from brainfm.tasks.linear import standardised, tuned
 from brainfm.tasks.windows import predict_windows
 
 Split = tuple[Sequence[int], Sequence[int]]  # places of the cases that are learned from, and of those held out
@@ -144,7 +144,7 @@ def random_backbone(config: Mapping[str, Any], seed: int) -> Backbone:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         backbone = build_backbone(**config)
-    return backbone.eval().requires_grad_(False)
+    return swap_in(backbone).eval().requires_grad_(False)
 
 
 @torch.no_grad()
@@ -270,7 +270,6 @@ def _maps(store: Store, case: Case, spec: TaskSpec) -> Iterator[np.ndarray]:
 
 
 def _fitted(x: np.ndarray, y: np.ndarray, share: np.ndarray) -> VoxelModel:
-    from sklearn.linear_model import LogisticRegression
     from threadpoolctl import threadpool_limits
 
     classes = len(share)
@@ -279,15 +278,15 @@ def _fitted(x: np.ndarray, y: np.ndarray, share: np.ndarray) -> VoxelModel:
     weight, bias = np.zeros((classes, x.shape[1])), np.full(classes, -50.0)  # a class that is never seen is never told
     seen = np.unique(y)
     if len(seen) > 1:
+        place = np.searchsorted(seen, y)
         with threadpool_limits(1):
-            model = LogisticRegression(class_weight="balanced", max_iter=200, tol=1e-3)
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of convergence: a fit that stops early is an answer too
-                model.fit(((x - mean) / scale).astype(np.float32), y)
+            (theta,) = fit_logistic(
+                ((x - mean) / scale).astype(np.float32), place, row_weights(place, len(seen), True), tolerance=1e-3,
+                steps=200,
+            )  # fmt: skip
         if len(seen) == 2:
-            weight[seen[1]], bias[seen] = model.coef_[0], (0.0, model.intercept_[0])
-        else:
-            weight[seen], bias[seen] = model.coef_, model.intercept_
+            theta = np.stack([np.zeros(theta.shape[1]), theta[0]])
+        weight[seen], bias[seen] = theta[:, :-1], theta[:, -1]
     else:
         bias[seen] = 0.0
     folded = weight / scale

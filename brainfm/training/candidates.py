@@ -14,8 +14,9 @@ from dataclasses import dataclass, field
 import numpy as np
 import torch
 
+from brainfm.scoring.folds import folds_by_answer
+from brainfm.scoring.linear import linear_head
 from brainfm.specs import TaskSpec
-from brainfm.tasks.linear import deal, linear_head
 from brainfm.tasks.reads import PARTS
 from brainfm.tasks.scan_level import decode_logits
 
@@ -167,7 +168,7 @@ def inner_folds(side: Side, first: Sequence[str] = ()) -> list[np.ndarray]:
     y = np.nan_to_num(side.answers[:, 0], nan=-1.0)
     rest = [row for row, group in enumerate(side.groups) if group not in set(first)]
     count = min(_FOLDS - bool(first), len({side.groups[row] for row in rest}))
-    dealt = deal([side.groups[row] for row in rest], y[rest], count, side.seed) if rest else []
+    dealt = folds_by_answer([side.groups[row] for row in rest], y[rest], count, side.seed) if rest else []
     return [np.isin(side.groups, fold) for fold in ([list(first)] if first else []) + dealt]
 
 

@@ -6,9 +6,9 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Protocol
 
-from brainfm.data.splits import draw_shots, stratified_folds
 from brainfm.data.store import SessionEntry
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
+from brainfm.scoring.folds import draw_shots, stratified_folds
 
 
 class Labelled(Protocol):

@@ -18,9 +18,9 @@ from typing import Any
 
 import numpy as np
 
-from brainfm.data.splits import stratified_folds
-from brainfm.nets.weights import write_atomically
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
+from brainfm.files import write_whole
+from brainfm.scoring.folds import stratified_folds
 from brainfm.training.crossval import Split
 from brainfm.training.loop import State
 
@@ -124,7 +124,7 @@ def tried(
         "mark": spec.mark,
     }
     if chief:
-        write_atomically(folder / FILE, (json.dumps(outcome, indent=1) + "\n").encode())
+        write_whole(folder / FILE, (json.dumps(outcome, indent=1) + "\n").encode())
         shutil.rmtree(place, ignore_errors=True)  # checkpoints of trainings that nobody needs any more
     return outcome
 

@@ -22,20 +22,27 @@ from brainfm.data.augment import augment_spec
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
+from brainfm.nets.cpu import swap_in
 from brainfm.nets.recompute import set_checkpointing
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, load_backbone, write_atomically
-from brainfm.specs import ConfigError
+from brainfm.progress import say
+from brainfm.settings import plain
 from brainfm.tasks.bundle import write_bundle
+from brainfm.tasks.settings import SegmentationSettings, WholeHeadSettings
 from brainfm.tasks.task import Task
 from brainfm.training import decoder_trial, results, transferred
-from brainfm.training.adapt import AdaptSpec, adapt_spec, adapted_optimizer
+from brainfm.training.adapt import adapted_optimizer
 from brainfm.training.crossval import Split, SplitSpec, split_cases, with_shots
 from brainfm.training.loop import CHECKPOINT, LoopSpec, Run, State, train
 from brainfm.training.memory import MemoryPlan, plan, settle
-from brainfm.training.pretrain import identity_of, loop_spec, make_fabric, optim_values, provenance_of, say
+from brainfm.training.processes import make_fabric
 from brainfm.training.questions import Engine, Question, Row
+from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of
+from brainfm.training.settings import AdaptSpec, FinetuneSettings
 from brainfm.training.speed import settled
 from brainfm.training.supervised import Supervised
 
@@ -44,9 +51,6 @@ SHIPPED = "shipped.safetensors"  # where the bundle gets other weights than thos
 START = "start.json"  # the score before the first step, where a checkpoint is chosen
 IDENTITY = "identity.json"  # of a fold in which nothing is trained
 HELD = "held.json"
-BASELINES = ("scratch", "random_linear", "features", "volumes")
-# What may change between two calls that go on with one run.
-_NOT_IN_A_FOLD = ("baselines", "audit", "audit_columns", "report", "command", "protocol")
 _MOST_SAID = 20  # sessions that are left out, one by one
 _MOST_VOXELS = {"cpu": 64**3, "cuda": 128**3}  # of a patch that is chosen; a CPU's time is the limit there
 
@@ -59,7 +63,7 @@ class _Interrupted(Exception):
 class _Study:
     """All that the folds of a run share."""
 
-    config: dict[str, Any]
+    settings: FinetuneSettings
     store: Store
     run: Path
     fabric: Fabric
@@ -80,14 +84,14 @@ class _Study:
 
     @property
     def seed(self) -> int:
-        return int(self.config["seed"])
+        return self.settings.seed
 
     def engine(self) -> Engine:
         return Engine(self.fabric.device, torch.bfloat16 if self.plan.precision == "bf16-mixed" else None)
 
 
-def finetune(config: dict[str, Any]) -> Path | None:
-    """Runs or resumes the fine-tuning that the resolved configuration describes (configs/finetune.yaml).
+def finetune(settings: FinetuneSettings) -> Path | None:
+    """Runs or resumes a fine-tuning.
 
     Leaves in ``run``: a folder per fold, ``cases.csv`` and ``scores.json`` (each case answered by the fold that did not
     train on it), ``results.json`` (all that a report needs) and ``bundle/`` with one member a fold of the first repeat.
@@ -99,9 +103,9 @@ def finetune(config: dict[str, Any]) -> Path | None:
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
     """
-    study, splits = _begin(config)
+    study, splits = _begin(settings)
     try:
-        if config["protocol"] == "fewshot":
+        if settings.protocol == "fewshot":
             return _few_shot(study, splits)
         rows, states = _cross_validate(study, splits, study.run, study.backbone, study.adapt)
         return _conclude(study, splits, rows, states, None)
@@ -111,22 +115,16 @@ def finetune(config: dict[str, Any]) -> Path | None:
         return None
 
 
-def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
+def _begin(settings: FinetuneSettings) -> tuple[_Study, list[Split]]:
     """Everything that can be refused is refused here, before any step."""
-    store, run = Store.open(Path(config["store"])), Path(config["run"])
-    config = config | {"trainer": settled(config["trainer"])}
-    unknown = sorted(set(config["baselines"]) - set(BASELINES))
-    if unknown:
-        raise ConfigError(f"baselines: found {unknown[0]}, expected some of {', '.join(BASELINES)}")
-    if config["protocol"] not in ("cv", "fewshot"):
-        raise ConfigError(f"protocol={config['protocol']}: expected cv or fewshot")
-    adapt = adapt_spec(config["adapt"])
-    if not adapt.pretrained and config["backbone_from"] != "none":  # the file's network without what it learned
-        network = dict(load_backbone(config["backbone_from"]).backbone.config)
-        config = config | {"backbone": network, "backbone_from": "none"}
-    question = build_question(config, store)
-    adapt = _settled_adapt(adapt, config, question)
-    backbone, pretrained = _backbone(config, store, adapt)
+    store, run, seed = Store.open(settings.store), settings.run, settings.seed
+    settings = replace(settings, trainer=settled(settings.trainer))
+    if not settings.adapt.pretrained and settings.backbone_from != "none":  # the file's network without what it learned
+        network = dict(load_backbone(settings.backbone_from).backbone.config)
+        settings = replace(settings, backbone=network, backbone_from="none")
+    question = build_question(settings, store)
+    adapt = _settled_adapt(settings, question)
+    backbone, pretrained = _backbone(settings, store, adapt)
     say(f"{len(question.cases)} sessions with {question.spec.target}, {len(question.left_out)} left out; "
         f"contrasts {', '.join(question.spec.contrasts)}{_classes_said(question)}")  # fmt: skip
     for sentence in question.left_out[:_MOST_SAID]:
@@ -136,40 +134,40 @@ def _begin(config: dict[str, Any]) -> tuple[_Study, list[Split]]:
     for sentence in question.notes:
         say(sentence)
     spec = SplitSpec(
-        folds=int(config["folds"]), repeats=int(config["repeats"]), inner=float(config["inner"]),
-        sites_apart=bool(config["sites_apart"]), seed=int(config["seed"]),
+        folds=settings.folds, repeats=settings.repeats, inner=settings.inner, sites_apart=settings.sites_apart,
+        seed=seed,
     )  # fmt: skip
     strata = question.strata()
-    splits = split_cases(question.cases, spec, strata, _sites(question, config))
-    if config["protocol"] == "cv":
-        splits = [question.arranged(split, int(config["seed"]), strata) for split in splits]
-    if config["protocol"] == "fewshot":  # too many shots are refused now, not after the first hour
-        for shots in _shots(config):
+    splits = split_cases(question.cases, spec, strata, _sites(question, settings))
+    if settings.protocol == "cv":
+        splits = [question.arranged(split, seed, strata) for split in splits]
+    if settings.protocol == "fewshot":  # too many shots are refused now, not after the first hour
+        for shots in _shots(settings):
             for split in splits if shots is not None else []:
-                with_shots(split, shots, int(config["seed"]), strata)  # type: ignore[arg-type]
+                with_shots(split, shots, seed, strata)  # type: ignore[arg-type]
     run.mkdir(parents=True, exist_ok=True)
-    fabric = make_fabric(config["trainer"])
+    fabric = make_fabric(settings.trainer)
     patch = question.patch(backbone, _MOST_VOXELS[fabric.device.type])
     backbone.check_patch(patch)
-    planned = _planned(config, run, question, backbone, patch, fabric)
+    planned = _planned(settings, question, backbone, patch, fabric)
     question.settle(planned.patch_vox)
     if pretrained is not None:
         seen = transferred.tested(pretrained, splits)
         for note in (*transferred.notes(pretrained, store, question.spec), *([str(seen)] if seen is not None else [])):
             say(f"note: {note}")
-    return _Study(config, store, run, fabric, question, backbone, pretrained, planned, adapt), splits
+    return _Study(settings, store, run, fabric, question, backbone, pretrained, planned, adapt), splits
 
 
-def _settled_adapt(adapt: AdaptSpec, config: Mapping[str, Any], question: Question) -> AdaptSpec:
+def _settled_adapt(settings: FinetuneSettings, question: Question) -> AdaptSpec:
     """As it applies to this start and question. Raises: ConfigError where a decoder is asked for that cannot be."""
-    kind = question.spec.kind
+    adapt, kind = settings.adapt, question.spec.kind
     if adapt.decoder is True and not question.takes_decoder:
         raise ConfigError(f"adapt.decoder=true: a {kind} answers without a decoder; expected auto or false")
-    if config["backbone_from"] != "none":
+    if settings.backbone_from != "none":
         return adapt if question.takes_decoder else replace(adapt, decoder=False)
     if adapt.decoder is True:
         raise ConfigError("adapt.decoder=true: backbone_from=none brings no decoder; expected a backbone file with one")
-    scale = float(config["scratch_lr_scale"]) if adapt.pretrained else 1.0  # adapt=scratch brings its own
+    scale = settings.scratch_lr_scale if adapt.pretrained else 1.0  # adapt=scratch brings its own
     return replace(adapt, decoder=False, layer_decay=1.0, lr_scale=adapt.lr_scale * scale)
 
 
@@ -181,27 +179,27 @@ def _classes_said(question: Question) -> str:
     return f"; classes {', '.join(f'{name} ({counts[name]})' for name in question.spec.values)}"
 
 
-def build_question(config: Mapping[str, Any], store: Store) -> Question:
-    """The question that configs/task/*.yaml describes, with the cases that can answer it."""
-    values = config["task"]
-    if values["kind"] == "segmentation":
+def build_question(settings: FinetuneSettings, store: Store) -> Question:
+    """The question that the task is, with the cases that can answer it."""
+    task = settings.task
+    if isinstance(task, SegmentationSettings):
         from brainfm.training.segmenting import Segmenting
 
-        return Segmenting(store, values, [int(axis) for axis in config["mirror"]], bool(config["clean"]))
-    if values["kind"] in ("classification", "regression"):
+        return Segmenting(store, task, settings.mirror, settings.clean)
+    if isinstance(task, WholeHeadSettings):
         from brainfm.training.scanning import Scanning
 
-        return Scanning(store, values)
-    raise ConfigError(f"task.kind={values['kind']}: expected segmentation, classification or regression")
+        return Scanning(store, task)
+    raise ConfigError(f"task.kind={task.kind}: expected segmentation, classification or regression")
 
 
-def _backbone(config: dict[str, Any], store: Store, adapt: AdaptSpec) -> tuple[Backbone, LoadedBackbone | None]:
+def _backbone(settings: FinetuneSettings, store: Store, adapt: AdaptSpec) -> tuple[Backbone, LoadedBackbone | None]:
     """The encoder to start from, and the file it comes from."""
-    if config["backbone_from"] == "none":
-        torch.manual_seed(int(config["seed"]))
-        return build_backbone(**config["backbone"]), None
-    loaded = load_backbone(config["backbone_from"], needs_decoder=adapt.decoder is True)
-    say(f"{config['backbone_from']}: {loaded.report}")
+    if settings.backbone_from == "none":
+        torch.manual_seed(settings.seed)
+        return build_backbone(**settings.backbone), None
+    loaded = load_backbone(settings.backbone_from, needs_decoder=adapt.decoder is True)
+    say(f"{settings.backbone_from}: {loaded.report}")
     if loaded.preprocess != store.spec:
         say(
             f"note: the backbone was pre-trained on scans prepared as {loaded.preprocess.to_dict()}, "
@@ -210,46 +208,37 @@ def _backbone(config: dict[str, Any], store: Store, adapt: AdaptSpec) -> tuple[B
     return loaded.backbone, loaded
 
 
-def _sites(question: Question, config: Mapping[str, Any]) -> dict[str, str] | None:
+def _sites(question: Question, settings: FinetuneSettings) -> dict[str, str] | None:
     """Subject key -> site; None where the manifest has no such column or one site only."""
-    column = config["site"]
+    column = settings.site
     found = {c.session.subject_key: c.session.columns.get(column, "") for c in question.cases} if column else {}
     if len(set(found.values())) < 2:
-        if config["sites_apart"]:
+        if settings.sites_apart:
             raise ConfigError(f"sites_apart=true: expected a manifest column {column!r} with two values or more")
         return None
     return found
 
 
-def _shots(config: Mapping[str, Any]) -> list[int | None]:
+def _shots(settings: FinetuneSettings) -> list[int | None]:
     """``task.shots``; None stands for all."""
-    shots: list[int | None] = []
-    for value in config["task"]["shots"]:
-        if value != "all" and (not isinstance(value, int) or value < 1):
-            raise ConfigError(f"task.shots: found {value}, expected whole numbers from 1 on, or all")
-        shots.append(None if value == "all" else value)
-    if not shots:
-        raise ConfigError("task.shots is empty, expected at least one number of training subjects")
-    return shots
+    return [None if value == "all" else value for value in settings.task.shots]
 
 
 def _planned(
-    config: dict[str, Any],
-    run: Path,
+    settings: FinetuneSettings,
     question: Question,
     backbone: Backbone,
     patch: tuple[int, int, int],
     fabric: Fabric,
 ) -> MemoryPlan:
     """The plan of this run, made once and kept in plan.json: resumed, it has the same whatever memory is free."""
-    trainer = config["trainer"]
-    views = 1 + int(question.values.get("crops", 0))
+    trainer, views = settings.trainer, question.views
     asked: dict[str, Any] = {
         "backbone": backbone.config, "kind": question.spec.kind, "contrasts": len(question.spec.contrasts),
-        "classes": max(1, question.spec.classes), "patch_vox": list(patch), "batch_size": int(trainer["batch_size"]),
-        "views": views, "trainer": {k: trainer[k] for k in ("accelerator", "precision", "memory_gb")},
+        "classes": max(1, question.spec.classes), "patch_vox": list(patch), "batch_size": trainer.batch_size,
+        "views": views, "trainer": {k: getattr(trainer, k) for k in ("accelerator", "precision", "memory_gb")},
     }  # fmt: skip
-    file = run / "plan.json"
+    file = settings.run / "plan.json"
     there = json.loads(file.read_text()) if file.exists() else {}
     if there.get("asked") == asked:
         made = MemoryPlan.from_dict(there["plan"])
@@ -265,16 +254,17 @@ def _planned(
             views=views,
         )
         if fabric.device.type == "cuda":
-            made = settle(lambda tried: dry_step(config, question, backbone, fabric, tried), made, backbone.strides[-1])
+            stride = backbone.strides[-1]
+            made = settle(lambda tried: dry_step(settings, question, backbone, fabric, tried), made, stride)
         if fabric.is_global_zero:
             for note in made.notes:
                 say(f"memory: {note}")
-            write_atomically(file, (json.dumps({"asked": asked, "plan": made.to_dict()}, indent=1) + "\n").encode())
+            write_whole(file, (json.dumps({"asked": asked, "plan": made.to_dict()}, indent=1) + "\n").encode())
     return MemoryPlan.from_dict(fabric.broadcast(made.to_dict()))  # each process finds another amount of memory free
 
 
 def dry_step(
-    config: Mapping[str, Any], question: Question, backbone: Backbone, fabric: Fabric, tried: MemoryPlan
+    settings: FinetuneSettings, question: Question, backbone: Backbone, fabric: Fabric, tried: MemoryPlan
 ) -> None:
     """One training step of a plan on the device, on the first samples there are; leaves nothing behind.
 
@@ -284,13 +274,13 @@ def dry_step(
     asked = question.spec
     try:
         question.settle(tried.patch_vox)
-        patches = question.patches(question.cases, 0, config["data"])
+        patches = question.patches(question.cases, 0, settings.data)
         batch = collate([patches[i] for i in range(tried.micro_batch)]).to(fabric.device)
         task = question.task(build_backbone(**backbone.config), question.cases).to(fabric.device)
         set_checkpointing(task, tried.checkpointing)
-        values = optim_values(config["optim"])
+        values = optim_values(settings.optim)
         # a decoder of the file costs no more memory than a fresh one (nets/decoders.chained)
-        optimizer = adapted_optimizer(task, replace(adapt_spec(config["adapt"]), decoder=False), max_steps=10, **values)
+        optimizer = adapted_optimizer(task, replace(settings.adapt, decoder=False), max_steps=10, **values)
         half = tried.precision == "bf16-mixed"
         with torch.autocast(fabric.device.type, dtype=torch.bfloat16, enabled=half):
             total = task.loss(task(batch.image, batch.present), batch).total
@@ -326,11 +316,11 @@ def _fresh(study: _Study, split: Split, backbone: Backbone | None, begun: bool =
     spent on a good start."""
     torch.manual_seed(study.seed * 1000 + 100 * split.repeat + split.fold)
     encoder = build_backbone(**study.backbone.config)
-    if backbone is not None and study.config["backbone_from"] != "none":
-        transfer(encoder, backbone.state_dict(), origin=str(study.config["backbone_from"]))
+    if backbone is not None and study.settings.backbone_from != "none":
+        transfer(encoder, backbone.state_dict(), origin=study.settings.backbone_from)
     # a segmenter begins with the file's decoder where it takes it; an answer for a whole head reads its features
     taken = decoder or (backbone is not None and not study.question.takes_decoder)
-    task = study.question.task(encoder, split.trained, study.pretrained if taken else None)
+    task = swap_in(study.question.task(encoder, split.trained, study.pretrained if taken else None))
     if not begun:
         study.question.start(task, split.trained, study.fabric.device)
     set_checkpointing(task, study.plan.checkpointing)
@@ -343,7 +333,7 @@ def _fold(
     if not study.question.trains(split):
         return _untrained(study, split, folder, backbone)
     adapt = replace(adapt, decoder=backbone is not None and _takes_decoder(study, split, folder, backbone, adapt))
-    max_steps = int(study.config["trainer"]["max_steps"])
+    max_steps = study.settings.trainer.max_steps
     run, module = _prepared(study, split, folder, backbone, adapt, max_steps)
     _score_start(study, module, split, folder)
     run = replace(run, evaluate=_watch(study, module, split, folder, run.spec))
@@ -357,26 +347,26 @@ def _prepared(
     study: _Study, split: Split, folder: Path, backbone: Backbone | None, adapt: AdaptSpec, max_steps: int
 ) -> tuple[Run, Supervised]:
     """A training of so many steps on ``split.trained``, ready to start or to go on."""
-    config, fabric, question = study.config, study.fabric, study.question
-    trainer = config["trainer"] | {"max_steps": max_steps}
+    fabric, question = study.fabric, study.question
+    trainer = replace(study.settings.trainer, max_steps=max_steps)
+    settings = replace(study.settings, trainer=trainer)
     begun = (folder / CHECKPOINT).exists()
     task = _fresh(study, split, backbone, begun, decoder=adapt.decoder is True)
     seed = _seed(study, split)
     if backbone is not None and study.pretrained is not None and study.chief and not begun:
         report = transferred.report_of(task, study.pretrained, adapt.decoder is True)
         transferred.write(folder, report, getattr(task, "began", ""))
-    patches = question.patches(split.trained, seed, config["data"])
-    loop = replace(loop_spec(trainer, config["optim"]), accumulate=study.plan.accumulate)
-    augment = augment_spec(config["data"]["augment"])
-    module = Supervised(task, augment, study.seed, float(config["average"]), loop.max_steps)
-    optimizer = adapted_optimizer(task, adapt, max_steps=loop.max_steps, **optim_values(config["optim"]))
+    patches = question.patches(split.trained, seed, settings.data)
+    loop = replace(loop_spec(trainer, settings.optim), accumulate=study.plan.accumulate)
+    augment = augment_spec(settings.data.augment)
+    module = Supervised(task, augment, study.seed, settings.average, loop.max_steps)
+    optimizer = adapted_optimizer(task, adapt, max_steps=loop.max_steps, **optim_values(settings.optim))
 
     def loader_from(step: int) -> Any:
-        steps = StepSampler(step, loop.max_steps, int(trainer["batch_size"]), fabric.global_rank, fabric.world_size)
-        return make_loader(patches, steps, int(trainer["workers"]), pin_memory=fabric.device.type == "cuda")
+        steps = StepSampler(step, loop.max_steps, trainer.batch_size, fabric.global_rank, fabric.world_size)
+        return make_loader(patches, steps, trainer.workers, pin_memory=fabric.device.type == "cuda")
 
-    identity = _identity(study, split, backbone)
-    identity["trainer"] = identity["trainer"] | {"max_steps": max_steps}
+    identity = _identity(replace(study, settings=settings), split, backbone)
     run = Run(
         fabric=fabric,
         folder=folder,
@@ -393,9 +383,7 @@ def _prepared(
 
 def _identity(study: _Study, split: Split, backbone: Backbone | None) -> dict[str, Any]:
     """What must be equal for a fold to go on."""
-    config = {k: v for k, v in study.config.items() if k not in _NOT_IN_A_FOLD}
-    identity = identity_of(config, study.store)
-    identity["task"] = {k: v for k, v in identity["task"].items() if k != "shots"}
+    identity = identity_of(study.settings, study.store)
     identity |= {"parents": list(study.parents) if backbone is not None else [], "plan": study.plan.to_dict()}
     return identity | {"fold": split.name, "trained": ["/".join(case.session.key) for case in split.trained]}
 
@@ -416,7 +404,7 @@ def _takes_decoder(study: _Study, split: Split, folder: Path, backbone: Backbone
 
     mark = hashlib.sha256(json.dumps(_identity(study, split, backbone), sort_keys=True).encode()).hexdigest()[:16]
     spec = decoder_trial.TrialSpec(
-        max_steps=int(study.config["trainer"]["max_steps"]),
+        max_steps=study.settings.trainer.max_steps,
         share=adapt.trial_share,
         least=adapt.trial_steps,
         larger_is_better=study.question.larger_is_better,
@@ -444,7 +432,7 @@ def _untrained(study: _Study, split: Split, folder: Path, backbone: Backbone | N
     mine, file = _identity(study, split, backbone), folder / IDENTITY
     there = json.loads(file.read_text()) if file.exists() else None
     if there is None and study.chief:
-        write_atomically(file, (json.dumps(mine, indent=1) + "\n").encode())
+        write_whole(file, (json.dumps(mine, indent=1) + "\n").encode())
     elif there is not None and there != json.loads(json.dumps(mine)):
         key = next(k for k in sorted(set(there) | set(mine)) if there.get(k) != json.loads(json.dumps(mine)).get(k))
         raise ConfigError(f"{folder} holds a run with another {key}: use another run= folder, or the same values")
@@ -489,7 +477,7 @@ def _watch(
             if best is None or math.isnan(best) or sign * score > sign * best:
                 state.extra |= {"best": score, "best_step": state.step}
                 if study.chief:
-                    write_atomically(folder / MEMBER, member)
+                    write_whole(folder / MEMBER, member)
         return {f"{word}_{question.primary}": score}
 
     return evaluate
@@ -509,9 +497,9 @@ def _score_start(study: _Study, module: Supervised, split: Split, folder: Path) 
     if study.chief:
         module.answering.to(study.fabric.device)
         score, member = _scored(study, module, split, split.inner)
-        write_atomically(folder / MEMBER, member)
+        write_whole(folder / MEMBER, member)
         text = json.dumps({"best": score if math.isfinite(score) else None}) + "\n"
-        write_atomically(folder / START, text.encode())
+        write_whole(folder / START, text.encode())
     study.fabric.barrier()
 
 
@@ -521,7 +509,7 @@ def _held(
     """The answers to the held-out cases, made once, by the weights that go into the bundle."""
     if module is not None and not split.inner and study.chief and not (folder / MEMBER).exists():
         with torch.no_grad(), study.question.refitted(module.answering, split.trained, study.engine()):
-            write_atomically(folder / MEMBER, module.member())
+            write_whole(folder / MEMBER, module.member())
     study.fabric.barrier()
     if not (folder / HELD).exists() and study.chief:
         network = None
@@ -536,8 +524,8 @@ def _held(
             )  # fmt: skip
         if shipped is not None:
             tensors = {name: value.detach().cpu().clone().contiguous() for name, value in shipped.items()}
-            write_atomically(folder / SHIPPED, save(tensors))
-        write_atomically(folder / HELD, (json.dumps(rows) + "\n").encode())
+            write_whole(folder / SHIPPED, save(tensors))
+        write_whole(folder / HELD, (json.dumps(rows) + "\n").encode())
     study.fabric.barrier()
     return json.loads((folder / HELD).read_text())
 
@@ -553,13 +541,13 @@ def _member(folder: Path) -> dict[str, torch.Tensor]:
 def _baseline_rows(study: _Study, splits: Sequence[Split], folder: Path) -> dict[str, list[Row]]:
     """Decided rows of each baseline that was asked for; made once and kept."""
     found: dict[str, list[Row]] = {}
-    for name in study.config["baselines"]:
+    for name in study.settings.baselines:
         if name == "volumes" and not study.question.has_volumes:
             continue
         if name == "scratch":
-            if study.config["backbone_from"] == "none":
+            if study.settings.backbone_from == "none":
                 continue  # the model itself is that
-            adapt = AdaptSpec("scratch", lr_scale=float(study.config["scratch_lr_scale"]), decoder=False)
+            adapt = AdaptSpec("scratch", lr_scale=study.settings.scratch_lr_scale, decoder=False)
             rows, _ = _cross_validate(study, splits, folder / "scratch", None, adapt)
             found[name] = study.question.decide(rows).rows
             continue
@@ -568,9 +556,9 @@ def _baseline_rows(study: _Study, splits: Sequence[Split], folder: Path) -> dict
             say(f"baseline {name}")
             file.parent.mkdir(parents=True, exist_ok=True)
             torch.manual_seed(study.seed)
-            fresh = build_backbone(**study.backbone.config).eval()
+            fresh = swap_in(build_backbone(**study.backbone.config)).eval()
             made = study.question.baseline(name, fresh, splits, study.seed)
-            write_atomically(file, (json.dumps(made) + "\n").encode())
+            write_whole(file, (json.dumps(made) + "\n").encode())
         study.fabric.barrier()
         found[name] = json.loads(file.read_text())
     return found
@@ -591,7 +579,7 @@ def _conclude(
     tried = results.candidates(study.question, study.run, splits, rows, study.seed)
     came = transferred.of_run(study.run, splits, study.pretrained, study.adapt.decoder)
     document = came | results.collect(
-        study.question, study.config, splits, decided, others, study.plan.to_dict(), study.seed, curve,
+        study.question, study.settings, splits, decided, others, study.plan.to_dict(), study.seed, curve,
         results.training_curves(study.run, splits), tried,
     )  # fmt: skip
     scores = results.headline(document)
@@ -603,8 +591,9 @@ def _conclude(
         seconds=sum(s.seconds for s in states) + sum(trial["seconds"] for trial in trials),
         receipt=_summed([*(s.receipt for s in states), *(r for trial in trials for r in trial["receipts"])]),
     )
-    samples = total.step * int(study.config["trainer"]["batch_size"]) * study.fabric.world_size
-    provenance = provenance_of(study.config, study.store, total, samples, study.fabric, study.parents)
+    samples = total.step * study.settings.trainer.batch_size * study.fabric.world_size
+    config = plain(study.settings) | ({"command": study.settings.command} if study.settings.command else {})
+    provenance = provenance_of(config, study.seed, study.store, total, samples, study.fabric, study.parents)
     first = [study.run / split.name for split in splits if split.repeat == 0]
     began = study.question.takes_decoder  # else a decoder of the file is read, and no part of a member's start
     channels = [transferred.dense_channels(folder, study.pretrained) if began else 0 for folder in first]
@@ -631,7 +620,7 @@ def _few_shot(study: _Study, splits: list[Split]) -> Path | None:
     """A learning curve: the same folds and schedule with ever more training subjects, with and without pre-training."""
     points: list[dict[str, Any]] = []
     strata, last = study.question.strata(), None
-    for shots in _shots(study.config):
+    for shots in _shots(study.settings):
         name = "all" if shots is None else str(shots)
         drawn = splits if shots is None else [with_shots(s, shots, study.seed, strata) for s in splits]
         drawn = [study.question.arranged(split, study.seed, strata) for split in drawn]
@@ -648,7 +637,7 @@ def _few_shot(study: _Study, splits: list[Split]) -> Path | None:
     curve = {"points": points, "primary": study.question.primary}
     if last is None:
         if study.chief:
-            document = results.collect_curve(study.question, study.config, splits, study.plan.to_dict(), curve)
+            document = results.collect_curve(study.question, study.settings, splits, study.plan.to_dict(), curve)
             _write_json(study.run / results.FILE, document)
             for line in results.describe(document):
                 say(line)
@@ -675,7 +664,7 @@ def _write_cases(file: Path, rows: Sequence[Row]) -> None:
     writer = csv.writer(text, lineterminator="\n")
     writer.writerow(names)
     writer.writerows([[_cell(row.get(name)) for name in names] for row in rows])
-    write_atomically(file, text.getvalue().encode())
+    write_whole(file, text.getvalue().encode())
 
 
 def _cell(value: Any) -> Any:
@@ -685,4 +674,4 @@ def _cell(value: Any) -> Any:
 
 
 def _write_json(file: Path, document: Mapping[str, Any]) -> None:
-    write_atomically(file, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())
+    write_whole(file, (json.dumps(document, indent=1, allow_nan=False) + "\n").encode())

@@ -14,8 +14,8 @@ from typing import Any
 
 from lightning.fabric import Fabric
 
-from brainfm.nets.weights import fingerprint
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
+from brainfm.nets.transfer import fingerprint
 from brainfm.training.loop import CHECKPOINT, first_difference, read_checkpoint, write_checkpoint
 
 _CURVES = "curves.csv"

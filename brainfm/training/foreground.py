@@ -8,7 +8,7 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor, nn
 
-from brainfm.specs import TrainingError
+from brainfm.errors import TrainingError
 from brainfm.tasks.segmentation import SegmentationTask, foreground_shares
 from brainfm.training.guards import CollapseGuard
 

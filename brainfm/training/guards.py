@@ -9,59 +9,16 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from statistics import median
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from brainfm.specs import ConfigError
+from brainfm.training.settings import GUARD_MEMORY, GuardSpec
 
-_MEMORY = 100  # logged losses whose median counts as usual
 _ENOUGH = 20  # of them, before anything is called unusual
 _OF_A_LEVEL = re.compile(r"(level\d+|decoder\d+|dense)_(dice|rank|random_(dice|rank|low_dice))")  # level_probes.py
-
-
-@dataclass(frozen=True)
-class GuardSpec:
-    """When a run is stopped. None switches a guard off.
-
-    Attributes:
-        min_std: smallest mean standard deviation of a part's features over the probed scans.
-        min_rank: smallest effective rank of a part's features; 1 is a line, and a healthy code that is mostly about the
-            contrast can come near it.
-        rank_exempt: parts that may have few directions: a contrast code of two contrasts needs one.
-        probes: how many probes in a row must be below.
-        level_dice: what becomes of a level whose linear Dice is below that of every fresh network, once the rate has
-            warmed up: ``warn`` says it, ``stop`` says it and stops the run after ``probes`` in a row.
-        min_level_rank: the same of a level whose map has a smaller effective rank.
-        explode: how many times the median of the last 100 logged losses is too much.
-        explode_logs: how many logged losses in a row must be above.
-    """
-
-    min_std: float | None = 1e-4
-    min_rank: float | None = 1.05
-    rank_exempt: tuple[str, ...] = ("contrast", "pathology")
-    probes: int = 3
-    level_dice: str | None = "warn"
-    min_level_rank: float | None = 3.0
-    explode: float | None = 10.0
-    explode_logs: int = 20
-
-    def __post_init__(self) -> None:
-        object.__setattr__(self, "rank_exempt", tuple(self.rank_exempt))
-        for key in ("probes", "explode_logs"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"guard.{key}={getattr(self, key)}: expected 1 or more")
-        for key, least in (("min_std", 0.0), ("min_rank", 0.0), ("min_level_rank", 0.0), ("explode", 1.0)):
-            value = getattr(self, key)
-            if value is not None and value <= least:
-                raise ConfigError(f"guard.{key}={value}: expected more than {least:g}, or null for no guard")
-        if self.level_dice not in (None, "warn", "stop"):
-            raise ConfigError(f"guard.level_dice={self.level_dice}: expected warn, stop or null")
-        if self.explode_logs > _MEMORY // 2:
-            raise ConfigError(f"guard.explode_logs={self.explode_logs}: expected at most {_MEMORY // 2}")
 
 
 class Guards:
@@ -80,7 +37,7 @@ class Guards:
         spec, losses = self.spec, self.kept.setdefault("losses", [])
         usual = median(losses) if len(losses) >= _ENOUGH else 0.0
         losses.append(loss)
-        del losses[:-_MEMORY]
+        del losses[:-GUARD_MEMORY]
         if spec.explode is None:
             return None
         above = usual > 0 and loss > spec.explode * usual

@@ -24,10 +24,10 @@ from brainfm.data import regions
 from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.data.targets import Targets
 from brainfm.data.windows import PLACEHOLDER
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
-from brainfm.nets.decoders import Pointwise, SkipDecoder
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import write_atomically
+from brainfm.nets.cpu import swap_in
+from brainfm.nets.decoders import DenseDecoder, DenseHead, Pointwise, SkipDecoder, decoder_for
 from brainfm.objectives.objective import Objective
 
 Maps = Callable[[Tensor], dict[str, Tensor]]  # [1, 1, X, Y, Z] -> name -> [1, E, X/s, Y/s, Z/s]
@@ -166,8 +166,8 @@ def fresh_networks(
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         encoder = build_backbone(**backbone.config)
-        decoder = None if dense is None else DenseDecoder(backbone.widths, backbone.strides, **dense.config)
-    return encoder.to(device).eval(), None if decoder is None else decoder.to(device).eval()
+        decoder = None if dense is None else decoder_for(backbone, dense.parts)
+    return swap_in(encoder).to(device).eval(), None if decoder is None else swap_in(decoder).to(device).eval()
 
 
 # ------------------------------------------------------------------------------------------------------- linear regions
@@ -349,7 +349,7 @@ class _Segmenter(nn.Module):
 
     def __init__(self, backbone: Backbone, decoder: SkipDecoder, classes: int) -> None:
         super().__init__()
-        self.backbone, self.decoder, self.out = backbone, decoder, Pointwise(backbone.widths[0], classes)
+        self.backbone, self.decoder, self.out = backbone, decoder, Pointwise(decoder.widths[0], classes)
 
     def forward(self, image: Tensor) -> Tensor:
         logits: Tensor = self.out(self.decoder.climb(self.backbone.features(image))[-1])
@@ -368,8 +368,8 @@ def few_shot_dice(
     encoder, _ = fresh_networks(backbone, None)
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(0)
-        decoder = SkipDecoder(backbone.widths, backbone.strides, 1)
-        net = _Segmenter(encoder, decoder, groups).to(device)
+        decoder = decoder_for(backbone, 1)
+        net = swap_in(_Segmenter(encoder, decoder, groups)).to(device)
     encoder.load_state_dict(backbone.state_dict())
     if dense is not None:
         own = {name: value for name, value in decoder.state_dict().items() if name.startswith("out.")}  # of no use
@@ -533,7 +533,7 @@ class LevelProbe:
             score = few_shot_dice(*fresh_networks(backbone, dense), self.crops, self.groups, self.fitted)
             table["network"] = {"fewshot_dice": score}
         if len(table) > there:
-            write_atomically(path, (json.dumps({"question": question, "answers": table}, indent=1) + "\n").encode())
+            write_whole(path, (json.dumps({"question": question, "answers": table}, indent=1) + "\n").encode())
         return table
 
     def _of_fresh(self, backbone: Backbone, dense: DenseDecoder | None) -> Table:

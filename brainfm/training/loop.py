@@ -25,11 +25,14 @@ from lightning.fabric import Fabric
 from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
-from brainfm.specs import BrainfmWarning, ConfigError, TrainingError
-from brainfm.training.guards import FiniteWatch, Guards, GuardSpec, first_not_finite
-from brainfm.training.monitor import Curves, Progress
+from brainfm.curves import Curves
+from brainfm.errors import BrainfmWarning, ConfigError, TrainingError
+from brainfm.files import writing
+from brainfm.progress import Progress
+from brainfm.training.guards import FiniteWatch, Guards, first_not_finite
 from brainfm.training.optim import Rates, Wsd, lr_factor
 from brainfm.training.receipt import Meter
+from brainfm.training.settings import GuardSpec
 
 CHECKPOINT = "last.ckpt"
 GOOD = "good.ckpt"  # the last checkpoint whose probe was passed
@@ -383,22 +386,15 @@ def _save(run: Run, optimizer: torch.optim.Optimizer, state: State) -> None:
 
 
 def write_checkpoint(path: Path, content: dict[str, Any]) -> None:
-    """Whole or not at all. Raises OSError with the file's name, e.g. where the disk is full."""
-    partial = path.with_suffix(".tmp")
-    try:
-        with partial.open("wb") as file:
+    """Whole or not at all. Raises: FileError, e.g. where the disk is full."""
+    with writing(path) as file:
+        try:
             torch.save(content, file)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(partial, path)
-    except (OSError, RuntimeError) as error:
-        # A full disk reaches torch as an OSError, and leaves it as a RuntimeError about positions in a file.
-        cause = error if isinstance(error, OSError) else error.__context__
-        if not isinstance(cause, OSError):
+        except RuntimeError as error:
+            # A full disk reaches torch as an OSError, and leaves it as a RuntimeError about positions in a file.
+            if isinstance(error.__context__, OSError):
+                raise error.__context__ from None
             raise
-        raise OSError(cause.errno, cause.strerror, str(path)) from None
-    finally:
-        partial.unlink(missing_ok=True)
 
 
 def _keep(checkpoint: Path, name: Path) -> None:

@@ -13,7 +13,8 @@ import torch
 from brainfm.data.region_volumes import RegionVolumes
 from brainfm.data.scan_cases import views_of
 from brainfm.data.store import Store
-from brainfm.nets.weights import fingerprint, write_atomically
+from brainfm.files import write_whole
+from brainfm.nets.transfer import fingerprint
 from brainfm.tasks.reads import PARTS
 from brainfm.tasks.scan_level import ScanTask
 from brainfm.training.candidates import Chosen, Side, Tuned, choose, inner_folds
@@ -64,7 +65,7 @@ class Members:
         chosen = choose(side, names, folds, mapped, found)
         self._install(task, chosen)
         rows = [self._row(case, split, task, tuned, chosen, engine) for case in split.held]
-        write_atomically(folder / CHOICE, (json.dumps(_told(chosen, side), indent=1) + "\n").encode())
+        write_whole(folder / CHOICE, (json.dumps(_told(chosen, side), indent=1) + "\n").encode())
         if tuned is None or "tuned" not in (chosen.name, chosen.fallback):
             return rows, dict(task.bundle_state())
         self._install(tuned, chosen, also_network=False)

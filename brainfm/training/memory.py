@@ -1,6 +1,6 @@
 """What fits: patch, parts of a batch, precision and recomputation for the memory that a device has.
 
-Nothing here is guessed: the peaks come from memory_table.json, which scripts/benchmark_memory.py measures and says how
+Nothing here is guessed: the peaks come from memory_table.json, which scripts/benchmark/memory.py measures and says how
 (rows of a real GPU where there was one; else a count of every tensor alive during the step). The table has no rows for
 free widths: these are scaled from the nearest family, and the plan says so.
 """
@@ -18,8 +18,9 @@ from typing import Any
 
 import torch
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.specs import ConfigError
+from brainfm.training.settings import TrainerSettings
 from brainfm.training.speed import settled
 
 TABLE = Path(__file__).with_name("memory_table.json")
@@ -183,7 +184,7 @@ def plan(
     classes: int,
     patch_vox: tuple[int, int, int],
     batch_size: int,
-    trainer: Mapping[str, Any],
+    trainer: TrainerSettings,
     views: int = 1,
     table: MemoryTable | None = None,
 ) -> MemoryPlan:
@@ -205,9 +206,9 @@ def plan(
     backbone.check_patch(patch_vox)
     if min(contrasts, classes, batch_size, views) < 1:
         raise ConfigError(f"trainer.batch_size={batch_size}: expected at least one sample, contrast, class and view")
-    trainer = settled({"compile": None, "channels_last": False, **trainer})
-    device = "gpu" if trainer["accelerator"] == "gpu" or _has_gpu(trainer) else "cpu"
-    budget = budget_gb(device, trainer.get("memory_gb"))
+    trainer = settled(trainer)
+    device = "gpu" if trainer.accelerator == "gpu" or _has_gpu(trainer) else "cpu"
+    budget = budget_gb(device, trainer.memory_gb)
     kind = "segmentation" if task_kind == "segmentation" else "scan"
     table = table or MemoryTable.shipped()
 
@@ -216,7 +217,7 @@ def plan(
             backbone,
             kind,
             device=device,
-            precision=trainer["precision"],
+            precision=trainer.precision,
             checkpointing=checkpointing,
             contrasts=contrasts,
             classes=classes if kind == "segmentation" else 1,
@@ -233,12 +234,12 @@ def plan(
                     least, how = predicted(patch, math.ceil(batch_size / parts), checkpointing)
                     if least <= budget:
                         made = MemoryPlan(
-                            patch, batch_size, parts, trainer["precision"], checkpointing, round(least, 2), budget
+                            patch, batch_size, parts, trainer.precision, checkpointing, round(least, 2), budget
                         )
                         return dataclasses.replace(made, notes=_notes(made, patch_vox, how))
     except LookupError as error:
         note = f"nothing was measured for backbone {error}: the plan is what was asked for"
-        return MemoryPlan(patches[0], batch_size, 1, trainer["precision"], False, 0.0, budget, (note,))
+        return MemoryPlan(patches[0], batch_size, 1, trainer.precision, False, 0.0, budget, (note,))
     raise ConfigError(
         f"trainer.memory_gb: {budget:.1f} GB to use, expected {least:.1f} GB or more, which {backbone.config['name']} "
         f"needs for one patch of {_by(patches[-1])} voxels with recomputation; use a smaller backbone"
@@ -368,8 +369,8 @@ def _by(patch_vox: tuple[int, ...]) -> str:
     return "x".join(str(edge) for edge in patch_vox)
 
 
-def _has_gpu(trainer: Mapping[str, Any]) -> bool:
-    return trainer["accelerator"] == "auto" and torch.cuda.is_available()
+def _has_gpu(trainer: TrainerSettings) -> bool:
+    return trainer.accelerator == "auto" and torch.cuda.is_available()
 
 
 def _lines(path: str) -> list[str]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 
 def build_optimizer(

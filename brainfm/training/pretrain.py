@@ -2,49 +2,52 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
-import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import Any
 
 import torch
 from lightning.fabric import Fabric
-from lightning.fabric.utilities.rank_zero import rank_zero_only
 from torch import Tensor
 
-from brainfm import __version__
 from brainfm.batch import Batch, Terms
-from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, look_spec, render
+from brainfm.data.augment import AugmentSpec, apply, augment_spec, draw, render
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.regions import REGIONS, merged_members
-from brainfm.data.splits import holdout
+from brainfm.data.settings import TargetSpec
 from brainfm.data.store import SessionEntry, Store
-from brainfm.data.targets import Targets, TargetSpec, find_targets
-from brainfm.data.windows import WindowPatches, WindowSpec
+from brainfm.data.targets import Targets, find_targets
+from brainfm.data.windows import WindowPatches
+from brainfm.errors import ConfigError, ManifestError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import save_backbone, write_atomically
-from brainfm.objectives.objective import Objective, build_objective
+from brainfm.nets.backbone_file import save_backbone
+from brainfm.objectives.objective import Objective, make_objective
+from brainfm.objectives.settings import AnatomyPathologySettings, DenseSplitSettings, ObjectiveSettings
+from brainfm.progress import say
+from brainfm.scoring.folds import holdout
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, Provenance, ViewSpec
+from brainfm.settings import plain
+from brainfm.specs import PreprocessSpec, Provenance, ViewSpec
+from brainfm.synthesis.settings import LookSpec
 from brainfm.training import receipt
 from brainfm.training.average import WeightAverage
 from brainfm.training.finish import Finish, branch
-from brainfm.training.guards import GuardSpec
-from brainfm.training.launch import make_fabric
 from brainfm.training.level_probes import LevelProbe
 from brainfm.training.loop import LoopSpec, Run, State, train
-from brainfm.training.monitor import save_pictures
-from brainfm.training.optim import Wsd, build_optimizer
-from brainfm.training.probes import OnlineProbe, ProbeSpec, with_whole
+from brainfm.training.optim import build_optimizer
+from brainfm.training.pictures import save_pictures
+from brainfm.training.probes import OnlineProbe, with_whole
+from brainfm.training.processes import make_fabric
+from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of
+from brainfm.training.settings import PretrainData, PretrainSettings, ProbeSpec, WsdSettings
 from brainfm.training.speed import quicken, settled
 
+LOOKS = LookSpec()
 BACKBONE_FILE = "backbone.safetensors"
-# Of the configuration: what moves no weight. A run may go on with other guards, or be asked more or less.
-_NOT_IDENTITY = ("run", "store", "debug", "experiment", "launch", "probe", "guard", "finish")
 
 
 class Augmented(torch.nn.Module):
@@ -61,10 +64,10 @@ class Augmented(torch.nn.Module):
         spec: AugmentSpec | None,
         seed: int,
         decay: float | None = None,
-        looks: Mapping[str, Any] = MappingProxyType({}),
+        looks: LookSpec = LOOKS,
     ) -> None:
         super().__init__()
-        self.question, self.spec, self.seed, self.looks = question, spec, seed, look_spec(looks)
+        self.question, self.spec, self.seed, self.looks = question, spec, seed, looks
         self.average = None if decay is None else WeightAverage(question, decay)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
@@ -89,31 +92,8 @@ class Augmented(torch.nn.Module):
             self.average.update(step)
 
 
-def loop_spec(trainer: Mapping[str, Any], optim: Mapping[str, Any]) -> LoopSpec:
-    """Of the configuration. Raises ConfigError where the schedule is unknown or lacks a number."""
-    schedule, max_steps = optim.get("schedule", "cosine"), int(trainer["max_steps"])
-    if schedule not in ("cosine", "wsd"):
-        raise ConfigError(f"optim.schedule={schedule}: expected cosine or wsd")
-    warmup, wsd = optim.get("warmup_steps"), None
-    if schedule == "wsd":
-        if warmup is None:
-            raise ConfigError("optim.schedule=wsd with optim.warmup_steps=null: expected a number of steps, e.g. 1000")
-        wsd = Wsd(int(warmup), int(optim["horizon_steps"]))
-    elif warmup is None:
-        warmup = round(float(optim["warmup_fraction"]) * max_steps)
-    return LoopSpec(
-        max_steps=max_steps,
-        warmup_steps=int(warmup),
-        wsd=wsd,
-        clip_norm=float(trainer["clip_norm"]),
-        log_every=int(trainer["log_every"]),
-        checkpoint_every=int(trainer["checkpoint_every"]),
-        evaluate_every=int(trainer["evaluate_every"]),
-    )
-
-
-def pretrain(config: dict[str, Any]) -> State:
-    """Runs or resumes the pre-training that the resolved configuration describes (configs/pretrain.yaml).
+def pretrain(settings: PretrainSettings) -> State:
+    """Runs or resumes a pre-training.
 
     Leaves ``backbone.safetensors``, ``last.ckpt``, ``curves.csv``, ``tensorboard/``, ``pictures/``, ``probes.json`` and
     ``receipt.json`` in ``run``. With ``finish.from`` the run is a copy of another one, with a decay (finish.py).
@@ -121,22 +101,21 @@ def pretrain(config: dict[str, Any]) -> State:
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
     """
-    store, folder, seed = Store.open(Path(config["store"])), Path(config["run"]), int(config["seed"])
-    config = config | {"trainer": settled(config["trainer"])}
-    trainer, data = config["trainer"], config["data"]
+    store, folder, seed = Store.open(settings.store), settings.run, settings.seed
+    settings = replace(settings, trainer=settled(settings.trainer))
+    trainer, data = settings.trainer, settings.data
     folder.mkdir(parents=True, exist_ok=True)
     fabric = make_fabric(trainer)
     torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
-    backbone = build_backbone(**config["backbone"])
+    backbone = build_backbone(**settings.backbone)
     sides = sides_of(store, data)
-    question, targets = _with_targets(config, store, sides[0])
-    objective = build_objective(**question, backbone=backbone, patch_vox=tuple(data["patch_vox"]), seed=seed)
-    batch_size, workers = int(trainer["batch_size"]), int(trainer["workers"])
-    decay = None if config["average"] is None else float(config["average"])
-    artefacts = _artefacts(data["augment"], objective.views)
-    module = Augmented(objective, artefacts, seed, decay, data["looks"])
+    question, targets = _with_targets(settings, store, sides[0])
+    objective = make_objective(question, backbone, patch_vox=data.patch_vox, seed=seed)
+    batch_size = trainer.batch_size
+    artefacts = _artefacts(data.augment, objective.views)
+    module = Augmented(objective, artefacts, seed, settings.average, data.looks)
     quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
-    train_set = make_patches(config, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
+    train_set = make_patches(data, seed, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
     if fabric.is_global_zero:
         say(
             f"{sum(p.numel() for p in objective.parameters()):,} parameters in pre-training "
@@ -145,50 +124,50 @@ def pretrain(config: dict[str, Any]) -> State:
         )
         for note in targets.notes:
             say(note)
-    spec, identity, finish = _schedule(config, pretrain_identity(config, store), fabric)
+    spec, identity, finish = _schedule(settings, pretrain_identity(settings, store), fabric)
     probe = None
-    if config["probe"] is not None:
+    if settings.probe is not None:
         probe = OnlineProbe(
             with_whole(module.answering.encode, module.answering.backbone),
             store,
             held=sides[1],
             trained=sides[0],
-            spec=ProbeSpec(**config["probe"]),
+            spec=settings.probe,
             patch_vox=objective.views.patch_vox,
             seed=seed,
             device=fabric.device,
             batch_size=batch_size,
             folder=folder,
-            levels=_level_probe(config, module.answering, store, sides, fabric),
+            levels=_level_probe(settings, settings.probe, module.answering, store, sides, fabric),
         )
-        spec = dataclasses.replace(spec, probe_every=probe.spec.every)
+        spec = replace(spec, probe_every=probe.spec.every)
         if fabric.is_global_zero:
             say("\n".join(probe.plan()))
 
     def loader_from(step: int) -> Any:
         steps = StepSampler(step, spec.max_steps, batch_size, fabric.global_rank, fabric.world_size)
-        return make_loader(train_set, steps, workers, pin_memory=fabric.device.type == "cuda")
+        return make_loader(train_set, steps, trainer.workers, pin_memory=fabric.device.type == "cuda")
 
-    file = _BackboneFile(module, store, train_set, config, fabric, finish)
+    file = _BackboneFile(module, store, train_set, settings, fabric, finish)
     state = train(
         Run(
             fabric=fabric,
             folder=folder,
             identity=identity,
             module=module,
-            optimizer=build_optimizer(objective, **optim_values(config["optim"])),
+            optimizer=build_optimizer(objective, **optim_values(settings.optim)),
             loader_from=loader_from,
             spec=spec,
-            evaluate=_Validation(fabric, module, store, sides[1], sides[0], targets, batch_size, folder, config),
+            evaluate=_Validation(fabric, module, store, sides[1], sides[0], targets, settings),
             after_step=module.after_step,
             saved=file.write if spec.wsd is not None and finish is None else None,
             probe=probe,
-            guard=GuardSpec(**config["guard"]) if config["guard"] is not None else None,
+            guard=settings.guard,
             title="pretrain",
         )
     )
     if fabric.is_global_zero:
-        write_atomically(folder / receipt.FILE, (json.dumps(state.receipt, indent=1) + "\n").encode())
+        write_whole(folder / receipt.FILE, (json.dumps(state.receipt, indent=1) + "\n").encode())
         if state.step >= spec.max_steps:
             say(file.write(state))
             say(receipt.describe(state.receipt))
@@ -200,64 +179,64 @@ def pretrain(config: dict[str, Any]) -> State:
 
 
 def _level_probe(
-    config: Mapping[str, Any],
+    settings: PretrainSettings,
+    spec: ProbeSpec,
     objective: Objective,
     store: Store,
     sides: tuple[list[SessionEntry], list[SessionEntry]],
     fabric: Fabric,
 ) -> LevelProbe | None:
     """What is asked of every level, on held-out people alone; their label maps are read in the words all maps share."""
-    spec = ProbeSpec(**config["probe"])
     if not spec.levels:
         return None
-    wanted = TargetSpec(**(dict(config["data"]["targets"]) | {"level": None, "volumes": None}))
+    wanted = replace(settings.data.targets, level=None, volumes=None)
     try:
         targets = find_targets(store, wanted, {s.subject_key for s in sides[0]}, pathology=False)
     except ManifestError as error:
         say(f"levels: {error}; no Dice of regions is asked")
         targets = Targets()
     every = spec.every * spec.fewshot_every if spec.fewshot_every else None
-    return LevelProbe(objective, store, sides[1], targets, fabric.device, Path(config["run"]), every)
+    return LevelProbe(objective, store, sides[1], targets, fabric.device, settings.run, every)
 
 
 def _schedule(
-    config: dict[str, Any], identity: dict[str, Any], fabric: Fabric
+    settings: PretrainSettings, identity: dict[str, Any], fabric: Fabric
 ) -> tuple[LoopSpec, dict[str, Any], Finish | None]:
     """How long and at which rates, the run's identity, and of a finished copy where it comes from."""
-    spec, wanted = loop_spec(config["trainer"], config["optim"]), config["finish"]
-    if wanted["from"] is None:
+    spec, wanted = loop_spec(settings.trainer, settings.optim), settings.finish
+    if wanted.from_ is None:
         return spec, identity, None
     if spec.wsd is None:
-        raise ConfigError(f"finish.from={wanted['from']}: a cosine has its own end, expected a run with optim=wsd")
-    steps, shape = int(wanted["steps"]), str(wanted["shape"])
-    dataclasses.replace(spec.wsd, decay=(0, steps), shape=shape)  # refuses values before anything is copied
-    finish, identity = branch(fabric, Path(wanted["from"]), Path(config["run"]), identity, steps, shape)
-    wsd = dataclasses.replace(spec.wsd, decay=(finish.from_step, steps), shape=shape)
-    return dataclasses.replace(spec, max_steps=finish.from_step + steps, wsd=wsd), identity, finish
+        raise ConfigError(f"finish.from={wanted.from_}: a cosine has its own end, expected a run with optim=wsd")
+    steps, shape = wanted.steps, wanted.shape
+    replace(spec.wsd, decay=(0, steps), shape=shape)  # refuses values before anything is copied
+    finish, identity = branch(fabric, wanted.from_, settings.run, identity, steps, shape)
+    wsd = replace(spec.wsd, decay=(finish.from_step, steps), shape=shape)
+    return replace(spec, max_steps=finish.from_step + steps, wsd=wsd), identity, finish
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class _BackboneFile:
     """The backbone file of a run as it stands: at its end, and under wsd beside each checkpoint."""
 
     module: Augmented
     store: Store
     train_set: PretrainPatches | WindowPatches
-    config: dict[str, Any]
+    settings: PretrainSettings
     fabric: Fabric
     finish: Finish | None
 
     def write(self, state: State) -> str:
         """Writes it. Returns a sentence about it."""
-        answering, path = self.module.answering, Path(self.config["run"]) / BACKBONE_FILE
-        samples = state.step * int(self.config["trainer"]["batch_size"]) * self.fabric.world_size
-        config = self.config
+        settings, answering, path = self.settings, self.module.answering, self.settings.run / BACKBONE_FILE
+        samples = state.step * settings.trainer.batch_size * self.fabric.world_size
+        config: dict[str, Any] = plain(settings)
         parents: tuple[str, ...] = ()
         if self.finish is not None:
-            config = config | {"finish": config["finish"] | {"from_step": self.finish.from_step}}
+            config["finish"]["from_step"] = self.finish.from_step
             parents = (self.finish.parent,)
-        provenance = provenance_of(config, self.store, state, samples, self.fabric, parents)
-        write_backbone(path, answering, self.store.spec, self.train_set, int(self.config["seed"]), provenance)
+        provenance = provenance_of(config, settings.seed, self.store, state, samples, self.fabric, parents)
+        write_backbone(path, answering, self.store.spec, self.train_set, settings.seed, provenance)
         branched = f" (decayed from step {self.finish.from_step} on)" if self.finish is not None else ""
         return (
             f"{path}: {state.step} steps{branched}, {samples:,} samples, {provenance.hours:.2f} h on "
@@ -291,53 +270,51 @@ def write_backbone(
 
 
 def _with_targets(
-    config: Mapping[str, Any], store: Store, trained: list[SessionEntry]
-) -> tuple[dict[str, Any], Targets]:
+    settings: PretrainSettings, store: Store, trained: list[SessionEntry]
+) -> tuple[ObjectiveSettings, Targets]:
     """The objective's settings, with the sizes of the anatomical targets as the data have them, and the targets."""
-    question = dict(config["objective"])
-    if "classes" in question:
-        return _with_regions(question, config, store, trained)
-    if not {"groups", "volumes"} <= set(question):
+    question, people = settings.objective, {session.subject_key for session in trained}
+    if isinstance(question, DenseSplitSettings):
+        return _with_regions(question, settings.data.targets, store, people)
+    if not isinstance(question, AnatomyPathologySettings):
         return question, Targets()
     targets = find_targets(
         store,
-        TargetSpec(**config["data"]["targets"]),
-        {session.subject_key for session in trained},
-        anatomy=float(question["anatomy_weight"]) > 0,
-        pathology=float(question["pathology_weight"]) > 0,
+        settings.data.targets,
+        people,
+        anatomy=question.anatomy_weight > 0,
+        pathology=question.pathology_weight > 0,
     )
-    for key, there in (("groups", len(targets.groups)), ("volumes", len(targets.regions))):
-        if question[key] is None:
-            question[key] = there
-        elif question[key] not in (0, there):
-            raise ConfigError(f"objective.{key}={question[key]}: the data have {there}; expected {there}, 0 or null")
-    if float(question["anatomy_weight"]) > 0 and not (question["groups"] or question["volumes"]):
+    groups = _size("groups", question.groups, len(targets.groups))
+    volumes = _size("volumes", question.volumes, len(targets.regions))
+    if question.anatomy_weight > 0 and not (groups or volumes):
         note = "no anatomical target at all: reconstruction alone trains the anatomy part (see `brainfm anatomy`)"
-        targets = dataclasses.replace(targets, notes=(*targets.notes, note))
-    return question, targets
+        targets = replace(targets, notes=(*targets.notes, note))
+    return replace(question, groups=groups, volumes=volumes), targets
+
+
+def _size(key: str, asked: int | None, there: int) -> int:
+    if asked not in (None, 0, there):
+        raise ConfigError(f"objective.{key}={asked}: the data have {there}; expected {there}, 0 or null")
+    return there if asked is None else asked
 
 
 def _with_regions(
-    question: dict[str, Any], config: Mapping[str, Any], store: Store, trained: list[SessionEntry]
-) -> tuple[dict[str, Any], Targets]:
+    question: DenseSplitSettings, wanted: TargetSpec, store: Store, people: set[str]
+) -> tuple[ObjectiveSettings, Targets]:
     """The same for an objective that asks for the fine classes of data/regions.py."""
-    targets = find_targets(
-        store,
-        TargetSpec(**(dict(config["data"]["targets"]) | {"level": "regions"})),
-        {session.subject_key for session in trained},
-        pathology=float(question["lesion_weight"]) > 0,
-    )
+    targets = find_targets(store, replace(wanted, level="regions"), people, pathology=question.lesion_weight > 0)
     if not targets.maps:
         note = "no label map: nothing is rendered, and the terms of real scans go on alone (see `brainfm anatomy`)"
-        targets = dataclasses.replace(targets, notes=(*targets.notes, note))
-    question["classes"] = list(REGIONS) if targets.maps else []
-    question["merged"] = merged_members() if targets.maps else []
-    question["volumes"] = len(targets.regions)
-    return question, targets
+        targets = replace(targets, notes=(*targets.notes, note))
+    classes = tuple(REGIONS) if targets.maps else ()
+    merged = tuple(tuple(members) for members in merged_members()) if targets.maps else ()
+    return replace(question, classes=classes, merged=merged, volumes=len(targets.regions)), targets
 
 
 def make_patches(
-    config: Mapping[str, Any],
+    data: PretrainData,
+    seed: int,
     store: Store,
     sessions: list[SessionEntry],
     views: ViewSpec,
@@ -348,11 +325,11 @@ def make_patches(
 ) -> PretrainPatches | WindowPatches:
     """The patches of one side, as the objective wants them; ``validation``: of a stream of their own, centred on heads,
     and of windows as they are once the schedule has settled."""
-    data, seed = config["data"], int(config["seed"]) + validation
+    seed = seed + validation
     if not views.windows:
-        share = 1.0 if validation else float(data["foreground_share"])
+        share = 1.0 if validation else float(data.foreground_share)
         return PretrainPatches(store, sessions, views, seed, share, targets)
-    spec = WindowSpec(**dict(data["windows"]), rendered=float(data["rendered"]))
+    spec = replace(data.windows, rendered=data.rendered)
     settled = spec.settle_steps if validation else 0
     return WindowPatches(store, sessions, views, seed, spec, samples_a_step, targets, from_step=settled)
 
@@ -360,21 +337,21 @@ def make_patches(
 def _artefacts(value: Any, views: ViewSpec) -> AugmentSpec | None:
     """``data.augment``; of windows, which are moved already, what changes intensities alone."""
     spec = augment_spec(value)
-    return spec if spec is None or not views.windows else dataclasses.replace(spec, flip=0.0, affine=0.0, elastic=0.0)
+    return spec if spec is None or not views.windows else replace(spec, flip=0.0, affine=0.0, elastic=0.0)
 
 
-def sides_of(store: Store, data: Mapping[str, Any]) -> tuple[list[SessionEntry], list[SessionEntry]]:
+def sides_of(store: Store, data: PretrainData) -> tuple[list[SessionEntry], list[SessionEntry]]:
     """Sessions to train on and held out, by a column of the manifest (``data.side_column``: ``train`` or ``held``)
     or by hash.
 
     Raises: ConfigError where the column is missing, says something else, or puts a person on both sides.
     """
-    column, only = data["side_column"], dict(data["only"] or {})
+    column, only = data.side_column, dict(data.only or {})
     sessions = [s for s in store.sessions if all(s.columns.get(key, "") == str(value) for key, value in only.items())]
     if not sessions:
         raise ConfigError(f"{store.path}: no session has {only} (data.only), expected some")
     if not column:
-        return split_sessions(sessions, float(data["validation"]), int(data["split_seed"]))
+        return split_sessions(sessions, data.validation, data.split_seed)
     sides: dict[str, list[SessionEntry]] = {"train": [], "held": []}
     for session in sessions:
         word = session.columns.get(column, "")
@@ -410,17 +387,17 @@ class _Validation:
         held: list[SessionEntry],
         trained: list[SessionEntry],
         targets: Targets,
-        batch_size: int,
-        folder: Path,
-        config: dict[str, Any],
+        settings: PretrainSettings,
     ) -> None:
-        self.fabric, self.module, self.objective, self.folder = fabric, module, module.answering, folder
-        self.batches = int(config["data"]["validation_batches"]) if any(s.scans for s in held) else 0
+        self.fabric, self.module, self.objective, self.folder = fabric, module, module.answering, settings.run
+        self.batches = settings.data.validation_batches if any(s.scans for s in held) else 0
         # With nobody held out the pictures still show something: subjects that were trained on.
         shown = held if self.batches else trained
         self.loader = make_loader(
-            make_patches(config, store, shown, self.objective.views, targets, validation=True),
-            StepSampler(0, max(1, self.batches), batch_size),
+            make_patches(
+                settings.data, settings.seed, store, shown, self.objective.views, targets, validation=True
+            ),
+            StepSampler(0, max(1, self.batches), settings.trainer.batch_size),
             workers=0,
         )
 
@@ -440,59 +417,9 @@ class _Validation:
         return sums
 
 
-def identity_of(config: Mapping[str, Any], store: Store) -> dict[str, Any]:
-    """What must be equal for a run to go on: all of the configuration that can change a number, and the data."""
-    kept = {k: v for k, v in config.items() if k not in _NOT_IDENTITY}
-    kept["trainer"] = {
-        k: v for k, v in config["trainer"].items() if k not in ("workers", "log_every", "checkpoint_every")
-    }
-    return kept | {"store": store.fingerprint()}
-
-
-def pretrain_identity(config: Mapping[str, Any], store: Store) -> dict[str, Any]:
+def pretrain_identity(settings: PretrainSettings, store: Store) -> dict[str, Any]:
     """`identity_of`; where no step depends on how many follow, the number of steps is no part of it."""
-    identity = identity_of(config, store)
-    if config["optim"].get("schedule") == "wsd":
+    identity = identity_of(settings, store)
+    if isinstance(settings.optim, WsdSettings) and settings.optim.schedule == "wsd":
         del identity["trainer"]["max_steps"]
     return identity
-
-
-def provenance_of(
-    config: dict[str, Any], store: Store, state: State, samples: int, fabric: Fabric, parents: tuple[str, ...] = ()
-) -> Provenance:
-    device = torch.cuda.get_device_name(fabric.device) if fabric.device.type == "cuda" else "cpu"
-    return Provenance(
-        version=__version__,
-        commit=commit_of_code(),
-        data=store.fingerprint(),
-        config=config,
-        seed=int(config["seed"]),
-        steps=state.step,
-        samples=samples,
-        hours=round(state.seconds * fabric.world_size / 3600, 4),
-        device=f"{fabric.world_size} x {device}",
-        parents=parents,
-        receipt=state.receipt,
-    )
-
-
-def commit_of_code() -> str:
-    """The git commit of the checkout that the code runs from; empty when it was installed."""
-    head = Path(__file__).resolve().parents[2] / ".git" / "HEAD"
-    if not head.is_file():
-        return ""
-    text = head.read_text().strip()
-    if not text.startswith("ref: "):
-        return text
-    reference = head.parent / text.removeprefix("ref: ")
-    return reference.read_text().strip() if reference.is_file() else ""
-
-
-def optim_values(optim: Mapping[str, Any]) -> dict[str, Any]:
-    return {"lr": float(optim["lr"]), "weight_decay": float(optim["weight_decay"]), "betas": tuple(optim["betas"])}
-
-
-def say(text: str) -> None:
-    """To the log, once however many processes the run has."""
-    if getattr(rank_zero_only, "rank", 0) == 0:  # Lightning hangs it onto the function
-        print(text, file=sys.stderr, flush=True)

@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from brainfm import seeds
-from brainfm.data.splits import folds
 from brainfm.data.store import ScanEntry, SessionEntry, Store
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.weights import write_atomically
-from brainfm.specs import ConfigError
-from brainfm.tasks import linear
+from brainfm.scoring import linear
+from brainfm.scoring.answers import auroc
+from brainfm.scoring.folds import folds
 from brainfm.training import level_probes
+from brainfm.training.settings import ProbeSpec
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 Table = dict[str, dict[str, float]]
@@ -41,36 +42,6 @@ _WITH_AGE = 10
 _FOR_RANK = 8  # crops, before a rank means anything
 _MISSING = frozenset({"", "n/a", "na", "nan", "none", "null", "unknown", "u", "other", "o", "?"})
 _SEX = {"male": "m", "man": "m", "female": "f", "woman": "f"}
-
-
-@dataclass(frozen=True)
-class ProbeSpec:
-    """How much is asked.
-
-    Attributes:
-        every: steps; 0 is only after the last.
-        subjects: at most; those with scans of two contrasts first.
-        scans: of a session at most.
-        patches: places in a head, the same for all scans of a subject.
-        levels: whether every level is asked by itself too (level_probes.py).
-        fewshot_every: every how many-th probe puts the few-shot question; 0: none.
-    """
-
-    every: int = 1000
-    subjects: int = 32
-    scans: int = 4
-    patches: int = 2
-    levels: bool = True
-    fewshot_every: int = 5
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError(f"probe.every={self.every}: expected 0 or more steps")
-        for key in ("subjects", "scans", "patches"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"probe.{key}={getattr(self, key)}: expected 1 or more")
-        if self.fewshot_every < 0:
-            raise ConfigError(f"probe.fewshot_every={self.fewshot_every}: expected 0 or more probes")
 
 
 @dataclass(frozen=True)
@@ -306,7 +277,7 @@ def _contrast(features: Features, values: np.ndarray, seed: int) -> dict[str, fl
     x = values[rows].mean(axis=1)
     y = np.array([legal.index(features.rows[r][1].contrast) for r in rows])
     who = [features.rows[r][0].subject_key for r in rows]
-    by_subject = folds_of(who, seed)
+    by_subject = folds(who, _FOLDS, seed, fewer=True)
     return {
         "contrast": _balanced_accuracy(y, linear.crossed(x, y, who, by_subject, _logistic)),
         "contrast_knn": _balanced_accuracy(y, linear.crossed(x, y, who, by_subject, _neighbours)),
@@ -337,7 +308,7 @@ def _age(features: Features, values: np.ndarray, seed: int) -> dict[str, float]:
     x, who, y = _of_sessions(features, values, ages)
     if len(set(who)) < _WITH_AGE or np.ptp(y) == 0:
         return {}
-    by_subject = folds_of(who, seed)
+    by_subject = folds(who, _FOLDS, seed, fewer=True)
     guess = linear.nested(x, y, who, by_subject, "ridge", seed)
     mean = linear.crossed(x, y, who, by_subject, lambda train, target, test: np.full(len(test), target.mean()))
     spread = guess.std() * y.std()
@@ -355,14 +326,12 @@ def _sex(features: Features, values: np.ndarray, seed: int) -> dict[str, float]:
     groups = [sorted({w for w, value in zip(who, y) if value == sex}) for sex in (0.0, 1.0)]
     if min(map(len, groups)) < _PER_SEX:
         return {}
-    from sklearn.metrics import roc_auc_score
-
     # Each fold holds its share of both; a fold's scores are compared among themselves only.
     dealt = [folds(group, _FOLDS, seed) for group in groups]
     by_subject = [[*one, *other] for one, other in zip(*dealt)]
     score = linear.crossed(x, y, who, by_subject, _logistic_score)
     held = [np.isin(who, fold) for fold in by_subject]
-    return {"sex_auroc": float(np.mean([roc_auc_score(y[rows], score[rows]) for rows in held]))}
+    return {"sex_auroc": float(np.mean([auroc(y[rows], score[rows]) for rows in held]))}
 
 
 def _of_sessions(
@@ -419,12 +388,6 @@ def sexes_of(sessions: Iterable[SessionEntry]) -> dict[tuple[str, str, str], flo
 
 
 # ------------------------------------------------------------------------------------------------ cross-validation
-
-
-def folds_of(who: Iterable[str], seed: int) -> list[list[str]]:
-    """Subjects in five folds, or as many as there are subjects."""
-    subjects = sorted(set(who))
-    return folds(subjects, min(_FOLDS, len(subjects)), seed)
 
 
 def _logistic(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -516,7 +479,7 @@ class OnlineProbe:
         if self.levels is not None:
             answers |= self.levels(step)
             document["levels"] = self.levels.table
-        write_atomically(self.folder / FILE, (json.dumps(document, indent=1) + "\n").encode())
+        write_whole(self.folder / FILE, (json.dumps(document, indent=1) + "\n").encode())
         return answers
 
     def describe(self) -> list[str]:

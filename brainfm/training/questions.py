@@ -15,11 +15,13 @@ from torch.utils.data import Dataset
 
 from brainfm.data.store import SessionEntry, Store
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.weights import LoadedBackbone
-from brainfm.specs import ConfigError, Decisions, TaskSpec
-from brainfm.tasks.metrics import Interval
+from brainfm.nets.backbone_file import LoadedBackbone
+from brainfm.scoring.intervals import Interval
+from brainfm.specs import Decisions, TaskSpec
+from brainfm.tasks.settings import TaskSettings
 from brainfm.tasks.task import Task
 from brainfm.training.crossval import Split
+from brainfm.training.settings import FinetuneData
 
 Row = dict[str, Any]
 CHOICE = "choice.json"  # in the folder of a fold, where candidates were chosen among
@@ -71,7 +73,8 @@ class Question(ABC):
         spec: of the task; ``settle`` replaces it once patch and view are known.
         cases: the sessions that can answer.
         left_out: a sentence for each session that cannot.
-        values: of the configuration group ``task``.
+        settings: of the task.
+        views: patches that a sample shows.
         primary: name of the score that decides; ``larger_is_better`` says which way.
         takes_decoder: whether its network can begin with a decoder of a backbone's file; ``each`` must then be there.
         starts_well: whether the fresh task is worth scoring before its first step.
@@ -80,12 +83,13 @@ class Question(ABC):
 
     starts_well: bool = False
     notes: Sequence[str] = ()
+    views: int = 1
 
     store: Store
     spec: TaskSpec
     cases: tuple[Any, ...]
     left_out: tuple[str, ...]
-    values: Mapping[str, Any]
+    settings: TaskSettings
     primary: str
     larger_is_better: bool
     takes_decoder: bool = False
@@ -112,7 +116,7 @@ class Question(ABC):
         """What is learned in one go before the first step, if anything."""
 
     @abstractmethod
-    def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
+    def patches(self, trained: Sequence[Any], seed: int, data: FinetuneData) -> Dataset:
         """What it is trained on."""
 
     @abstractmethod
@@ -224,12 +228,3 @@ def cases_of(rows: Sequence[Row], cases: Sequence[Any]) -> list[Any]:
 
 def fold_key(row: Row) -> str:
     return f"{row['repeat']}/{row['fold']}"
-
-
-def triple(values: Any, key: str) -> tuple[int, int, int]:
-    """Three whole numbers out of a configuration. Raises: ConfigError."""
-    try:
-        x, y, z = (int(v) for v in values)
-    except (TypeError, ValueError):
-        raise ConfigError(f"{key}={values}: expected auto or three whole numbers of voxels") from None
-    return x, y, z

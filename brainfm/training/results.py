@@ -13,12 +13,14 @@ from typing import Any
 
 import numpy as np
 
-from brainfm.nets.weights import write_atomically
-from brainfm.tasks.metrics import Interval
+from brainfm.curves import read_curves
+from brainfm.files import write_whole
+from brainfm.scoring.intervals import Interval
+from brainfm.settings import plain
 from brainfm.training import transferred
 from brainfm.training.crossval import Split
-from brainfm.training.monitor import read_curves
 from brainfm.training.questions import CHOICE, Decided, Question, Row, subjects_of
+from brainfm.training.settings import FinetuneSettings
 
 FILE = "results.json"
 FORMAT = 2
@@ -28,7 +30,7 @@ _MOST_POINTS = 200  # of a curve that is drawn
 
 def collect(
     question: Question,
-    config: Mapping[str, Any],
+    settings: FinetuneSettings,
     splits: Sequence[Split],
     decided: Decided,
     baselines: Mapping[str, Sequence[Row]],
@@ -53,7 +55,8 @@ def collect(
     for name, rows in baselines.items():
         scores[name] = _intervals(question.score(rows, seed).metrics)
         comparisons.append({"against": name, **question.compare(decided.rows, rows, seed)})
-    document = _header(question, config, splits, plan) | {
+    audited = question.audit(decided.rows, list(settings.audit_columns), seed) if settings.audit else None
+    document = _header(question, settings, splits, plan) | {
         "scores": scores,
         "comparisons": comparisons,
         "decisions": decided.decisions.to_dict(),
@@ -61,7 +64,7 @@ def collect(
         "calibration": decided.calibration,
         "cases": [{k: v for k, v in row.items() if k != "candidates"} for row in scored.rows],
         "candidates": tried,
-        "audit": question.audit(decided.rows, list(config["audit_columns"]), seed) if config["audit"] else None,
+        "audit": audited,
         "learning_curve": curve,
         "curves": curves,
     }
@@ -128,22 +131,22 @@ def _thinned(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]
 
 
 def collect_curve(
-    question: Question, config: Mapping[str, Any], splits: Sequence[Split], plan: Mapping[str, Any], curve: Any
+    question: Question, settings: FinetuneSettings, splits: Sequence[Split], plan: Mapping[str, Any], curve: Any
 ) -> dict[str, Any]:
     """The document of a learning curve that has no point with all cases, and so no bundle."""
-    return finite(_header(question, config, splits, plan) | {"learning_curve": curve})
+    return finite(_header(question, settings, splits, plan) | {"learning_curve": curve})
 
 
 def _header(
-    question: Question, config: Mapping[str, Any], splits: Sequence[Split], plan: Mapping[str, Any]
+    question: Question, settings: FinetuneSettings, splits: Sequence[Split], plan: Mapping[str, Any]
 ) -> dict[str, Any]:
     return {
         "format": FORMAT,
         "task": question.spec.to_dict(),
         "preprocess": question.store.spec.to_dict(),
         "store": str(question.store.path.resolve()),
-        "config": {k: v for k, v in config.items() if k != "command"},
-        "command": config.get("command") or "brainfm finetune, called from Python",
+        "config": plain(settings),
+        "command": settings.command or "brainfm finetune, called from Python",
         "primary": question.primary,
         "larger_is_better": question.larger_is_better,
         "cohort": cohort(question),
@@ -223,7 +226,7 @@ def write_curve(file: Path, points: Sequence[Mapping[str, Any]]) -> None:
             shots = "all" if found["shots"] is None else found["shots"]
             numbers = ["" if score[k] is None else f"{score[k]:.6g}" for k in ("mean", "low", "high")]
             writer.writerow([shots, f"{found['subjects']:g}", name, *numbers, score["n"]])
-    write_atomically(file, text.getvalue().encode())
+    write_whole(file, text.getvalue().encode())
 
 
 def headline(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -15,16 +15,19 @@ from torch.utils.data import Dataset
 from brainfm.data import regions, scan_cases
 from brainfm.data.region_volumes import find_volumes
 from brainfm.data.scan_cases import ScanViews, choose_view_mm, find_scan_cases, views_of
-from brainfm.data.splits import strata_of
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.backbone_file import LoadedBackbone
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone
-from brainfm.specs import ConfigError, Decisions
-from brainfm.tasks import calibration, scores
+from brainfm.scoring import calibration
+from brainfm.scoring.answers import primary, scan_score, scan_scores
+from brainfm.scoring.folds import deal, fold_of, strata_of
+from brainfm.scoring.intervals import bootstrap, paired_bootstrap, paired_permutation
+from brainfm.specs import Decisions
 from brainfm.tasks.reads import Reads
 from brainfm.tasks.scan_level import ScanTask
-from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
+from brainfm.tasks.settings import ClassificationSettings, RegressionSettings, WholeHeadSettings
 from brainfm.tasks.task import Task
 from brainfm.training import baselines
 from brainfm.training.audit import audit
@@ -41,8 +44,8 @@ from brainfm.training.questions import (
     fold_key,
     identity,
     subjects_of,
-    triple,
 )
+from brainfm.training.settings import FinetuneData
 
 _INNER = 0.2  # share of the training subjects that choose where nobody said so
 _LEAST_SLOPE = 0.3  # of answers on the truth; stretching those below would stretch little else than noise
@@ -55,19 +58,30 @@ class Scanning(Question):
 
     Args:
         store: prepared scans whose manifest has the target's column.
-        values: configs/task/classification.yaml or regression.yaml.
+        settings: of the task.
     """
 
-    def __init__(self, store: Store, values: Mapping[str, Any]) -> None:
-        self.store, self.values = store, values
-        found = find_scan_cases(store, values)
+    settings: WholeHeadSettings
+
+    def __init__(self, store: Store, settings: WholeHeadSettings) -> None:
+        self.store, self.settings = store, settings
+        self.views = 1 + settings.crops
+        ways: dict[str, Any] = {}
+        if isinstance(settings, ClassificationSettings):
+            ways = {"mode": settings.mode, "values": settings.values}
+        elif isinstance(settings, RegressionSettings):
+            ways = {"unit": settings.unit}
+        found = find_scan_cases(
+            store, settings.kind, settings.target,
+            contrasts=settings.contrasts, fusion=settings.fusion, lesion=settings.lesion, **ways,
+        )  # fmt: skip
         self.cases, self.left_out = tuple(found.cases), tuple(found.left_out)
         self.spec = found.spec
-        self.primary, self.larger_is_better = scores.primary(self.spec)
+        self.primary, self.larger_is_better = primary(self.spec)
         self.volumes, self.notes = find_volumes(
-            store, [case.session for case in self.cases], self.spec.target, str(values["volumes"])
+            store, [case.session for case in self.cases], self.spec.target, settings.volumes
         )
-        asked = values["candidates"]
+        asked = settings.candidates
         strange = [] if asked == "auto" else [name for name in asked if name not in CANDIDATES]
         if strange or not asked:
             what = strange[0] if strange else "none"
@@ -77,26 +91,28 @@ class Scanning(Question):
         self.members = Members(store, self.volumes)
 
     def patch(self, backbone: Backbone, most_voxels: int) -> tuple[int, int, int]:
-        if self.values["patch_vox"] != "auto":
-            return triple(self.values["patch_vox"], "task.patch_vox")
+        if self.settings.patch_vox != "auto":
+            return self.settings.patch_vox
         return scan_cases.choose_view_patch(self.store, self.cases, backbone.strides[-1], most_voxels)
 
     def settle(self, patch_vox: tuple[int, int, int]) -> None:
-        view_mm = self.values["view_mm"]
+        view_mm = self.settings.view_mm
         if view_mm is None:
             view_mm = choose_view_mm(self.store, self.cases, patch_vox)
-        self.spec = replace(self.spec, patch_vox=patch_vox, view_mm=float(view_mm), crops=int(self.values["crops"]) > 0)
+        self.spec = replace(self.spec, patch_vox=patch_vox, view_mm=float(view_mm), crops=self.settings.crops > 0)
 
     def task(self, backbone: Backbone, trained: Sequence[Any], pretrained: LoadedBackbone | None = None) -> Task:
-        values = self.values
+        settings = self.settings
+        ways: dict[str, Any] = {}
+        if isinstance(settings, ClassificationSettings):
+            ways = {"label_smoothing": settings.label_smoothing, "balanced": settings.class_weights}
         task = ScanTask(
             self.spec,
             backbone,
-            guidance=float(values["guidance"]),
-            dropout=float(values["dropout"]),
-            label_smoothing=float(values.get("label_smoothing", 0)),
-            balanced=bool(values.get("class_weights", True)),
+            guidance=settings.guidance,
+            dropout=settings.dropout,
             reads=self.reads(pretrained),
+            **ways,
         )
         for own, read in ((task.dense, "decoder"), (task.regions, "regions")):
             if own is not None and pretrained is not None:
@@ -108,9 +124,7 @@ class Scanning(Question):
     @torch.no_grad()
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
         """The last layer begins as a linear probe of the encoder as it is."""
-        if self.values["head_start"] not in ("linear", "fresh"):
-            raise ConfigError(f"task.head_start={self.values['head_start']}: expected linear or fresh")
-        if self.values["head_start"] == "fresh":
+        if self.settings.head_start == "fresh":
             return
         assert isinstance(task, ScanTask)
         self._refit(task.to(device), trained, Engine(device, None))
@@ -136,19 +150,19 @@ class Scanning(Question):
     def bundle_reads(self, loaded: LoadedBackbone | None) -> dict[str, Any] | None:
         return self.reads(loaded).to_dict()
 
-    def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
+    def patches(self, trained: Sequence[Any], seed: int, data: FinetuneData) -> Dataset:
         return ScanViews(
             self.store,
             trained,
             self.spec,
             seed,
-            crops=int(self.values["crops"]),
-            contrast_dropout=float(data["contrast_dropout"]),
+            crops=self.settings.crops,
+            contrast_dropout=data.contrast_dropout,
         )
 
     def watch(self, task: Task, cases: Sequence[Any], engine: Engine) -> float:
         outputs = np.stack([self._output(task, case, engine) for case in cases])
-        found = scores.scan_scores(self.spec, self._truth(cases), outputs)
+        found = scan_scores(self.spec, self._truth(cases), outputs)
         return found[self.primary]
 
     def answer(self, task: Task, split: Split, engine: Engine, folder: Path) -> list[Row]:
@@ -163,11 +177,11 @@ class Scanning(Question):
 
     def candidates(self, split: Split) -> tuple[str, ...]:
         """What is asked of this split, simplest first: the network is tuned where there are enough subjects."""
-        asked = self.values["candidates"]
+        asked = self.settings.candidates
         if asked != "auto":
             return tuple(name for name in CANDIDATES if name in asked)
         people = len({case.session.subject_key for case in (*split.trained, *split.inner)})
-        return CANDIDATES if people >= int(self.values["tune_from"]) else CANDIDATES[:-1]
+        return CANDIDATES if people >= self.settings.tune_from else CANDIDATES[:-1]
 
     def trains(self, split: Split) -> bool:
         return "tuned" in self.candidates(split)
@@ -183,7 +197,7 @@ class Scanning(Question):
     @contextmanager
     def refitted(self, task: Task, trained: Sequence[Any], engine: Engine) -> Iterator[None]:
         """While open, the last layer is the linear model of the features as they are now."""
-        if self.values["head_start"] == "fresh":
+        if self.settings.head_start == "fresh":
             yield
             return
         assert isinstance(task, ScanTask)
@@ -198,7 +212,7 @@ class Scanning(Question):
 
     @property
     def starts_well(self) -> bool:  # type: ignore[override]
-        return self.values["head_start"] != "fresh"
+        return self.settings.head_start != "fresh"
 
     @property
     def has_volumes(self) -> bool:
@@ -252,7 +266,7 @@ class Scanning(Question):
         if several:
             scaled = calibration.cross_fitted(fit, fix, right, raw, fold, groups=subjects_of(rows))
             # By the likelihood of what happened: the calibration error itself is too noisy in small cohorts.
-            score = scores.scan_score(self.spec, "log_loss")
+            score = scan_score(self.spec, "log_loss")
             before, after = score(right, raw), score(right, scaled)
             kept = after < before
             temperature = fit(right, raw)
@@ -306,9 +320,9 @@ class Scanning(Question):
         given = answers[:, 0] if self.spec.kind == "regression" else answers
         strata = right.tolist() if self.spec.kind == "classification" and right.ndim == 1 else None
         groups, metrics = subjects_of(rows), {}
-        for name in scores.scan_scores(self.spec, right, given):
+        for name in scan_scores(self.spec, right, given):
             metrics[name] = bootstrap(
-                scores.scan_score(self.spec, name), right, given, groups=groups, seed=seed, strata=strata,
+                scan_score(self.spec, name), right, given, groups=groups, seed=seed, strata=strata,
             )  # fmt: skip
         return Scored(metrics, list(rows))
 
@@ -360,7 +374,7 @@ class Scanning(Question):
             a, b = a[:, 0], b[:, 0]
         strata = right.tolist() if self.spec.kind == "classification" and right.ndim == 1 else None
 
-        metric = scores.scan_score(self.spec, self.primary)
+        metric = scan_score(self.spec, self.primary)
         difference = paired_bootstrap(metric, right, a, b, groups=groups, seed=seed, strata=strata)
         p = paired_permutation(metric, right, a, b, groups=groups, seed=seed)
         return {
@@ -421,8 +435,7 @@ def _as_others_choose(
 def _parts(truth: np.ndarray, subject: np.ndarray) -> np.ndarray:
     """A part for each case: at most five parts of whole subjects, balanced in the truth."""
     first = {s: tuple(np.nan_to_num(np.atleast_1d(truth[np.argmax(subject == s)]), nan=-1.0)) for s in set(subject)}
-    place = {s: number % 5 for number, s in enumerate(sorted(first, key=lambda s: (first[s], s)))}
-    return np.array([place[s] for s in subject])
+    return fold_of(subject.tolist(), deal(sorted(first, key=lambda s: (first[s], s)), 5))
 
 
 def _mean_error(truth: np.ndarray, answers: np.ndarray) -> float:

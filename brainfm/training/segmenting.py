@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import io
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -17,17 +17,20 @@ from brainfm.data.fingerprint import choose_patch, fingerprint
 from brainfm.data.patches import Case, TaskPatches, class_shares, collate, find_cases, whole_case
 from brainfm.data.store import Store
 from brainfm.data.targets import LESION_NAME
+from brainfm.errors import ConfigError, ManifestError
+from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.dense import DenseHead
+from brainfm.nets.backbone_file import LoadedBackbone
+from brainfm.nets.decoders import DenseHead
 from brainfm.nets.transfer import transfer
-from brainfm.nets.weights import LoadedBackbone, write_atomically
+from brainfm.scoring.intervals import bootstrap, paired_bootstrap, paired_permutation
+from brainfm.scoring.masks import dice, instance_scores, volume_ml
 from brainfm.seeds import stream
-from brainfm.specs import ConfigError, Decisions, ManifestError, TaskSpec
+from brainfm.specs import Decisions, TaskSpec
 from brainfm.tasks import postprocess
-from brainfm.tasks.metrics import dice, instance_scores, volume_ml
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.tasks.segmentation_losses import SegmentationLoss
-from brainfm.tasks.statistics import bootstrap, paired_bootstrap, paired_permutation
+from brainfm.tasks.settings import SegmentationSettings
 from brainfm.tasks.task import Task
 from brainfm.tasks.windows import predict_windows
 from brainfm.training import baselines
@@ -43,8 +46,8 @@ from brainfm.training.questions import (
     fold_key,
     identity,
     subjects_of,
-    triple,
 )
+from brainfm.training.settings import FinetuneData
 
 _WORTH = 0.002  # Dice that a change must bring on held-out cases before it is kept
 _LONGEST_NAME = 180  # bytes
@@ -57,7 +60,7 @@ class Segmenting(Question):
 
     Args:
         store: prepared scans with labels.
-        values: configs/task/segmentation.yaml.
+        settings: of the task.
         mirror: axes along which mirroring is tried; empty: not at all.
         clean: whether post-processing is tried.
 
@@ -65,37 +68,36 @@ class Segmenting(Question):
         BrainfmError: where no session has the label, or a setting is impossible.
     """
 
+    settings: SegmentationSettings
     primary, larger_is_better, takes_decoder = "dice", True, True
 
-    def __init__(self, store: Store, values: Mapping[str, Any], mirror: Sequence[int] = (), clean: bool = True) -> None:
-        self.store, self.values = store, values
-        contrasts = values["contrasts"]
+    def __init__(
+        self, store: Store, settings: SegmentationSettings, mirror: Sequence[int] = (), clean: bool = True
+    ) -> None:
+        self.store, self.settings = store, settings
+        target, contrasts = settings.target, settings.contrasts
         if contrasts is None:
-            names = {f"{values['target']}_mask", f"{values['target']}_labels"}
+            names = {f"{target}_mask", f"{target}_labels"}
             labelled = [s for s in store.sessions if any(entry.name in names for entry in s.labels)]
-            contrasts = sorted({scan.contrast for session in labelled for scan in session.scans})
-        cases, left_out = find_cases(store, contrasts, values["target"])
-        _refuse_one_value(store, cases, values["target"])
+            contrasts = tuple(sorted({scan.contrast for session in labelled for scan in session.scans}))
+        cases, left_out = find_cases(store, contrasts, target)
+        _refuse_one_value(store, cases, target)
         self.cases, self.left_out = tuple(cases), tuple(left_out)
-        self.loss = SegmentationLoss(values["loss"])
-        self.deep_supervision = bool(values["deep_supervision"])
-        self.head_start = values.get("head_start", "linear")
-        if self.head_start not in ("linear", "fresh"):
-            raise ConfigError(f"task.head_start={self.head_start}: expected linear or fresh")
+        self.loss = SegmentationLoss(settings.loss)
         self.mirror, self.clean = tuple(mirror), clean
         self.instances = all(case.label.endswith("_mask") for case in cases)
         self.spec = TaskSpec(
             kind="segmentation",
-            target=values["target"],
-            contrasts=tuple(contrasts),
-            values=_values_of(store, cases, values["values"]),
+            target=target,
+            contrasts=contrasts,
+            values=_values_of(store, cases, settings.values),
             patch_vox=(0, 0, 0),
-            fusion=values["fusion"],
+            fusion=settings.fusion,
         )
 
     def patch(self, backbone: Backbone, most_voxels: int) -> tuple[int, int, int]:
-        if self.values["patch_vox"] != "auto":
-            return triple(self.values["patch_vox"], "task.patch_vox")
+        if self.settings.patch_vox != "auto":
+            return self.settings.patch_vox
         return choose_patch(fingerprint(self.store, self.cases), backbone.strides[-1], most_voxels)
 
     def settle(self, patch_vox: tuple[int, int, int]) -> None:
@@ -107,7 +109,7 @@ class Segmenting(Question):
             self.spec,
             backbone,
             loss=self.loss,
-            deep_supervision=self.deep_supervision,
+            deep_supervision=self.settings.deep_supervision,
             shares=class_shares(self.store, trained, self.spec.values, self.spec.patch_vox),
             dense_channels=sum(decoder.parts.values()) if decoder is not None else 0,
         )
@@ -132,7 +134,7 @@ class Segmenting(Question):
         """Behind a pre-trained decoder the last layer begins as a linear probe of it, unless it began as a head of the
         file: what the decoder knows would else not be heard before a hundred steps. Nothing in other cases."""
         assert isinstance(task, SegmentationTask)
-        if self.head_start == "fresh" or task.head is None or task.began != "fresh":
+        if self.settings.head_start == "fresh" or task.head is None or task.began != "fresh":
             return
         patches = TaskPatches(self.store, trained, self.spec.values, self.spec.patch_vox, 0, 0.5, 0.0)
         task.eval().to(device)
@@ -147,15 +149,15 @@ class Segmenting(Question):
             classes.append(batch.label[0].flatten()[chosen])
         task.begin_linear(torch.cat(features), torch.cat(classes))
 
-    def patches(self, trained: Sequence[Any], seed: int, data: Mapping[str, Any]) -> Dataset:
+    def patches(self, trained: Sequence[Any], seed: int, data: FinetuneData) -> Dataset:
         return TaskPatches(
             self.store,
             trained,
             self.spec.values,
             self.spec.patch_vox,
             seed,
-            float(data["foreground_share"]),
-            float(data["contrast_dropout"]),
+            data.foreground_share,
+            data.contrast_dropout,
         )
 
     def watch(self, task: Task, cases: Sequence[Any], engine: Engine) -> float:
@@ -363,4 +365,4 @@ def _save_array(file: Path, array: np.ndarray) -> None:
     buffer = io.BytesIO()
     np.savez_compressed(buffer, indices=array)
     file.parent.mkdir(parents=True, exist_ok=True)
-    write_atomically(file, buffer.getvalue())
+    write_whole(file, buffer.getvalue())

@@ -8,8 +8,9 @@ from pathlib import Path
 from typing import Any
 
 from brainfm.data.store import Store
+from brainfm.files import write_whole
+from brainfm.nets.backbone_file import LoadedBackbone, spacing_note
 from brainfm.nets.transfer import TransferReport
-from brainfm.nets.weights import LoadedBackbone, spacing_note, write_atomically
 from brainfm.seen import Overlap, overlap
 from brainfm.specs import TaskSpec
 from brainfm.tasks.task import Task
@@ -45,7 +46,7 @@ def report_of(task: Task, pretrained: LoadedBackbone, decoder: bool) -> Transfer
 def write(folder: Path, report: TransferReport, last_layer: str) -> None:
     """Beside a training's checkpoint."""
     values = {name: list(names) for name, names in vars(report).items()}
-    write_atomically(folder / FILE, (json.dumps(values | {"last_layer": last_layer}, indent=1) + "\n").encode())
+    write_whole(folder / FILE, (json.dumps(values | {"last_layer": last_layer}, indent=1) + "\n").encode())
 
 
 def notes(pretrained: LoadedBackbone, store: Store, spec: TaskSpec) -> list[str]:

@@ -17,9 +17,10 @@ from brainfm.data.labelling import pick
 from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ManifestError, ScanError
 from brainfm.imaging import nifti
 from brainfm.imaging.anatomy import VOLUMES, Tissues
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, ScanError
+from brainfm.specs import PreprocessSpec
 from brainfm.volume import Volume
 from tests import phantoms
 

@@ -13,7 +13,7 @@ from scipy import ndimage
 from brainfm.batch import Batch
 from brainfm.data import augment
 from brainfm.data.augment import ARTEFACTS, PRESETS, AugmentSpec, Draw, apply, augment_spec, draw
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 
 OFF = AugmentSpec(flip=0, affine=0, intensity=0)
 STRONG = AugmentSpec(flip=0.5, affine=1, rotate_deg=30, scale=0.2, elastic=1, intensity=1, bias=1, blur=1, low_res=1,

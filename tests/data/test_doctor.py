@@ -207,6 +207,9 @@ def test_empty_masks_masks_of_several_values_and_doubles_are_noted(tmp_path: Pat
         "lesion_mask: 1 of 4 hold several values (1, 2), which all count as lesion; labels.lesion= keeps them apart: "
         "b_m.nii.gz",
     ]
+    full = _save(tmp_path / "full.nii.gz", one * 0 + 1)
+    filled = examine(_manifest(tmp_path, {"a": scans["a"]}, lesion_mask={"a": full}, tissue_labels={"a": full}))
+    assert filled.notes == ["lesion_mask: 1 of 1 fill the whole image: full.nii.gz"]
     minus = _save(tmp_path / "minus.nii.gz", one.astype(np.int16) - 1)
     wrong = examine(_manifest(tmp_path, {"a": scans["a"]}, lesion_mask={"a": minus}))
     assert "labels from -1 to 0, expected whole numbers from 0 on" in wrong.faults[0].fault and not wrong.notes

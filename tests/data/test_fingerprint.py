@@ -19,7 +19,8 @@ from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
 from brainfm.data.patches import find_cases
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec
+from brainfm.errors import ConfigError, ManifestError
+from brainfm.specs import PreprocessSpec
 
 
 def found_of(median_vox, **values) -> Fingerprint:

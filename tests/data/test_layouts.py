@@ -10,7 +10,7 @@ import pytest
 from brainfm.data.layouts import Found, find
 from brainfm.data.manifest import read_manifest, session_labels, write_manifest
 from brainfm.data.participants import match_ids
-from brainfm.specs import ConfigError, ManifestError
+from brainfm.errors import ConfigError, ManifestError
 
 
 def _make(root: Path, *paths: str) -> Path:

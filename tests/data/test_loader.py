@@ -20,7 +20,7 @@ from brainfm.batch import Batch
 from brainfm.data import loader as loader_module
 from brainfm.data.loader import Collate, StepSampler, make_loader, shared_room
 from brainfm.data.patches import Sample, collate
-from brainfm.specs import BrainfmWarning, StoreError, TrainingError
+from brainfm.errors import BrainfmWarning, StoreError, TrainingError
 
 EDGE = 32
 

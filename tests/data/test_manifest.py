@@ -16,7 +16,7 @@ from brainfm.data.manifest import (
     session_labels,
     write_manifest,
 )
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 HEADER = "dataset,subject,session,contrast,path"
 

@@ -16,10 +16,12 @@ from brainfm.data import packed, regions
 from brainfm.data.device_windows import DeviceWindows, outside_by_intensity
 from brainfm.data.packed import PackedStore, PackedWindows, write_packed
 from brainfm.data.patches import collate
+from brainfm.data.settings import TargetSpec, WindowSpec
 from brainfm.data.store import Store
-from brainfm.data.targets import TargetSpec, find_targets
-from brainfm.data.windows import WindowPatches, WindowSpec, level_for
-from brainfm.specs import StoreError, ViewSpec
+from brainfm.data.targets import find_targets
+from brainfm.data.windows import WindowPatches, level_for
+from brainfm.errors import StoreError
+from brainfm.specs import ViewSpec
 
 VIEWS = ViewSpec((16, 16, 16), pairs=True, regions=True, lesions=True, windows=True)
 SPEC = WindowSpec(coarse_steps=4, settle_steps=20)

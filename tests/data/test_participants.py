@@ -9,7 +9,7 @@ import pytest
 from brainfm.data.layouts import Found, find
 from brainfm.data.manifest import Scan
 from brainfm.data.participants import join, match_ids, read_participants
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 
 def people(root: Path, *subjects: str, sessions: tuple[str, ...] = ("",)) -> Path:
@@ -101,6 +101,27 @@ def test_numbers_in_a_column_of_letters_for_sex_are_emptied(tmp_path: Path) -> N
     assert [s.columns["sex"] for s in found] == ["1", "2"] and "coded" not in notes
 
 
+def test_further_words_for_sex_are_told(tmp_path: Path) -> None:
+    found, notes = joined(
+        tmp_path, "participant_id\tsex\ns0\tfemale\ns1\tM\ns2\tO\ns3\tweiblich\n", *(scan(f"s{i}") for i in range(4))
+    )
+    assert [s.columns["sex"] for s in found] == ["F", "M", "O", "weiblich"]
+    assert "sex is O, weiblich in 2 rows, which count as classes beside M and F" in notes
+
+
+def test_a_row_is_given_to_nobody_where_two_datasets_have_its_id(tmp_path: Path) -> None:
+    for name, who in (("a", ("sub-01", "sub-02")), ("b", ("sub-02", "sub-3"))):
+        people(tmp_path / "all" / name, *who)
+    (tmp_path / "all" / "b" / "participants.tsv").write_text("participant_id\tage\nsub-02\t70\n")
+    table = tmp_path / "given.tsv"
+    table.write_text("participant_id\tage\nsub-01\t30\nsub-02\t40\nsub-03\t50\n")
+    found = find(tmp_path / "all", participants=table)
+    assert column(found, "age") == ["30", "", "70", "50"], "what a dataset's own table says is kept"
+    assert any("1 ids are people of several datasets, e.g. sub-02 of a and b, left empty" in n for n in found.notes)
+    table.write_text("dataset\tparticipant_id\tage\na\tsub-02\t40\nb\tsub-02\t41\na\tsub-01\t30\n")
+    assert column(find(tmp_path / "all", participants=table), "age") == ["30", "40", "41", ""]
+
+
 def test_two_datasets_with_two_codings_of_sex_are_told(tmp_path: Path) -> None:
     for name, code in (("a", "M"), ("b", "1")):
         root = people(tmp_path / name, "sub-01")
@@ -144,7 +165,13 @@ def test_one_age_for_several_visits_is_told(tmp_path: Path) -> None:
     (root / "participants.tsv").write_text("participant_id\tage\nsub-01\t30\n")
     found = find(root)
     assert column(found, "age") == ["30", "30"]
-    assert any("age is one a person and was given to every visit of 1 people" in note for note in found.notes)
+    said = "age is one a person and was given to every visit of 1 people"
+    assert any(said in note for note in found.notes)
+    visits = root / "sub-01" / "sub-01_sessions.tsv"
+    visits.write_text("session_id\tacq_time\nses-1\t2001\nses-2\t2006\n")
+    assert any(said in note for note in find(root).notes), "a table of visits that does not tell the age"
+    visits.write_text("session_id\tage\nses-1\t30\nses-2\t30\n")
+    assert not any(said in note for note in find(root).notes)
 
 
 # ---- tables that cannot be read --------------------------------------------------------------------------------------

@@ -23,8 +23,9 @@ from brainfm.data.patches import (
 )
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.seeds import stream
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, ViewSpec
+from brainfm.specs import PreprocessSpec, ViewSpec
 
 PAIRS = ViewSpec((16, 16, 16), pairs=True)
 

@@ -18,8 +18,9 @@ from brainfm.data import store as store_module
 from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Share, Store
+from brainfm.errors import ConfigError, ManifestError, StoreError
 from brainfm.imaging.preprocess import Recipe
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec, StoreError
+from brainfm.specs import PreprocessSpec
 from tests import phantoms
 
 SPEC = PreprocessSpec()
@@ -187,7 +188,7 @@ def test_prepare__refusals_write_nothing(tmp_path):
 
 def test_prepare__disk_full_keeps_what_was_done(tmp_path, monkeypatch):
     manifest = cohort(tmp_path / "data")
-    write, count = store_module._write_file, []
+    write, count = store_module.write_synced, []
 
     def full(file, content):
         count.append(file)
@@ -195,7 +196,7 @@ def test_prepare__disk_full_keeps_what_was_done(tmp_path, monkeypatch):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(file, content)
 
-    monkeypatch.setattr(store_module, "_write_file", full)
+    monkeypatch.setattr(store_module, "write_synced", full)
     with pytest.raises(StoreError, match="no space is left on the disk"):
         prepare(manifest, tmp_path / "store", SPEC, workers=1)
     monkeypatch.undo()
@@ -359,7 +360,7 @@ def test_prepare__dask(tmp_path):
 def test_prepare__without_dask(tmp_path, monkeypatch):
     monkeypatch.setitem(sys.modules, "distributed", None)
     manifest = cohort(tmp_path / "data", subjects=1)
-    with pytest.raises(ConfigError, match=r"pip install brainfm\[dask\]$"):
+    with pytest.raises(ConfigError, match=r"pip install 'brainfm-mri\[dask\]'$"):
         prepare(manifest, tmp_path / "store", SPEC, scheduler="local")
 
 
@@ -484,7 +485,7 @@ def test_empty_labels_are_counted(tmp_path: Path) -> None:
 
 def test_without_locks_between_processes_all_is_done_in_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from brainfm.data import workers as workers_module
-    from brainfm.specs import BrainfmWarning
+    from brainfm.errors import BrainfmWarning
 
     class NoLocks:
         def Lock(self):

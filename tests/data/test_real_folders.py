@@ -18,7 +18,7 @@ from brainfm.data.manifest import (
     write_left_out,
     write_manifest,
 )
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 
 def make(root: Path, *paths: str) -> Path:
@@ -144,6 +144,45 @@ def test_folders_like_images_in_bids_and_with_several_files_in_them(tmp_path: Pa
     assert [(scan.subject, scan.contrast) for scan in find(root).scans] == [("sub-01", "t1"), ("sub-02", "t1")]
     several = find(make(tmp_path / "c", "p1/all.nii/T1.nii", "p1/all.nii/FLAIR.nii", "p2/scan.nii/T2.nii"))
     assert [(scan.subject, scan.contrast) for scan in several.scans] == [("p1", "flair"), ("p1", "t1"), ("p2", "t2")]
+
+
+def test_folders_that_are_called_as_the_image_in_them_are_no_visits(tmp_path: Path) -> None:
+    kinds = ("T1", "FLAIR", "seg")
+    nested = make(tmp_path / "a", *(f"P0{i}/P0{i}_{k}/P0{i}_{k}.nii.gz" for i in (1, 2) for k in kinds))
+    flat = make(tmp_path / "b", *(f"P0{i}_{k}/P0{i}_{k}.nii.gz" for i in (1, 2) for k in kinds))
+    for root in (nested, flat):
+        found = find(root, masks={"lesion": "*_seg.nii.gz"})
+        assert [scan.key[1:] for scan in found.scans] == [("P01", ""), ("P01", ""), ("P02", ""), ("P02", "")]
+        assert [scan.contrast for scan in found.scans] == ["flair", "t1"] * 2
+        assert all(scan.columns["lesion_mask"].endswith(f"{scan.subject}_seg.nii.gz") for scan in found.scans)
+    ids = make(tmp_path / "c", *(f"site/P0{i}/P0{i}.nii.gz" for i in range(9)))
+    assert len({scan.subject for scan in find(ids).scans}) == 9, "a name that shows nothing is an id"
+
+
+def test_a_folder_with_one_contrast_of_many_people_is_no_person(tmp_path: Path) -> None:
+    files = (f"IXI-{c}/IXI{i:03d}-Guys-0{i}8-{c}.nii.gz" for c in ("T1", "T2") for i in (2, 12))
+    shelves = make(tmp_path / "a", *files)
+    found = find(shelves)
+    assert [(scan.subject, scan.contrast) for scan in found.scans] == [
+        ("IXI002-Guys-028", "t1"), ("IXI002-Guys-028", "t2"), ("IXI012-Guys-0128", "t1"), ("IXI012-Guys-0128", "t2")
+    ]  # fmt: skip
+    people = make(tmp_path / "b", *(f"P0{i}_T1/scan{k}_T1.nii.gz" for i in (1, 2) for k in (1, 2)))
+    assert {scan.subject for scan in find(people).scans} == {"P01_T1", "P02_T1"}, "a folder with a number is a person"
+
+
+def test_a_folder_that_may_be_a_crowd_is_told(tmp_path: Path) -> None:
+    found = find(make(tmp_path / "a", *(f"Dataset1/x_{i:03d}_{c}.nii.gz" for i in range(3) for c in ("T1", "FLAIR"))))
+    assert {scan.subject for scan in found.scans} == {"Dataset1"}, "in doubt nobody is torn apart"
+    assert any("Dataset1 is taken for one person" in n and "called x_000, x_001, x_002" in n for n in found.notes)
+    assert len({scan.subject for scan in find(tmp_path / "a" / "Dataset1").scans}) == 3, "what the note advises"
+    people = make(tmp_path / "b", *(f"P{i}/{n}.nii" for i in (1, 2) for n in ("ax_T1", "sag_T1", "T2")))
+    assert not any("taken for one person" in note for note in find(people).notes)
+
+
+@pytest.mark.parametrize("file", ["sub-01_ses-{}/anat/sub-01_ses-{}_T1w.nii.gz", "fs/sub-01_ses-{}/mri/T1.mgz"])
+def test_a_folder_of_subject_and_visit_tears_no_person_apart(file: str, tmp_path: Path) -> None:
+    found = find(make(tmp_path / "ds", *(file.replace("{}", visit) for visit in ("1", "2"))))
+    assert [scan.key[1:] for scan in found.scans] == [("sub-01", "ses-1"), ("sub-01", "ses-2")]
 
 
 def test_names_that_are_not_utf_8_are_left_out_and_told(tmp_path: Path) -> None:

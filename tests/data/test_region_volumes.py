@@ -10,7 +10,7 @@ import pytest
 from brainfm.data import schemes
 from brainfm.data.region_volumes import find_volumes, log_volumes, part_of, voxel_effects
 from brainfm.data.store import Store
-from brainfm.specs import ManifestError, ScanError
+from brainfm.errors import ManifestError, ScanError
 
 NAMES = ("tissue/csf", "tissue/grey", "tissue/white", "total")
 

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from brainfm.data import regions, schemes
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 from brainfm.synthesis.looks import FAMILIES
 
 GROUP_OF = {

@@ -4,27 +4,20 @@ from __future__ import annotations
 
 import pickle
 from dataclasses import replace
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-import yaml
 
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.scan_cases import ScanViews, choose_view_mm, choose_view_patch, find_scan_cases, views_of
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.imaging.views import views_of_volumes, whole_view
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import ConfigError, ManifestError
 from brainfm.tasks.task import build_task
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "task"
 PATCH = (16, 16, 16)
-
-
-def values_of(kind: str, **changes) -> dict:
-    return yaml.safe_load((CONFIGS / f"{kind}.yaml").read_text()) | changes
 
 
 def with_columns(store: Store, name: str, cells: list[str]) -> Store:
@@ -38,7 +31,7 @@ def with_columns(store: Store, name: str, cells: list[str]) -> Store:
 
 
 def classes(store: Store, cells: list[str], **changes):
-    return find_scan_cases(with_columns(store, "dx", cells), values_of("classification", target="dx") | changes)
+    return find_scan_cases(with_columns(store, "dx", cells), "classification", "dx", **changes)
 
 
 def answers(found) -> list:
@@ -73,8 +66,8 @@ def test_sex_in_two_codings_is_refused_and_named_classes_are_the_way_out(toy_sto
     codes = ["M", "F", "1", "2", "O", "F"]
     store = with_columns(toy_store, "sex", codes)
     with pytest.raises(ConfigError, match=r"column sex is coded in two ways, 1, 2, F, M, O, expected one"):
-        find_scan_cases(store, values_of("classification", target="sex"))
-    found = find_scan_cases(store, values_of("classification", target="sex", values=["M", "F"]))
+        find_scan_cases(store, "classification", "sex")
+    found = find_scan_cases(store, "classification", "sex", values=["M", "F"])
     assert found.spec.values == ("M", "F") and len(found.cases) == 3 and len(found.left_out) == 3
     assert len(classes(toy_store, ["M", "F", "1", "2", "O", "F"]).spec.values) == 5, "any other column may be so"
 
@@ -90,8 +83,7 @@ def test_several_columns_are_labels(toy_store: Store) -> None:
     store = with_columns(toy_store, "bleed", ["yes", "no", "", "1", "0", "maybe"])
     store = with_columns(store, "stroke", ["0", "", "", "TRUE", "False", "1"])
     for mode in ("auto", "multilabel"):
-        values = values_of("classification", target="findings", mode=mode, values=["bleed", "stroke"])
-        found = find_scan_cases(store, values)
+        found = find_scan_cases(store, "classification", "findings", mode=mode, values=["bleed", "stroke"])
         assert found.spec.mode == "multilabel" and found.spec.values == ("bleed", "stroke")
         assert np.array_equal(np.stack([c.answer for c in found.cases]), [[1, 0], [0, np.nan], [1, 1], [0, 0]], True)
         assert found.left_out == (
@@ -101,14 +93,14 @@ def test_several_columns_are_labels(toy_store: Store) -> None:
 
 
 def test_ages(people_store: Store) -> None:
-    found = find_scan_cases(people_store, values_of("regression", target="age"))
+    found = find_scan_cases(people_store, "regression", "age")
     assert found.spec.unit == "years" and found.spec.values == () and not found.left_out
     assert answers(found) == [[40], [42.5], [41], [42], [43], [44], [45]]
 
 
 def test_numbers_that_cannot_be_read(toy_store: Store) -> None:
     store = with_columns(toy_store, "score", ["3", "4,5", "", "inf", "-200", "7e2"])
-    found = find_scan_cases(store, values_of("regression", target="score", unit="points"))
+    found = find_scan_cases(store, "regression", "score", unit="points")
     assert answers(found) == [[3], [-200], [700]] and found.spec.unit == "points"
     assert found.left_out == (
         "toy/01/1: score is '4,5', expected a number",
@@ -121,24 +113,23 @@ def test_numbers_that_cannot_be_read(toy_store: Store) -> None:
 def test_impossible_ages(toy_store: Store, column: str, cell: str, unit: str) -> None:
     store = with_columns(toy_store, column, ["40", "50", cell, "60", "70", "30"])
     with pytest.raises(ManifestError, match=rf"session toy/02/1 has {column} {cell}, expected an age from 0 to 130"):
-        find_scan_cases(store, values_of("regression", target=column, unit=unit))
+        find_scan_cases(store, "regression", column, unit=unit)
 
 
 def test_ages_in_months_and_words_that_hold_age(toy_store: Store) -> None:
     cells = ["400", "500", "600", "10", "20", "30"]
     for column, unit in (("age", "months"), ("dosage", "mg"), ("stage", "")):
         store = with_columns(toy_store, column, cells)
-        found = find_scan_cases(store, values_of("regression", target=column, unit=unit))
+        found = find_scan_cases(store, "regression", column, unit=unit)
         assert len(found.cases) == 6 and found.spec.unit == unit
 
 
 def test_contrasts_and_lesions(people_store: Store) -> None:
-    values = values_of("regression", target="age", contrasts=["t2", "flair"], lesion="lesion")
-    found = find_scan_cases(people_store, values)
+    found = find_scan_cases(people_store, "regression", "age", contrasts=["t2", "flair"], lesion="lesion")
     assert found.cases[0].scans == (("t2",), ())
     assert [case.lesion for case in found.cases] == [None, None, "lesion_mask", None, None, None, None]
     with pytest.raises(ManifestError, match="none of the contrasts swi"):
-        find_scan_cases(people_store, values_of("regression", target="age", contrasts=["swi"]))
+        find_scan_cases(people_store, "regression", "age", contrasts=["swi"])
 
 
 @pytest.mark.parametrize(
@@ -163,7 +154,7 @@ def test_refusals(toy_store: Store, cells: list[str], changes: dict, error: type
 def test_a_constant_target_and_too_many_classes(toy_store: Store, monkeypatch: pytest.MonkeyPatch) -> None:
     with pytest.raises(ConfigError, match="column score is 3 in all 6 sessions, expected values that differ"):
         store = with_columns(toy_store, "score", ["3", "3.0", "3", "3", "3", "3"])
-        find_scan_cases(store, values_of("regression", target="score"))
+        find_scan_cases(store, "regression", "score")
     monkeypatch.setattr("brainfm.data.scan_cases._MANY_CLASSES", 4)
     with pytest.raises(ConfigError, match="6 different values in 6 subjects, expected classes; use task=regression"):
         classes(toy_store, ["1.5", "2.5", "3", "4", "5", "6"])
@@ -226,7 +217,7 @@ def test_one_window_lies_on_the_lesion_and_masks_match(toy_store: Store, guided)
 
 
 def test_a_session_without_a_mask_is_unknown(people_store: Store) -> None:
-    found = find_scan_cases(people_store, values_of("regression", target="age", lesion="lesion"))
+    found = find_scan_cases(people_store, "regression", "age", lesion="lesion")
     dataset = ScanViews(people_store, found.cases, spec_of(found, crops=True), 0, crops=1)
     seen = {(found.cases[dataset._shuffled[i]].lesion, int(dataset[i].lesion.min())) for i in range(7)}
     assert seen == {(None, -1), ("lesion_mask", 0)}
@@ -312,7 +303,7 @@ def test_no_case_is_refused(toy_store: Store) -> None:
 @pytest.mark.parametrize("kind", ["classification", "regression"])
 def test_a_task_trains_on_what_the_loader_gives(toy_store: Store, kind: str) -> None:
     cells = ["1", "2"] * 3
-    found = find_scan_cases(with_columns(toy_store, "dx", cells), values_of(kind, target="dx", lesion="lesion"))
+    found = find_scan_cases(with_columns(toy_store, "dx", cells), kind, "dx", lesion="lesion")
     spec = spec_of(found, crops=True)
     task = build_task(spec, build_backbone("unet_tiny"))
     task.set_statistics(np.stack([case.answer for case in found.cases]))

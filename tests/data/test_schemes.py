@@ -19,8 +19,8 @@ from brainfm.data.schemes import (
     lookup,
     to_groups,
 )
+from brainfm.errors import ManifestError
 from brainfm.imaging import nifti
-from brainfm.specs import ManifestError
 
 ASEG = {
     0, 2, 3, 4, 5, 7, 8, 10, 11, 12, 13, 14, 15, 16, 17, 18, 24, 26, 28, 30, 31, 41, 42, 43, 44, 46, 47, 49, 50, 51,

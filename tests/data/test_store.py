@@ -17,7 +17,8 @@ from brainfm.data.levels import coarse_image, coarse_labels
 from brainfm.data.manifest import Scan
 from brainfm.data.sources import SourceFile
 from brainfm.data.store import STEP, Store
-from brainfm.specs import PreprocessSpec, StoreError
+from brainfm.errors import FileError, StoreError
+from brainfm.specs import PreprocessSpec
 
 SPEC = PreprocessSpec()
 KEY = ("ds", "sub/01", "")
@@ -278,7 +279,7 @@ def test_is_current(tmp_path):
     assert store.why_not_current(KEY, rows(), now()) == ""
     store.write_session(KEY, rows(), fake(), now())
     assert store.is_current(KEY, rows()[::-1], now())
-    assert store.why_not_current(KEY, rows(age="3"), now()) == "its rows of the manifest"
+    assert store.why_not_current(KEY, rows(age="3"), now()) == "what the manifest says of it"
     assert not store.is_current(KEY, rows(contrasts=("t1",)), now())
     (tmp_path / "t1.nii.gz").write_bytes(b"wrong")  # of the same size
     os.utime(tmp_path / "t1.nii.gz", ns=(now()["t1.nii.gz"].changed_ns[0],) * 2)
@@ -433,7 +434,8 @@ def test_verify__one_bit(tmp_path):
 def test_disk_full(tmp_path, monkeypatch, where):
     store = make(tmp_path / "s")
     before = tree(tmp_path / "s")
-    write = store_module._write_file
+
+    write, whole = store_module.write_synced, store_module.write_whole
 
     def full(file, content):
         if file.name.endswith(where):
@@ -441,7 +443,13 @@ def test_disk_full(tmp_path, monkeypatch, where):
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         write(file, content)
 
-    monkeypatch.setattr(store_module, "_write_file", full)
+    def full_as_well(file, content, mark):
+        if file.name.endswith(where):
+            raise FileError(errno.ENOSPC, os.strerror(errno.ENOSPC), str(file))
+        whole(file, content, mark)
+
+    monkeypatch.setattr(store_module, "write_synced", full)
+    monkeypatch.setattr(store_module, "write_whole", full_as_well)
     with pytest.raises(StoreError, match="no space is left on the disk; what was prepared stays") as caught:
         store.write_session(KEY, rows(), fake())
         store.finish()

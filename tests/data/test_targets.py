@@ -8,10 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.patches import PretrainPatches, collate
+from brainfm.data.prepare import prepare
+from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Store
-from brainfm.data.targets import TargetSpec, find_targets, ill, interval_years
-from brainfm.specs import ConfigError, ManifestError, ViewSpec
+from brainfm.data.targets import find_targets, ill, interval_years
+from brainfm.errors import ConfigError, ManifestError
+from brainfm.specs import PreprocessSpec, ViewSpec
+from tests import phantoms
 
 PATCH = (16, 16, 16)
 ANATOMY = ViewSpec(PATCH, pairs=True, regions=True, volumes=True, lesions=True)
@@ -222,13 +227,33 @@ def test_refusals(store: Store, tmp_path: Path) -> None:
     for spec, words in (
         ({"level": "lobes"}, "expected groups, tissues, regions or null"),
         ({"synthesise": 2.0}, "a share from 0 to 1"),
-        ({"labels": {"tissue_labels": "aal"}}, "scheme 'aal' is not known"),
     ):
         with pytest.raises(ConfigError, match=words):
             TargetSpec(**spec)
+    with pytest.raises(ConfigError, match="scheme 'aal' is not known"):
+        find(store, labels={"tissue_labels": "aal"})
     with pytest.raises(ConfigError, match=r"data.targets.level=groups: .* tells tissues only"):
         find(store, level="groups")
     strangers = tmp_path / "volumes.csv"
     strangers.write_text("dataset,subject,session,path,gm_ml,icv_ml,flag\nother,q,1,x,600,1400,\n")
     with pytest.raises(ManifestError, match="none of its 1 rows belongs to a subject"):
         find(store, strangers)
+
+
+def test_a_map_of_small_ids_under_a_scheme_of_large_ones(tmp_path: Path) -> None:
+    """A whole-brain map without parcels is kept as uint8; the table of its scheme has more than 256 places."""
+    ids = np.zeros((20, 20, 20), np.uint8)
+    for place, number in enumerate((24, 3, 42, 2, 41, 4)):
+        ids[2 + 2 * place : 4 + 2 * place, 3:17, 3:17] = number
+    phantoms.write(tmp_path / "dseg.nii", ids, np.diag([2.0, 2, 2, 1]), dtype=np.uint8)
+    phantoms.write(tmp_path / "t1.nii", 10.0 + ids, np.diag([2.0, 2, 2, 1]))
+    scans = [Scan("d", name, "1", "t1", "t1.nii", {"dseg_labels": "dseg.nii"}) for name in ("a", "b")]
+    write_manifest(tmp_path / "m.csv", scans)
+    prepare(read_manifest(tmp_path / "m.csv"), tmp_path / "store", PreprocessSpec(spacing_mm=(2, 2, 2)), workers=1)
+    store = Store.open(tmp_path / "store")
+    assert store.volume(store.sessions[0], "dseg_labels").dtype == np.uint8
+    targets = find(store, synthesise=0.0)
+    views = dataclasses.replace(ANATOMY, lesions=False)
+    (sample,) = samples(store, targets, "a", views, count=1)
+    groups = {targets.groups[k] for k in np.unique(sample.regions)}
+    assert {"cortex", "white", "ventricles"} <= groups and np.isfinite(sample.volumes).all()

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from brainfm.data.volumes import VolumeTable, log_fractions, match, read_volumes, sparse_regions, standardise
-from brainfm.specs import ManifestError
+from brainfm.errors import ManifestError
 
 SYNTHSEG = """subject,total intracranial,left cerebral white matter,left hippocampus,csf
 sub-01_T1w,1500000.0,230000.5,4000.0,300000.0

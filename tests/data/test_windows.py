@@ -10,18 +10,12 @@ import torch
 
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.regions import IGNORE
+from brainfm.data.settings import TargetSpec, WindowSpec
 from brainfm.data.store import Store
-from brainfm.data.targets import TargetSpec, find_targets
-from brainfm.data.windows import (
-    Placed,
-    WindowPatches,
-    WindowSpec,
-    draw_voxel_mm,
-    place_window,
-    read_window,
-    source_shares,
-)
-from brainfm.specs import ConfigError, PreprocessSpec, StoreError, ViewSpec
+from brainfm.data.targets import find_targets
+from brainfm.data.windows import Placed, WindowPatches, draw_voxel_mm, place_window, read_window, source_shares
+from brainfm.errors import ConfigError, StoreError
+from brainfm.specs import PreprocessSpec, ViewSpec
 
 VIEWS = ViewSpec((16, 16, 16), pairs=True, regions=True, lesions=True, windows=True)
 STILL = WindowSpec(

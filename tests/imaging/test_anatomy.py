@@ -8,9 +8,9 @@ from collections.abc import Iterator
 import numpy as np
 import pytest
 
+from brainfm.errors import ConfigError, ScanError
 from brainfm.imaging import anatomy
 from brainfm.imaging.anatomy import Tissues, segment
-from brainfm.specs import ConfigError, ScanError
 from brainfm.volume import Volume
 
 pytest.importorskip("SimpleITK")
@@ -113,5 +113,5 @@ def test_each_check_has_its_reason(volumes: dict[str, float], checks: dict[str, 
 
 def test_without_simpleitk_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "SimpleITK", None)
-    with pytest.raises(ConfigError, match=r"SimpleITK.*pip install brainfm\[anatomy\]"):
+    with pytest.raises(ConfigError, match=r"SimpleITK.*pip install 'brainfm-mri\[anatomy\]'"):
         anatomy.check_packages()

@@ -8,13 +8,13 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 
+from brainfm.errors import ConfigError
 from brainfm.imaging import atlas
-from brainfm.specs import ConfigError
 
 
 def test_without_nilearn_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atlas, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"nilearn.*pip install .*brainfm\[anatomy\]"):
+    with pytest.raises(ConfigError, match=r"nilearn.*pip install 'brainfm-mri\[anatomy\]'"):
         atlas._template_file("gm")
 
 

@@ -7,10 +7,10 @@ import dataclasses
 import numpy as np
 import pytest
 
+from brainfm.errors import ScanError
 from brainfm.imaging import descriptors
 from brainfm.imaging.nifti import FileGrid
 from brainfm.imaging.preprocess import Recipe
-from brainfm.specs import ScanError
 
 SPACING = (2.0, 1.0, 3.0)
 

@@ -5,9 +5,9 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
+from brainfm.errors import ScanError
 from brainfm.imaging import intensity
 from brainfm.imaging.intensity import Stats
-from brainfm.specs import ScanError
 from brainfm.volume import Volume
 from tests.phantoms import centred, head, world_mm
 

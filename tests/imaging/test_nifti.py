@@ -10,9 +10,9 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brainfm.errors import ScanError
 from brainfm.imaging import nifti
 from brainfm.imaging.nifti import FileGrid
-from brainfm.specs import ScanError
 from brainfm.volume import is_ras
 from tests import phantoms
 

@@ -9,9 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brainfm.errors import ScanError
 from brainfm.imaging import geometry, nifti, preprocess
 from brainfm.imaging.preprocess import Prepared, Recipe, prepare_session, restore_labels, restore_probabilities
-from brainfm.specs import PreprocessSpec, ScanError
+from brainfm.specs import PreprocessSpec
 from tests import phantoms
 
 SPEC = PreprocessSpec(spacing_mm=(2, 2, 2))

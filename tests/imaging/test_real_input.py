@@ -14,10 +14,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brainfm.errors import ScanError
 from brainfm.imaging import intensity, nifti
 from brainfm.imaging.endings import companions, ending_of, header_names, is_other, strip_ending
 from brainfm.imaging.preprocess import prepare_session
-from brainfm.specs import PreprocessSpec, ScanError
+from brainfm.specs import PreprocessSpec
 from tests import phantoms
 
 SHAPE = (40, 48, 36)
@@ -160,6 +161,22 @@ def test_a_quaternion_longer_than_one_is_shortened(longer: float, tmp_path: Path
     edit(path, _QFORM_ONLY, *(("<f", 256 + 4 * i, value * (1 + longer)) for i, value in enumerate((b, c, d))))
     np.testing.assert_allclose(nifti.read_header(path).grid.affine_mm, AFFINE, atol=1e-3)
     assert any("quaternion" in fault for fault in nifti.header_faults(path)) == (longer > 1e-3)
+    nifti.write_labels(tmp_path / "mask.nii", np.ones(nifti.read(path)[0].shape, np.uint8), path)
+    np.testing.assert_allclose(nib.load(tmp_path / "mask.nii").affine, AFFINE, atol=1e-3)
+
+
+@pytest.mark.parametrize("offset", [0.0, 17.0, -352.0, np.nan])
+@pytest.mark.parametrize("extension", [True, False])
+def test_a_header_that_does_not_say_where_the_numbers_begin(offset: float, extension: bool, tmp_path: Path) -> None:
+    """The four bytes before the numbers are no voxel, whether the header counts them or not."""
+    path = tmp_path / "scan.nii"
+    phantoms.write(path, head(), AFFINE)
+    edit(path, ("<f", 108, offset))
+    if not extension:
+        raw = path.read_bytes()
+        path.write_bytes(raw[:348] + raw[352:])
+    phantoms.write(tmp_path / "plain.nii", head(), AFFINE)
+    np.testing.assert_array_equal(nifti.read(path)[0].voxels, nifti.read(tmp_path / "plain.nii")[0].voxels)
 
 
 @pytest.mark.parametrize(("code", "factor"), [(1, 1e-3), (3, 1e3)])
@@ -202,6 +219,19 @@ def test_a_mask_within_a_tenth_of_a_mm_lies_on_its_scan(off_mm: float, kept: boo
         np.testing.assert_array_equal(found.labels["off_mask"], found.labels["exact_mask"])
     else:
         assert "another grid" in found.failures["off_mask"]
+
+
+def test_a_mask_that_does_not_say_where_it_lies_is_not_guessed_onto_a_scan(tmp_path: Path) -> None:
+    """The guess is radiological: on a scan of +x in the middle of its field it would be the mirror image."""
+    ras = phantoms.centred(np.eye(3), (2, 2, 2), SHAPE)
+    t1, mask = tmp_path / "t1.nii", tmp_path / "mask.nii"
+    phantoms.write(t1, phantoms.head(SHAPE, ras, np.random.default_rng(0)), ras)
+    phantoms.write(mask, phantoms.marker(SHAPE, ras), ras, dtype=np.uint8, codes=(0, 0))
+    found = prepare_session({"t1": t1}, {"lesion_mask": mask}, SPEC)
+    assert not found.labels and "neither sform nor qform" in found.failures["lesion_mask"]
+    phantoms.write(t1, phantoms.head(SHAPE, ras, np.random.default_rng(0)), ras, codes=(0, 0))
+    both = prepare_session({"t1": t1}, {"lesion_mask": mask}, SPEC)
+    assert both.labels["lesion_mask"].any(), "where both say nothing they are one guess"
 
 
 def test_a_hundredth_of_a_degree_and_a_tenth_of_a_small_voxel(tmp_path: Path) -> None:

@@ -10,9 +10,9 @@ import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
 
+from brainfm.errors import ConfigError
 from brainfm.imaging import nifti, register
 from brainfm.imaging.register import Alignment, Head
-from brainfm.specs import ConfigError
 from brainfm.volume import Volume
 from tests.phantoms import centred
 
@@ -167,7 +167,7 @@ def test_without_simpleitk_the_sentence_names_the_extra(monkeypatch: pytest.Monk
         return real(name, *rest, **more)  # type: ignore[arg-type]
 
     monkeypatch.setattr(builtins, "__import__", without)
-    with pytest.raises(ConfigError, match=r"pip install brainfm\[register\]$"):
+    with pytest.raises(ConfigError, match=r"align=rigid needs SimpleITK.*pip install 'brainfm-mri\[anatomy\]'$"):
         register.require()
 
 

@@ -21,17 +21,19 @@ from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.regions import REGIONS
 from brainfm.data.schemes import guess_scheme
+from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Store
-from brainfm.data.targets import TargetSpec, find_targets
+from brainfm.data.targets import find_targets
 from brainfm.data.volumes import read_volumes
+from brainfm.errors import BrainfmWarning, ConfigError, FileError, ScanError, WeightsError
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.inference import anatomy as module
 from brainfm.inference.anatomy import Labeller, RegionNetwork, keep_one_head, label_files, label_regions
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
+from brainfm.nets.backbone_file import save_backbone
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.nets.unet import ConvNormAct
-from brainfm.nets.weights import save_backbone
-from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, Provenance, ScanError, WeightsError
+from brainfm.specs import PreprocessSpec, Provenance
 from tests import phantoms
 
 LEVELS = {"background": 0, "head": 60, "frontal_white": 120, "superior_frontal": 180, "thalamus": 300}  # grey values
@@ -412,7 +414,7 @@ def test_inputs_that_cannot_be(known: Path, tmp_path: Path) -> None:
     (tmp_path / "folder.nii").mkdir()
     with pytest.raises(ConfigError, match="is a folder with the name of a file"):
         label_files(labeller, {"t1": scan}, tmp_path / "folder.nii")
-    with pytest.raises(ConfigError, match="nothing can be written there"):
+    with pytest.raises(FileError, match="nothing can be written there"):
         label_files(labeller, {"t1": scan}, scan / "below")
     scan.write_bytes(scan.read_bytes()[:2000])
     with pytest.raises(ScanError, match=r"scan.nii.gz"):
@@ -424,7 +426,7 @@ def test_the_command(known: Path, manifest: Manifest, tmp_path: Path, capsys: py
     given = [f"manifest={manifest.path}", f"out={tmp_path / 'out'}"]
     network = [f"backbone={known}", f"spacing_mm={SPACING_MM}", "device=cpu"]
     for words, said in (
-        ([*given, "method=magic"], "method=magic: expected network or atlas"),
+        ([*given, "method=magic"], "method=magic: expected network, atlas or null"),
         ([*given, "method=network"], "method=network needs backbone=FILE"),
         ([*given, *network, "method=atlas"], "method=atlas takes a manifest and no network, found backbone="),
         ([*given, "fuse=true"], "found fuse="),

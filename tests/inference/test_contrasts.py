@@ -10,13 +10,14 @@ import nibabel as nib
 import numpy as np
 import pytest
 
-from brainfm.cli import resolve
 from brainfm.data.manifest import read_manifest
 from brainfm.data.prepare import prepare
+from brainfm.errors import BrainfmWarning
 from brainfm.inference.predict import predict
-from brainfm.specs import BrainfmWarning, PreprocessSpec
-from brainfm.tasks.metrics import dice
+from brainfm.scoring.masks import dice
+from brainfm.specs import PreprocessSpec
 from brainfm.training.finetune import finetune
+from brainfm.verbs.compose import resolve
 from tests.conftest import write_subjects
 
 CONTRASTS = ("t1", "t2", "flair")

@@ -14,12 +14,13 @@ import torch
 import brainfm
 from brainfm.cli import main
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, ScanError, WeightsError
 from brainfm.inference import embed as module
 from brainfm.inference.embed import Embedding, Encoder, Extent, embed, pool, read, write
 from brainfm.nets.backbone import build_backbone
+from brainfm.nets.backbone_file import save_backbone
 from brainfm.nets.latents import Latents
-from brainfm.nets.weights import save_backbone
-from brainfm.specs import ConfigError, PreprocessSpec, Provenance, ScanError, WeightsError
+from brainfm.specs import PreprocessSpec, Provenance
 
 PARTS = {"anatomy": 0.7, "looks": 0.3}
 
@@ -242,7 +243,7 @@ def test_refusals(file: Path, toy_store: Store, tmp_path: Path, monkeypatch: pyt
     with pytest.raises(ConfigError, match=r"f\.npz: cannot be read as features with ids"):
         read(tmp_path / "f.npz")
     monkeypatch.setitem(sys.modules, "pyarrow", None)
-    with pytest.raises(ConfigError, match=r"Parquet needs the package pyarrow.*pip install 'brainfm\[tables\]'"):
+    with pytest.raises(ConfigError, match=r"Parquet needs pyarrow.*pip install 'brainfm-mri\[train\]', or write"):
         module.check_format(tmp_path / "f.parquet")
 
 

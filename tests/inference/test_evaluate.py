@@ -13,10 +13,11 @@ import pytest
 import torch
 
 from brainfm.data.manifest import Scan, write_manifest
+from brainfm.errors import ConfigError, ManifestError, ScanError
 from brainfm.inference.evaluate import describe, evaluate
 from brainfm.inference.predict import predict_manifest
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, Decisions, ManifestError, PreprocessSpec, Provenance, ScanError, TaskSpec
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import Bundle
 from tests.inference.test_predict_geometry import Threshold, marker_of, write
 
@@ -157,7 +158,7 @@ def test_refusals(cohort, tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"has no predictions\.json"):
         evaluate(cohort, tmp_path / "out", predictions=tmp_path)
     monkeypatch.setitem(sys.modules, "monai.metrics", None)
-    with pytest.raises(ConfigError, match=r"brainfm\[metrics\]"):
+    with pytest.raises(ConfigError, match=r"brainfm-mri\[report\]"):
         evaluate(cohort, tmp_path / "out", bundle=make_bundle(tmp_path))
     assert not (tmp_path / "out").exists()
 

@@ -11,12 +11,13 @@ import numpy as np
 import pytest
 
 from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.inference.evaluate import evaluate
 from brainfm.inference.evaluate_scans import truths
 from brainfm.inference.predict import CLAIM, answer_name
 from brainfm.inference.scan_answers import ScanAnswer, write_answer
-from brainfm.specs import ConfigError, ManifestError, TaskSpec
-from brainfm.tasks.scores import auroc
+from brainfm.scoring.answers import auroc
+from brainfm.specs import TaskSpec
 
 ILL = TaskSpec("classification", "ill", ("t1",), ("no", "yes"), (16, 16, 16), mode="exclusive", view_mm=5.0)
 AGE = TaskSpec("regression", "age", ("t1",), (), (16, 16, 16), unit="years", view_mm=5.0)

@@ -16,6 +16,7 @@ from torch import nn
 
 from brainfm.batch import Batch
 from brainfm.cli import main
+from brainfm.errors import BundleError, ConfigError
 from brainfm.imaging.views import covering_corners, views_of_volumes
 from brainfm.inference import explain as module
 from brainfm.inference.explain import explain, explain_volume, layers_of, saliency, share_inside
@@ -23,7 +24,7 @@ from brainfm.inference.predict import Engine
 from brainfm.inference.scan_answers import decided, raw_answers
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.heads import fused_features
-from brainfm.specs import BundleError, ConfigError, Decisions, PreprocessSpec, Provenance, TaskSpec
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks import scan_level
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.scan_level import ScanOutput, ScanTask
@@ -372,7 +373,7 @@ def test_the_map_lies_where_the_marker_lies(tmp_path, name):
     engine = Engine((Threshold(),), spec, PreprocessSpec(spacing_mm=(2.0,) * 3), torch.device("cpu"), None, "")
     source = write(tmp_path / "t1.nii.gz", name)
     out = tmp_path / "new" / "why.nii.gz"
-    explain(engine, {"t1": source}, out, method="occlusion", cube_mm=12, step_mm=6)
+    found = explain(engine, {"t1": source}, out, method="occlusion", cube_mm=12, step_mm=6)
     written, like = nib.load(out), nib.load(source)
     assert written.get_data_dtype() == np.float32 and written.shape == like.shape[:3]
     assert np.array_equal(written.affine, like.affine)
@@ -383,7 +384,9 @@ def test_the_map_lies_where_the_marker_lies(tmp_path, name):
     marker, right_mm = marker_of(source)
     assert heat[marker].mean() > 4 * heat.mean()
     assert right_mm[heat > 0.5].max() < 0, "on the left, as the marker is"
-    assert (tmp_path / "new" / "why.png").read_bytes().startswith(b"\x89PNG")
+    assert [path.name for path in out.parent.iterdir()] == [out.name], "the verb draws"
+    assert found.scan is not None and found.scan.shape == found.heat.shape
+    assert found.scan[found.heat > 0.5].mean() > found.scan.mean() + 2, "the prepared scan, where the map lies on it"
 
 
 @pytest.fixture(scope="module")
@@ -406,16 +409,16 @@ def test_the_verb(bundle, tmp_path, capsys):
     assert main(["explain", *given, f"out={tmp_path / 'why.nii.gz'}", "class=yes", "grid=flair"]) == 0
     assert "HiResCAM at encoder: lesion yes, probability 0." in capsys.readouterr().out
     assert nib.load(tmp_path / "why.nii.gz").shape == nib.load(flair).shape
-    assert (tmp_path / "why.png").is_file()
+    assert (tmp_path / "why.png").read_bytes().startswith(b"\x89PNG")
     for words, sentence in (
         (["class=maybe"], "class=maybe: the bundle of lesion has no such class, expected one of no or yes"),
-        (["method=lime"], "method=lime: expected one of hirescam, gradcam or occlusion"),
+        (["method=lime"], "method=lime: expected hirescam, gradcam or occlusion"),
         (
             ["layer=encoder.9"],
             "layer=encoder.9: the network has no such layer, expected one of encoder, encoder.0 or encoder.1",
         ),
         (["method=occlusion", "layer=encoder.1"], "layer=encoder.1: occlusion looks at no layer, expected none"),
-        (["cube_mm=0"], "cube_mm=0.0, step_mm=None: expected an edge above 0"),
+        (["cube_mm=0"], "cube_mm=0, step_mm=None: expected an edge above 0"),
         (["grid=swi"], "no input swi to answer on, expected one of the inputs t1, flair"),
     ):
         assert main(["explain", *given, f"out={tmp_path / 'no.nii.gz'}", *words]) == 2

@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from brainfm.errors import ScanError
 from brainfm.imaging import nifti
 from brainfm.inference.predict import Engine, answer, predict, write_mask
-from brainfm.specs import Decisions, PreprocessSpec, Provenance, ScanError, TaskSpec
+from brainfm.scoring.masks import dice
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import Bundle
-from brainfm.tasks.metrics import dice
 from tests import phantoms
 
 TASK = TaskSpec("segmentation", "marker", ("t1", "flair"), (0, 1), (32, 32, 32))

@@ -12,11 +12,12 @@ import pytest
 
 from brainfm.cli import main
 from brainfm.data.store import ScanEntry, SessionEntry, Store
+from brainfm.errors import ConfigError, ManifestError
 from brainfm.inference import probe as module
 from brainfm.inference.embed import Embedding, write
 from brainfm.inference.probe import ProbeSpec, describe, probe
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, ManifestError, PreprocessSpec
+from brainfm.specs import PreprocessSpec
 from tests.inference.test_embed import save
 
 

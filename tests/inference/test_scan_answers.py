@@ -11,6 +11,7 @@ import pytest
 import torch
 from scipy.special import expit, logit, softmax
 
+from brainfm.errors import ConfigError, ScanError
 from brainfm.inference.engine import Engine
 from brainfm.inference.scan_answers import (
     ScanAnswer,
@@ -23,8 +24,8 @@ from brainfm.inference.scan_answers import (
     write_answer,
 )
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import ConfigError, Decisions, PreprocessSpec, ScanError, TaskSpec
-from brainfm.tasks.calibration import conformal_quantile
+from brainfm.scoring.calibration import conformal_quantile
+from brainfm.specs import Decisions, PreprocessSpec, TaskSpec
 from brainfm.tasks.scan_level import ScanTask
 
 

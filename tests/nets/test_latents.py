@@ -4,9 +4,9 @@ import pytest
 import torch
 import torch.nn.functional as F
 
+from brainfm.errors import ConfigError
 from brainfm.nets.heads import Fusion
 from brainfm.nets.latents import LOGVAR_RANGE, Code, Latents, draw_noise, part_channels
-from brainfm.specs import ConfigError
 
 
 def _maps(batch: int = 2) -> list[torch.Tensor]:

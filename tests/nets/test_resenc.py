@@ -9,9 +9,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.resenc import ResEncDecoder, ResEncEncoder, ResidualBlock, reference_names
-from brainfm.specs import ConfigError
+from brainfm.nets.exchange.nnssl import reference_names
+from brainfm.nets.resenc import ResEncDecoder, ResEncEncoder, ResidualBlock
 
 SMALL = {"widths": (4, 8, 8), "depths": (1, 2, 1)}  # a shortcut of every kind: none, pooled, pooled and projected
 
@@ -63,17 +64,6 @@ def test_resenc_l_is_the_published_network_tensor_by_tensor(reference: dict) -> 
     theirs = dict(leaves(reference["names"]))
     assert len(theirs) == 956 and ours == theirs
     assert sum(len(reference_names(name, 6)) for name in net.state_dict()) == 956  # no name is claimed twice
-
-
-def test_trained_values_of_sparse_pre_training_come_first() -> None:
-    assert reference_names("encoder.stages.1.0.first.0.weight", 6) == (
-        "encoder.stages.1.blocks.0.conv1.all_modules.0.weight",
-        "encoder.stages.1.blocks.0.conv1.conv.weight",
-        "decoder.encoder.stages.1.blocks.0.conv1.all_modules.0.weight",
-        "decoder.encoder.stages.1.blocks.0.conv1.conv.weight",
-    )
-    with pytest.raises(KeyError):
-        reference_names("encoder.stages.1.0.third.0.weight", 6)
 
 
 def test_values_are_those_of_the_published_network(reference: dict) -> None:

@@ -7,11 +7,11 @@ import torch
 import torch.nn.functional as F
 
 from brainfm.batch import Batch
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.anatomy_pathology import AnatomyPathology, balanced_errors, region_errors, share_errors
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import build_objective
-from brainfm.specs import ConfigError
 
 PATCH, SEED, K, R = (16, 16, 16), 3, 4, 5
 FULL = {"groups": K, "volumes": R, "mask_unit_vox": 4, "latent_channels": 20}
@@ -278,10 +278,10 @@ def test_pictures_show_the_regions(kind):
         ({"parts": {"anatomy": 0.5, "rest": 0.5}}, "needs 'anatomy' and 'pathology'"),
         ({"groups": 1}, "two groups"),
         ({"anatomy_weight": -1.0}, "objective.anatomy_weight=-1.0"),
-        ({"loss": "l1"}, "expected one of mse"),
+        ({"loss": "l1"}, "expected mse or"),
         ({"beta": 0.0}, "beta"),
-        ({"region_decoder": "unet"}, "region_decoder='unet': expected one of skip, light"),
-        ({"regions_on": "hidden"}, "regions_on='hidden': expected one of visible, all"),
+        ({"region_decoder": "unet"}, "region_decoder=unet: expected skip or light"),
+        ({"regions_on": "hidden"}, "regions_on=hidden: expected visible or all"),
         ({"mask_unit_vox": 5}, "divisor"),
     ],
 )

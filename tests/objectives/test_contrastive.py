@@ -8,11 +8,11 @@ import torch.distributed as dist
 import torch.multiprocessing as mp
 
 from brainfm.batch import Batch
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.contrastive import MAEContrastive, info_nce
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import build_objective
-from brainfm.specs import ConfigError
 
 PATCH = (16, 16, 16)
 

@@ -10,7 +10,8 @@ import torch
 
 from brainfm.batch import ON_HOST, Batch
 from brainfm.nets.backbone import build_backbone
-from brainfm.objectives.objective import OBJECTIVES, build_objective
+from brainfm.objectives.objective import build_objective
+from brainfm.objectives.settings import OBJECTIVES
 
 PATCH = (16, 16, 16)
 

@@ -3,8 +3,8 @@
 import pytest
 import torch
 
+from brainfm.errors import ConfigError
 from brainfm.objectives.masking import draw_mask
-from brainfm.specs import ConfigError
 
 
 @pytest.mark.parametrize(

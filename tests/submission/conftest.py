@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import save_backbone
+from brainfm.nets.backbone_file import save_backbone
 from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.submission.challenge import ChallengeTask, read_challenge
 from brainfm.submission.container import stage

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import pytest
 
-from brainfm.cli import resolve
 from brainfm.data.manifest import CONTRASTS
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.submission.challenge import ChallengeTask, challenges, names, read_challenge
+from brainfm.verbs.compose import resolve
 
 TASKS = [task for name in names() for task in read_challenge(name).tasks]
 
@@ -44,9 +44,9 @@ def test_flags_are_those_of_the_organisers():
 @pytest.mark.parametrize("task", [t for t in TASKS if t.kind != "embedding"], ids=lambda task: task.id)
 def test_presets_are_accepted_by_the_verbs(task):
     prepared = resolve("prepare", ["manifest=m.csv", "store=s", *task.overrides("prepare")])
-    assert prepared["preprocess"]["spacing_mm"] in ("auto", 1)
+    assert prepared.preprocess.spacing_mm in ("auto", 1, [1, 1, 1])
     tuned = resolve("finetune", ["store=s", "run=r", "backbone_from=b.safetensors", *task.overrides("finetune")])
-    assert tuned["task"]["kind"] == task.kind and tuned["task"]["target"] == task.target
+    assert tuned.task.kind == task.kind and tuned.task.target == task.target
 
 
 @pytest.mark.parametrize("task", TASKS, ids=lambda task: task.id)

@@ -11,7 +11,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 
-from brainfm.specs import BundleError, ConfigError
+from brainfm.errors import BundleError, ConfigError
 from brainfm.submission import container as module
 from brainfm.submission.challenge import Input, read_challenge
 from brainfm.submission.container import container, describe, reached, requirements, stage

@@ -10,8 +10,8 @@ import pytest
 from brainfm.cli import main
 from brainfm.data.manifest import read_left_out, read_manifest, session_labels
 from brainfm.data.store import Store
+from brainfm.errors import ManifestError
 from brainfm.imaging import nifti
-from brainfm.specs import ManifestError
 from brainfm.submission.challenge import names, read_challenge
 from brainfm.submission.convert import convert
 from brainfm.volume import Volume

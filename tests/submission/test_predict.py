@@ -9,10 +9,10 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brainfm.errors import BundleError
 from brainfm.imaging import nifti
 from brainfm.inference.embed import embed
 from brainfm.inference.predict import predict
-from brainfm.specs import BundleError
 from brainfm.submission.challenge import read_challenge
 from brainfm.submission.predict import BACKBONE, in_range, main
 from brainfm.volume import Volume

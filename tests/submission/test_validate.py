@@ -9,7 +9,7 @@ from dataclasses import replace
 
 import pytest
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.submission import sandbox
 from brainfm.submission import validate as module
 from brainfm.submission.cases import Case, given, made

@@ -10,8 +10,8 @@ import pytest
 from scipy import ndimage
 
 from brainfm import seeds
+from brainfm.errors import ConfigError, ScanError
 from brainfm.imaging import nifti
-from brainfm.specs import ConfigError, ScanError
 from brainfm.synthesis.contrast import SIGNALS, Look, draw, render
 from brainfm.volume import Volume
 

@@ -11,9 +11,9 @@ import pytest
 import scipy.ndimage
 
 from brainfm.data.manifest import CONTRASTS
+from brainfm.errors import ManifestError, ScanError
 from brainfm.imaging import nifti
 from brainfm.seeds import stream
-from brainfm.specs import ManifestError, ScanError
 from brainfm.synthesis.lesions import Insertion, _blurred, _neighbourhood, draw_insertion, insert
 from brainfm.synthesis.shapes import FEWEST_VOXELS, Shapes, load_shapes, procedural_shapes, resized
 

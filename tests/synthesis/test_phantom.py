@@ -10,11 +10,12 @@ import nibabel as nib
 import numpy as np
 import pytest
 
+from brainfm.errors import ConfigError
 from brainfm.imaging import atlas, nifti
-from brainfm.specs import ConfigError
+from brainfm.imaging.atlas import tissue_maps
 from brainfm.synthesis import lesions, phantom, template
 from brainfm.synthesis.deform import jacobian
-from brainfm.synthesis.phantom import SyntheticSubject, subject, tissue_maps, write_cohort
+from brainfm.synthesis.phantom import SyntheticSubject, subject, write_cohort
 
 pytest.importorskip("nilearn")
 SPACING_MM = 3.0
@@ -54,7 +55,7 @@ def test_the_template_lies_at_the_same_place_at_every_spacing() -> None:
 
 def test_without_nilearn_the_sentence_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(atlas, "find_spec", lambda name: None)
-    with pytest.raises(ConfigError, match=r"pip install brainfm\[demo\]"):
+    with pytest.raises(ConfigError, match=r"pip install 'brainfm-mri\[anatomy\]'"):
         atlas._template_file("gm")
 
 

@@ -8,9 +8,10 @@ import torch
 
 from brainfm import seeds
 from brainfm.batch import Batch
-from brainfm.specs import ConfigError
-from brainfm.synthesis.looks import FAMILIES, KINDS, Look, LookSpec, draw_look
+from brainfm.errors import ConfigError
+from brainfm.synthesis.looks import FAMILIES, KINDS, Look, draw_look
 from brainfm.synthesis.render import blurred, paint, render_views
+from brainfm.synthesis.settings import LookSpec
 
 NAMES = ["air", "fluid", "cortex", "white", "outside", "outside"]
 CLASSES = np.array([FAMILIES.index(name) for name in NAMES])

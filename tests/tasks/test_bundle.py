@@ -13,11 +13,12 @@ import numpy as np
 import pytest
 import torch
 
+from brainfm.errors import BundleError
 from brainfm.nets.backbone import build_backbone
 from brainfm.seen import SeenSubjects
-from brainfm.specs import BundleError, Decisions, PreprocessSpec, Provenance, TaskSpec
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import CHECKSUMS, model_card, read_bundle, write_bundle
-from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.task import build_task
 
 TASK = TaskSpec("segmentation", "lesion", ("t1", "flair"), (0, 1), (16, 16, 16))
 PREPROCESS = PreprocessSpec(spacing_mm=(1.5, 1.5, 2.0))
@@ -26,7 +27,7 @@ PROVENANCE = Provenance("0.1.0", "abc", "data", {"optim": {"lr": 1e-3, "betas": 
 
 def member(seed, task=TASK):
     torch.manual_seed(seed)
-    return SegmentationTask(task, build_backbone("unet_tiny")).eval()
+    return build_task(task, build_backbone("unet_tiny")).eval()
 
 
 def write(path, members=1, **changes):
@@ -61,7 +62,7 @@ def test_round_trip(tmp_path):
 
 def test_members_may_be_built_apart_and_say_whom_their_backbone_has_seen(tmp_path):
     torch.manual_seed(3)
-    dense = SegmentationTask(TASK, build_backbone("unet_tiny"), dense_channels=7).eval()
+    dense = build_task(TASK, build_backbone("unet_tiny"), dense_channels=7).eval()
     seen = SeenSubjects.of(["d/1", "d/2"], seed=0)
     members = [dense.state_dict(), member(1).state_dict()]
     write(tmp_path / "bundle", members=members, settings=[dense.settings(), {}], seen=seen)

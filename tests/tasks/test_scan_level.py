@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from brainfm.batch import Batch
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.specs import TaskSpec
 from brainfm.tasks.scan_level import ScanOutput, ScanTask, lesion_guidance
 from brainfm.tasks.task import build_task
 

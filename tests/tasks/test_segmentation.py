@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from brainfm.batch import Batch
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseHead
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.nets.decoders import DenseHead
+from brainfm.specs import TaskSpec
 from brainfm.tasks.segmentation import DeepLogits, SegmentationTask, foreground_shares
 from brainfm.tasks.segmentation_losses import LOSSES, SegmentationLoss, soft_dice_loss
 

@@ -8,7 +8,7 @@ import math
 import pytest
 import torch
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.tasks.segmentation_losses import (
     LOSSES,
     SegmentationLoss,

@@ -5,31 +5,35 @@ from __future__ import annotations
 import os
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 from torch import nn
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.settings import build
+from brainfm.specs import TaskSpec
 from brainfm.tasks.segmentation import SegmentationTask
-from brainfm.training.adapt import AdaptSpec, adapt_spec, adapted_optimizer, parameter_groups
-from brainfm.training.launch import make_fabric
+from brainfm.training.adapt import adapted_optimizer, parameter_groups
 from brainfm.training.loop import CHECKPOINT, LoopSpec, Run, State, read_checkpoint, train
 from brainfm.training.optim import build_optimizer, schedule_factor
+from brainfm.training.processes import make_fabric
+from brainfm.training.settings import AdaptSpec, TrainerSettings
+from brainfm.verbs.compose import options, resolve
 from tests.training.test_ddp import _context, by_torchrun
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "adapt"
-MODES = sorted(path.stem for path in CONFIGS.glob("*.yaml"))
+MODES = options("adapt")
+WORDS = ["store=s", "run=r", "backbone_from=none", "task.target=lesion"]
 STEPS = 12
 
 
 def mode(name: str) -> AdaptSpec:
-    return adapt_spec(yaml.safe_load((CONFIGS / f"{name}.yaml").read_text()))
+    return resolve("finetune", [*WORDS, f"adapt={name}"]).adapt
 
 
 def new_task(name: str = "unet_tiny", dense_channels: int = 0, **settings: Any) -> SegmentationTask:
@@ -59,9 +63,7 @@ def loader_from(step: int) -> Iterator[Batch]:
         yield Batch(image, torch.arange(2), present=torch.ones(2, 2, dtype=torch.bool), label=(image[:, 0] > 1).long())
 
 
-TRAINER = {
-    "accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "precision": "32-true", "threads": 1,
-}  # fmt: skip
+TRAINER = TrainerSettings(accelerator="cpu", precision="32-true", threads=1)
 
 
 def run(folder: Path, adapt: AdaptSpec, stop_after: int | None = None) -> tuple[SegmentationTask, State, Supervised]:
@@ -226,14 +228,14 @@ def test_refusals() -> None:
         ({"layer_decay": 1.5}, r"adapt\.layer_decay=1\.5"),
         ({"lr_scale": 0.0}, r"adapt\.lr_scale=0\.0"),
         ({"head_fraction": 0.6, "warmup_fraction": 0.5}, r"adapt\.head_fraction=0\.6"),
-        ({"decoder": "perhaps"}, r"adapt\.decoder=perhaps: expected auto, true or false"),
+        ({"decoder": "perhaps"}, r"adapt\.decoder=perhaps: expected true, false or auto"),
         ({"decoder": 1}, r"adapt\.decoder=1"),
         ({"trial_share": 0.0}, r"adapt\.trial_share=0\.0"),
         ({"trial_steps": 0}, r"adapt\.trial_steps=0"),
-        ({"layers": 3}, r"unknown key adapt\.layers"),
+        ({"layers": 3}, r"no key 'adapt\.layers'"),
     ):
         with pytest.raises(ConfigError, match=said):
-            parameter_groups(task, adapt_spec(values), 1e-3, 0.1, 100)
+            parameter_groups(task, build(AdaptSpec, values, "adapt."), 1e-3, 0.1, 100)
     with pytest.raises(ConfigError, match=r"optim\.lr=0"):
         parameter_groups(task, AdaptSpec(), 0, 0.1, 100)
 
@@ -268,7 +270,7 @@ def _one_of(rank: int, world: int, port: int, folder: Path, accumulate: int) -> 
 
     train(
         Run(
-            fabric=make_fabric(TRAINER | {"devices": world, "strategy": "ddp" if world > 1 else "auto"}),
+            fabric=make_fabric(replace(TRAINER, devices=world, strategy="ddp" if world > 1 else "auto")),
             folder=folder,
             identity={},
             module=VoxelByVoxel(task),

@@ -11,7 +11,8 @@ import pytest
 
 from brainfm.data.patches import find_cases
 from brainfm.data.store import Store
-from brainfm.specs import ConfigError, TaskSpec
+from brainfm.errors import ConfigError
+from brainfm.specs import TaskSpec
 from brainfm.training.audit import Audit, Evidence, audit, examine, gather, words
 
 ILL = TaskSpec("classification", "ill", ("t1",), ("no", "yes"), (32, 32, 32), mode="exclusive")

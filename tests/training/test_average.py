@@ -8,7 +8,7 @@ import pytest
 import torch
 from torch import nn
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.training.average import WeightAverage
 
 

@@ -12,8 +12,8 @@ from torch.nn import functional
 from brainfm.data.patches import find_cases, whole_case
 from brainfm.data.scan_cases import ScanCase
 from brainfm.data.store import Store
+from brainfm.scoring.masks import dice
 from brainfm.specs import TaskSpec
-from brainfm.tasks.metrics import dice
 from brainfm.training import baselines
 
 VALUE = TaskSpec("regression", "score", ("flair", "t1"), (), (16, 16, 16), view_mm=6.0)

@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import pytest
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.training.crossval import Split, SplitSpec, split_cases, with_shots
 
 

@@ -23,7 +23,7 @@ from brainfm.training.loop import CHECKPOINT, read_checkpoint
 STEPS, EVERY, SUBJECTS = 10, 4, 6
 # Children of one clean server that has imported everything: a rank costs no interpreter start.
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["brainfm.training.launch", "brainfm.training.pretrain", "brainfm.cli", __name__])
+_context.set_forkserver_preload(["brainfm.training.processes", "brainfm.training.pretrain", "brainfm.cli", __name__])
 
 
 def words(store: Path, folder: Path, *more: str) -> list[str]:
@@ -80,7 +80,7 @@ def announce_the_end_to_rank_1_in_step_6(rank: int, sample: int) -> None:
 
 def break_rank_1_in_step_6(rank: int, sample: int) -> None:
     if rank == 1 and sample == 11:
-        from brainfm.specs import StoreError
+        from brainfm.errors import StoreError
 
         raise StoreError("sample 11 cannot be read")
 

@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.training import decoder_trial
 from brainfm.training.crossval import Split
 from brainfm.training.decoder_trial import TrialSpec, inner_folds, tried, verdict

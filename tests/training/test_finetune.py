@@ -11,17 +11,18 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brainfm.cli import main, resolve
+from brainfm.cli import main
 from brainfm.data.patches import find_cases
 from brainfm.data.store import Store
-from brainfm.nets.weights import load_backbone
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.tasks.bundle import read_bundle
 from brainfm.training.crossval import SplitSpec, split_cases
 from brainfm.training.finetune import MEMBER, _begin, _fresh, dry_step, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.memory import MemoryPlan, settle
 from brainfm.training.pretrain import pretrain
+from brainfm.verbs.compose import resolve
 
 
 def words(store: Store, run: Path, backbone: Path | str, *more: str) -> list[str]:
@@ -211,7 +212,7 @@ def test_a_plan_that_the_device_refuses_is_lowered(
         tried.append((made.checkpointing, made.accumulate))
         if len(tried) < 3:
             raise torch.OutOfMemoryError("no room")
-        dry_step(study.config, study.question, study.backbone, study.fabric, made)
+        dry_step(study.settings, study.question, study.backbone, study.fabric, made)
 
     settled = settle(step, dataclasses.replace(study.plan, checkpointing=False, accumulate=1), stride=8)
     assert tried == [(False, 1), (True, 1), (True, 2)] and settled.micro_batch == 1

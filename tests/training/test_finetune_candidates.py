@@ -14,25 +14,27 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brainfm.cli import main, resolve
+from brainfm.cli import main
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.scan_cases import ScanCase, views_of
 from brainfm.data.store import Store
+from brainfm.errors import BrainfmWarning, ConfigError
 from brainfm.inference.evaluate import evaluate
 from brainfm.inference.explain import explain
 from brainfm.inference.predict import predict
-from brainfm.inference.study_report import write_study_report
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import load_backbone, save_backbone
-from brainfm.specs import BrainfmWarning, ConfigError, PreprocessSpec, Provenance
+from brainfm.nets.backbone_file import load_backbone, save_backbone
+from brainfm.nets.decoders import DenseDecoder, DenseHead
+from brainfm.reports.finetuning import write_finetuning_page
+from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.bundle import READS, read_bundle
 from brainfm.tasks.reads import PARTS, dense_numbers
 from brainfm.tasks.scan_level import ScanTask
 from brainfm.training.finetune import MEMBER, SHIPPED, _begin, _fresh, finetune
 from brainfm.training.questions import CHOICE
 from brainfm.training.scanning import Scanning
+from brainfm.verbs.compose import resolve
 
 COUNT = 24
 
@@ -295,7 +297,7 @@ def test_a_backbone_s_own_regions_answer_without_a_label_map(
         assert member_answer(network, store, row["subject"]) == pytest.approx(row["raw"][0], abs=1e-3)
     with pytest.warns(BrainfmWarning, match="not what the decoder sees; method=occlusion"):
         explain(bundle, {"t1": manifest.parent / "03.nii.gz"}, tmp_path / "why.nii.gz")
-    write_study_report(run)
+    write_finetuning_page(run)
 
 
 def test_numbers_of_a_decoder_against_loops(dense_file: Path) -> None:
@@ -358,11 +360,11 @@ def test_a_fold_of_another_configuration_is_refused(
 
 def test_no_scale_is_drawn_where_size_is_an_answer(store: Store, tmp_path: Path) -> None:
     plain = [w for w in words(store, tmp_path, "regression", "age") if not w.startswith("data.augment")]
-    assert resolve("finetune", plain)["data"]["augment"]["scale"] == 0
+    assert resolve("finetune", plain).data.augment["scale"] == 0
     asked = resolve("finetune", [*plain, "data.augment.scale=0.1"])
-    assert asked["data"]["augment"]["scale"] == 0.1
+    assert asked.data.augment["scale"] == 0.1
     lesion = ["task=segmentation", "task.target=x", "store=s", "run=r", "backbone_from=none"]
-    assert resolve("finetune", lesion)["data"]["augment"]["scale"] == 0.15
+    assert resolve("finetune", lesion).data.augment["scale"] == 0.15
 
 
 def test_from_enough_subjects_on_the_network_is_tuned(store: Store, tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,12 +13,12 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from brainfm.cli import options, resolve
+from brainfm.curves import read_curves
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import load_backbone, save_backbone
+from brainfm.nets.backbone_file import load_backbone, save_backbone
 from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.bundle import read_bundle
 from brainfm.tasks.segmentation_losses import LOSSES
@@ -26,8 +27,9 @@ from brainfm.training.average import WeightAverage
 from brainfm.training.finetune import MEMBER, _begin, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.memory import MemoryPlan, plan
-from brainfm.training.monitor import read_curves
 from brainfm.training.scanning import Scanning
+from brainfm.training.settings import FinetuneSettings
+from brainfm.verbs.compose import options, resolve
 
 SEGMENTATION = ("task=segmentation", "task.target=lesion")
 CLASSIFICATION = ("task=classification", "task.target=ill", "task.candidates=[tuned]")
@@ -69,7 +71,7 @@ def backbone(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return file
 
 
-def config(store: Store, run: Path, backbone: Path | str, *more: str) -> dict[str, Any]:
+def config(store: Store, run: Path, backbone: Path | str, *more: str) -> FinetuneSettings:
     default = [
         f"store={store.path}", f"run={run}", f"backbone_from={backbone}", "backbone=unet_tiny", "trainer=cpu",
         "task.patch_vox=[16,16,16]", "folds=1", "trainer.max_steps=5", "trainer.batch_size=2", "trainer.workers=0",
@@ -98,8 +100,8 @@ def test_every_adaptation_moves_what_it_may(
     values = config(store, tmp_path / "run", backbone, f"adapt={adapt}", *task)
     assert finetune(values) == tmp_path / "run" / "bundle"
     loaded = load_backbone(backbone).backbone
-    learning = loaded.blocks()[len(loaded.blocks()) - (values["adapt"]["last_blocks"] or 0) :]
-    if values["adapt"]["last_blocks"] is None:
+    learning = loaded.blocks()[len(loaded.blocks()) - (values.adapt.last_blocks or 0) :]
+    if values.adapt.last_blocks is None:
         learning = loaded.blocks()
     own = {id(p) for block in learning for p in block.parameters()}
     may = {name for name, parameter in loaded.named_parameters() if id(parameter) in own}
@@ -172,12 +174,12 @@ def test_little_memory_is_planned_for(
 ) -> None:
     """The batch passes in parts, the run ends, and what was given up is said and written."""
 
-    trainer, network = config(store, tmp_path, backbone, *SEGMENTATION)["trainer"], build_backbone("unet_tiny")
+    trainer, network = config(store, tmp_path, backbone, *SEGMENTATION).trainer, build_backbone("unet_tiny")
 
     def planned(memory_gb: float) -> MemoryPlan:
         return plan(
             network, "segmentation", contrasts=2, classes=2, patch_vox=(16, 16, 16), batch_size=4,
-            trainer=trainer | {"memory_gb": memory_gb},
+            trainer=replace(trainer, memory_gb=memory_gb),
         )  # fmt: skip
 
     memory_gb = next(gb for gb in np.arange(1, 0, -0.01).round(2) if planned(gb).accumulate > 1)

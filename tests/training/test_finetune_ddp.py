@@ -21,7 +21,7 @@ from tests.training.test_finetune_contracts import small_store
 from tests.training.test_transferred import backbone_file
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["brainfm.training.launch", "brainfm.training.finetune", "brainfm.cli", __name__])
+_context.set_forkserver_preload(["brainfm.training.processes", "brainfm.training.finetune", "brainfm.cli", __name__])
 
 
 def words(store: Store, run: Path, task: str, *more: str, candidates: str = "[tuned]") -> list[str]:

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 
-from brainfm.cli import main, resolve
+from brainfm.cli import main
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
@@ -19,6 +19,7 @@ from brainfm.inference.predict import predict
 from brainfm.specs import PreprocessSpec
 from brainfm.tasks.bundle import read_bundle
 from brainfm.training.finetune import finetune
+from brainfm.verbs.compose import resolve
 
 
 def write_heads(root: Path, count: int, **columns: list[str]) -> Path:

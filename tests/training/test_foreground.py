@@ -9,8 +9,9 @@ import torch
 from lightning.fabric import Fabric
 from torch import Tensor
 
+from brainfm.errors import TrainingError
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import TaskSpec, TrainingError
+from brainfm.specs import TaskSpec
 from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.training.foreground import ForegroundWatch
 

@@ -12,13 +12,14 @@ import torch
 from torch import nn
 
 from brainfm.cli import main
+from brainfm.curves import read_curves
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError, TrainingError
 from brainfm.objectives.mae import MAE
-from brainfm.specs import ConfigError, TrainingError
-from brainfm.training.guards import CollapseGuard, FiniteWatch, Guards, GuardSpec, first_not_finite
+from brainfm.training.guards import CollapseGuard, FiniteWatch, Guards, first_not_finite
 from brainfm.training.loop import CHECKPOINT, GOOD, read_checkpoint
-from brainfm.training.monitor import read_curves
 from brainfm.training.pretrain import pretrain
+from brainfm.training.settings import GuardSpec
 from tests.training.test_pretrain import config, words
 
 SHORT = (
@@ -137,8 +138,6 @@ def test_fault_between_log_steps_leaves_a_finite_checkpoint_to_go_on_from(
 
     monkeypatch.setattr(MAE, "__init__", with_spare)
     monkeypatch.setattr(MAE, "forward", broken)
-    monkeypatch.setattr("brainfm.objectives.objective.settings", lambda name: dict.fromkeys(
-        ("mask_unit_vox", "mask_ratio", "loss", "beta", "latent_channels")))  # fmt: skip
     with pytest.raises(TrainingError) as stopped:
         pretrain(config(toy_store, run, *SHORT))
     said = str(stopped.value)

@@ -6,20 +6,28 @@ import os
 import signal
 import sys
 import time
+from dataclasses import replace
+from importlib import import_module
 from pathlib import Path
+from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
 
-from brainfm.cli import main, options, resolve
+from brainfm.cli import main
 from brainfm.data.store import Store
-from brainfm.specs import ConfigError, TrainingError
-from brainfm.training import launch
-from brainfm.training.launch import check_processes, place, submit
+from brainfm.errors import ConfigError, TrainingError
+from brainfm.settings import narrowed
 from brainfm.training.loop import CHECKPOINT
+from brainfm.training.processes import check_processes
+from brainfm.training.settings import PretrainSettings, TrainerSettings
+from brainfm.verbs.compose import options, resolve
+from brainfm.verbs.launch import place, submit
+from brainfm.verbs.pretrain import train
 from tests.training.test_ddp import TWO, Ranks, equal, saved_step, weights, words
 
-TRAINER = {"accelerator": "cpu", "devices": 1, "num_nodes": 1, "strategy": "auto", "workers": 1, "precision": "32-true"}
+TRAINER = TrainerSettings(accelerator="cpu", precision="32-true")
 
 
 @pytest.fixture(autouse=True)
@@ -30,9 +38,9 @@ def _alone(monkeypatch: pytest.MonkeyPatch) -> None:
             monkeypatch.delenv(name)
 
 
-def refused(**values: object) -> str:
+def refused(**values: Any) -> str:
     with pytest.raises(ConfigError) as error:
-        check_processes(TRAINER | values)
+        check_processes(replace(TRAINER, **values))
     return str(error.value)
 
 
@@ -40,20 +48,18 @@ def test_devices_must_be_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
     assert "trainer.devices=4: found 1 GPU here" in refused(accelerator="gpu", devices=4)
-    assert check_processes(TRAINER | {"accelerator": "auto", "devices": "auto"}) == (1, 1)
+    assert check_processes(replace(TRAINER, accelerator="auto", devices="auto")) == (1, 1)
     monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
-    assert check_processes(TRAINER | {"accelerator": "auto", "devices": "auto"}) == (8, 1)
-    assert check_processes(TRAINER | {"devices": 3}) == (3, 1), "processes on a CPU are not counted"
+    assert check_processes(replace(TRAINER, accelerator="auto", devices="auto")) == (8, 1)
+    assert check_processes(replace(TRAINER, devices=3)) == (3, 1), "processes on a CPU are not counted"
 
 
 @pytest.mark.parametrize(
     ("values", "said"),
     [
         ({"devices": 0}, "trainer.devices=0: expected a whole number from 1"),
-        ({"devices": "two"}, "trainer.devices=two: expected a whole number"),
         ({"num_nodes": 0}, "trainer.num_nodes=0: expected"),
         ({"num_nodes": 2}, "nobody started the processes of the other nodes"),
-        ({"strategy": "fsdp"}, "trainer.strategy=fsdp: expected one of auto, ddp"),
     ],
 )
 def test_values_that_cannot_be(values: dict, said: str) -> None:
@@ -67,12 +73,12 @@ def test_started_processes_and_trainer_must_agree(monkeypatch: pytest.MonkeyPatc
             torchrun.setenv(name, value)
         assert "torchrun started 8 processes, 4 a node" in refused()
         assert "expected trainer.devices=4 trainer.num_nodes=2" in refused(devices=8)
-        assert check_processes(TRAINER | {"devices": 4, "num_nodes": 2}) == (4, 2)
+        assert check_processes(replace(TRAINER, devices=4, num_nodes=2)) == (4, 2)
     monkeypatch.setenv("SLURM_NTASKS", "6")
     assert "--ntasks=6: expected --nodes and --ntasks-per-node" in refused(devices=6)
     monkeypatch.setenv("SLURM_NTASKS_PER_NODE", "3")
     assert "SLURM started 6 processes, 3 a node" in refused(devices=6)
-    assert check_processes(TRAINER | {"devices": 3, "num_nodes": 2}) == (3, 2)
+    assert check_processes(replace(TRAINER, devices=3, num_nodes=2)) == (3, 2)
     monkeypatch.setenv("SLURM_JOB_NAME", "interactive")
     assert check_processes(TRAINER) == (1, 1), "a shell on a node, not a task"
 
@@ -80,35 +86,35 @@ def test_started_processes_and_trainer_must_agree(monkeypatch: pytest.MonkeyPatc
 def test_lost_process_is_a_sentence_and_other_errors_stay(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     from brainfm.training import pretrain
 
-    def fails(config: dict) -> None:
-        raise RuntimeError(config["text"])
-
-    monkeypatch.setattr(pretrain, "pretrain", fails)
-    with pytest.raises(TrainingError, match="another process of this run has ended"):
-        launch.run("pretrain", {"run": "r", "text": "[gloo/pair.cc:534] Connection closed by peer [::1]:1"})
-    with pytest.raises(RuntimeError, match="CUDA out of memory"):
-        launch.run("pretrain", {"run": "r", "text": "CUDA out of memory"})
+    settings = resolve("pretrain", ["store=s", "run=r"])
+    for text, kind, said in (
+        ("[gloo/pair.cc:534] Connection closed by peer [::1]:1", TrainingError, "another process of this run has end"),
+        ("CUDA out of memory", RuntimeError, "CUDA out of memory"),
+    ):
+        monkeypatch.setattr(pretrain, "pretrain", Mock(side_effect=RuntimeError(text)))
+        with pytest.raises(kind, match=said):
+            train(settings)
 
 
 def test_place_gives_the_trainer_what_the_queue_gives() -> None:
-    slurm = resolve("pretrain", ["store=s", "run=r", "launch=slurm"])["launch"]
-    trainer, nodes, tasks = place(TRAINER, slurm | {"nodes": 2, "gpus_per_node": 4})
-    assert (trainer["devices"], trainer["num_nodes"], nodes, tasks) == (4, 2, 2, 4)
-    assert place(TRAINER, slurm | {"gpus_per_node": 0, "tasks_per_node": 3})[2] == 3
+    slurm = resolve("pretrain", ["store=s", "run=r", "launch=slurm"]).launch
+    trainer, nodes, tasks = place(TRAINER, replace(slurm, nodes=2, gpus_per_node=4))
+    assert (trainer.devices, trainer.num_nodes, nodes, tasks) == (4, 2, 2, 4)
+    assert place(TRAINER, replace(slurm, gpus_per_node=0, tasks_per_node=3))[2] == 3
     with pytest.raises(ConfigError, match=r"trainer\.devices=2 with launch\.gpus_per_node=4"):
-        place(TRAINER | {"devices": 2}, slurm | {"gpus_per_node": 4})
+        place(replace(TRAINER, devices=2), replace(slurm, gpus_per_node=4))
 
 
 def test_every_launch_composes_and_changes_no_run(toy_store: Store) -> None:
-    from brainfm.training.pretrain import identity_of
+    from brainfm.training.run import identity_of
 
     made = []
     for option in options("launch"):
         for verb, more in (("pretrain", []), ("finetune", ["backbone_from=none", "task.target=lesion"])):
-            config = resolve(verb, ["store=s", "run=r", f"launch={option}", *more])
-            assert "cluster" in config["launch"]
+            settings = resolve(verb, ["store=s", "run=r", f"launch={option}", *more])
+            assert (settings.launch.cluster is None) == (option == "local")
             if verb == "pretrain":
-                made.append(identity_of(config, toy_store))
+                made.append(identity_of(settings, toy_store))
     assert len(made) == 2 and made[0] == made[1], "a run begun here may go on in a queue"
 
 
@@ -120,7 +126,7 @@ def test_missing_submitit_or_slurm_is_one_sentence(
     monkeypatch.setitem(sys.modules, "submitit", None)
     assert main(arguments) == 2
     said = capsys.readouterr().err.strip()
-    assert said == "brainfm: launch=slurm needs submitit, which is not installed: pip install 'brainfm[slurm]'"
+    assert said == "brainfm: launch=slurm needs submitit, which is not installed: pip install 'brainfm-mri[train]'"
     monkeypatch.undo()
     pytest.importorskip("submitit")
     monkeypatch.setenv("PATH", str(tmp_path))
@@ -155,8 +161,8 @@ def test_sbatch_script_says_what_was_asked(
 
     job = submitit.core.utils.DelayedSubmission.load(next((run / "slurm").glob("4711_submitted.pkl"))).function
     expected = resolve("pretrain", words(toy_store.path, run, "trainer.devices=4", "trainer.num_nodes=2"))
-    expected.pop("launch")
-    assert (job.verb, job.config) == ("pretrain", expected)
+    assert job.work is import_module("brainfm.verbs.pretrain").train
+    assert job.settings == narrowed(PretrainSettings, expected)
 
 
 def tasks_of(controller: int) -> list[int]:
@@ -196,9 +202,9 @@ def test_preempted_job_is_queued_again_and_equals_an_uninterrupted_run(toy_store
     pytest.importorskip("submitit")
     more = ("trainer.batch_size=1", "trainer.max_steps=60", "trainer.checkpoint_every=0")
     run = tmp_path / "run"
-    config = resolve("pretrain", [*words(toy_store.path, run, *more), "launch=slurm", "launch.cluster=local",
+    settings = resolve("pretrain", [*words(toy_store.path, run, *more), "launch=slurm", "launch.cluster=local",
                                   "launch.gpus_per_node=0", "launch.tasks_per_node=2"])  # fmt: skip
-    job = submit("pretrain", config, config.pop("launch"))
+    job = submit("pretrain", train, narrowed(PretrainSettings, settings), settings.launch)
     deadline = time.time() + 200
     curves = run / "curves.csv"
     while not (curves.exists() and "\n10,total" in curves.read_text()) and not job.done() and time.time() < deadline:

@@ -12,19 +12,20 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from brainfm.cli import resolve
+from brainfm.curves import read_curves
 from brainfm.data import regions
 from brainfm.data.schemes import GROUPS, TISSUES
+from brainfm.data.settings import TargetSpec
 from brainfm.data.store import Store
-from brainfm.data.targets import Targets, TargetSpec, find_targets
+from brainfm.data.targets import Targets, find_targets
+from brainfm.errors import BrainfmWarning, ConfigError, TrainingError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder
-from brainfm.specs import BrainfmWarning, ConfigError, TrainingError
+from brainfm.nets.decoders import DenseDecoder
 from brainfm.training import level_probes as lp
-from brainfm.training.guards import Guards, GuardSpec
-from brainfm.training.monitor import read_curves
+from brainfm.training.guards import Guards
 from brainfm.training.pretrain import pretrain, split_sessions
-from brainfm.training.probes import ProbeSpec
+from brainfm.training.settings import GuardSpec, ProbeSpec
+from brainfm.verbs.compose import resolve
 from tests.training.test_pretrain import config, words
 
 CPU = torch.device("cpu")

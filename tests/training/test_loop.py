@@ -10,10 +10,10 @@ import torch
 from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
-from brainfm.specs import ConfigError
-from brainfm.training.launch import make_fabric
+from brainfm.curves import read_curves
+from brainfm.errors import ConfigError
 from brainfm.training.loop import LoopSpec, Run, _split, train
-from brainfm.training.monitor import read_curves
+from brainfm.training.processes import make_fabric
 from tests.training.test_adapt import TRAINER
 
 STEPS = 6

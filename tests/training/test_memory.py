@@ -5,19 +5,18 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
-from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-import yaml
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import BACKBONES, Backbone, build_backbone
-from brainfm.specs import ConfigError
 from brainfm.training import memory
 from brainfm.training.memory import MemoryPlan, MemoryTable, budget_gb, lower, patches_down, plan, settle
+from brainfm.training.settings import TrainerSettings
+from brainfm.verbs.compose import resolve
 
-CONFIGS = Path(__file__).parents[2] / "configs" / "trainer"
 GB = 2**30
 
 
@@ -26,8 +25,8 @@ def meta(name: str, **settings: Any) -> Backbone:
         return build_backbone(name, **settings)
 
 
-def gpu(memory_gb: float) -> dict[str, Any]:
-    return {"accelerator": "gpu", "precision": "bf16-mixed", "memory_gb": memory_gb}
+def gpu(memory_gb: float) -> TrainerSettings:
+    return TrainerSettings(accelerator="gpu", precision="bf16-mixed", memory_gb=memory_gb)
 
 
 def ask(name: str, edge: int, memory_gb: float, **changed: Any) -> MemoryPlan:
@@ -98,10 +97,11 @@ def test_the_promise_unet_b_at_96_in_8_gb_and_resenc_l_at_128_in_16_gb() -> None
 
 
 @pytest.mark.parametrize("gigabytes", [8, 12, 16, 24, 80])
-def test_there_is_a_trainer_for_each_card(gigabytes: int) -> None:
-    trainer = yaml.safe_load((CONFIGS / f"gpu{gigabytes}.yaml").read_text())
-    base = yaml.safe_load((CONFIGS / "gpu.yaml").read_text())
-    assert trainer == base | {"memory_gb": gigabytes} and base["memory_gb"] is None
+def test_one_trainer_serves_every_card(gigabytes: int) -> None:
+    words = ["store=s", "run=r", "backbone_from=none", "task.target=lesion"]
+    trainer = resolve("finetune", [*words, "trainer=gpu", f"trainer.memory_gb={gigabytes}"]).trainer
+    with pytest.raises(ConfigError, match=f"expected trainer=gpu trainer.memory_gb={gigabytes}"):
+        resolve("finetune", [*words, f"trainer=gpu{gigabytes}"])
     found = plan(
         meta("resenc_l"), "segmentation", contrasts=4, classes=2, patch_vox=(128,) * 3, batch_size=2, trainer=trainer
     )

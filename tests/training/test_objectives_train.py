@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainfm.cli import main, resolve
+from brainfm.cli import main
+from brainfm.curves import read_curves
 from brainfm.data.store import Store
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
-from brainfm.training.monitor import read_curves
 from brainfm.training.pretrain import pretrain
+from brainfm.verbs.compose import resolve
 
 PARTS = {
     "anatomy_pathology": {"reconstruction", "regions", "patch", "cells"},

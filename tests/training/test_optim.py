@@ -6,7 +6,7 @@ from itertools import pairwise
 import pytest
 from torch import nn
 
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.training.optim import build_optimizer, lr_factor
 
 

@@ -13,17 +13,20 @@ from pathlib import Path
 import pytest
 import torch
 
-from brainfm.cli import main, resolve
+from brainfm.cli import main
+from brainfm.curves import read_curves
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.store import Store
+from brainfm.errors import TrainingError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import load_backbone
+from brainfm.nets.backbone_file import load_backbone
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.objectives.objective import build_objective
-from brainfm.specs import Provenance, TrainingError
+from brainfm.specs import Provenance
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
-from brainfm.training.monitor import read_curves
 from brainfm.training.pretrain import pretrain, split_sessions, write_backbone
+from brainfm.training.settings import PretrainSettings
+from brainfm.verbs.compose import resolve
 
 STEPS = 24
 
@@ -39,7 +42,7 @@ def words(store: Store, run: Path, *more: str) -> list[str]:
     return [f"{key}={value}" for key, value in given.items()]
 
 
-def config(store: Store, run: Path, *more: str) -> dict:
+def config(store: Store, run: Path, *more: str) -> PretrainSettings:
     return resolve("pretrain", words(store, run, *more))
 
 
@@ -212,9 +215,22 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(
     toy_store: Store, tmp_path: Path, workers: int
 ) -> None:
     run = tmp_path / "run"
-    run.mkdir()
-    (run / "last.tmp").symlink_to("/dev/full")  # where the checkpoint is written before it gets its name
-    arguments = [sys.executable, "-m", "brainfm.cli", "pretrain", *words(toy_store, run, f"trainer.workers={workers}")]
+    full = """
+import os, sys, torch
+from brainfm.cli import main
+
+save = torch.save
+
+
+def to_a_full_disk(content, file):
+    os.dup2(os.open("/dev/full", os.O_WRONLY), file.fileno())
+    save(content, file)
+
+
+torch.save = to_a_full_disk
+sys.exit(main(sys.argv[1:]))
+"""
+    arguments = [sys.executable, "-c", full, "pretrain", *words(toy_store, run, f"trainer.workers={workers}")]
     ended = subprocess.run(arguments, capture_output=True, text=True, timeout=120, check=False)
     assert ended.returncode == 2, ended.stderr
     last = ended.stderr.strip().splitlines()[-1]
@@ -224,7 +240,7 @@ def test_full_disk_is_one_sentence_and_leaves_nothing_half_written(
 
 def test_error_in_a_step_does_not_wait_for_the_loaders_workers(toy_store: Store, tmp_path: Path) -> None:
     script = (
-        "import sys\nfrom brainfm.cli import resolve\nfrom brainfm.training import loop\n"
+        "import sys\nfrom brainfm.verbs.compose import resolve\nfrom brainfm.training import loop\n"
         "from brainfm.training.pretrain import pretrain\n"
         "def broken(*_): raise RuntimeError('broken on purpose')\n"
         "loop._clip = broken\n"

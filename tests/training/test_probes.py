@@ -9,9 +9,10 @@ import pytest
 import torch
 
 from brainfm.data.store import ScanEntry, SessionEntry, Store
-from brainfm.specs import ConfigError
+from brainfm.errors import ConfigError
 from brainfm.training import probes
-from brainfm.training.probes import Features, ProbeSpec
+from brainfm.training.probes import Features
+from brainfm.training.settings import ProbeSpec
 
 CONTRASTS = ("t1", "t2", "flair")
 

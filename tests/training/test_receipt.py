@@ -17,7 +17,7 @@ from lightning.fabric import Fabric
 
 from brainfm.batch import Batch
 from brainfm.data.store import Store
-from brainfm.nets.weights import load_backbone, save_backbone
+from brainfm.nets.backbone_file import load_backbone, save_backbone
 from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.training import receipt
 from brainfm.training.loop import CHECKPOINT, read_checkpoint

@@ -13,10 +13,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from brainfm.curves import Curves
 from brainfm.specs import Decisions, PreprocessSpec, TaskSpec
 from brainfm.training import results
 from brainfm.training.crossval import Split
-from brainfm.training.monitor import Curves
 from brainfm.training.questions import Decided
 from brainfm.training.segmenting import Segmenting
 

@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from scipy.special import softmax
 
+from brainfm.scoring.calibration import apply_bias, conformal_quantile
 from brainfm.specs import Decisions, TaskSpec
-from brainfm.tasks.calibration import apply_bias, conformal_quantile
 from brainfm.training.questions import Row
 from brainfm.training.scanning import LEVEL, Scanning
 

@@ -17,9 +17,12 @@ from brainfm.data.manifest import read_manifest, write_manifest
 from brainfm.data.patches import class_shares
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
-from brainfm.specs import ConfigError, Decisions, PreprocessSpec
+from brainfm.settings import build
+from brainfm.specs import Decisions, PreprocessSpec
 from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.settings import SegmentationSettings
 from brainfm.training.crossval import SplitSpec, split_cases
 from brainfm.training.questions import Engine, Row
 from brainfm.training.segmenting import Segmenting, _file_name
@@ -116,12 +119,9 @@ class Bright(nn.Module):
 
 
 def question(store: Store, **changed: Any) -> Segmenting:
-    values = {
-        "kind": "segmentation", "target": "lesion", "contrasts": None, "values": None, "patch_vox": [32, 32, 32],
-        "fusion": "attention", "loss": "dice_ce", "deep_supervision": False,
-    }  # fmt: skip
     mirror, clean = changed.pop("mirror", ()), changed.pop("clean", True)
-    found = Segmenting(store, values | changed, mirror, clean)
+    values = {"target": "lesion", "patch_vox": [32, 32, 32], **changed}
+    found = Segmenting(store, build(SegmentationSettings, values, "task."), mirror, clean)
     found.settle((32, 32, 32))
     return found
 

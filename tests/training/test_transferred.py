@@ -16,14 +16,16 @@ from brainfm.cli import main
 from brainfm.data.manifest import read_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.inference.predict import predict
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.dense import DenseDecoder, DenseHead
-from brainfm.nets.weights import load_backbone, save_backbone
+from brainfm.nets.backbone_file import load_backbone, save_backbone
+from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.seen import SeenSubjects
-from brainfm.specs import ConfigError, PreprocessSpec, Provenance, TaskSpec
+from brainfm.specs import PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import read_bundle
 from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.task import build_task
 from brainfm.training.finetune import MEMBER, _begin, _fresh, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.segmenting import Segmenting
@@ -258,7 +260,7 @@ def test_members_of_either_build_answer_the_same_after_reloading_without_the_bac
     image, present = torch.randn(1, 2, 16, 16, 16), torch.ones(1, 2, dtype=torch.bool)
     for fold, network in enumerate(bundle.networks):
         module = read_checkpoint(tmp_path / "run" / f"fold{fold}" / CHECKPOINT)["module"]
-        trained = SegmentationTask(bundle.task, build_backbone("unet_tiny"), **network.settings()).eval()
+        trained = build_task(bundle.task, build_backbone("unet_tiny"), **network.settings()).eval()
         trained.load_state_dict({n: module[f"average.network.{n}"] for n in trained.state_dict()})
         with torch.no_grad():
             assert torch.equal(network(image, present), trained(image, present))

@@ -11,18 +11,21 @@ import pytest
 import torch
 
 from brainfm.cli import main
+from brainfm.curves import read_curves
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.store import Store
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.weights import load_backbone
-from brainfm.objectives.objective import Objective, build_objective
-from brainfm.specs import ConfigError
+from brainfm.nets.backbone_file import load_backbone
+from brainfm.objectives.objective import Objective, make_objective
+from brainfm.settings import build
 from brainfm.training.average import WeightAverage
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
-from brainfm.training.monitor import read_curves
 from brainfm.training.optim import Wsd, build_optimizer
-from brainfm.training.pretrain import loop_spec, pretrain, split_sessions
+from brainfm.training.pretrain import pretrain, split_sessions
+from brainfm.training.run import loop_spec
+from brainfm.training.settings import OptimSettings, PretrainSettings, TrainerSettings, WsdSettings
 from tests.training.test_pretrain import config, flat, words
 
 WSD = (
@@ -75,7 +78,7 @@ def test_neither_rate_nor_progress_depends_on_the_number_of_steps(toy_store: Sto
     specs = []
     for steps in (2, 8, 80):  # 2 are fewer than the warm-up
         values = config(toy_store, tmp_path, *WSD, f"trainer.max_steps={steps}")
-        specs.append(loop_spec(values["trainer"], values["optim"]))
+        specs.append(loop_spec(values.trainer, values.optim))
     for step in range(9):
         assert len({(spec.factor(step), spec.progress(step)) for spec in specs}) == 1
 
@@ -95,24 +98,26 @@ def test_impossible_schedules(wrong: dict, said: str) -> None:
 
 
 def test_schedules_of_the_configuration() -> None:
-    trainer = {"max_steps": 50, "clip_norm": 1, "log_every": 1, "checkpoint_every": 1, "evaluate_every": 1}
-    assert loop_spec(trainer, {"warmup_fraction": 0.1}).warmup_steps == 5
-    assert loop_spec(trainer, {"schedule": "cosine", "warmup_steps": 7, "warmup_fraction": 0.1}).warmup_steps == 7
+    trainer = TrainerSettings(max_steps=50)
+    assert loop_spec(trainer, OptimSettings(warmup_fraction=0.1)).warmup_steps == 5
+    cosine = loop_spec(trainer, WsdSettings(schedule="cosine", warmup_steps=7, warmup_fraction=0.1))
+    assert (cosine.warmup_steps, cosine.wsd) == (7, None)
+    assert loop_spec(trainer, WsdSettings(warmup_steps=7, horizon_steps=9)).wsd == Wsd(7, 9)
     with pytest.raises(ConfigError, match=r"optim\.schedule=saw: expected cosine or wsd"):
-        loop_spec(trainer, {"schedule": "saw", "warmup_steps": 7})
+        build(WsdSettings, {"schedule": "saw", "warmup_steps": 7}, "optim.")
     with pytest.raises(ConfigError, match=r"optim\.warmup_steps=null: expected a number"):
-        loop_spec(trainer, {"schedule": "wsd", "warmup_steps": None, "horizon_steps": 9})
+        WsdSettings(warmup_steps=None, horizon_steps=9)
 
 
 # ------------------------------------------------------------------------------------------------------------ the runs
 
 
-def naive(store: Store, values: dict, rates: list[float]) -> tuple[Objective, dict[str, torch.Tensor]]:
+def naive(store: Store, settings: PretrainSettings, rates: list[float]) -> tuple[Objective, dict[str, torch.Tensor]]:
     """The run step by step, without loop, checkpoint or classes: the objective and the average of its weights."""
     torch.manual_seed(0)
     sides = split_sessions(store.sessions, 0.3, 0)
-    objective = build_objective(
-        **values["objective"], backbone=build_backbone(**values["backbone"]), patch_vox=(16, 16, 16), seed=0
+    objective = make_objective(
+        settings.objective, build_backbone(**settings.backbone), patch_vox=(16, 16, 16), seed=0
     )
     average = {name: value.detach().clone() for name, value in objective.named_parameters()}
     optimizer = build_optimizer(objective, lr=LR, weight_decay=0.01)

@@ -1,0 +1,182 @@
+"""The page of the demo: its cohort, how training went, lesions found and missed, and what pre-training did for it."""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from brainfm.data.manifest import Manifest, read_manifest
+from brainfm.data.store import Store
+from brainfm.imaging import nifti
+from brainfm.imaging.geometry import resample
+from brainfm.imaging.preprocess import prepare_session
+from brainfm.inference.predict import LISTING
+from brainfm.reports import charts, pictures
+from brainfm.reports.page import Section, write_page
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A finished demo.
+
+    Attributes:
+        out: its folder, with the manifest of the test subjects, the store, and a folder for each arm.
+        arms: folder -> its name for readers; the arm that was pre-trained is the first.
+        subjects: of the cohort.
+        summary: what summary.json holds.
+        commands: that were run, in order.
+        curves: chart (``pretrain``, ``tuned``, ``dice``) -> curve -> (step, value) pairs.
+        reconstructions: column -> a slice [X, Y] for each of `reconstruction_rows`.
+    """
+
+    out: Path
+    arms: Mapping[str, str]
+    subjects: int
+    summary: Mapping[str, Any]
+    commands: Sequence[str]
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+    reconstructions: Mapping[str, Sequence[np.ndarray]]
+    reconstruction_rows: Sequence[str]
+
+
+def write_demo_page(demo: Demo) -> Path:
+    """Writes ``report.html`` into the demo's folder and returns it. Raises: OSError where it cannot be written."""
+    summary, commands = demo.summary, "\n\n".join(f"`{command}`" for command in demo.commands)
+    store, manifest = Store.open(demo.out / "store"), read_manifest(demo.out / "test.csv")
+    pretrained = demo.out / next(iter(demo.arms))
+    path = demo.out / "report.html"
+    write_page(
+        path,
+        title="brainfm demo",
+        lead=f"{demo.subjects} synthetic people with T1, T2 and FLAIR scans, most of them with lesions, taken "
+        "from NIfTI files to a pre-trained network, a fine-tuned lesion segmenter, and masks on the original scans.",
+        sections=[
+            _cohort(demo, store, manifest),
+            _learning(demo),
+            _reconstructions(demo, store.spec.spacing_mm),
+            _lesions(pretrained, manifest),
+            _comparison(demo),
+            Section("How it was made", f"Each line is a command that any user can type.\n\n{commands}"),
+        ],
+        command=f"brainfm demo out={demo.out}",
+        numbers=[
+            (f"{summary['pretrain_parameters'] / 1e6:.1f} M", "parameters in pre-training"),
+            (f"{summary['dice_pretrained']:.3f}", "Dice, pre-trained"),
+            (f"{summary['dice_scratch']:.3f}", "Dice, from scratch"),
+            (f"{summary['n_cases']}", "test subjects"),
+            (f"{summary['seconds']['in all'] / 60:.1f} min", f"on {summary['threads']} CPU threads"),
+        ],
+    )
+    return path
+
+
+def scans_of(manifest: Manifest, subject: str) -> tuple[dict[str, Path], Path]:
+    """A subject's file by contrast, and the file of its lesion mask."""
+    scans = [s for s in manifest.scans if s.subject == subject]
+    return {s.contrast: manifest.resolve(s.path) for s in scans}, manifest.resolve(scans[0].columns["lesion_mask"])
+
+
+def cases_of(arm: Path) -> list[dict[str, str]]:
+    """The rows of cases.csv of an arm's folder."""
+    with (arm / "scores" / "cases.csv").open(newline="") as file:
+        return list(csv.DictReader(file))
+
+
+def _cohort(demo: Demo, store: Store, manifest: Manifest) -> Section:
+    shown = []
+    for subject in sorted({s.subject for s in manifest.scans})[:5]:
+        files, mask = scans_of(manifest, subject)
+        prepared = prepare_session(files, {"lesion_mask": mask}, store.spec)
+        shown.append((f"subject {subject}", prepared.scans, prepared.labels["lesion_mask"]))
+    spacing_mm = store.spec.spacing_mm
+    return Section(
+        "The cohort",
+        f"{demo.subjects} subjects: smooth random deformations of the ICBM152 tissue maps, tissue contrasts, "
+        "lesions, noise, bias field and slice thickness drawn per subject; files in several orientations. Below are "
+        "prepared scans of test subjects, all contrasts of a subject on one grid, with the true lesions outlined.",
+        figures=((f"Test subjects at {spacing_mm[0]:g} mm", pictures.cohort_figure(shown, spacing_mm)),),
+    )
+
+
+def _learning(demo: Demo) -> Section:
+    return Section(
+        "Learning",
+        "Pre-training never sees a label. Fine-tuning sees the same cases in the same order with and without it.",
+        figures=(
+            ("Pre-training: self and cross-reconstruction, smooth L1", charts.curves_figure(demo.curves["pretrain"])),
+            ("Fine-tuning: Dice + cross-entropy on training patches", charts.curves_figure(demo.curves["tuned"])),
+            ("Fine-tuning: Dice of the held-out labelled subjects",
+             charts.curves_figure(demo.curves["dice"], y_label="Dice")),
+        ),
+    )  # fmt: skip
+
+
+def _reconstructions(demo: Demo, spacing_mm: tuple[float, float, float]) -> Section:
+    """What the pre-trained network makes of test subjects it never saw."""
+    figure = pictures.reconstruction_figure(
+        demo.reconstructions, demo.reconstruction_rows, (spacing_mm[0], spacing_mm[1])
+    )
+    return Section(
+        "What the network understood",
+        "Test subjects, never seen in pre-training. The reconstruction is made from the scan's own codes; the last "
+        "column joins the anatomy code of the other scan with the contrast code of the scan. There are no skip "
+        "connections: all passes one voxel of code for 16 x 16 x 16 voxels of scan, and after a run this "
+        "short the answer is little more than the mean of the head; runs that are worth their name take hours.",
+        figures=(("Axial slices through whole heads", figure),),
+    )
+
+
+def _lesions(arm: Path, manifest: Manifest) -> Section:
+    """Outlines of the worst, a median and the best case of an arm."""
+    rows = sorted((float(r["dice"]), r["subject"]) for r in cases_of(arm) if float(r["volume_ml_true"]) > 0)
+    with (arm / "predictions" / LISTING).open(newline="") as file:
+        masks = {row["subject"]: row["file"] for row in csv.DictReader(file)}
+    figures = []
+    for name, (score, subject) in (("Worst", rows[0]), ("Median", rows[len(rows) // 2]), ("Best", rows[-1])):
+        files, mask = scans_of(manifest, subject)
+        flair, truth = nifti.read(files["flair"])[0], nifti.read(mask, labels=True)[0]
+        image = resample(flair.voxels, flair.affine_mm, truth.shape, truth.affine_mm, order="linear", fill=0.0)
+        answer = nifti.read(arm / "predictions" / masks[subject], labels=True)[0]
+        figures.append((
+            f"{name} of {len(rows)} test subjects with lesions: subject {subject}, Dice {score:.3f}, on the FLAIR",
+            pictures.overlay_figure(image, truth.voxels, answer.voxels, spacing_mm=truth.spacing_mm),
+        ))  # fmt: skip
+    return Section(
+        "Lesions",
+        "Outlines on the grid of the file that came in, as `brainfm predict` wrote them.",
+        figures=tuple(figures),
+    )
+
+
+def _comparison(demo: Demo) -> Section:
+    summary = demo.summary
+    table = [("", "Dice", "95 % interval", "Surface Dice at 1 mm", "95 % interval", "n")]
+    bars = []
+    for arm, label in demo.arms.items():
+        dice, surface = (summary["scores"][arm][name] for name in ("dice", "surface_dice_1mm"))
+        table.append((label, f"{dice['mean']:.3f}", f"{dice['low']:.3f} to {dice['high']:.3f}",
+                      f"{surface['mean']:.3f}", f"{surface['low']:.3f} to {surface['high']:.3f}",
+                      str(dice["n"])))  # fmt: skip
+        bars.append((label, dice["mean"], dice["low"], dice["high"], dice["n"]))
+    d = summary["difference"]
+    verdict = (
+        "The interval of the paired difference lies above 0: pre-training helped here." if d["low"] > 0
+        else "The interval of the paired difference lies below 0: pre-training hurt here." if d["high"] < 0
+        else "The interval of the paired difference holds 0: a run this short does not show a difference either way."
+    )  # fmt: skip
+    table.append(
+        ("difference, paired", f"{d['mean']:+.3f}", f"{d['low']:+.3f} to {d['high']:+.3f}", "", "", str(d["n"]))
+    )
+    return Section(
+        "Pre-trained against scratch",
+        f"Both arms: {summary['labelled_subjects']} labelled subjects, the same patches, steps and schedule; the "
+        f"network pre-trained for {summary['pretrain_steps']} steps or fresh. {verdict} One run "
+        "with one seed; synthetic lesions say nothing about any clinical task.",
+        figures=(("Test subjects, mean and bootstrap interval", charts.interval_figure(bars)),),
+        table=tuple(table),
+    )
