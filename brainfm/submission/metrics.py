@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Hashable, Mapping, Sequence
+from typing import Any
 
 import numpy as np
 from scipy.stats import rankdata
 
 from brainfm.scoring import answers as scores
 from brainfm.scoring import masks
-from brainfm.submission.challenge import LOWER_IS_BETTER, Challenge
+from brainfm.submission.challenge import LOWER_IS_BETTER, Challenge, ChallengeTask
 
 WORST_MAE, WORST_CORRELATION = 100.0, -100.0
 TOLERANCE_MM = 1.0
@@ -171,6 +172,46 @@ def correlation(true: Sequence[float], answers: Sequence[float | None]) -> float
             return WORST_CORRELATION
         centred.append((array - array.mean()) / np.linalg.norm(array - array.mean()))
     return float(np.clip((centred[0] * centred[1]).sum(), -1, 1))
+
+
+# ---- a task ----------------------------------------------------------------------------------------------------------
+
+
+def score(
+    task: ChallengeTask,
+    true: Sequence[Any],
+    answers: Sequence[Any],
+    spacings_mm: Sequence[Sequence[float]] = (),
+    groups: Mapping[str, Sequence[Hashable | None]] | None = None,
+) -> dict[str, float]:
+    """Every metric of a task over its cases.
+
+    Args:
+        true: a class or an age each; of a segmentation [X, Y, Z] label values; of an embedding a class.
+        answers: a probability, an age, label values, or of an embedding the probe's scores of the classes; None: none.
+        spacings_mm: of a segmentation, edge lengths of a voxel in the axes of the arrays.
+        groups: of the fairness metrics.
+
+    Raises: ValueError where the lengths differ, or what a metric needs is not given.
+    """
+    if len(true) != len(answers) or (task.kind == "segmentation" and len(spacings_mm) != len(true)):
+        raise ValueError(f"{len(true)} cases, {len(answers)} answers and {len(spacings_mm)} spacings: expected as many")
+    if groups is None and any(metric.startswith("fairness") for metric in task.metrics):
+        raise ValueError(f"{task.id} is scored between groups, expected groups")
+    labels = range(1, int(task.high) + 1)
+    of_group = groups or {}
+    table: dict[str, Callable[[], float]] = {
+        "auroc": lambda: auroc(true, answers),
+        "mae": lambda: mae(true, answers),
+        "correlation": lambda: correlation(true, answers),
+        "dice": lambda: float(np.mean([dice(a, t, labels) for t, a in zip(true, answers)])),
+        "nsd": lambda: float(np.mean([nsd(a, t, s, labels) for t, a, s in zip(true, answers, spacings_mm)])),
+        "ovr_auroc": lambda: ovr_auroc(true, answers),
+        "ovr_f1": lambda: ovr_f1(true, answers),
+        "fairness_auroc": lambda: fairness(ovr_auroc, true, answers, of_group),
+        "fairness_f1": lambda: fairness(ovr_f1, true, answers, of_group),
+    }
+    return {metric: table[metric]() for metric in task.metrics}
 
 
 # ---- ranks -----------------------------------------------------------------------------------------------------------

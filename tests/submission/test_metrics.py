@@ -21,6 +21,7 @@ from brainfm.submission.metrics import (
     overall_ranks,
     ovr_auroc,
     ovr_f1,
+    score,
     task_ranks,
 )
 
@@ -164,6 +165,29 @@ def test_a_missing_age_costs_the_task(answers):
 def test_a_constant_has_no_correlation(constant):
     assert correlation([30, 40, 50], [constant] * 3) == -100
     assert mae([30, 40, 50], [constant] * 3) < 100
+
+
+def test_every_task_is_scored(cases):
+    """One missing answer each; perfect answers elsewhere."""
+    pytest.importorskip("monai")
+    true, rows = cases
+    seg = [ball((5, 6, 5)), ball((8, 6, 5)), np.zeros((14, 12, 10), np.uint8)]
+    asked = {
+        "task1": ([0, 1, 1, 0], [0.1, 0.9, 0.8, None], {}),
+        "task2": (seg, [seg[0], None, seg[2]], {"spacings_mm": [(1, 1, 1)] * 3}),
+        "task3": ([30.0, 50.0, 70.0], [30.0, 50.0, None], {}),
+        "task6": (true, rows, {}),
+        "task7": (true, rows, {"groups": {"sex": ["m" if i % 2 else "f" for i in range(40)]}}),
+    }
+    found = {name: score(read_challenge("fomo26").task(name), t, a, **more) for name, (t, a, more) in asked.items()}
+    assert found["task1"] == {"auroc": 0.5}, "the missing negative ranks above every positive"
+    assert found["task2"] == {"dice": pytest.approx(2 / 3), "nsd": pytest.approx(1 / 3)}, "of two empty masks 1 and 0"
+    assert found["task3"] == {"mae": 100, "correlation": -100}
+    assert set(found["task6"]) == {"ovr_f1", "ovr_auroc"} and found["task6"]["ovr_f1"] == ovr_f1(true, rows)
+    assert set(found["task7"]) == {"fairness_f1", "fairness_auroc"} and 0 < found["task7"]["fairness_f1"] <= 1
+    for name, more in (("task2", {}), ("task7", {})):
+        with pytest.raises(ValueError, match="expected"):
+            score(read_challenge("fomo26").task(name), *asked[name][:2], **more)
 
 
 def test_ranks():

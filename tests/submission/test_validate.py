@@ -210,15 +210,14 @@ def test_a_sandbox_has_nothing_of_the_caller(tmp_path, monkeypatch):
 
 
 def test_made_cases(tmp_path):
-    two, four, six = task_of("task2"), task_of("task4"), task_of("task6")
+    two, four, six = (replace(task_of(name), shape_vox=(8, 8, 8)) for name in ("task2", "task4", "task6"))
     found = {case.name: case for case in made(two, tmp_path / "two")}
     assert set(found) == {"plain", "again", "alternative", "turned", "oblique", "thick", "small", "blank", "one_blank",
                           "few", "corrupt", "typical"}  # fmt: skip
     assert list(found["plain"].files) == ["flair", "dwi", "t2s"] and list(found["few"].files) == ["flair", "dwi"]
     assert list(found["alternative"].files) == ["flair", "dwi", "swi"]
     assert found["corrupt"].refused and found["turned"].like == "plain"
-    small = replace(four, shape_vox=(8, 8, 8))
-    assert {case.name for case in made(small, tmp_path / "four")}.isdisjoint({"alternative", "few", "one_blank"})
+    assert {case.name for case in made(four, tmp_path / "four")}.isdisjoint({"alternative", "few", "one_blank"})
     assert [case.name for case in made(six, tmp_path / "six", FAST)] == ["plain", "turned"]
     with pytest.raises(ConfigError, match="cases=huge: expected of plain"):
         made(two, tmp_path, ("huge",))
