@@ -1,7 +1,7 @@
 """How long a path of logistic regressions takes and how near it comes to the optimum: ours and scikit-learn's.
 
-    python scripts/benchmark_logistic.py
-    python scripts/benchmark_logistic.py --repeats 20 --json logistic.json
+    python scripts/benchmark/logistic.py
+    python scripts/benchmark/logistic.py --repeats 20 --json logistic.json
 
 Two classes, six strengths from the strongest penalty on, each fit begun at the one before, as `brainfm.scoring.linear`
 tunes them; rows are standardised and have a mean square length of 1. Time is processor time on one thread, the least of
