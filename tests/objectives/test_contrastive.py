@@ -13,6 +13,7 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.contrastive import MAEContrastive, info_nce
 from brainfm.objectives.masking import draw_mask
 from brainfm.objectives.objective import build_objective
+from tests.processes import leave
 
 PATCH = (16, 16, 16)
 
@@ -156,7 +157,7 @@ def _rank(rank, meeting, batches, out):
         p.grad /= 2
     if rank == 0:
         torch.save({"grad": [p.grad for p in objective.parameters()], "people": objective.queue_subjects}, out)
-    dist.destroy_process_group()
+    leave()
 
 
 def test_two_processes_contrast_against_each_other(tmp_path):

@@ -19,6 +19,7 @@ from brainfm.batch import Batch
 from brainfm.nets.backbone import build_backbone
 from brainfm.objectives.losses import mean_of_valid
 from brainfm.objectives.objective import Objective, build_objective
+from tests.processes import leave
 
 PATCH = (16, 16, 16)
 ASKED: dict[str, tuple[str, dict[str, Any]]] = {
@@ -90,7 +91,7 @@ def _rank(rank: int, port: int, out: Path, names: list[str]) -> None:
     values = torch.arange(3.0)[: 3 * rank].requires_grad_()
     answers["nobody on rank 0"] = {"total": mean_of_valid(values).detach()}
     torch.save(answers, out / f"rank{rank}.pt")
-    dist.destroy_process_group()
+    leave()
 
 
 @pytest.fixture(scope="module")
