@@ -23,6 +23,7 @@ test-all: $(STAMP)
 	$(BIN)/python -m pytest
 
 check: $(STAMP)
+	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
 

@@ -60,9 +60,7 @@ def write_text(path: PathLike, text: str) -> None:
     write_whole(path, text.encode(errors="backslashreplace"))
 
 
-def write_table(
-    path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[object]], delimiter: str = ","
-) -> None:
+def write_table(path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[object]], delimiter: str = ",") -> None:
     """A table with a line of names. Raises: FileError."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")

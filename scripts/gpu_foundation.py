@@ -238,9 +238,7 @@ class Session:
         earlier = loaded.provenance
         so_far = earlier.config.get("before", {})
         self.parents = (loaded.fingerprint,)
-        self.before = {
-            name: so_far.get(name, 0) + getattr(earlier, name) for name in ("steps", "samples", "hours")
-        }
+        self.before = {name: so_far.get(name, 0) + getattr(earlier, name) for name in ("steps", "samples", "hours")}
 
     def course(self, channels_last: bool = False, compiled: bool = False) -> Course:
         """A copy of the network with an optimiser of its own, to be computed in this way."""
@@ -509,9 +507,16 @@ def join(pieces: Path, out: Path) -> str:
         preprocess=PreprocessSpec.from_dict(about["preprocess"]),
         patch_vox=(x, y, z),
         provenance=Provenance(
-            version=about["version"], commit="", data=about["data"], config=about["config"], seed=about["seed"],
-            steps=about["steps"], samples=about["samples"], hours=round(about["seconds"] / 3600, 4),
-            device=about["device"], parents=tuple(about["parents"]),
+            version=about["version"],
+            commit="",
+            data=about["data"],
+            config=about["config"],
+            seed=about["seed"],
+            steps=about["steps"],
+            samples=about["samples"],
+            hours=round(about["seconds"] / 3600, 4),
+            device=about["device"],
+            parents=tuple(about["parents"]),
         ),
         decoder=objective.dense,
         heads=objective.heads,

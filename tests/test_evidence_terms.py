@@ -157,18 +157,14 @@ def test_terms_are_trained_one_by_one_from_equal_weights_and_not_twice(
     assert call(script, *words, *KEYS) == 0 and (tmp_path / "terms.json").stat().st_mtime_ns == first
     assert call(script, *words, *KEYS, "--lr", "0.5") == 2
     assert "was made with" in capsys.readouterr().err
-    world = script.World.open(
-        type("Asked", (), {"store": people_store.path, "side_column": "", "keys": KEYS[1:]})
-    )
+    world = script.World.open(type("Asked", (), {"store": people_store.path, "side_column": "", "keys": KEYS[1:]}))
     one, other = (world.objective((4, 8), 16, term, 0) for term in ("a", "d"))
     assert all(torch.equal(a, b) for a, b in zip(one.parameters(), other.parameters(), strict=True))
     assert one.weights["regions"] == 1.0 and sum(one.weights.values()) == 1.0
 
 
 def test_checks_of_a_backbone_file(script: Any, people_store: Store, tmp_path: Path) -> None:
-    world = script.World.open(
-        type("Asked", (), {"store": people_store.path, "side_column": "", "keys": KEYS[1:]})
-    )
+    world = script.World.open(type("Asked", (), {"store": people_store.path, "side_column": "", "keys": KEYS[1:]}))
     network, file = world.objective((4, 8), 16, None, 5), tmp_path / "b.safetensors"
     save_backbone(
         file, network.backbone, objective={"name": network.name, "config": network.config},
@@ -185,9 +181,7 @@ def test_checks_of_a_backbone_file(script: Any, people_store: Store, tmp_path: P
 
 
 def test_a_look_is_one_whatever_the_head(script: Any, people_store: Store) -> None:
-    world = script.World.open(
-        type("Asked", (), {"store": people_store.path, "side_column": "", "keys": KEYS[1:]})
-    )
+    world = script.World.open(type("Asked", (), {"store": people_store.path, "side_column": "", "keys": KEYS[1:]}))
     network = world.objective((4, 8), 16, None, 0).eval()
     mapped = [s for s in world.held if s.key in world.targets.maps][:1]
     anatomy, codes = script.crossed(world, network, [*mapped, *mapped], 2, 0)

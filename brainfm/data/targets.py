@@ -105,14 +105,10 @@ def _find_maps(store: Store, spec: TargetSpec, notes: list[str]) -> dict[str, An
     strange = [scheme for scheme in wanted.values() if scheme not in (*schemes.SCHEMES, "auto")]
     if strange:
         known = ", ".join(schemes.SCHEMES)
-        raise ConfigError(
-            f"data.targets.labels: scheme {strange[0]!r} is not known, expected auto or one of {known}"
-        )
+        raise ConfigError(f"data.targets.labels: scheme {strange[0]!r} is not known, expected auto or one of {known}")
     missing = [name for name in wanted if name not in there]
     if missing:
-        raise ManifestError(
-            f"{store.path}: no label column {missing[0]!r}, found {', '.join(sorted(there)) or 'none'}"
-        )
+        raise ManifestError(f"{store.path}: no label column {missing[0]!r}, found {', '.join(sorted(there)) or 'none'}")
     chosen = {name: _scheme(store, name) if scheme == "auto" else scheme for name, scheme in wanted.items()}
     level = spec.level or ("groups" if all(_tells_groups(s) for s in chosen.values()) else "tissues")
     found = set(chosen.values())

@@ -155,9 +155,7 @@ def place_window(
     return Pose(voxel_mm, whole, edge_vox, matrix.astype(np.float32), middle, bend, reach_vox)
 
 
-def read_window(
-    store: Store, session: SessionEntry, name: str, placed: Placed, *, labels: bool = False
-) -> np.ndarray:
+def read_window(store: Store, session: SessionEntry, name: str, placed: Placed, *, labels: bool = False) -> np.ndarray:
     """A scan (float32, between voxels linear) or label map (its integers, nearest) at the window's positions.
 
     The level of the store is read whose voxels are as large as they may be without losing detail.

@@ -355,9 +355,7 @@ def _rows(question: Question, by_name: Mapping[str, np.ndarray], spec: ProbeSpec
         for model in ("knn", "logistic" if task.values else "ridge"):
             answers = np.stack(
                 [
-                    linear.nested(
-                        by_name[name], y, subjects, folds, model, number, classes=len(task.values) or None
-                    )
+                    linear.nested(by_name[name], y, subjects, folds, model, number, classes=len(task.values) or None)
                     for folds, number in zip(dealt, numbers)
                 ],
                 axis=1,

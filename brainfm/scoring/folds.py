@@ -85,9 +85,7 @@ def deal(ordered: Sequence[str], k: int) -> list[list[str]]:
     return [sorted(ordered[i::k]) for i in range(k)]
 
 
-def folds_by_answer(
-    groups: Iterable[str], y: Sequence[float] | np.ndarray, k: int, seed: int
-) -> list[list[str]]:
+def folds_by_answer(groups: Iterable[str], y: Sequence[float] | np.ndarray, k: int, seed: int) -> list[list[str]]:
     """Subjects in ``k`` folds, or as many as there are subjects: each with its share of every class, or of low and high
     values, where a subject counts by the first of its rows.
 

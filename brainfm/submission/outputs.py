@@ -150,9 +150,7 @@ def _labels(task: ChallengeTask, case: str, values: np.ndarray) -> list[Check]:
     return checks
 
 
-def _placed(
-    task: ChallengeTask, case: str, image: Any, values: np.ndarray, inputs: Mapping[str, Path]
-) -> list[Check]:
+def _placed(task: ChallengeTask, case: str, image: Any, values: np.ndarray, inputs: Mapping[str, Path]) -> list[Check]:
     """Whether the mask lies where its scan does: the organisers compare voxels and not millimetres."""
     corners = np.array([[0, 0, 0, 1], [*(n - 1 for n in values.shape), 1]]).T
     apart = {}

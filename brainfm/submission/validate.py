@@ -320,4 +320,3 @@ def _judged(verdict: Verdict) -> str:
     if verdict.accepted:
         return f"the organisers would accept it; {wrong} stricter check{'s' if wrong > 1 else ''} failed"
     return f"NOT accepted: {wrong} check{'s' if wrong > 1 else ''} failed"
-

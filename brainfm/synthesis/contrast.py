@@ -68,9 +68,7 @@ class Look:
     seed: int
 
 
-def draw(
-    rng: np.random.Generator, contrast: str, tissue_of: Mapping[int, str], region_jitter: float = 0.015
-) -> Look:
+def draw(rng: np.random.Generator, contrast: str, tissue_of: Mapping[int, str], region_jitter: float = 0.015) -> Look:
     """The look of a contrast: tissue means near those of SIGNALS, in their order, and regions near their tissue.
 
     Args:

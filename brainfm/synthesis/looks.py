@@ -61,6 +61,4 @@ def draw_look(rng: np.random.Generator, families: np.ndarray, spec: LookSpec) ->
     means[air] = stds[air] = 0.0
     texture = float(rng.uniform(0, spec.texture) * rng.choice([-1.0, 1.0]))
     blur_vox = float(rng.uniform(0.4, 1.0) * spec.blur_vox)
-    return Look(
-        kind, np.clip(means, 0.01, None).astype(np.float32) * ~air, stds.astype(np.float32), texture, blur_vox
-    )
+    return Look(kind, np.clip(means, 0.01, None).astype(np.float32) * ~air, stds.astype(np.float32), texture, blur_vox)

@@ -111,7 +111,13 @@ def write_bundle(
         "provenance.json": _json(provenance.to_dict()),
         "backbone.json": _json(dict(backbone_config)),
         "README.md": model_card(
-            task, preprocess, provenance, len(members), scores or {}, licence, decisions or Decisions(),
+            task,
+            preprocess,
+            provenance,
+            len(members),
+            scores or {},
+            licence,
+            decisions or Decisions(),
             labels=str((reads or {}).get("labels", "")),
         ).encode(),
     }

@@ -334,9 +334,7 @@ def _with_offset(
     return VoxelModel(model.weight, model.bias, model.prior, _OFFSETS[int(scores.argmax())])
 
 
-def _labelled(
-    logits: Callable[[], Iterator[np.ndarray]], model: VoxelModel, shape: tuple[int, int, int]
-) -> np.ndarray:
+def _labelled(logits: Callable[[], Iterator[np.ndarray]], model: VoxelModel, shape: tuple[int, int, int]) -> np.ndarray:
     shift = (model.offset * model.prior).astype(np.float32)[:, None]
     return np.concatenate([(slab + shift).argmax(axis=0).astype(np.uint8) for slab in logits()]).reshape(shape)
 

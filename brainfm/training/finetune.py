@@ -443,9 +443,7 @@ def _untrained(study: _Study, split: Split, folder: Path, backbone: Backbone | N
     return State(seconds=time.perf_counter() - began), rows
 
 
-def _after_step(
-    module: Supervised, optimizer: torch.optim.Optimizer, fabric: Fabric
-) -> Callable[[int, float], None]:
+def _after_step(module: Supervised, optimizer: torch.optim.Optimizer, fabric: Fabric) -> Callable[[int, float], None]:
     def after(step: int, progress: float) -> None:
         if module.average is not None:
             module.average.update(step)
@@ -503,9 +501,7 @@ def _score_start(study: _Study, module: Supervised, split: Split, folder: Path) 
     study.fabric.barrier()
 
 
-def _held(
-    study: _Study, module: Supervised | None, split: Split, folder: Path, backbone: Backbone | None
-) -> list[Row]:
+def _held(study: _Study, module: Supervised | None, split: Split, folder: Path, backbone: Backbone | None) -> list[Row]:
     """The answers to the held-out cases, made once, by the weights that go into the bundle."""
     if module is not None and not split.inner and study.chief and not (folder / MEMBER).exists():
         with torch.no_grad(), study.question.refitted(module.answering, split.trained, study.engine()):

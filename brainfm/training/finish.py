@@ -62,9 +62,7 @@ def branch(
     return finish, _identity(identity, finish)
 
 
-def _begin(
-    fabric: Fabric, source: Path, folder: Path, identity: Mapping[str, Any], steps: int, shape: str
-) -> None:
+def _begin(fabric: Fabric, source: Path, folder: Path, identity: Mapping[str, Any], steps: int, shape: str) -> None:
     if not (source / CHECKPOINT).exists():
         raise ConfigError(f"finish.from={source}: found no {CHECKPOINT} there, expected the folder of a run")
     content = read_checkpoint(source / CHECKPOINT)

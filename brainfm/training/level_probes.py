@@ -306,9 +306,7 @@ def level_ranks(maps: Maps, crops: Sequence[Crop], device: torch.device) -> dict
 
 
 @torch.no_grad()
-def map_dice(
-    predict: Predict, names: Sequence[str], crops: Sequence[Crop], whole: bool, device: torch.device
-) -> float:
+def map_dice(predict: Predict, names: Sequence[str], crops: Sequence[Crop], whole: bool, device: torch.device) -> float:
     """Mean Dice of the fine classes, as the network's own head tells them, on whole heads or on middles; nan without
     label maps. What lies outside the brain is not among them.
 

@@ -101,9 +101,7 @@ class Members:
             kept[case.session.key] = pooled(self.store, task, case, engine)[0].double().cpu().numpy()
         return kept[case.session.key]
 
-    def _tuned(
-        self, tuned: ScanTask, task: ScanTask, first: int, inner: Sequence[Any], engine: Engine
-    ) -> Tuned | None:
+    def _tuned(self, tuned: ScanTask, task: ScanTask, first: int, inner: Sequence[Any], engine: Engine) -> Tuned | None:
         """Its answers to the inner cases, which stand behind ``first`` others; its last layer henceforth counts from
         the whole training side's mean, in its deviations."""
         if task.spec.kind == "regression":

@@ -116,9 +116,7 @@ class Rates:
             sleeping group's are computed, summed over processes like all others, and thrown away.
     """
 
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], alone: bool = True
-    ) -> None:
+    def __init__(self, optimizer: torch.optim.Optimizer, factor: Callable[[int], float], alone: bool = True) -> None:
         self.peaks = [(group["lr"], group.get("schedule")) for group in optimizer.param_groups]
         self.factor, self.alone = factor, alone
 

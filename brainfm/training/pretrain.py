@@ -394,9 +394,7 @@ class _Validation:
         # With nobody held out the pictures still show something: subjects that were trained on.
         shown = held if self.batches else trained
         self.loader = make_loader(
-            make_patches(
-                settings.data, settings.seed, store, shown, self.objective.views, targets, validation=True
-            ),
+            make_patches(settings.data, settings.seed, store, shown, self.objective.views, targets, validation=True),
             StepSampler(0, max(1, self.batches), settings.trainer.batch_size),
             workers=0,
         )

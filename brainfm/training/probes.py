@@ -133,9 +133,7 @@ def extract(
         # Visits in one frame are read where the first of them is.
         leader = first_in_frame.setdefault((session.subject_key, session.frame), session)
         move = [theirs - ours for theirs, ours in zip(leader.offset_vox, session.offset_vox)]
-        places = [
-            (x + move[0], y + move[1], z + move[2]) for x, y, z in corners(leader, patch_vox, patches, seed)
-        ]
+        places = [(x + move[0], y + move[1], z + move[2]) for x, y, z in corners(leader, patch_vox, patches, seed)]
         for scan in choose_scans(session, scans):
             rows.append((session, scan))
             boxes += [(session, scan.name, place) for place in places]

@@ -92,7 +92,6 @@ def candidates(
     if not told:
         return None
 
-
     def outer_of(own: Sequence[Row]) -> dict[str, Any]:
         return vars(question.score(question.decide(own).rows, seed).metrics[question.primary])
 

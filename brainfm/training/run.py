@@ -87,4 +87,3 @@ def commit_of_code() -> str:
         return text
     reference = head.parent / text.removeprefix("ref: ")
     return reference.read_text().strip() if reference.is_file() else ""
-

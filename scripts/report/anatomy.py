@@ -248,9 +248,7 @@ def table(groups: dict[str, list[dict[str, float | str]]], seed: int) -> list[st
     columns = ["csf", "gm", "wm", "icv", "gm in mask", "wm in mask", "ventricles found", "seconds", "cpu_seconds"]
     lines = ["| scans | n | flagged | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 3)]
     for name, rows in groups.items():
-        cells = [
-            interval(np.array([float(r[c]) for r in rows]), seed) if c in rows[0] else "" for c in columns
-        ]
+        cells = [interval(np.array([float(r[c]) for r in rows]), seed) if c in rows[0] else "" for c in columns]
         flagged = sum(bool(r["flag"]) for r in rows)
         lines.append(f"| {name} | {len(rows)} | {flagged} | " + " | ".join(cells) + " |")
     return lines

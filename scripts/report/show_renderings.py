@@ -315,9 +315,7 @@ def costs(
     data = settings.data
     assert isinstance(settings.objective, DenseSplitSettings)
     merged = tuple(map(tuple, merged_members()))
-    asked = dataclasses.replace(
-        settings.objective, classes=tuple(REGIONS), merged=merged, volumes=len(targets.regions)
-    )
+    asked = dataclasses.replace(settings.objective, classes=tuple(REGIONS), merged=merged, volumes=len(targets.regions))
     objective = make_objective(asked, build_backbone(**settings.backbone), patch_vox=data.patch_vox, seed=0)
     optimizer = build_optimizer(objective, lr=1e-6, weight_decay=0.0)
     spec = dataclasses.replace(data.windows, rendered=data.rendered)

@@ -107,9 +107,7 @@ def test_flagged_scans_are_named_and_have_no_labels(manifest: Manifest, calls: l
     assert not any(Path(s.columns["tissue_labels"]).is_absolute() for s in made.scans)
 
 
-def test_the_new_manifest_brings_the_labels_into_a_store(
-    manifest: Manifest, calls: list[int], tmp_path: Path
-) -> None:
+def test_the_new_manifest_brings_the_labels_into_a_store(manifest: Manifest, calls: list[int], tmp_path: Path) -> None:
     anatomize(manifest, tmp_path / "out", ["t1", "t2"])
     made = read_manifest(tmp_path / "out" / "manifest.csv")
     prepare(made, tmp_path / "store", PreprocessSpec(spacing_mm=(3, 3, 3)), 0)

@@ -98,9 +98,7 @@ def test_corners_say_where_both_views_lie_and_the_same_sample_comes_from_any_wor
     sample = dataset[7]
     assert sample.image.shape == (1, 20, 20, 20) and sample.corners.shape == (2, 3)
     assert sample.corners.min() >= 0 and sample.corners.max() <= 4
-    batches = [
-        torch.cat([b.image for b in make_loader(dataset, StepSampler(0, 3, 2), workers)]) for workers in (0, 2)
-    ]
+    batches = [torch.cat([b.image for b in make_loader(dataset, StepSampler(0, 3, 2), workers)]) for workers in (0, 2)]
     assert torch.equal(*batches)
 
 

@@ -44,7 +44,7 @@ class PullSettings(ObjectiveSettings):
 
 
 '''
-TRIED = '''
+TRIED = """
 import torch
 from brainfm.batch import Batch
 from brainfm.cli import main
@@ -56,7 +56,7 @@ asked = make_objective(settings.objective, build_backbone("unet_tiny"), patch_vo
 asked(Batch(torch.zeros(1, 1, 16, 16, 16), torch.arange(1)), 0.0).total.backward()
 print(asked.config, main(["pretrain", "objective=pull", "--help"]))
 print(main(["pretrain", "store=s", "run=r", "objective=pull", "objective.too=3"]))
-'''
+"""
 
 
 def test_an_objective_is_a_file_and_its_settings(tmp_path: Path) -> None:

@@ -123,5 +123,3 @@ def test_hidden_voxels_are_shown_as_hidden(head: np.ndarray) -> None:
     assert blue[:, pixels.shape[1] // 2 :].sum() > 500 and blue[:, : pixels.shape[1] // 2].sum() == 0
     with pytest.raises(ValueError):
         pictures.reconstruction_figure({"input": [whole], "masked": []})
-
-

@@ -102,9 +102,7 @@ def test_rotation_loses_nothing() -> None:
     y = np.random.default_rng(5).integers(0, 2, 20)
     short, other = linear.rotated(x[:20], x[20:])
     assert short.shape == (20, 20) and other.shape == (30, 20)
-    np.testing.assert_allclose(
-        linear.logistic(short, y, other, 2), linear.logistic(x[:20], y, x[20:], 2), atol=1e-6
-    )
+    np.testing.assert_allclose(linear.logistic(short, y, other, 2), linear.logistic(x[:20], y, x[20:], 2), atol=1e-6)
     wanted = linear.ridge(x[:20], y.astype(float), x[20:], (1.0,))
     np.testing.assert_allclose(linear.ridge(short, y.astype(float), other, (1.0,)), wanted, atol=1e-9)
     near = linear.neighbours(x[:20], y, x[20:], (3,), 2)
@@ -143,9 +141,7 @@ def test_nothing_of_a_subject_teaches_its_own_answer(kind: str) -> None:
     assert (again[~mates] != found[~mates]).any()
     moved = x.copy()
     moved[own] += 5  # features of the held-out fold must not reach the scaling
-    np.testing.assert_array_equal(
-        linear.nested(moved, values, groups, folds, kind)[mates & ~own], found[mates & ~own]
-    )
+    np.testing.assert_array_equal(linear.nested(moved, values, groups, folds, kind)[mates & ~own], found[mates & ~own])
 
 
 def test_a_name_in_the_features_does_not_help() -> None:

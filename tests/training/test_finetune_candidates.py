@@ -145,8 +145,10 @@ def test_the_bundle_answers_files_as_it_was_cross_validated(aged: Path, manifest
         for row in held(aged, f"fold{fold}")[:4]:
             scan, labels = (manifest.parent / f"{row['subject']}{end}.nii.gz" for end in ("", "_seg"))
             found = predict(alone, {"t1": scan}, labels={"seg": labels})
-            assert found.answer == pytest.approx(row["candidates"][row["chosen"]][0], abs=1e-3) == pytest.approx(
-                row["raw"][0], abs=1e-3
+            assert (
+                found.answer
+                == pytest.approx(row["candidates"][row["chosen"]][0], abs=1e-3)
+                == pytest.approx(row["raw"][0], abs=1e-3)
             )
             with pytest.warns(BrainfmWarning, match="no label map seg; 1 of 1 members answer from"):
                 without = predict(alone, {"t1": scan})

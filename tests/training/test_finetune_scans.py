@@ -137,9 +137,7 @@ def test_a_regression_ends_with_values_in_its_unit(store: Store, manifest: Path,
 
 
 @pytest.mark.parametrize("cut", [2, 5, 12])  # before the first step, at the first checkpoint, in the second fold
-def test_resumed_equals_uninterrupted(
-    cut: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_resumed_equals_uninterrupted(cut: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import brainfm.training.scanning as module
 
     more = ("inner=0.3", "trainer.evaluate_every=2", "task.candidates=[mean,features,tuned]")
@@ -197,9 +195,7 @@ def test_a_learning_curve_has_nested_draws(store: Store, tmp_path: Path) -> None
     with (run / "learning_curve.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(r["shots"], r["condition"]) for r in rows] == [
-        (s, c)
-        for s in ("2", "4", "all")
-        for c in ("model", "features", "candidate mean", "candidate features")
+        (s, c) for s in ("2", "4", "all") for c in ("model", "features", "candidate mean", "candidate features")
     ]
     assert [float(r["training_subjects"]) for r in rows[::4]] == [2, 4, 6] and {r["cases"] for r in rows} == {"12"}
     assert (run / "bundle").is_dir()

@@ -141,7 +141,7 @@ def test_sbatch_script_says_what_was_asked(
     """A cluster of two shell scripts: what reaches sbatch, and what the command says."""
     pytest.importorskip("submitit")
     for name in ("srun", "sbatch"):
-        (tmp_path / name).write_text(f"#!/bin/sh\ncp \"$1\" {tmp_path}/script\necho Submitted batch job 4711\n")
+        (tmp_path / name).write_text(f'#!/bin/sh\ncp "$1" {tmp_path}/script\necho Submitted batch job 4711\n')
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", f"{tmp_path}:{os.environ['PATH']}")
     more = ["launch=slurm", "launch.partition=gpu", "launch.nodes=2", "launch.gpus_per_node=4", "launch.hours=1.5",

@@ -38,9 +38,7 @@ def one_hot(values: list, width: int) -> np.ndarray:
 def cohort() -> list[SessionEntry]:
     sexes = np.random.default_rng(0).choice(["F", "male"], 20)
     return [
-        session(n, visit, age=f"{30 + 2 * n + 0.1 * visit:.1f}", sex=sexes[n])
-        for n in range(20)
-        for visit in (1, 2)
+        session(n, visit, age=f"{30 + 2 * n + 0.1 * visit:.1f}", sex=sexes[n]) for n in range(20) for visit in (1, 2)
     ]
 
 

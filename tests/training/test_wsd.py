@@ -116,9 +116,7 @@ def naive(store: Store, settings: PretrainSettings, rates: list[float]) -> tuple
     """The run step by step, without loop, checkpoint or classes: the objective and the average of its weights."""
     torch.manual_seed(0)
     sides = split_sessions(store.sessions, 0.3, 0)
-    objective = make_objective(
-        settings.objective, build_backbone(**settings.backbone), patch_vox=(16, 16, 16), seed=0
-    )
+    objective = make_objective(settings.objective, build_backbone(**settings.backbone), patch_vox=(16, 16, 16), seed=0)
     average = {name: value.detach().clone() for name, value in objective.named_parameters()}
     optimizer = build_optimizer(objective, lr=LR, weight_decay=0.01)
     patches = PretrainPatches(store, sides[0], objective.views, 0, 0.9)
