@@ -1,4 +1,4 @@
-"""What travels between loader, objective and task, and the letters of its axes.
+"""Batch and Terms: what travels between loader, objective and task, and the letters of its axes.
 
 | letter | axis | | letter | axis |
 |---|---|---|---|---|

@@ -1,4 +1,4 @@
-"""How long a staged submission takes from a cold start, and what the time goes into: fresh processes on one core.
+"""Speed of a staged submission from a cold start, and what the time goes into: fresh processes on one core.
 
 python scripts/benchmark_container.py APP [--repeats 3]     (APP: the folder that `container` staged)
 

@@ -1,4 +1,4 @@
-"""What README, CONTRIBUTING, DECISIONS and docs/ say of the repository: links, verbs, keys, files and layers that exist."""
+"""What README, CONTRIBUTING, DECISIONS and docs/ say of the repository is so: links, verbs, keys, files, layers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The table of DESIGN §3, held by reading every import of the package."""
+"""The layers of docs/architecture.md, held by reading every import of the package."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the data themselves say about the grid and the patch that suit them."""
+"""Fingerprint of a data set: what the data themselves say about the grid and the patch that suit them."""
 
 from __future__ import annotations
 

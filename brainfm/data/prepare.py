@@ -1,4 +1,4 @@
-"""From a manifest to a store: in parallel, and resumable after any interruption.
+"""Preparing: from a manifest to a store, in parallel, and resumable after any interruption.
 
 A session is one piece of work: it is prepared and written by one worker, or not at all. With ``align=rigid`` all visits
 of a subject are one piece, since the later ones lie in the space of the first. Which sessions are missing is read off

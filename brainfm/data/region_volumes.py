@@ -1,4 +1,4 @@
-"""How large the parts of a brain are, as numbers that an answer can be linear in.
+"""Region volumes: how large the parts of a brain are, as numbers that an answer can be linear in.
 
 The parts are those that every parcellation tells alike (data/schemes.py): tissues, and groups where the scheme has
 them. A label map says the same numbers of a prepared scan wherever it is measured, in a store or of new files.

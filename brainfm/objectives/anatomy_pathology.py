@@ -1,4 +1,4 @@
-"""One part of the code knows the person's anatomy, one knows disease, the rest is free; together they reconstruct."""
+"""anatomy_pathology: a part of the code knows anatomy, one disease, a rest is free; together they reconstruct."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What side information tells of the label, and what that means for a score: the audit of a fine-tuning in words."""
+"""Shortcuts in words: what side information tells of the label, and what the audit means for a score."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a container's ``/app/predict.py`` calls: the organiser's flags in, one file out, by the library's own path.
+"""Prediction in a container, as ``/app/predict.py`` calls it: an organiser's flags in, one file out.
 
 Beside the script lie ``task.json`` (the task's flags and output), ``settings.json``, and ``bundle/``, or for an
 embedding ``backbone.safetensors`` and ``scale.npy``. Scans are answered as ``brainfm predict`` and ``embed`` do.

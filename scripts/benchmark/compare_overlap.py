@@ -1,4 +1,4 @@
-"""Dice of one bundle at several overlaps of its windows, case by case, and what each overlap costs.
+"""Overlap of windows: Dice of one bundle at several overlaps, case by case, and what each overlap costs.
 
     python scripts/benchmark/compare_overlap.py --bundle run/bundle --manifest test.csv
     python scripts/benchmark/compare_overlap.py --bundle run/bundle --manifest test.csv --overlaps 0.5 0.3 --json FILE

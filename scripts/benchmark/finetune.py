@@ -1,4 +1,4 @@
-"""A step of fine-tuning, from cases to new weights, beside MONAI's and nnU-Net's ordinary pipelines in one run.
+"""Speed of a fine-tuning step, from cases to new weights, beside MONAI's and nnU-Net's ordinary pipelines in one run.
 
     python scripts/benchmark/finetune.py                                    # unet_b, 64 voxels, 2 patches; minutes
     python scripts/benchmark/finetune.py --contrasts t1 t2 flair --peers monai

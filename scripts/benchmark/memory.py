@@ -1,4 +1,4 @@
-"""What a training step takes in memory, for the planner of fine-tuning (brainfm/training/memory_table.json).
+"""Memory of a training step, for the planner of fine-tuning (brainfm/training/memory_table.json).
 
     python scripts/benchmark/memory.py --out brainfm/training/memory_table.json         # minutes on one core, no GPU
     python scripts/benchmark/memory.py --device cuda --out ...                          # where a GPU is at hand

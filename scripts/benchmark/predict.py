@@ -1,4 +1,4 @@
-"""`brainfm predict` of a 1 mm case with four contrasts, from NIfTI files to the written mask, in a process of its own.
+"""Speed of `brainfm predict` of a 1 mm case with four contrasts, from NIfTI files to the mask, in its own process.
 
     python scripts/benchmark/predict.py                                     # a phantom; minutes on two cores
     python scripts/benchmark/predict.py --case t1=T1.nii.gz t1c=T1C.nii.gz t2=T2.nii.gz flair=FLAIR.nii.gz

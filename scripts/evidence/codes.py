@@ -1,4 +1,4 @@
-"""Whether the codes of cross_contrast hold what their names say: one objective, trained in several ways, side by side.
+"""Codes of cross_contrast: whether they hold what their names say; one objective, trained in several ways.
 
     python scripts/evidence/render_contrasts.py --data IXI2MM --out cohort --subjects 20
     brainfm manifest root=cohort out=cohort.csv labels.dseg='*dseg*'

@@ -1,4 +1,4 @@
-"""Whether pre-training helps fine-tuning: learning curves on real scans, from scratch and from backbones.
+"""Evidence of fine-tuning: whether pre-training helps; learning curves on real scans, from scratch and from backbones.
 
 Every start sees the same subjects, patches, steps and held-out cases; scores are those of held-out cases, with 95 %
 intervals by subject, and starts are compared pairwise with the same network from fresh weights.

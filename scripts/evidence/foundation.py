@@ -1,4 +1,4 @@
-"""Whether a pre-trained backbone is a better start than fresh weights: one protocol for any backbone file, one command.
+"""Evidence for a backbone file: whether it is a better start than fresh weights; one protocol for any, one command.
 
     python scripts/evidence/foundation.py --backbone FILE --data DATA3D --out DIR [--questions ...] [--seeds 5]
         [--budget-hours 10] [--tables-only]

@@ -1,4 +1,4 @@
-"""What each level of a frozen encoder knows of regions: a linear classifier on single voxels, Dice on people held out.
+"""Levels of a frozen encoder: what each knows of regions, by a linear classifier on voxels; Dice on people held out.
 
     python scripts/evidence/levels.py --store store --backbones runs/*/backbone.safetensors
 

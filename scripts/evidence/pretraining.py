@@ -1,4 +1,4 @@
-"""What each objective teaches a backbone: one table, equal budgets, people split by subject.
+"""Evidence of pre-training: what each objective teaches a backbone; one table, equal budgets, people split by subject.
 
     python scripts/evidence/render_contrasts.py --data IXI2MM --out cohort   # T2 and FLAIR for every T1 (label maps)
     brainfm manifest root=cohort out=cohort.csv labels.dseg='*dseg*'
