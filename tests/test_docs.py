@@ -78,6 +78,14 @@ def test_the_face_fits_on_a_page() -> None:
     assert len((REPOSITORY / "README.md").read_text().split()) <= MOST_WORDS
 
 
+def test_the_tree_names_every_package_and_no_other() -> None:
+    tree = (REPOSITORY / "README.md").read_text().split("## The tree")[1].split("```")[1]
+    packages = {path.parent.name for path in (REPOSITORY / "brainfm").glob("*/__init__.py")}
+    assert set(re.findall(r"^  (\w+)/", tree, re.M)) == packages
+    beside = re.findall(r"^(\w+)/", tree, re.M)
+    assert "brainfm" in beside and all((REPOSITORY / name).is_dir() for name in beside)
+
+
 def test_the_picture_is_small_and_shown() -> None:
     picture = REPOSITORY / "docs" / "picture.png"
     data = picture.read_bytes()
