@@ -33,15 +33,15 @@ from brainfm.data.manifest import CONTRASTS, Manifest, Scan
 from brainfm.data.regions import REGIONS
 from brainfm.errors import BrainfmWarning, ConfigError, ScanError, WeightsError
 from brainfm.files import check_writable, write_table
+from brainfm.imaging.components import largest_component
 from brainfm.imaging.endings import strip_ending
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
-from brainfm.inference.engine import PathLike, settle_device, settle_precision
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import keep_freed_memory
 from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.specs import PreprocessSpec
-from brainfm.tasks.postprocess import largest_component
+from brainfm.tasks.engine import PathLike, settle_device, settle_precision
 from brainfm.tasks.windows import predict_windows
 
 COLUMN, MASK_COLUMN = "regions_labels", "brain_mask"

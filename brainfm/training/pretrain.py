@@ -27,6 +27,8 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import save_backbone
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.objectives.settings import AnatomyPathologySettings, DenseSplitSettings, ObjectiveSettings
+from brainfm.probing.levels import LevelProbe
+from brainfm.probing.online import OnlineProbe, with_whole
 from brainfm.progress import say
 from brainfm.scoring.folds import holdout
 from brainfm.seen import SeenSubjects
@@ -36,14 +38,12 @@ from brainfm.synthesis.settings import LookSpec
 from brainfm.training import receipt
 from brainfm.training.average import WeightAverage
 from brainfm.training.finish import Finish, branch
-from brainfm.training.level_probes import LevelProbe
 from brainfm.training.loop import LoopSpec, Run, State, train
 from brainfm.training.optim import build_optimizer
 from brainfm.training.pictures import save_pictures
-from brainfm.training.probes import OnlineProbe, with_whole
 from brainfm.training.processes import make_fabric
 from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of
-from brainfm.training.settings import PretrainData, PretrainSettings, ProbeSpec, WsdSettings
+from brainfm.training.settings import OnlineProbeSpec, PretrainData, PretrainSettings, WsdSettings
 from brainfm.training.speed import quicken, settled
 
 LOOKS = LookSpec()
@@ -180,7 +180,7 @@ def pretrain(settings: PretrainSettings) -> State:
 
 def _level_probe(
     settings: PretrainSettings,
-    spec: ProbeSpec,
+    spec: OnlineProbeSpec,
     objective: Objective,
     store: Store,
     sides: tuple[list[SessionEntry], list[SessionEntry]],

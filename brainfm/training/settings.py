@@ -8,12 +8,13 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from brainfm.data.settings import TargetSpec, WindowSpec
+from brainfm.data.settings import Augment, TargetSpec, WindowSpec
 from brainfm.errors import ConfigError
 from brainfm.objectives.settings import OBJECTIVES, ObjectiveSettings, settings_class
 from brainfm.settings import FREE, VERBATIM, Group
 from brainfm.synthesis.settings import LookSpec
-from brainfm.tasks.settings import TASKS, SegmentationSettings, TaskSettings, WholeHeadSettings, task_settings_class
+from brainfm.tasks.registry import KINDS, task_settings_class
+from brainfm.tasks.settings import FinetuneData, TaskSettings
 
 Compile = Literal["auto", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 
@@ -100,7 +101,7 @@ def optim_class(values: Mapping[str, Any]) -> type[OptimSettings]:
 
 
 @dataclass(frozen=True)
-class ProbeSpec:
+class OnlineProbeSpec:
     """How much is asked of the frozen features.
 
     Raises: ConfigError for impossible values.
@@ -177,8 +178,6 @@ class FinishSettings:
 
 # ---- pre-training ----------------------------------------------------------------------------------------------------
 
-Augment = str | Mapping[str, Any] | None
-
 
 @dataclass(frozen=True)
 class PretrainData:
@@ -218,8 +217,8 @@ class PretrainSettings:
     ] = 0.999
     data: Annotated[PretrainData, "who is trained on, and what is read of them"] = PretrainData()
     probe: Annotated[
-        ProbeSpec | None, "what the frozen features know: curves probe_*, RUN/probes.json; null: never", FREE
-    ] = ProbeSpec()
+        OnlineProbeSpec | None, "what the frozen features know: curves probe_*, RUN/probes.json; null: never", FREE
+    ] = OnlineProbeSpec()
     guard: Annotated[
         GuardSpec | None, "stops a run that has gone wrong and keeps its last good state; null: off", FREE
     ] = GuardSpec()
@@ -295,19 +294,6 @@ class AdaptSpec:
             )
 
 
-@dataclass(frozen=True)
-class FinetuneData:
-    """What is read of the cases, and how it is varied."""
-
-    foreground_share: Annotated[float, "of the patches have a labelled voxel in their middle"] = 0.5
-    contrast_dropout: Annotated[float, "probability with which each present contrast is hidden in training"] = 0.2
-    augment: Annotated[
-        Augment,
-        "null: none; light; full; or a mapping of AugmentSpec's keys, e.g. data.augment.ghost=0.1; "
-        "scale is task.augment_scale where it is not given",
-    ] = field(default_factory=lambda: {"flip": 0.5, "affine": 0.3, "rotate_deg": 15, "intensity": 0.3})
-
-
 Baseline = Literal["scratch", "random_linear", "features", "volumes"]
 _OVER = {"max_steps": 2000, "batch_size": 2, "evaluate_every": 0}
 
@@ -365,7 +351,7 @@ class FinetuneSettings:
     task: Annotated[
         TaskSettings,
         "what is asked",
-        Group("segmentation", kinds=task_settings_class, named={kind: {"kind": kind} for kind in TASKS}),
+        Group("segmentation", kinds=task_settings_class, named={kind: {"kind": kind} for kind in KINDS}),
     ]
     backbone: Annotated[Mapping[str, Any], "the network, only with backbone_from=none", Group("unet_b")]
     adapt: Annotated[AdaptSpec, "without a backbone file: all layers at one rate", Group("layer_decay")] = AdaptSpec(
@@ -381,6 +367,5 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         augment = self.data.augment
         if isinstance(augment, Mapping) and "scale" not in augment and augment:
-            assert isinstance(self.task, (SegmentationSettings, WholeHeadSettings))
             completed = {**augment, "scale": self.task.augment_scale}
             object.__setattr__(self, "data", replace(self.data, augment=completed))

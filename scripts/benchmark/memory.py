@@ -43,7 +43,8 @@ from brainfm.nets import cpu
 from brainfm.nets.backbone import BACKBONES, build_backbone
 from brainfm.nets.recompute import set_checkpointing
 from brainfm.specs import TaskSpec
-from brainfm.tasks.task import Task, build_task
+from brainfm.tasks.registry import build_task
+from brainfm.tasks.task import Task
 from brainfm.training.memory import MemoryTable, level_weight, parameters_of, plan
 from brainfm.training.receipt import peak_memory_bytes
 from brainfm.training.settings import TrainerSettings

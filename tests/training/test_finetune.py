@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from brainfm.cli import main
-from brainfm.data.patches import find_cases
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.study.splits import SplitSpec, split_cases
 from brainfm.tasks.bundle import read_bundle
-from brainfm.training.crossval import SplitSpec, split_cases
+from brainfm.tasks.segmentation.cases import find_cases
 from brainfm.training.finetune import MEMBER, _begin, _fresh, dry_step, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.memory import MemoryPlan, settle

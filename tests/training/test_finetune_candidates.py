@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from brainfm.cli import main
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
-from brainfm.data.scan_cases import ScanCase, views_of
 from brainfm.data.store import Store
 from brainfm.errors import BrainfmWarning, ConfigError
 from brainfm.inference.evaluate import evaluate
@@ -29,11 +28,12 @@ from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.reports.finetuning import write_finetuning_page
 from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.bundle import READS, read_bundle
-from brainfm.tasks.reads import PARTS, dense_numbers
-from brainfm.tasks.scan_level import ScanTask
+from brainfm.tasks.study import CHOICE
+from brainfm.tasks.whole_head.cases import SessionCase, views_of
+from brainfm.tasks.whole_head.network import WholeHeadTask
+from brainfm.tasks.whole_head.reads import PARTS, dense_numbers
+from brainfm.tasks.whole_head.study import WholeHeadStudy
 from brainfm.training.finetune import MEMBER, SHIPPED, _begin, _fresh, finetune
-from brainfm.training.questions import CHOICE
-from brainfm.training.scanning import Scanning
 from brainfm.verbs.compose import resolve
 
 COUNT = 24
@@ -111,7 +111,7 @@ def held(run: Path, fold: str = "fold0") -> list[dict[str, Any]]:
 def member_answer(network: Any, store: Store, subject: str) -> float:
     """What a member of a bundle answers for the voxels of a store, without a label map."""
     entry = next(s for s in store.sessions if s.subject == subject)
-    image, present = views_of(store, ScanCase(entry, (("t1",),), np.zeros(1, np.float32), None), network.spec)
+    image, present = views_of(store, SessionCase(entry, (("t1",),), np.zeros(1, np.float32), None), network.spec)
     with torch.no_grad():
         return float(network.decode(network(torch.from_numpy(image)[None], torch.from_numpy(present)[None])))
 
@@ -207,7 +207,7 @@ def test_the_map_of_an_answer_from_volumes_lies_on_its_regions(
 
 def test_scored_cases_have_no_say(store: Store, aged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of held-out cases are poisoned: what is chosen and shipped stays, to the bit."""
-    import brainfm.data.scan_cases as module
+    import brainfm.tasks.whole_head.cases as module
 
     away = {row["subject"] for row in held(aged)}
     original = module.read_answer
@@ -216,7 +216,7 @@ def test_scored_cases_have_no_say(store: Store, aged: Path, tmp_path: Path, monk
         return original(session, spec) + (37 if session.subject in away else 0)
 
     monkeypatch.setattr(module, "read_answer", poisoned)
-    monkeypatch.setattr(Scanning, "strata", lambda self: strata)
+    monkeypatch.setattr(WholeHeadStudy, "strata", lambda self: strata)
     config = resolve("finetune", words(store, tmp_path / "run", "regression", "age"))
     strata = {f"toy/{s}": str(s in away) for s in away}  # as before the poison, the folds must be those of `aged`
     study, splits = _begin(config)
@@ -289,7 +289,7 @@ def test_a_backbone_s_own_regions_answer_without_a_label_map(
     bundle = read_bundle(run / "bundle")
     loaded = load_backbone(dense_file)
     for fold, network in enumerate(bundle.networks):
-        assert isinstance(network, ScanTask) and network.dense is not None and loaded.decoder is not None
+        assert isinstance(network, WholeHeadTask) and network.dense is not None and loaded.decoder is not None
         for name, value in loaded.decoder.state_dict().items():
             assert torch.equal(value, network.dense.state_dict()[name])
         row = held(run, f"fold{fold}")[0]
@@ -304,10 +304,10 @@ def test_a_backbone_s_own_regions_answer_without_a_label_map(
 
 def test_numbers_of_a_decoder_against_loops(dense_file: Path) -> None:
     loaded = load_backbone(dense_file)
-    study_reads = Scanning.reads
+    study_reads = WholeHeadStudy.reads
     assert loaded.decoder is not None
     head = loaded.heads["regions"]
-    question = object.__new__(Scanning)
+    question = object.__new__(WholeHeadStudy)
     question.volumes, question.spec = None, type("S", (), {"view_mm": 5.0})()  # type: ignore[assignment]
     reads = study_reads(question, loaded)
     scan = torch.full((1, 1, 16, 16, 16), -2.0)
@@ -388,7 +388,7 @@ def test_unknown_candidates_and_volumes(store: Store, tmp_path: Path, capsys: py
 
 def test_mixes_are_rows_of_parts(aged: Path) -> None:
     for network in read_bundle(aged / "bundle").networks:
-        assert isinstance(network, ScanTask)
+        assert isinstance(network, WholeHeadTask)
         assert network.mix.shape == (2, len(PARTS)) and network.mix[0, PARTS.index("volumes")] == 1
         assert network.mix[1, PARTS.index("volumes")] == 0 and torch.allclose(network.mix.sum(dim=1), torch.ones(2))
 
@@ -396,7 +396,7 @@ def test_mixes_are_rows_of_parts(aged: Path) -> None:
 def test_finetune_resumes_between_folds(
     store: Store, aged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import brainfm.training.members as module
+    import brainfm.tasks.whole_head.members as module
 
     original, calls = module.views_of, []
 
