@@ -18,11 +18,11 @@ from brainfm.errors import BrainfmWarning, BundleError, ConfigError, FileError, 
 from brainfm.files import check_writable, write_table, write_text
 from brainfm.imaging.endings import companions
 from brainfm.specs import TaskSpec
-from brainfm.tasks.answers import LISTING, Key, SessionAnswer, answer_name, grid_owner, strange_grid
+from brainfm.tasks.answers import LISTING, Key, SessionAnswer, grid_owner, strange_grid
 from brainfm.tasks.bundle import Bundle, load_engine
 from brainfm.tasks.engine import Engine, PathLike
 from brainfm.tasks.kind import Kind
-from brainfm.tasks.registry import kind_of
+from brainfm.tasks.registry import answer_name, kind_of
 
 CLAIM = "predictions.json"
 FAILURES = "failures.csv"

@@ -23,10 +23,10 @@ from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone
 from brainfm.probing.levels import LevelProbe
 from brainfm.probing.levels import describe as describe_levels
+from brainfm.probing.settings import OnlineProbeSpec
 from brainfm.scoring import linear
 from brainfm.scoring.answers import auroc
 from brainfm.scoring.folds import folds
-from brainfm.training.settings import OnlineProbeSpec
 
 Encode = Callable[[Tensor], Mapping[str, Tensor]]
 Table = dict[str, dict[str, float]]

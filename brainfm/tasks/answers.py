@@ -14,8 +14,6 @@ from brainfm.data.manifest import LABEL_ENDINGS, Scan, session_labels
 from brainfm.errors import ConfigError, ScanError
 from brainfm.files import check_writable
 from brainfm.imaging import nifti
-from brainfm.specs import TaskSpec
-from brainfm.tasks.registry import kind_of
 
 Key = tuple[str, str, str]  # dataset, subject, session
 LISTING = "predictions.csv"
@@ -62,11 +60,6 @@ class SessionAnswer:
             return {"answer": self.answer, "low": self.low, "high": self.high}
         answer = " ".join(self.answer) if isinstance(self.answer, list) else self.answer
         return {"answer": answer, **{f"p_{name}": value for name, value in self.probabilities.items()}}
-
-
-def answer_name(key: Key, task: TaskSpec) -> str:
-    """The file in which the answer for a session lies."""
-    return mask_name(key, task.target, kind_of(task.kind).ending)
 
 
 def mask_name(key: Key, target: str, ending: str = ".nii.gz") -> str:

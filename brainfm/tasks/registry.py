@@ -18,6 +18,7 @@ from brainfm.tasks.settings import TaskSettings
 
 if TYPE_CHECKING:
     from brainfm.nets.backbone import Backbone
+    from brainfm.tasks.answers import Key
     from brainfm.tasks.task import Task
 
 # name, as task.kind has it -> module:class
@@ -59,3 +60,10 @@ def build_task(spec: TaskSpec, backbone: Backbone, **settings: Any) -> Task:
 
     task: Task = swap_in(kind_of(spec.kind).network(spec, backbone, **settings))
     return task
+
+
+def answer_name(key: Key, task: TaskSpec) -> str:
+    """The file in which the answer for a session lies."""
+    from brainfm.tasks.answers import mask_name
+
+    return mask_name(key, task.target, kind_of(task.kind).ending)

@@ -29,6 +29,7 @@ from brainfm.objectives.objective import Objective, make_objective
 from brainfm.objectives.settings import AnatomyPathologySettings, DenseSplitSettings, ObjectiveSettings
 from brainfm.probing.levels import LevelProbe
 from brainfm.probing.online import OnlineProbe, with_whole
+from brainfm.probing.settings import OnlineProbeSpec
 from brainfm.progress import say
 from brainfm.scoring.folds import holdout
 from brainfm.seen import SeenSubjects
@@ -43,7 +44,7 @@ from brainfm.training.optim import build_optimizer
 from brainfm.training.pictures import save_pictures
 from brainfm.training.processes import make_fabric
 from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of
-from brainfm.training.settings import OnlineProbeSpec, PretrainData, PretrainSettings, WsdSettings
+from brainfm.training.settings import PretrainData, PretrainSettings, WsdSettings
 from brainfm.training.speed import quicken, settled
 
 LOOKS = LookSpec()

@@ -11,6 +11,7 @@ from typing import Annotated, Any, Literal
 from brainfm.data.settings import Augment, TargetSpec, WindowSpec
 from brainfm.errors import ConfigError
 from brainfm.objectives.settings import OBJECTIVES, ObjectiveSettings, settings_class
+from brainfm.probing.settings import OnlineProbeSpec
 from brainfm.settings import FREE, VERBATIM, Group
 from brainfm.synthesis.settings import LookSpec
 from brainfm.tasks.registry import KINDS, task_settings_class
@@ -98,32 +99,6 @@ def optim_class(values: Mapping[str, Any]) -> type[OptimSettings]:
 
 
 # ---- what watches a pre-training -------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class OnlineProbeSpec:
-    """How much is asked of the frozen features.
-
-    Raises: ConfigError for impossible values.
-    """
-
-    every: Annotated[int, "steps; 0: only at the end"] = 1000
-    subjects: Annotated[int, "at most, those with two contrasts first; of all where fewer than 8 are held out"] = 32
-    scans: Annotated[int, "of a session at most"] = 4
-    patches: Annotated[int, "places in each head, the same for all scans of a subject"] = 2
-    levels: Annotated[
-        bool, "of every level's map a linear Dice of regions and its rank, on held-out heads (level_probes.py)"
-    ] = True
-    fewshot_every: Annotated[int, "every how many-th probe fine-tunes a copy on two heads, 60 steps; 0: none"] = 5
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError(f"probe.every={self.every}: expected 0 or more steps")
-        for key in ("subjects", "scans", "patches"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"probe.{key}={getattr(self, key)}: expected 1 or more")
-        if self.fewshot_every < 0:
-            raise ConfigError(f"probe.fewshot_every={self.fewshot_every}: expected 0 or more probes")
 
 
 GUARD_MEMORY = 100  # logged losses whose median counts as usual
@@ -218,7 +193,7 @@ class PretrainSettings:
     data: Annotated[PretrainData, "who is trained on, and what is read of them"] = PretrainData()
     probe: Annotated[
         OnlineProbeSpec | None, "what the frozen features know: curves probe_*, RUN/probes.json; null: never", FREE
-    ] = OnlineProbeSpec()
+    ] = field(default_factory=OnlineProbeSpec)
     guard: Annotated[
         GuardSpec | None, "stops a run that has gone wrong and keeps its last good state; null: off", FREE
     ] = GuardSpec()

@@ -22,9 +22,10 @@ from brainfm.errors import BrainfmWarning, ConfigError, TrainingError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.decoders import DenseDecoder
 from brainfm.probing import levels as lp
+from brainfm.probing.settings import OnlineProbeSpec
 from brainfm.training.guards import Guards
 from brainfm.training.pretrain import pretrain, split_sessions
-from brainfm.training.settings import GuardSpec, OnlineProbeSpec
+from brainfm.training.settings import GuardSpec
 from brainfm.verbs.compose import resolve
 from tests.training.test_pretrain import config, words
 

@@ -12,7 +12,7 @@ from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.errors import ConfigError
 from brainfm.probing import online as probes
 from brainfm.probing.online import Features
-from brainfm.training.settings import OnlineProbeSpec
+from brainfm.probing.settings import OnlineProbeSpec
 
 CONTRASTS = ("t1", "t2", "flair")
 

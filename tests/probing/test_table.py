@@ -61,15 +61,15 @@ def test_what_is_there_is_found_and_what_is_not_is_not(people, tmp_path: Path) -
         table = probe(store, tmp_path / target, ProbeTableSpec(target, repeats=2, resamples=200), features=found)
         rows = {(row.features, row.model): row for row in table.rows}
         assert next(iter(rows))[0] == "nothing" and len(rows) == 5
-        assert len(table.question.sessions) == 43 and len(set(table.question.subjects)) == 39
-        assert table.question.left_out == (f"1 of 44 sessions have no {target}: toy/39/1",)
+        assert len(table.asked.sessions) == 43 and len(set(table.asked.subjects)) == 39
+        assert table.asked.left_out == (f"1 of 44 sessions have no {target}: toy/39/1",)
         if target == "age":
-            assert table.question.spec.kind == "regression"
+            assert table.asked.spec.kind == "regression"
             assert rows["knows", model].scores["mae"] < 2 < 10 < rows["nothing", "mean"].scores["mae"]
             assert rows["noise", model].scores["mae"] > 0.9 * rows["nothing", "mean"].scores["mae"]
             assert rows["knows", "knn"].scores["mae"] < rows["noise", "knn"].scores["mae"]
         else:
-            assert table.question.spec.values == ("F", "M")
+            assert table.asked.spec.values == ("F", "M")
             assert rows["knows", model].scores["auroc"] > 0.97
             assert rows["nothing", "prior"].scores["auroc"] == 0.5
             assert rows["noise", model].intervals["auroc"].low < 0.5 < rows["knows", model].intervals["auroc"].low
@@ -87,7 +87,7 @@ def test_the_files_say_what_the_table_says(people, tmp_path: Path) -> None:
         lines = list(csv.DictReader(text))
     document = json.loads((tmp_path / "out" / "scores.json").read_text())
     assert (document["sessions"], document["subjects"], document["folds"]) == (43, 39, 4)
-    assert document["left_out"] == list(table.question.left_out) and document["primary"] == "mae"
+    assert document["left_out"] == list(table.asked.left_out) and document["primary"] == "mae"
     for row, line, kept in zip(table.rows, lines, document["rows"], strict=True):
         assert (row.features, row.model) == (line["features"], line["model"]) == (kept["features"], kept["model"])
         assert float(line["mae"]) == row.scores["mae"] == kept["scores"]["mae"]
@@ -211,10 +211,8 @@ def test_sessions_without_features_are_counted_and_named(people, tmp_path: Path)
     found = features(store, code=ages[:, None])
     some = Embedding(found.rows[10:], {"code": found.parts["code"][10:]}, {})
     table = probe(store, tmp_path / "out", ProbeTableSpec("age", repeats=1, resamples=50), features=some)
-    assert table.question.left_out[-1] == (
-        "5 sessions with age have no features: toy/00/1, toy/01/1, toy/02/1 and 2 more"
-    )
-    assert len(table.question.sessions) == 38
+    assert table.asked.left_out[-1] == ("5 sessions with age have no features: toy/00/1, toy/01/1, toy/02/1 and 2 more")
+    assert len(table.asked.sessions) == 38
 
 
 def test_the_verb(toy_store: Store, tmp_path: Path, capsys) -> None:

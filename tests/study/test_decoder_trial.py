@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from brainfm.errors import ConfigError
+from brainfm.study import decoder_trial
 from brainfm.study.decoder_trial import TrialSpec, inner_folds, tried, verdict
 from brainfm.tasks.study import Split
-from brainfm.training import decoder_trial
 from brainfm.training.loop import State
 
 SPEC = TrialSpec(max_steps=200, share=0.2, least=1, larger_is_better=True, seed=0, mark="abc")

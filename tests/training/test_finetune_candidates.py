@@ -210,24 +210,24 @@ def test_scored_cases_have_no_say(store: Store, aged: Path, tmp_path: Path, monk
     import brainfm.tasks.whole_head.cases as module
 
     away = {row["subject"] for row in held(aged)}
-    original = module.read_answer
+    original = module.read_session
 
     def poisoned(session: Any, spec: Any) -> np.ndarray:
         return original(session, spec) + (37 if session.subject in away else 0)
 
-    monkeypatch.setattr(module, "read_answer", poisoned)
+    monkeypatch.setattr(module, "read_session", poisoned)
     monkeypatch.setattr(WholeHeadStudy, "strata", lambda self: strata)
     config = resolve("finetune", words(store, tmp_path / "run", "regression", "age"))
     strata = {f"toy/{s}": str(s in away) for s in away}  # as before the poison, the folds must be those of `aged`
-    study, splits = _begin(config)
+    tuning, splits = _begin(config)
     split = replace(
         splits[0],
-        trained=tuple(c for c in study.question.cases if c.session.subject not in away),
-        held=tuple(c for c in study.question.cases if c.session.subject in away),
+        trained=tuple(c for c in tuning.study.cases if c.session.subject not in away),
+        held=tuple(c for c in tuning.study.cases if c.session.subject in away),
     )
     (tmp_path / "fold").mkdir()
-    rows, shipped = study.question.conclude(
-        None, lambda: _fresh(study, split, None, begun=True), split, study.engine(), tmp_path / "fold", 0
+    rows, shipped = tuning.study.conclude(
+        None, lambda: _fresh(tuning, split, None, begun=True), split, tuning.place(), tmp_path / "fold", 0
     )
     assert shipped is not None and (tmp_path / "fold" / CHOICE).read_bytes() == (aged / "fold0" / CHOICE).read_bytes()
     before = load_file(aged / "fold0" / SHIPPED)
@@ -261,12 +261,12 @@ def test_the_last_layer_is_refitted_after_tuning(store: Store, tmp_path: Path) -
     """What is shipped answers the training cases as the linear model of its own features, not as Adam left it."""
     more = ("task.candidates=[tuned]", "optim.lr=1e-2", "average=0", "folds=2")
     assert main(["finetune", *words(store, tmp_path / "run", "regression", "age", *more)]) == 0
-    study, splits = _begin(resolve("finetune", words(store, tmp_path / "run", "regression", "age", *more)))
-    task = _fresh(study, splits[0], None, begun=True)
+    tuning, splits = _begin(resolve("finetune", words(store, tmp_path / "run", "regression", "age", *more)))
+    task = _fresh(tuning, splits[0], None, begun=True)
     state = load_file(tmp_path / "run" / "fold0" / MEMBER)
     task.load_state_dict(state)
     with torch.no_grad():
-        study.question._refit(task, splits[0].trained, study.engine())  # type: ignore[attr-defined]
+        tuning.study._refit(task, splits[0].trained, tuning.place())  # type: ignore[attr-defined]
     for name in ("norm.mean", "norm.scale", "out.weight", "out.bias"):
         assert torch.allclose(task.state_dict()[name], state[name], atol=1e-5), name
     assert not (tmp_path / "run" / "fold0" / SHIPPED).exists()
@@ -371,9 +371,9 @@ def test_no_scale_is_drawn_where_size_is_an_answer(store: Store, tmp_path: Path)
 
 def test_from_enough_subjects_on_the_network_is_tuned(store: Store, tmp_path: Path) -> None:
     _, few = _begin(resolve("finetune", words(store, tmp_path / "a", "regression", "age", "inner=0.3")))
-    study, many = _begin(resolve("finetune", words(store, tmp_path / "b", "regression", "age", "task.tune_from=12")))
+    tuning, many = _begin(resolve("finetune", words(store, tmp_path / "b", "regression", "age", "task.tune_from=12")))
     assert all(not split.inner and len(split.trained) == 12 for split in few)
-    assert all(len(split.inner) in (2, 3) and study.question.trains(split) for split in many)
+    assert all(len(split.inner) in (2, 3) and tuning.study.trains(split) for split in many)
 
 
 def test_unknown_candidates_and_volumes(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

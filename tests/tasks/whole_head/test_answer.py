@@ -17,13 +17,13 @@ from brainfm.scoring.calibration import conformal_quantile
 from brainfm.specs import Decisions, PreprocessSpec, TaskSpec
 from brainfm.tasks.answers import SessionAnswer
 from brainfm.tasks.engine import Engine
+from brainfm.tasks.registry import kind_of
 from brainfm.tasks.whole_head.answer import (
     answer_session,
     check_answer_file,
     decided,
     raw_answers,
     read_answer,
-    table_columns,
     write_answer,
 )
 from brainfm.tasks.whole_head.network import WholeHeadTask
@@ -129,9 +129,9 @@ def test_an_answer_survives_its_file(answer: SessionAnswer, tmp_path: Path) -> N
 
 
 def test_table_columns_are_those_of_the_cells() -> None:
-    assert list(table_columns(AGE)) == list(decided(engine(AGE), np.array([[30.0]]), ()).cells())
+    assert kind_of(AGE.kind).columns(AGE) == list(decided(engine(AGE), np.array([[30.0]]), ()).cells())
     for task, raw in ((ILL, [[0.3, 0.7]]), (GRADE, [[0.2, 0.5, 0.3]]), (FINDINGS, [[0.6, 0.7]])):
-        assert list(table_columns(task)) == list(decided(engine(task), np.array(raw), ()).cells())
+        assert kind_of(task.kind).columns(task) == list(decided(engine(task), np.array(raw), ()).cells())
     assert decided(engine(FINDINGS), np.array([[0.6, 0.7]]), ()).cells()["answer"] == "bleed mass"
 
 

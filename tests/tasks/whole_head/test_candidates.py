@@ -11,7 +11,16 @@ import torch
 from brainfm.nets.heads import LinearHead
 from brainfm.specs import TaskSpec
 from brainfm.tasks.whole_head import candidates
-from brainfm.tasks.whole_head.candidates import CANDIDATES, Side, Tuned, case_losses, choose, fit, inner_folds, simplest
+from brainfm.tasks.whole_head.candidates import (
+    CANDIDATES,
+    Side,
+    TunedAnswers,
+    case_losses,
+    choose,
+    fit,
+    inner_folds,
+    simplest,
+)
 from brainfm.tasks.whole_head.reads import PARTS
 
 AGE = TaskSpec("regression", "age", ("t1",), (), (16, 16, 16), view_mm=4.0)
@@ -35,7 +44,7 @@ def side(n: int = 40, seed: int = 0, spec: TaskSpec = AGE, told: float = 1.0, se
     )  # fmt: skip
 
 
-def chosen_of(given: Side, asked=CANDIDATES[:-1], mapped: bool = True, tuned: Tuned | None = None, first=()):
+def chosen_of(given: Side, asked=CANDIDATES[:-1], mapped: bool = True, tuned: TunedAnswers | None = None, first=()):
     return choose(given, asked, inner_folds(given, first), mapped, tuned)
 
 
@@ -153,11 +162,11 @@ def test_without_a_label_map_the_best_of_the_others_answers() -> None:
                                                           else "mean")  # fmt: skip
 
 
-def tuned_answers(given: Side, first: int, error: float) -> Tuned:
+def tuned_answers(given: Side, first: int, error: float) -> TunedAnswers:
     rng = np.random.default_rng(5)
     places = np.arange(first, len(given.answers))
     z = (given.answers[places, 0] - given.mean) / given.std
-    return Tuned(places, (z + error * rng.normal(size=len(z)))[:, None])
+    return TunedAnswers(places, (z + error * rng.normal(size=len(z)))[:, None])
 
 
 def test_the_tuned_network_must_be_better_where_it_was_not_trained() -> None:

@@ -16,7 +16,8 @@ from brainfm.inference.evaluate import evaluate
 from brainfm.inference.predict import CLAIM
 from brainfm.scoring.answers import auroc
 from brainfm.specs import TaskSpec
-from brainfm.tasks.answers import SessionAnswer, answer_name
+from brainfm.tasks.answers import SessionAnswer
+from brainfm.tasks.registry import answer_name
 from brainfm.tasks.whole_head.answer import write_answer
 from brainfm.tasks.whole_head.evaluate import truths
 
