@@ -220,7 +220,7 @@ def fit_linear(x: Tensor, y: Tensor, shares: Tensor) -> tuple[Tensor, Tensor]:
     return weight, bias - weight @ mean
 
 
-class Overlap:
+class GroupOverlap:
     """Counts of K classes over many volumes, and their Dice."""
 
     def __init__(self, classes: int) -> None:
@@ -259,7 +259,7 @@ def linear_dice(maps: Maps, crops: Sequence[Crop], groups: int, fitted: int, dev
             rows.setdefault(name, []).append(read_at(values, points, crop.truth.shape).cpu())
     y, shares = torch.cat(answers), shares / shares.sum()
     models = {name: fit_linear(torch.cat(x), y, shares) for name, x in rows.items()}
-    overlaps = {name: Overlap(groups) for name in models}
+    overlaps = {name: GroupOverlap(groups) for name in models}
     for crop in crops:
         if crop.truth is None or crop.head < fitted:
             continue
@@ -384,7 +384,7 @@ def few_shot_dice(
         optimizer.zero_grad(set_to_none=True)
         loss.backward()
         optimizer.step()
-    overlap = Overlap(groups)
+    overlap = GroupOverlap(groups)
     with torch.no_grad():
         net.eval()
         for crop in shown:

@@ -147,7 +147,7 @@ class Run:
     title: str = "train"
 
 
-class _Step(nn.Module):
+class _TrainingStep(nn.Module):
     """Lets a Batch and Terms through the wrappers of Fabric and DDP, which know tensors and dicts only."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -172,7 +172,7 @@ def train(run: Run) -> State:
     """
     fabric, spec = run.fabric, run.spec
     rates = Rates(run.optimizer, spec.factor, alone=fabric.world_size == 1)
-    step_module, optimizer = fabric.setup(_Step(run.module), run.optimizer)
+    step_module, optimizer = fabric.setup(_TrainingStep(run.module), run.optimizer)
     state = _restore(run, optimizer) if (run.folder / CHECKPOINT).exists() else State()
     if state.step >= spec.max_steps:
         return state

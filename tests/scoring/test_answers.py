@@ -12,7 +12,8 @@ from sklearn import metrics as reference
 
 from brainfm.scoring.answers import auroc, average_precision
 from brainfm.specs import TaskSpec
-from brainfm.tasks.whole_head.scores import answer_score, answer_scores, primary
+from brainfm.tasks.registry import kind_of
+from brainfm.tasks.whole_head.scores import answer_score, answer_scores
 
 
 def question(kind: str = "classification", values: tuple = (), mode: str = "") -> TaskSpec:
@@ -174,10 +175,10 @@ def test_one_score_alone_is_that_of_the_table() -> None:
 
 def test_the_primary_score_is_in_the_table_and_says_which_way_is_up() -> None:
     for spec, larger in ((BINARY, True), (THREE, True), (GRADES, True), (FINDINGS, True), (AGE, False)):
-        name, up = primary(spec)
+        name, up = kind_of(spec.kind).primary(spec)
         answer_score(spec, name)
         assert up is larger
-    assert primary(question("segmentation", values=(0, 1))) == ("dice", True)
+    assert kind_of("segmentation").primary(question("segmentation", values=(0, 1))) == ("dice", True)
 
 
 def test_shapes_of_another_question_are_refused() -> None:

@@ -51,8 +51,3 @@ def answer_score(spec: TaskSpec, name: str) -> Score:
             f"{name} is no score of a question that is {spec.mode or spec.kind}: expected one of {sorted(table)}"
         )
     return table[name]
-
-
-def primary(spec: TaskSpec) -> tuple[str, bool]:
-    """The score that models are compared by, and whether larger is better."""
-    return sort_of(spec).primary

@@ -463,22 +463,17 @@ class Labels(Sort):
         return True, [(str(name), truth[:, [t]], answers[:, [t]]) for t, name in enumerate(spec.values)]
 
 
-_ONE_CLASS = OneClass()
-SORTS: dict[str, Sort] = {
-    "regression": Value(),
-    "classification": _ONE_CLASS,
-    "exclusive": _ONE_CLASS,
-    "ordinal": OrderedClass(),
-    "multilabel": Labels(),
-}
+_VALUE, _ONE_CLASS = Value(), OneClass()
+_BY_MODE: dict[str, Sort] = {"exclusive": _ONE_CLASS, "ordinal": OrderedClass(), "multilabel": Labels()}
 
 
 def sort_of(spec: TaskSpec) -> Sort:
     """Raises: ValueError where the task does not answer for whole heads."""
-    found = SORTS.get(spec.mode or spec.kind)
-    if found is None:
-        raise ValueError(f"a task of kind {spec.kind} has no answer for a whole head")
-    return found
+    if spec.kind == "regression":
+        return _VALUE
+    if spec.kind == "classification":
+        return _BY_MODE.get(spec.mode, _ONE_CLASS)
+    raise ValueError(f"a task of kind {spec.kind} has no scan-level scores")
 
 
 def read_session(session: HasColumns, spec: TaskSpec) -> np.ndarray:

@@ -42,7 +42,7 @@ from brainfm.tasks.whole_head.network import WholeHeadTask
 from brainfm.tasks.whole_head.reads import Reads
 from brainfm.tasks.whole_head.scores import answer_score, answer_scores
 from brainfm.tasks.whole_head.settings import ClassificationSettings, RegressionSettings, WholeHeadSettings
-from brainfm.tasks.whole_head.sorts import LEVEL, sort_of
+from brainfm.tasks.whole_head.sorts import LEVEL, Sort, sort_of
 
 _INNER = 0.2  # share of the training subjects that choose where nobody said so
 _LEAST_SLOPE = 0.3  # of answers on the truth; stretching those below would stretch little else than noise
@@ -72,7 +72,6 @@ class WholeHeadStudy(Study):
         )  # fmt: skip
         self.cases, self.left_out = tuple(found.cases), tuple(found.left_out)
         self.spec = found.spec
-        self.sort = sort_of(self.spec)
         self.primary, self.larger_is_better = self.sort.primary
         self.volumes, self.notes = find_volumes(
             store, [case.session for case in self.cases], self.spec.target, settings.volumes
@@ -85,6 +84,11 @@ class WholeHeadStudy(Study):
         if "volumes" in (CANDIDATES if asked == "auto" else asked) and self.volumes is None:
             self.notes.append("no region volumes of every session: they are no candidate")
         self.members = Members(store, self.volumes)
+
+    @property
+    def sort(self) -> Sort:
+        """Of the answers."""
+        return sort_of(self.spec)
 
     @property
     def counted(self) -> str:
