@@ -222,7 +222,7 @@ def ask(store: Store, spec: ProbeTableSpec, contrasts: Sequence[str] | None = No
     kind = spec.kind
     if kind == "auto":
         many = len(set(numbers)) > _FEW_VALUES and len(numbers) >= 0.9 * len(cells)
-        kind = "regression" if many else "classification"
+        kind = next(name for name in KINDS if kind_of(name).column == ("values" if many else "classes"))
     classes: tuple[str, ...] = ()
     of_classes = kind_of(kind).column == "classes"
     if of_classes:

@@ -180,7 +180,7 @@ def gather(
     for group, label in (("grid", "voxel size"), ("position", "position"), ("background", "background")):
         found.append(Evidence(label, table([row.numbers[group] for row in rows])[0]))
     found.append(Evidence("mask outline", table([row.numbers["mask"] for row in rows])[0], anatomy=True))
-    asked = {spec.target, *(spec.values if spec.mode == "multilabel" else ())}
+    asked = set(kind_of(spec.kind).answer_columns(spec))
     for name in columns:
         if name in asked:
             raise ConfigError(f"audit.columns has {name}, which is the target itself: expected another column")

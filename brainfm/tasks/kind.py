@@ -77,6 +77,10 @@ class Kind(ABC):
     def primary(self, spec: TaskSpec) -> tuple[str, bool]:
         """The score that models are compared by, and whether larger is better."""
 
+    def answer_columns(self, spec: TaskSpec) -> tuple[str, ...]:
+        """Columns of the manifest, or what they are called, in which the answer stands."""
+        return (spec.target,)
+
     def scores(self, spec: TaskSpec) -> dict[str, Score]:
         """Of answers in a column: name -> the score as a function of truth and answers. Raises: ConfigError."""
         raise self._no_column()

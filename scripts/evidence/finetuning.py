@@ -155,7 +155,7 @@ def table(args: argparse.Namespace, question: str, starts: Sequence[str]) -> lis
     runs = {start: args.out / "runs" / f"{question}_{start}" for start in starts}
     document = json.loads((runs[SCRATCH] / "results.json").read_text())
     spec = TaskSpec.from_dict(document["task"])
-    name, larger = primary(spec)
+    name, larger = kind_of(spec.kind).primary(spec)
     lines = [f"### {question}: {name}, {'larger' if larger else 'smaller'} is better", "",
              "| training subjects | " + " | ".join(starts) + " | " + " | ".join(
                  f"{s} - {SCRATCH} (p)" for s in starts if s != SCRATCH) + " | n |",

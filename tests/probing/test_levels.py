@@ -121,7 +121,7 @@ def test_features_are_read_between_coarse_voxels_as_they_are_upsampled() -> None
 def test_overlap_against_a_naive_loop() -> None:
     rng = np.random.default_rng(0)
     predicted, truth = rng.integers(0, K, (2, 6, 6, 6)), rng.integers(-1, K - 1, (2, 6, 6, 6))
-    overlap = lp.Overlap(K)
+    overlap = lp.GroupOverlap(K)
     for p, t in zip(predicted, truth):
         overlap.add(torch.from_numpy(p), torch.from_numpy(t))
     known = truth >= 0
@@ -130,7 +130,7 @@ def test_overlap_against_a_naive_loop() -> None:
         a, b = (predicted == value) & known, (truth == value) & known
         dice.append(2 * (a & b).sum() / (a.sum() + b.sum()))
     assert overlap.mean() == pytest.approx(np.mean(dice))
-    assert math.isnan(lp.Overlap(K).mean())
+    assert math.isnan(lp.GroupOverlap(K).mean())
 
 
 def test_rank_of_known_spectra() -> None:

@@ -52,6 +52,9 @@ class WholeHead(Kind):
     def primary(self, spec: TaskSpec) -> tuple[str, bool]:
         return self.sort(spec).primary
 
+    def answer_columns(self, spec: TaskSpec) -> tuple[str, ...]:
+        return (spec.target, *(spec.values if self.sort(spec).several else ()))
+
     def scores(self, spec: TaskSpec) -> dict[str, Score]:
         return self.sort(spec).scores(spec)
 
