@@ -29,7 +29,8 @@ class Evaluator(ABC):
 
     @abstractmethod
     def summary(self, rows: list[dict[str, Any]], bundle: str, seed: int) -> dict[str, Any]:
-        """Scores with their uncertainty, JSON-able.
+        """Scores with their uncertainty, JSON-able: ``target``, ``cases``, ``subjects``, ``without_prediction``,
+        ``sessions_without_label`` and ``metrics``, name -> ``mean``, ``low`` and ``high``; and what else is known.
 
         Args:
             rows: of `rows`.

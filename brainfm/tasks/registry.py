@@ -7,7 +7,7 @@ or reports asks that object; nobody else compares a kind's name.
 from __future__ import annotations
 
 import importlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from functools import cache
 from typing import TYPE_CHECKING, Any
 
@@ -27,6 +27,21 @@ KINDS: dict[str, str] = {
     "classification": "brainfm.tasks.whole_head.kind:Classification",
     "regression": "brainfm.tasks.whole_head.kind:Regression",
 }
+
+
+class TaskOptions(Mapping[str, Mapping[str, str]]):
+    """What may follow ``task=``: the kinds that are registered now."""
+
+    def __getitem__(self, name: str) -> Mapping[str, str]:
+        if name not in KINDS:
+            raise KeyError(name)
+        return {"kind": name}
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(KINDS)
+
+    def __len__(self) -> int:
+        return len(KINDS)
 
 
 @cache

@@ -14,7 +14,7 @@ from brainfm.objectives.settings import OBJECTIVES, ObjectiveSettings, settings_
 from brainfm.probing.settings import OnlineProbeSpec
 from brainfm.settings import FREE, VERBATIM, Group
 from brainfm.synthesis.settings import LookSpec
-from brainfm.tasks.registry import KINDS, task_settings_class
+from brainfm.tasks.registry import TaskOptions, task_settings_class
 from brainfm.tasks.settings import FinetuneData, TaskSettings
 
 Compile = Literal["auto", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
@@ -326,7 +326,7 @@ class FinetuneSettings:
     task: Annotated[
         TaskSettings,
         "what is asked",
-        Group("segmentation", kinds=task_settings_class, named={kind: {"kind": kind} for kind in KINDS}),
+        Group("segmentation", kinds=task_settings_class, named=TaskOptions()),
     ]
     backbone: Annotated[Mapping[str, Any], "the network, only with backbone_from=none", Group("unet_b")]
     adapt: Annotated[AdaptSpec, "without a backbone file: all layers at one rate", Group("layer_decay")] = AdaptSpec(
