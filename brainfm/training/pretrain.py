@@ -110,8 +110,8 @@ def pretrain(settings: PretrainSettings) -> State:
     torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
     backbone = build_backbone(**settings.backbone)
     sides = sides_of(store, data)
-    question, targets = _with_targets(settings, store, sides[0])
-    objective = make_objective(question, backbone, patch_vox=data.patch_vox, seed=seed)
+    asked, targets = _with_targets(settings, store, sides[0])
+    objective = make_objective(asked, backbone, patch_vox=data.patch_vox, seed=seed)
     batch_size = trainer.batch_size
     artefacts = _artefacts(data.augment, objective.views)
     module = Augmented(objective, artefacts, seed, settings.average, data.looks)
@@ -126,21 +126,8 @@ def pretrain(settings: PretrainSettings) -> State:
         for note in targets.notes:
             say(note)
     spec, identity, finish = _schedule(settings, pretrain_identity(settings, store), fabric)
-    probe = None
-    if settings.probe is not None:
-        probe = OnlineProbe(
-            with_whole(module.answering.encode, module.answering.backbone),
-            store,
-            held=sides[1],
-            trained=sides[0],
-            spec=settings.probe,
-            patch_vox=objective.views.patch_vox,
-            seed=seed,
-            device=fabric.device,
-            batch_size=batch_size,
-            folder=folder,
-            levels=_level_probe(settings, settings.probe, module.answering, store, sides, fabric),
-        )
+    probe = _online_probe(settings, module, store, sides, fabric)
+    if probe is not None:
         spec = replace(spec, probe_every=probe.spec.every)
         if fabric.is_global_zero:
             say("\n".join(probe.plan()))
@@ -177,6 +164,31 @@ def pretrain(settings: PretrainSettings) -> State:
         else:
             say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
     return state
+
+
+def _online_probe(
+    settings: PretrainSettings,
+    module: Augmented,
+    store: Store,
+    sides: tuple[list[SessionEntry], list[SessionEntry]],
+    fabric: Fabric,
+) -> OnlineProbe | None:
+    """What watches the features of what is saved, where that is asked for."""
+    if settings.probe is None:
+        return None
+    return OnlineProbe(
+        with_whole(module.answering.encode, module.answering.backbone),
+        store,
+        held=sides[1],
+        trained=sides[0],
+        spec=settings.probe,
+        patch_vox=module.question.views.patch_vox,
+        seed=settings.seed,
+        device=fabric.device,
+        batch_size=settings.trainer.batch_size,
+        folder=settings.run,
+        levels=_level_probe(settings, settings.probe, module.answering, store, sides, fabric),
+    )
 
 
 def _level_probe(
