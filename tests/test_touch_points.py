@@ -57,7 +57,7 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 def test_a_kind_of_task_is_a_room_and_a_line(
     store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    registered = {"load": "tests.tasks.toy_kind:Load"}
+    registered = {"load": ("tests.tasks.toy_kind", "Load")}
     for name, place in registered.items():
         monkeypatch.setitem(KINDS, name, place)
     run, root = tmp_path / "run", store.path.parent
@@ -143,7 +143,7 @@ def test_every_kind_is_registered_under_its_own_name() -> None:
     for name, place in KINDS.items():
         kind = kind_of(name)
         assert kind.name == name and kind.settings(target="t").kind == name
-        assert place.split(":")[0].rsplit(".", 1)[0] in {"brainfm.tasks.segmentation", "brainfm.tasks.whole_head"}
+        assert place[0].rsplit(".", 1)[0] in {"brainfm.tasks.segmentation", "brainfm.tasks.whole_head"}
         assert kind.column in ("", "classes", "values") and bool(kind.column) == bool(kind.second)
 
 

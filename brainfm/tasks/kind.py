@@ -6,6 +6,7 @@ of training and settings are read without arrays.
 
 from __future__ import annotations
 
+import importlib
 from abc import ABC, abstractmethod
 from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
@@ -56,6 +57,11 @@ class Kind(ABC):
     voxelwise: ClassVar[bool] = False
     column: ClassVar[str] = ""
     second: ClassVar[str] = ""
+
+    def _part(self, module: str, name: str) -> Any:
+        """Of this room what answering does not need: asked for by name, so that a container goes without it."""
+        room = type(self).__module__.rpartition(".")[0]
+        return getattr(importlib.import_module(f"{room}.{module}"), name)
 
     # ---- network and training ----------------------------------------------------------------------------------------
 

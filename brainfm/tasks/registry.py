@@ -21,11 +21,11 @@ if TYPE_CHECKING:
     from brainfm.tasks.answers import Key
     from brainfm.tasks.task import Task
 
-# name, as task.kind has it -> module:class
-KINDS: dict[str, str] = {
-    "segmentation": "brainfm.tasks.segmentation.kind:Segmentation",
-    "classification": "brainfm.tasks.whole_head.kind:Classification",
-    "regression": "brainfm.tasks.whole_head.kind:Regression",
+# name, as task.kind has it -> module, class
+KINDS: dict[str, tuple[str, str]] = {
+    "segmentation": ("brainfm.tasks.segmentation.kind", "Segmentation"),
+    "classification": ("brainfm.tasks.whole_head.kind", "Classification"),
+    "regression": ("brainfm.tasks.whole_head.kind", "Regression"),
 }
 
 
@@ -45,8 +45,7 @@ class TaskOptions(Mapping[str, Mapping[str, str]]):
 
 
 @cache
-def _made(place: str) -> Kind:
-    module, _, name = place.partition(":")
+def _made(module: str, name: str) -> Kind:
     made: Kind = getattr(importlib.import_module(module), name)()
     return made
 
@@ -55,7 +54,7 @@ def kind_of(name: object) -> Kind:
     """The object that knows a kind. Raises: ConfigError where there is none of this name."""
     if name not in KINDS:
         raise ConfigError(f"task.kind={name!r}: expected one of {', '.join(sorted(KINDS))}")
-    return _made(KINDS[str(name)])
+    return _made(*KINDS[str(name)])
 
 
 def task_settings_class(values: Mapping[str, Any]) -> type[TaskSettings]:

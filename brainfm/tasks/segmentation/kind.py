@@ -37,9 +37,8 @@ class Segmentation(Kind):
         return SegmentationTask(spec, backbone, **settings)
 
     def study(self, store: Store, settings: Any, *, mirror: Sequence[int], clean: bool) -> Study:
-        from brainfm.tasks.segmentation.study import SegmentationStudy
-
-        return SegmentationStudy(store, settings, mirror, clean)
+        made: Study = self._part("study", "SegmentationStudy")(store, settings, mirror, clean)
+        return made
 
     def primary(self, spec: TaskSpec) -> tuple[str, bool]:
         return "dice", True
@@ -90,9 +89,8 @@ class Segmentation(Kind):
         return label_of(scans, target)
 
     def evaluator(self, manifest: Manifest, spec: TaskSpec, *, fresh: bool, empty: str) -> Evaluator:
-        from brainfm.tasks.segmentation.evaluate import MaskEvaluator
-
-        return MaskEvaluator(manifest, spec, fresh=fresh, empty=empty)
+        made: Evaluator = self._part("evaluate", "MaskEvaluator")(manifest, spec, fresh=fresh, empty=empty)
+        return made
 
     def class_index(self, spec: TaskSpec, target: str | int | None) -> int | None:
         return None if target is None else pick(spec, target, first=1)  # never the background
@@ -104,9 +102,8 @@ class Segmentation(Kind):
     def explained(
         self, members: Sequence[nn.Module], case: ExplainedCase, index: int | None, decisions: Decisions
     ) -> ExplainedAnswer:
-        from brainfm.tasks.segmentation.explain import ExplainedVoxels
-
-        return ExplainedVoxels(members, case, index)
+        made: ExplainedAnswer = self._part("explain", "ExplainedVoxels")(members, case, index)
+        return made
 
     def about(self, spec: TaskSpec, target: str, answer: float) -> str:
         label = spec.target if len(spec.values) == 2 else f"{spec.target} {target}"
@@ -117,6 +114,4 @@ class Segmentation(Kind):
         return f"where `{spec.target}` is, label values {values} (0 is the background), on the grid of the scan given"
 
     def page(self, run: Any) -> Any:
-        from brainfm.tasks.segmentation.page import SegmentationPage
-
-        return SegmentationPage(run)
+        return self._part("page", "SegmentationPage")(run)

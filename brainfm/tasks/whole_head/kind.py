@@ -45,9 +45,8 @@ class WholeHead(Kind):
         return WholeHeadTask(spec, backbone, **settings)
 
     def study(self, store: Store, settings: Any, *, mirror: Sequence[int], clean: bool) -> Study:
-        from brainfm.tasks.whole_head.study import WholeHeadStudy
-
-        return WholeHeadStudy(store, settings)
+        made: Study = self._part("study", "WholeHeadStudy")(store, settings)
+        return made
 
     def primary(self, spec: TaskSpec) -> tuple[str, bool]:
         return self.sort(spec).primary
@@ -117,9 +116,8 @@ class WholeHead(Kind):
         note_missing(networks, which)
 
     def evaluator(self, manifest: Manifest, spec: TaskSpec, *, fresh: bool, empty: str) -> Evaluator:
-        from brainfm.tasks.whole_head.evaluate import AnswerEvaluator
-
-        return AnswerEvaluator(manifest, spec)
+        made: Evaluator = self._part("evaluate", "AnswerEvaluator")(manifest, spec)
+        return made
 
     def usual_layer(self, layers: Sequence[str]) -> str:
         """All maps that the head pools."""
@@ -128,9 +126,8 @@ class WholeHead(Kind):
     def explained(
         self, members: Sequence[nn.Module], case: ExplainedCase, index: int | None, decisions: Decisions
     ) -> ExplainedAnswer:
-        from brainfm.tasks.whole_head.explain import ExplainedHead
-
-        return ExplainedHead(members, case, index, decisions)
+        made: ExplainedAnswer = self._part("explain", "ExplainedHead")(members, case, index, decisions)
+        return made
 
     def about(self, spec: TaskSpec, target: str, answer: float) -> str:
         return self.sort(spec).about(spec, target, answer)
@@ -139,9 +136,7 @@ class WholeHead(Kind):
         return self.sort(spec).promise(spec)
 
     def page(self, run: Any) -> Any:
-        from brainfm.tasks.whole_head.page import whole_head_page
-
-        return whole_head_page(run)
+        return self._part("page", "whole_head_page")(run)
 
 
 class Classification(WholeHead):
