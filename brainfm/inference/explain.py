@@ -83,7 +83,7 @@ def explain(
         inputs: file by contrast, as for predict.
         out: ``.nii`` or ``.nii.gz``: float32 on the grid of the file that is answered for, its largest absolute value
             1.
-        target: the class as the bundle writes it, or the label of a multi-label question; by default the answer given:
+        target: the class as the bundle writes it, or one of several labels; by default the answer given:
             the most probable class, or of a segmentation the class that takes the largest volume.
         on: the contrast whose file's grid the map lies on; by default the first of the inputs.
         labels: the label map that a bundle may answer from, by its name, as for predict.
@@ -147,7 +147,7 @@ def explain_volume(
     """The map of one prepared case, the mean over the members of the ensemble.
 
     ``gradcam`` weighs the maps of a layer by the mean of their gradients over the voxels. ``hirescam`` multiplies maps
-    and gradients voxel by voxel: needed where a head weighs places before it pools them, as the scan-level tasks do,
+    and gradients voxel by voxel: needed where a head weighs places before it pools them, as tasks for a whole head do,
     for the mean forgets these weights, and the gradient of a pooled standard deviation has the mean 0. ``occlusion``
     covers a cube with background and sees how far the answer falls. What is explained is a class's log odds (its logit
     against those of the others: a softmax does not see a shift of all logits), of a segmentation summed over the voxels
@@ -161,7 +161,7 @@ def explain_volume(
         labels: [X, Y, Z] the prepared label map that a whole-head answer may be made of. A voxel's part in that is by
             how much, counted to its region, it raises the answer, to first order.
         layer: ``encoder.0`` (finest) and on, where the contrasts have met, ``encoder`` for the sum of all that reach
-            the head, or of a segmentation ``decoder.0`` (coarsest) and on; by default ``encoder`` of a scan-level
+            the head, or of a segmentation ``decoder.0`` (coarsest) and on; by default ``encoder`` of a whole-head
             task, and of a segmentation the deepest of the encoder.
         spacing_mm: of the grid.
         cube_mm: edge of the cube that occlusion moves over the head.

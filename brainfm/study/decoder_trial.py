@@ -1,4 +1,4 @@
-"""Whether the decoder of a backbone's file helps a question: tried on inner folds of a training side, and remembered.
+"""Trial of the decoder of a backbone's file: tried on inner folds of a training side, and remembered.
 
 Two candidates, the encoder alone and encoder with decoder, are trained for a short while on each of two halves of the
 training subjects and answer the other half; no case of the held-out side is looked at. The decoder is taken where it is

@@ -1,4 +1,4 @@
-"""What a fine-tuning found, as one JSON document: cohort, splits, scores against baselines, decisions, audit."""
+"""Results of a fine-tuning as one JSON document: cohort, splits, scores against baselines, decisions, audit."""
 
 from __future__ import annotations
 

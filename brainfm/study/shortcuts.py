@@ -76,7 +76,7 @@ class Finding:
     """What one shortcut does. None or NaN where a number could not be had.
 
     Attributes:
-        name, label: what was asked; the label is empty but for multi-label questions.
+        name, label: what was asked; the label is empty but of several labels.
         anatomy: see Evidence.
         cases: that were asked; ``kinds`` different words, 0 for numbers.
         score: how well the shortcut alone tells the label, cross-validated, with its 95 % interval by subject: AUROC of
@@ -124,7 +124,7 @@ class Audit:
         target: of the column.
         measure: ``auroc`` or ``skill``; ``chance`` is its value for guessing.
         cases, subjects: that have a label and an answer.
-        model, model_p: the model's own score by label (one, unnamed, but for multi-label questions) and its p against
+        model, model_p: the model's own score by label (one, unnamed, but of several labels) and its p against
             chance.
         shortcuts: a finding for each shortcut (and label).
         verdict: one or two plain sentences.
@@ -159,7 +159,7 @@ def gather(
     """The shortcuts that can be read off a store.
 
     Args:
-        columns: further columns of the manifest to ask, e.g. sex for a question about age.
+        columns: further columns of the manifest to ask, e.g. sex for a task about age.
         described: what `describe_all` says of the cases, where it is known already.
 
     Raises:
@@ -252,7 +252,7 @@ def examine(
     Args:
         evidence: rows in the order of the cases.
         truth: [N] class indices or values (of a segmentation the true volumes in ml), or [N, T] of a multi-label
-            question; NaN is unknown and left out.
+            answer; NaN is unknown and left out.
         answers: out of fold: probabilities [N, K] or [N, T], values [N], or predicted volumes [N].
         groups: [N] the subject of each case.
         rounds: of every permutation test, and of the bootstrap; more where the family is so large that its smallest p

@@ -1,4 +1,4 @@
-"""Who is trained on and who is held out: repeated folds by subject, balanced in the answer and in the sites."""
+"""Splits: who is trained on, who is held out; folds by subject, balanced in the answer and in the sites."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a fine-tuning took from a backbone's file, and what is to be said of the two together."""
+"""Transfer: what a fine-tuning took from a backbone's file, and what is to be said of the two together."""
 
 from __future__ import annotations
 

@@ -52,7 +52,7 @@ class Bundle:
 
     Attributes:
         path: its folder.
-        task: the question it answers.
+        task: what it answers.
         preprocess: how a scan must be prepared for it.
         provenance: where it comes from.
         networks: its members in eval mode on the CPU; their probabilities are averaged.

@@ -38,10 +38,10 @@ class TrainingWatch(nn.Module, ABC):
 
 
 class Task(nn.Module, ABC):
-    """A backbone with a head that answers one question.
+    """A backbone with a head that answers one task.
 
     Attributes:
-        spec: the question.
+        spec: the task.
         backbone: reads one contrast at a time; ``backbone.blocks()`` is what freezing and rate decay need.
         reads_of_file: how names in a backbone's file begin, to how those of the same weights do here, for what is read
             from it as it is and never trained.

@@ -199,7 +199,7 @@ def plan(
         batch_size: samples a step on each device; it is kept, in parts where needed.
         trainer: ``accelerator``, ``precision`` (``auto`` is settled here) and ``memory_gb``: null is what the device
             has.
-        views: patches that a sample of a scan-level task shows.
+        views: patches that a sample of a whole-head task shows.
 
     Raises:
         ConfigError: where not even the smallest patch of one sample fits, or a number is impossible.

@@ -68,6 +68,7 @@ class Augmented(torch.nn.Module):
         looks: LookSpec = LOOKS,
     ) -> None:
         super().__init__()
+        # `question` by name: checkpoints of runs that are to go on hold their weights under it
         self.question, self.spec, self.seed, self.looks = question, spec, seed, looks
         self.average = None if decay is None else WeightAverage(question, decay)
 
@@ -286,24 +287,24 @@ def _with_targets(
     settings: PretrainSettings, store: Store, trained: list[SessionEntry]
 ) -> tuple[ObjectiveSettings, Targets]:
     """The objective's settings, with the sizes of the anatomical targets as the data have them, and the targets."""
-    question, people = settings.objective, {session.subject_key for session in trained}
-    if isinstance(question, DenseSplitSettings):
-        return _with_regions(question, settings.data.targets, store, people)
-    if not isinstance(question, AnatomyPathologySettings):
-        return question, Targets()
+    asked, people = settings.objective, {session.subject_key for session in trained}
+    if isinstance(asked, DenseSplitSettings):
+        return _with_regions(asked, settings.data.targets, store, people)
+    if not isinstance(asked, AnatomyPathologySettings):
+        return asked, Targets()
     targets = find_targets(
         store,
         settings.data.targets,
         people,
-        anatomy=question.anatomy_weight > 0,
-        pathology=question.pathology_weight > 0,
+        anatomy=asked.anatomy_weight > 0,
+        pathology=asked.pathology_weight > 0,
     )
-    groups = _size("groups", question.groups, len(targets.groups))
-    volumes = _size("volumes", question.volumes, len(targets.regions))
-    if question.anatomy_weight > 0 and not (groups or volumes):
+    groups = _size("groups", asked.groups, len(targets.groups))
+    volumes = _size("volumes", asked.volumes, len(targets.regions))
+    if asked.anatomy_weight > 0 and not (groups or volumes):
         note = "no anatomical target at all: reconstruction alone trains the anatomy part (see `brainfm anatomy`)"
         targets = replace(targets, notes=(*targets.notes, note))
-    return replace(question, groups=groups, volumes=volumes), targets
+    return replace(asked, groups=groups, volumes=volumes), targets
 
 
 def _size(key: str, asked: int | None, there: int) -> int:
@@ -313,16 +314,16 @@ def _size(key: str, asked: int | None, there: int) -> int:
 
 
 def _with_regions(
-    question: DenseSplitSettings, wanted: TargetSpec, store: Store, people: set[str]
+    asked: DenseSplitSettings, wanted: TargetSpec, store: Store, people: set[str]
 ) -> tuple[ObjectiveSettings, Targets]:
     """The same for an objective that asks for the fine classes of data/regions.py."""
-    targets = find_targets(store, replace(wanted, level="regions"), people, pathology=question.lesion_weight > 0)
+    targets = find_targets(store, replace(wanted, level="regions"), people, pathology=asked.lesion_weight > 0)
     if not targets.maps:
         note = "no label map: nothing is rendered, and the terms of real scans go on alone (see `brainfm anatomy`)"
         targets = replace(targets, notes=(*targets.notes, note))
     classes = tuple(REGIONS) if targets.maps else ()
     merged = tuple(tuple(members) for members in merged_members()) if targets.maps else ()
-    return replace(question, classes=classes, merged=merged, volumes=len(targets.regions)), targets
+    return replace(asked, classes=classes, merged=merged, volumes=len(targets.regions)), targets
 
 
 def make_patches(

@@ -102,7 +102,7 @@ def question(point: dict[str, Any]) -> Task:
 
 
 def step(point: dict[str, Any], task: nn.Module, device: str = "cpu") -> None:
-    """Forward and backward of one sample. Of a scan-level task the loss is left out: it looks at a few numbers."""
+    """Forward and backward of one sample. Of a whole-head task the loss is left out: it looks at a few numbers."""
     edge, contrasts = point["edge"], point["contrasts"]
     present = torch.ones(1, contrasts, dtype=torch.bool, device=device)
     mixed = torch.autocast(device, torch.bfloat16) if point["precision"] == "bf16-mixed" else nullcontext()

@@ -1,4 +1,4 @@
-"""What a segmentation has to beat: a model of each voxel's intensities and place, and an encoder never trained.
+"""Baselines of a segmentation: a model of each voxel's intensities and place, and an encoder never trained.
 
 Each learns from the training side of a split alone, the offset between its classes included.
 """

@@ -1,4 +1,4 @@
-"""What a segmentation is explained by: a class's log odds, or its probability, over the voxels predicted as it."""
+"""Explanation of a segmentation: a class's log odds, or its probability, over the voxels predicted as it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a segmenter is punished for: overlap over the foreground, and each voxel by itself.
+"""Losses of a segmentation: overlap over the foreground, and each voxel by itself.
 
 Every loss is a sum of two terms. The overlap term is about structures, however small; the voxel term teaches in batches
 without foreground, where the overlap term has hardly a gradient. Targets are class indices [B, X, Y, Z], or shares of

@@ -43,7 +43,7 @@ class SegmentationTask(Task):
     its own widened map, from which one more 1x1x1 convolution tells the classes.
 
     Args:
-        spec: contrasts, classes and patch of the question.
+        spec: contrasts, classes and patch of the task.
         backbone: pre-trained or fresh.
         loss: what training minimises.
         deep_supervision: whether the coarser levels of the decoder get heads of their own while training; the same as

@@ -113,7 +113,7 @@ class SegmentationStudy(Study):
         return task
 
     def row_of(self, pretrained: LoadedBackbone) -> DenseHead | None:
-        """The pre-trained head that the last layer begins as: of a question about a lesion the file's ``lesion``."""
+        """The pre-trained head that the last layer begins as: of a task about a lesion the file's ``lesion``."""
         head = pretrained.heads.get("lesion")
         asked = self.spec.classes == 2 and LESION_NAME.search(self.spec.target.lower())
         return head if head is not None and head.out_channels == 1 and asked else None

@@ -54,10 +54,10 @@ class SessionCase:
 
 @dataclass(frozen=True)
 class FoundCases:
-    """What a store has for a question.
+    """What a store has for a task.
 
     Attributes:
-        spec: the question, but for ``patch_vox``, ``view_mm`` and ``crops``.
+        spec: the task, but for ``patch_vox``, ``view_mm`` and ``crops``.
         cases: the sessions that can answer it.
         left_out: a sentence for each session that cannot.
     """
@@ -82,7 +82,7 @@ def find_session_cases(
     fusion: str = "attention",
     lesion: str | None = None,
 ) -> FoundCases:
-    """The question with what was left to the data filled in, and the sessions that can answer it.
+    """The task with what was left to the data filled in, and the sessions that can answer it.
 
     Args:
         kind, target, ...: see tasks/settings.py.

@@ -1,4 +1,4 @@
-"""What an answer for a whole head is explained by: a class's log odds or probability, or the value."""
+"""Explanation of an answer for a whole head: a class's log odds or probability, or the value."""
 
 from __future__ import annotations
 

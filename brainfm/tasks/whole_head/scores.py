@@ -31,7 +31,7 @@ def answer_scores(spec: TaskSpec, truth: np.ndarray, answers: np.ndarray) -> dic
         answers: probabilities [N, K], or [N, T], or values [N] or [N, 1] in the unit.
 
     Raises:
-        ValueError: where the shapes do not belong to the question.
+        ValueError: where the shapes do not belong to the task.
 
     Source: balanced accuracy Brodersen et al. 2010 (ICPR); quadratic kappa Cohen 1968, Psychol. Bull. 70:213; Brier
         1950, Mon. Weather Rev. 78:1.
@@ -43,7 +43,7 @@ def answer_score(spec: TaskSpec, name: str) -> Score:
     """One score of `answer_scores` alone, as the function of truth and answers that `intervals.bootstrap` takes.
 
     Raises:
-        ValueError: where this question has no such score.
+        ValueError: where this task has no such score.
     """
     table = sort_of(spec).scores(spec)
     if name not in table:

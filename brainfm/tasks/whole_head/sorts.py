@@ -518,7 +518,7 @@ def linear_head(
     Args:
         x: [N, F] standardised features.
         answers: [N, T], NaN where unknown.
-        spec: of a scan-level question.
+        spec: of an answer for a whole head.
         mean, std: of a regression's values.
         balanced: whether every class counts alike.
         groups: [N] the subject of each row; None: each row is a subject's only one.

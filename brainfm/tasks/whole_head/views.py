@@ -1,4 +1,4 @@
-"""What a network sees of a whole head: all of it on coarse voxels, and windows that together cover it.
+"""Views of a whole head, as a network sees it: all of it on coarse voxels, and windows that together cover it.
 
 Both lie about the middle of the volume. Every head is shown at one scale, so that its size can be seen.
 """
@@ -96,7 +96,7 @@ def covering_corners(shape: Triple, patch_vox: Triple, counts: Triple | None = N
 
 
 def views_of_volumes(image: np.ndarray, spacing_mm: Lengths, spec: TaskSpec) -> np.ndarray:
-    """All that a scan-level task looks at when it answers.
+    """All that a whole-head task looks at when it answers.
 
     Args:
         image: [M, X, Y, Z] prepared voxels, 0 in the channel of an absent contrast.
