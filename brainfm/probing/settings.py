@@ -20,7 +20,7 @@ class OnlineProbeSpec:
     scans: Annotated[int, "of a session at most"] = 4
     patches: Annotated[int, "places in each head, the same for all scans of a subject"] = 2
     levels: Annotated[
-        bool, "of every level's map a linear Dice of regions and its rank, on held-out heads (level_probes.py)"
+        bool, "of every level's map a linear Dice of regions and its rank, on held-out heads (probing/levels.py)"
     ] = True
     fewshot_every: Annotated[int, "every how many-th probe fine-tunes a copy on two heads, 60 steps; 0: none"] = 5
 

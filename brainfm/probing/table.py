@@ -151,15 +151,15 @@ def probe(
     Args:
         store: has the column; with ``backbone`` also the scans.
         out: a folder. Features that are made here are kept in it, and used again by the next call that needs the same.
-        backbone, features: one of them; ``features`` is what `embed.write` left. Of features whose file names its
+        backbone, features: one of them; ``features`` is what `features.write` left. Of features whose file names its
             backbone the random network is made all the same.
-        contrasts, parts, extent, device: see `embed`. Features of a session's scans are averaged.
+        contrasts, parts, extent, device: see `features.embed`. Features of a session's scans are averaged.
         progress: called with (scans embedded, scans in all).
 
     Raises:
         ConfigError: neither or both of backbone and features; one class, a constant, fewer subjects than folds.
         ManifestError: no session has the column, or an age is impossible.
-        WeightsError, StoreError: as `embed`.
+        WeightsError, StoreError: as `features.embed`.
     """
     if (backbone is None) == (features is None):
         raise ConfigError("brainfm probe needs either backbone=FILE or features=FILE, found both or neither")

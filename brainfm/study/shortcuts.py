@@ -43,7 +43,7 @@ _COLUMNS = {
 
 
 class HasSession(Protocol):
-    """What is asked of a case: patches.Case and scan_cases.SessionCase both have it."""
+    """What is asked of a case: those of every kind have it."""
 
     @property
     def session(self) -> SessionEntry: ...

@@ -3,7 +3,7 @@
     task.json preprocess.json provenance.json backbone.json   what it answers, and how to rebuild it
     decisions.json                                            what cross-validation decided about its answers, if it did
     members.json seen.json                                    how members differ in build; whom their backbone has seen
-    reads.json                                                what answers for whole heads are made of (tasks/reads.py)
+    reads.json                                                what answers for whole heads are made of
     member0.safetensors ...                                   weights, one file a member of the ensemble
     README.md                                                 the model card
     checksums.json                                            SHA-256 of every other file

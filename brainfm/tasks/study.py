@@ -198,7 +198,7 @@ class Study(ABC):
         `has_volumes`, ``volumes``."""
 
     def bundle_reads(self, loaded: LoadedBackbone | None) -> dict[str, Any] | None:
-        """``reads.json`` of the bundle (tasks/reads.py), where it needs one."""
+        """``reads.json`` of the bundle (whole_head/reads.py), where it needs one."""
         return None
 
     @property

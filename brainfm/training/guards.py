@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from brainfm.training.settings import GUARD_MEMORY, GuardSpec
 
 _ENOUGH = 20  # of them, before anything is called unusual
-_OF_A_LEVEL = re.compile(r"(level\d+|decoder\d+|dense)_(dice|rank|random_(dice|rank|low_dice))")  # level_probes.py
+_OF_A_LEVEL = re.compile(r"(level\d+|decoder\d+|dense)_(dice|rank|random_(dice|rank|low_dice))")  # probing/levels.py
 
 
 class Guards:

@@ -225,7 +225,7 @@ class AdaptSpec:
         head_fraction: the head is warmed up over the first half of these steps and then falls to 0, before the whole
             network warms up (the second tooth of the saw).
         warmup_fraction: null: the optimiser's own, where the head has no tooth of its own.
-        trial_share: of the steps of a training that the four short trainings of a trial (training/decoder_trial.py)
+        trial_share: of the steps of a training that the four short trainings of a trial (study/decoder_trial.py)
             cost together.
 
     Raises: ConfigError for values outside their ranges.

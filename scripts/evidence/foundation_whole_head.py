@@ -1,4 +1,4 @@
-"""Age and sex from whole heads, few to learn from: what fine-tuning would ship (training/candidates.py) for the starts
+"""Age and sex from whole heads, few to learn from: what fine-tuning would ship for the starts
 of scripts/evidence/foundation.py. Below a hundred people nothing is trained: answers are linear in what the frozen
 network sees, in volumes of the regions that the file's decoder tells, and in those of label maps where there are any.
 """

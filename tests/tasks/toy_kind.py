@@ -19,7 +19,6 @@ from brainfm.data.patches import Sample
 from brainfm.data.store import Store
 from brainfm.imaging import nifti
 from brainfm.imaging.preprocess import prepare_session
-from brainfm.nets.saliency import layers_of
 from brainfm.scoring.intervals import bootstrap, paired_bootstrap
 from brainfm.settings import VERBATIM
 from brainfm.specs import Decisions, TaskSpec
@@ -241,7 +240,7 @@ class Load(Kind):
         return LoadEvaluator(manifest, spec)
 
     def usual_layer(self, layers: Sequence[str]) -> str:
-        raise AssertionError(f"nobody explains a load by {layers}, of {layers_of}")
+        raise AssertionError("nobody explains a load")
 
     def explained(self, members: Any, case: Any, index: int | None, decisions: Decisions) -> Any:
         raise AssertionError("nobody explains a load")

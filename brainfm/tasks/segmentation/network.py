@@ -48,7 +48,7 @@ class SegmentationTask(Task):
         loss: what training minimises.
         deep_supervision: whether the coarser levels of the decoder get heads of their own while training; the same as
             ``loss.deep_supervision``. Prediction and bundles know nothing of them.
-        shares: of the voxels of a training patch that belong to each class (data/patches.class_shares): what the fresh
+        shares: of the voxels of a training patch that belong to each class (cases.class_shares): what the fresh
             network answers everywhere, but never less than 1 % for the foreground, evenly divided, or the background.
             None: 1 % of foreground.
         dense_channels: E of the widened map of a pre-trained decoder (nets/dense.py), whose weights are for the caller
@@ -132,7 +132,7 @@ class SegmentationTask(Task):
             output: of ``forward``, in any precision; ``batch.label`` holds the class indices.
 
         Returns:
-            The sum over an overlap and a voxel term, which are its parts (segmentation_losses.py); with coarser levels
+            The sum over an overlap and a voxel term, which are its parts (losses.py); with coarser levels
             the weighted sum over levels.
         """
         if batch.label is None:

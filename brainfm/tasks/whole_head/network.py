@@ -44,7 +44,7 @@ class WholeHeadTask(Task):
     A view is the whole head on coarse voxels or a window of it. Both scales begin with the same total weight, so the
     answer does not hang on how many windows are given: training shows a few, prediction all that cover the head.
 
-    With ``reads`` the answer is a mixture of several parts' logits (tasks/reads.PARTS): the network, linear models of
+    With ``reads`` the answer is a mixture of several parts' logits (reads.PARTS): the network, linear models of
     region volumes, and the mean. Which, inner folds have chosen (`mix`); fresh, it is the network alone. The network
     then sees the size of the head as well and, where there is a decoder, what that sees.
 

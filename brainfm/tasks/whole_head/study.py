@@ -182,7 +182,7 @@ class WholeHeadStudy(Study):
             rows.append(row | {"chosen": "tuned", "fallback": "tuned", "candidates": {"tuned": raw}})
         return rows
 
-    # ---- the choice among candidates (training/candidates.py) --------------------------------------------------------
+    # ---- the choice among candidates (candidates.py) -----------------------------------------------------------------
 
     def candidates(self, split: Split) -> tuple[str, ...]:
         """What is asked of this split, simplest first: the network is tuned where there are enough subjects."""
