@@ -51,7 +51,7 @@ def find_volumes(
     """Region volumes of all of these sessions, and sentences for the log: what was taken, dropped, or lacking.
 
     Args:
-        target: of the question; its own label is never looked at.
+        target: of the task; its own label is never looked at.
         asked: a label column, with or without ``_labels``; a table (see volumes.read_volumes); ``auto``: the first
             label column that every session has and a scheme knows; or ``none``.
 

@@ -6,7 +6,7 @@ from brainfm.reports.kind_page import KindPage
 from brainfm.reports.page import Section
 from brainfm.reports.wording import count, p_value, percent, short
 
-_FOUND = {  # what training/audit.py calls its findings
+_FOUND = {  # what study/shortcuts.py calls its findings
     "untestable": "cannot be tested",
     "harmless": "does not tell the label",
     "survives": "tells the label; the score holds up without it",

@@ -30,7 +30,7 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.specs import PreprocessSpec, Provenance, TaskSpec
 from brainfm.synthesis.phantom import write_cohort
 from brainfm.tasks.bundle import write_bundle
-from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.segmentation.network import SegmentationTask
 from brainfm.training.run import commit_of_code
 from brainfm.volume import Volume
 

@@ -23,8 +23,8 @@ from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.nets.cpu import swap_in
+from brainfm.probing.online import effective_rank
 from brainfm.training.pretrain import split_sessions
-from brainfm.training.probes import effective_rank
 
 
 def row(backbone: Backbone, heads: Heads, few: list[int], away: list[int]) -> list[float]:
