@@ -1,4 +1,4 @@
-"""What a manifest's columns say about a session, as numbers a loss or a score can use."""
+"""Columns of a manifest as answers: what they say about a session, as numbers a loss or a score can use."""
 
 from __future__ import annotations
 

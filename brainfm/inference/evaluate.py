@@ -1,4 +1,4 @@
-"""Answers against what a manifest says: a row a case, and scores with their uncertainty."""
+"""Evaluation: answers against what a manifest says, a row a case, and scores with their uncertainty."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files in; a mask on the grid of one of them, or an answer for the whole session, out."""
+"""Prediction: files in; a mask on the grid of one of them, or an answer for the whole session, out."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Probes of levels: what the maps of a network tell of anatomy, and in how many directions, on people held out.
+"""Probes of levels: what each tells of anatomy, and how many directions it uses, on people it was never trained on.
 
 A segmenter reads every level through its skips, so every level is asked by itself: a linear model is fitted to a map's
 features at some voxels of two labelled heads and names the regions of others. The same numbers of a network with

@@ -1,4 +1,4 @@
-"""Online probes: what frozen features know of contrast, person, age and sex, and how many directions they use.
+"""Online probes: what frozen features know, part by part (contrast, person, age, sex), and how many directions used.
 
 Disentanglement is measured here, not claimed: from an anatomy code the contrast should be hard to tell and the person
 easy, from a contrast code the reverse. `split_scores` says what is made of that. Everything is a function of the

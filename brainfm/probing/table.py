@@ -1,4 +1,4 @@
-"""Table of probes: what frozen features know of a column of the manifest, next to chance and a random network.
+"""Probe table: what frozen features know of a column of the manifest, next to chance and a random network.
 
 Nearest neighbours, and a logistic or a ridge regression, on the pooled features of whole heads: tuned and tested by
 subject (scoring/linear), with intervals over subjects. A network that was never trained is probed in the same way,

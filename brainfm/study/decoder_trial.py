@@ -1,4 +1,4 @@
-"""Trial of a backbone file's decoder, on inner folds of a training side; what came of it is remembered.
+"""Trial of a file's decoder: whether it helps a task, on inner folds of a training side, and remembered.
 
 Two candidates, the encoder alone and encoder with decoder, are trained for a short while on each of two halves of the
 training subjects and answer the other half; no case of the held-out side is looked at. The decoder is taken where it is

@@ -1,4 +1,4 @@
-"""The Clever Hans column: could the answers come from how a scan was made instead of from what it shows?
+"""Shortcut audit: could the answers come from how a scan was made instead of from what it shows?
 
 Three things are asked of every shortcut (site, scanner, contrast set, voxel size, place of the head, air around it,
 outline of the mask, and any column one names): how well it tells the label by itself, how much of the model's answers

@@ -1,4 +1,4 @@
-"""Splits: who is trained on, who is held out; folds by subject, balanced in the answer and in the sites."""
+"""Cross-validation: who is trained on and who is held out, in repeated folds by subject, balanced in answer, sites."""
 
 from __future__ import annotations
 

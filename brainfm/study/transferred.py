@@ -1,4 +1,4 @@
-"""Transfer: what a fine-tuning took from a backbone's file, and what is to be said of the two together."""
+"""Transferred weights: what a fine-tuning took from a backbone's file, and what is to be said of the two together."""
 
 from __future__ import annotations
 

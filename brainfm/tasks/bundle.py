@@ -1,4 +1,4 @@
-"""A finished model as a folder: written whole or not at all, read only if every byte is as it was written.
+"""The bundle, a finished model as a folder: written whole or not at all, read only if every byte is as it was written.
 
     task.json preprocess.json provenance.json backbone.json   what it answers, and how to rebuild it
     decisions.json                                            what cross-validation decided about its answers, if it did

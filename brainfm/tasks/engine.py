@@ -1,4 +1,4 @@
-"""A bundle on a device."""
+"""The engine: a bundle on a device."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Answers held against what a manifest says, whatever their kind."""
+"""The evaluator: answers held against what a manifest says, whatever their kind."""
 
 from __future__ import annotations
 

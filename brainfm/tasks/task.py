@@ -1,4 +1,4 @@
-"""What the network of every supervised task offers to training and to prediction."""
+"""The task: what the network of every supervised task offers to training and to prediction."""
 
 from __future__ import annotations
 

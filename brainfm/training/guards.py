@@ -1,4 +1,4 @@
-"""What stops a run that has gone wrong: numbers that are not finite, features that have collapsed, a loss that left.
+"""Guards stop a run that has gone wrong: numbers that are not finite, features that collapse, a loss that explodes.
 
 A guard says nothing, or one sentence: what was seen, after which step, what to try. What it remembers between looks
 is plain JSON in the run's state, so that an interrupted run is judged like an uninterrupted one.

@@ -1,4 +1,4 @@
-"""What fits: patch, parts of a batch, precision and recomputation for the memory that a device has.
+"""Memory plan: patch, parts of a batch, precision and recomputation for the memory that a device has.
 
 Nothing here is guessed: the peaks come from memory_table.json, which scripts/benchmark/memory.py measures and says how
 (rows of a real GPU where there was one; else a count of every tensor alive during the step). The table has no rows for

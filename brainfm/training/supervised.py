@@ -1,4 +1,4 @@
-"""A task as the loop trains it: augmented, averaged, and watched."""
+"""Supervised module: a task as the loop trains it, augmented, averaged, and watched."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A segmenter that has collapsed to background: noticed, lifted once, then stopped."""
+"""Collapse of a segmenter to background: noticed, lifted once, then stopped."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Masks against labels: Dice, surface Dice and volumes of each case, and their means."""
+"""Evaluation of masks against labels: Dice, surface Dice and volumes of each case, and their means."""
 
 from __future__ import annotations
 

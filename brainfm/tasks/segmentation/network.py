@@ -1,4 +1,4 @@
-"""A class for every voxel, from any set of contrasts."""
+"""The network of a segmentation: a class for every voxel, from any set of contrasts."""
 
 from __future__ import annotations
 

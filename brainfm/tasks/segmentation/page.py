@@ -1,4 +1,4 @@
-"""What the page of a fine-tuning says and shows of a segmentation."""
+"""Page of a segmentation: what the report of a fine-tuning says and shows of it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Baselines of answers for whole heads: simple models on simple numbers, and an encoder that was never trained.
+"""Baselines of an answer for a whole head: simple models on simple numbers, and an encoder never trained.
 
 Each learns from the training side of a split alone, the strength of its penalty and the threshold of its classes
 included. Only the imputation of numbers that some cases lack looks at all cases; it looks at no label.

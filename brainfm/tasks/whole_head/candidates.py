@@ -1,4 +1,4 @@
-"""Candidates for what a fold ships: closed-form answers for a whole head against each other and the tuned network.
+"""Candidates for an answer for a whole head: closed-form models against each other and against the tuned network.
 
 Every candidate answers subjects that it was not fitted on, in inner folds of the training side; these answers alone
 choose, and the cases that are scored are never seen here. Where one candidate is not better than a simpler one by more

@@ -1,4 +1,4 @@
-"""Answers for whole heads against the manifest's columns: a row a session, scores with intervals by subject."""
+"""Evaluation of answers for whole heads against the manifest: a row a session, scores with intervals by subject."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Explanation of an answer for a whole head: a class's log odds or probability, or the value."""
+"""Explanation of an answer for a whole head: by a class's log odds or probability, or the value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One answer for the whole head: a class, several yes or no, or a value."""
+"""The network of a whole-head answer: a class, several yes or no, or a value."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the page of a fine-tuning says and shows of answers for a whole head: classes, several labels, values."""
+"""Page of answers for a whole head: what the report of a fine-tuning says of classes, several labels, values."""
 
 from __future__ import annotations
 

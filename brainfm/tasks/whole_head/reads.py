@@ -1,4 +1,4 @@
-"""What an answer for a whole head is made of beside the encoder's maps, and in which shares."""
+"""Reads: what an answer for a whole head is made of beside the encoder's maps, and in which shares."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Views of a whole head, as a network sees it: all of it on coarse voxels, and windows that together cover it.
+"""Views of a whole head: all of it on coarse voxels, and windows that together cover it.
 
 Both lie about the middle of the volume. Every head is shown at one scale, so that its size can be seen.
 """
