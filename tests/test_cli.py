@@ -41,6 +41,8 @@ NEEDED = {
     "evaluate": ["predictions=x", "manifest=y", "out=z"],
     "explain": ["bundle=x", "input.t1=y", "out=z"],
     "report": ["run=x"],
+    "import": ["checkpoint=x", "out=y.safetensors"],
+    "export": ["format=nnssl", "backbone=x", "out=y"],
 }
 
 
