@@ -20,6 +20,7 @@ EXTRA_OF = {
     "matplotlib": "report",
     "monai": "report",
     "nilearn": "anatomy",
+    "onnx": "exchange",
     "pyarrow": "train",
     "pynvml": "train",
     "rich": "train",
