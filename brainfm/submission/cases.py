@@ -15,8 +15,8 @@ from brainfm.submission.convert import input_of
 from brainfm.volume import Volume
 
 KINDS = (
-    "plain", "again", "alternative", "turned", "oblique", "thick", "small", "blank", "one_blank", "few", "corrupt",
-    "typical",
+    "plain", "again", "alternative", "turned", "oblique", "thick", "small", "hot", "blank", "one_blank", "few",
+    "corrupt", "typical",
 )  # fmt: skip
 _PLAIN = ((72, 84, 64), (2.6, 2.6, 2.6))  # shape in voxels, edges in mm
 _OTHER = {"thick": ((128, 144, 20), (1.5, 1.5, 7.0)), "small": ((32, 32, 16), (1.0, 1.0, 1.0))}
@@ -52,6 +52,7 @@ def made(task: ChallengeTask, folder: Path, kinds: Sequence[str] = KINDS) -> lis
     oblique      turned by 20 degrees against the scanner
     thick        20 slices of 7 mm
     small        32 x 32 x 16 voxels of 1 mm, as in a fixture of the organisers
+    hot          one voxel in a hundred is a million times as bright as tissue
     blank        nothing but zeros
     one_blank    one of several scans holds nothing but zeros
     few          neither of the alternatives
@@ -89,6 +90,8 @@ def _made(task: ChallengeTask, kind: str, call: Sequence[Input], folder: Path) -
         volume = _head(order, shape, spacing)
         if kind == "blank" or (kind == "one_blank" and order == len(call) - 1):
             volume = Volume(np.zeros_like(volume.voxels), volume.affine_mm)
+        if kind == "hot":
+            volume = Volume(_with_hot_voxels(volume.voxels, order), volume.affine_mm)
         if kind == "oblique":
             volume = Volume(volume.voxels, _rotation(20.0) @ volume.affine_mm)
         files[one.flag] = folder / f"{one.flag}.nii.gz"
@@ -113,6 +116,12 @@ def _head(order: int, shape: Sequence[int], spacing_mm: Sequence[float]) -> Volu
     affine = np.diag([*spacing_mm, 1.0])
     affine[:3, 3] = -np.array(shape) * np.array(spacing_mm) / 2
     return Volume(np.where(radius < 0.8, np.clip(brightness, 1, 4000), 0).astype(np.int16), affine)
+
+
+def _with_hot_voxels(voxels: np.ndarray, seed: int) -> np.ndarray:
+    """One of a hundred voxels of the head a billion, as a division by nearly nothing leaves them."""
+    hot = (np.random.default_rng(seed).random(voxels.shape) < 0.01) & (voxels > 0)
+    return np.where(hot, 1e9, voxels).astype(np.float32)
 
 
 def _rotation(degrees: float) -> np.ndarray:
