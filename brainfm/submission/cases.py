@@ -11,7 +11,7 @@ import numpy as np
 from brainfm.errors import ConfigError
 from brainfm.imaging import nifti
 from brainfm.submission.challenge import ChallengeTask, Input
-from brainfm.submission.convert import input_of
+from brainfm.submission.convert import SCANS, input_of
 from brainfm.volume import Volume
 
 KINDS = (
@@ -140,12 +140,13 @@ def given(task: ChallengeTask, root: Path, most: int | None = None) -> list[Case
     Files are told apart by the organisers' names or by what their names say. Of an embedding every file is a case.
 
     Args:
-        root: e.g. the fine-tuning data's ``preprocessed`` folder.
+        root: e.g. the folder of a task's fine-tuning data, of which ``preprocessed`` is looked at.
         most: the first ones, in alphabetical order; None: all.
 
     Raises: ConfigError where there is none.
     """
     calls = [{one.flag for one in call} for call in task.calls()]
+    root = root / SCANS if (root / SCANS).is_dir() else root
     found = []
     for folder in sorted({path.parent for path in root.rglob("*.nii*")}):
         name = str(folder.relative_to(root)).replace("/", "_") if folder != root else folder.name
