@@ -13,6 +13,7 @@ from brainfm.nets.cpu import keep_freed_memory
 from brainfm.seen import SeenSubjects
 from brainfm.specs import Decisions, PreprocessSpec, TaskSpec
 from brainfm.tasks.bundle import Bundle, read_bundle
+from brainfm.tasks.place import Box, box_of
 from brainfm.tasks.windows import Network
 
 PathLike = str | os.PathLike[str]
@@ -64,6 +65,10 @@ class Engine:
         return cls(
             networks, read.task, read.preprocess, place, dtype, read.fingerprint, overlap, read.decisions, read.seen
         )
+
+    def region(self, shape_vox: tuple[int, int, int]) -> Box | None:
+        """Where in a prepared head of this shape anything is looked for; None: everywhere."""
+        return box_of(self.decisions.region, shape_vox, self.preprocess.spacing_mm, self.task.patch_vox)
 
 
 def in_order(contrasts: Iterable[str], task: TaskSpec) -> list[str]:
