@@ -14,7 +14,9 @@ DISTRIBUTION = "brainfm-mri"
 # optional package, as it is imported -> the extra of pyproject.toml that brings it
 EXTRA_OF = {
     "SimpleITK": "anatomy",
+    "dcm2niix": "dicom",
     "distributed": "dask",
+    "highdicom": "dicom",
     "jinja2": "report",
     "lightning": "train",
     "matplotlib": "report",
@@ -22,6 +24,7 @@ EXTRA_OF = {
     "nilearn": "anatomy",
     "onnx": "exchange",
     "pyarrow": "train",
+    "pydicom": "dicom",
     "pynvml": "train",
     "rich": "train",
     "sklearn": "train",

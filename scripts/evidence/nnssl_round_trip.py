@@ -86,16 +86,16 @@ from nnunetv2.training.nnUNetTrainer.nnUNetTrainer import nnUNetTrainer
 class ShortTrainer(nnUNetTrainer):
     """One epoch of a few steps."""
 
-    def __init__(self, *arguments, **named):
-        super().__init__(*arguments, **named)
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.num_epochs, self.num_iterations_per_epoch, self.num_val_iterations_per_epoch = 1, {steps}, 1
 
 
 class ShortEncoderTrainer(ShortTrainer):
     """The same from the encoder and the stem of a checkpoint, found by its plan; the rest is fresh."""
 
-    def __init__(self, *arguments, **named):
-        super().__init__(*arguments, **named)
+    def __init__(self, plans, configuration, fold, dataset_json, device=torch.device("cuda")):
+        super().__init__(plans, configuration, fold, dataset_json, device)
         self.enable_deep_supervision, self.initial_lr = False, 1e-3
 
     def initialize(self):
@@ -157,7 +157,7 @@ def environment(work: Path) -> Path:
 def _variables(work: Path) -> dict[str, str]:
     """The process' environment, with nnU-Net's folders."""
     own = {f"nnUNet_{name}": str(work / name) for name in ("raw", "preprocessed", "results")}
-    own |= {"nnUNet_extTrainer": str(work / "trainers"), "nnUNet_n_proc_DA": "0", "nnUNet_def_n_proc": "1"}
+    own |= {"nnUNet_extTrainer": str(work / "trainers"), "nnUNet_n_proc_DA": "1", "nnUNet_def_n_proc": "1"}
     own |= {"nnUNet_compile": "false", "MPLBACKEND": "Agg"}
     own["PATH"] = f"{work / 'environment' / 'bin'}:{os.environ['PATH']}"
     for name in ("raw", "preprocessed", "results", "trainers"):
