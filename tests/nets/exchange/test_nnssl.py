@@ -21,7 +21,7 @@ from brainfm.nets.exchange.checkpoint import read_checkpoint
 from brainfm.nets.exchange.nnssl import adaptation_plan, network_weights, reference_names
 from brainfm.nets.resenc import ResEncDecoder, ResEncEncoder
 from brainfm.specs import PreprocessSpec, Provenance
-from tests.nets.test_resenc import SMALL, formula, small_by_formula
+from tests.nets.test_resenc import SMALL, formula, leaves, small_by_formula
 
 LEVELS = 3
 REFERENCE = json.loads((Path(__file__).parents[1] / "resenc_reference.json").read_text())
@@ -231,6 +231,15 @@ def test_a_plan_names_the_network_and_where_its_weights_lie() -> None:
         assert any(name.startswith(plan[key] + ".") for name in names)
     assert all(f"{key}.weight" in names for key in plan["keys_to_in_proj"])
     json.dumps(plan)  # plain values alone
+
+
+def test_resenc_l_goes_out_under_the_956_names_and_shapes_of_the_published_network() -> None:
+    with torch.device("meta"):
+        large = build_backbone("resenc_l")
+    assert isinstance(large, ResEncEncoder)
+    weights = network_weights(large.to_empty(device="cpu"))
+    assert {name: tuple(value.shape) for name, value in weights.items()} == dict(leaves(REFERENCE["names"]))
+    assert len({value.data_ptr() for value in weights.values()}) == 256 + 8  # a storage a tensor, four coarser answers
 
 
 def test_every_alias_shares_its_tensor(tmp_path: Path) -> None:
