@@ -18,6 +18,7 @@ from brainfm import __version__
 from brainfm import verbs as verbs_folder
 from brainfm.errors import BrainfmError, BrainfmWarning, ConfigError
 from brainfm.extras import translated
+from brainfm.settings import keys_of
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -55,7 +56,8 @@ def _main(words: list[str]) -> int:
             print(compose.help_of(verb, rest))
             return 0
         settings = compose.resolve(verb, rest)
-        if hasattr(settings, "command"):
+        kind: type = type(settings)
+        if hasattr(settings, "command") and "command" not in keys_of(kind):  # set by code, not by the user
             settings = replace(settings, command=shlex.join(["brainfm", *words]))
         code: int = import_module(f"{verbs_folder.__name__}.{verb}").run(settings)
         return code

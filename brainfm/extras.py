@@ -14,13 +14,17 @@ DISTRIBUTION = "brainfm-mri"
 # optional package, as it is imported -> the extra of pyproject.toml that brings it
 EXTRA_OF = {
     "SimpleITK": "anatomy",
+    "dcm2niix": "dicom",
     "distributed": "dask",
+    "highdicom": "dicom",
     "jinja2": "report",
     "lightning": "train",
     "matplotlib": "report",
     "monai": "report",
     "nilearn": "anatomy",
+    "onnx": "exchange",
     "pyarrow": "train",
+    "pydicom": "dicom",
     "pynvml": "train",
     "rich": "train",
     "sklearn": "train",

@@ -157,6 +157,8 @@ class Decisions(_Frozen):
         bias: (a, b) of a regression whose answer x becomes (x - a) / b.
         residuals: sorted absolute errors of a regression on held-out cases, after that correction, in its unit: what
             prediction intervals are made of.
+        region: where in a head a structure lies (tasks/place.py), outside of which nothing is looked at; empty:
+            anywhere.
     """
 
     mirror: tuple[int, ...] = ()
@@ -165,6 +167,7 @@ class Decisions(_Frozen):
     temperature: float = 1.0
     bias: tuple[float, float] = (0.0, 1.0)
     residuals: tuple[float, ...] = ()
+    region: tuple[float, ...] = ()
 
 
 @dataclass(frozen=True)

@@ -24,7 +24,7 @@ from brainfm.cli import main, verbs
 from brainfm.errors import ConfigError
 from brainfm.settings import build, dotted, keys_of, plain
 from brainfm.training.settings import PretrainSettings
-from brainfm.verbs.compose import configs, options, resolve, settings_of
+from brainfm.verbs.compose import configs, options, recipes, resolve, settings_of
 from tests.conftest import write_subjects
 
 NEEDED = {
@@ -41,6 +41,11 @@ NEEDED = {
     "evaluate": ["predictions=x", "manifest=y", "out=z"],
     "explain": ["bundle=x", "input.t1=y", "out=z"],
     "report": ["run=x"],
+    "import": ["checkpoint=x", "out=y.safetensors"],
+    "export": ["format=nnssl", "backbone=x", "out=y"],
+    "convert": ["challenge=fomo26", "task=task2", "root=x"],
+    "container": ["challenge=fomo26", "task=task2", "bundle=x", "out=y"],
+    "validate": ["challenge=fomo26", "task=task2", "command=x", "out=y"],
 }
 
 
@@ -70,7 +75,8 @@ def test_every_group_option_composes() -> None:
         found = options(group, keys_of(settings_of(verb)).get(group))
         assert found
         for option in found:
-            resolve(verb, [*NEEDED[verb], f"{group}={option}"])
+            if group != "experiment" or option in recipes(settings_of(verb)):
+                resolve(verb, [*NEEDED[verb], f"{group}={option}"])
 
 
 def test_every_adaptation_of_the_configurations_is_legal() -> None:
@@ -100,7 +106,7 @@ def test_every_experiment_builds() -> None:
     from brainfm.nets.backbone import build_backbone
     from brainfm.objectives.objective import make_objective
 
-    for experiment in options("experiment"):
+    for experiment in recipes(settings_of("pretrain")):
         settings = resolve("pretrain", [*NEEDED["pretrain"], f"experiment={experiment}"])
         sizes = {"groups": 4, "volumes": 101}
         known = {key: count for key, count in sizes.items() if getattr(settings.objective, key, 0) is None}

@@ -49,6 +49,9 @@ MAY_IMPORT: dict[str, set[str]] = {
 FENCES: dict[str, set[str]] = {
     "nibabel": {"imaging.nifti", "imaging.formats", "submission.outputs"},
     "SimpleITK": {"imaging.register", "imaging.geometry", "imaging.anatomy"},
+    "pydicom": {"imaging.dicom"},
+    "highdicom": {"imaging.dicom"},
+    "dcm2niix": {"imaging.dicom"},
     "lightning": {"training"},
     "hydra": {"verbs.compose"},
     "omegaconf": {"verbs.compose"},

@@ -21,6 +21,7 @@ Triple = tuple[int, int, int]
 Lengths = tuple[float, float, float]
 
 _ANISOTROPIC = 3.0  # an axis this many times coarser than both others is made of thick slices
+_SAME = 1e-4  # of an edge: below, over any field of view, the tenth of a voxel is not reached
 _LABELS = 200  # label volumes that are read; more would not move a median
 _HEADERS = 2000
 _TOUCHING = np.ones((3, 3, 3), dtype=bool)
@@ -142,7 +143,8 @@ def choose_patch(found: Fingerprint, strides_last: int, most_voxels: int) -> Tri
 
 
 def choose_spacing(manifest: Manifest) -> Lengths:
-    """The edge lengths of the voxels that suit a manifest's scans, along X, Y, Z, in steps of 0.01 mm.
+    """The edge lengths of the voxels that suit a manifest's scans, along X, Y, Z, in steps of 0.01 mm, or exactly those
+    that half of the scans have: these are then not resampled at all.
 
     Along each axis the median over the scans. Where that makes one axis more than three times as coarse as both
     others, most scans are stacks of thick slices: a grid that fine across them would be mostly interpolated, one that
@@ -160,11 +162,13 @@ def choose_spacing(manifest: Manifest) -> Lengths:
     if not spacings:
         raise ManifestError(f"{manifest.path}: no scan has a header that can be read, expected at least one")
     median = np.median(spacings, axis=0)
+    common = median.copy()
+    shared = np.median(np.abs(np.asarray(spacings) / common - 1), axis=0) <= _SAME
     thick = int(median.argmax())
     others = np.delete(median, thick)
     if median[thick] > _ANISOTROPIC * others.max():
         median[thick] = max(np.percentile(np.asarray(spacings)[:, thick], 10), others.max())
-    return _lengths(median.round(2))
+    return _lengths(np.where(shared & (median == common), common.round(6), median.round(2)))
 
 
 def settled_spacing(manifest: Manifest, store_path: Path) -> Lengths:

@@ -5,7 +5,7 @@ The store and prediction prepare scans with this very function, so a network see
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Self
@@ -21,6 +21,8 @@ from brainfm.imaging.nifti import FileGrid
 from brainfm.imaging.register import Alignment, Head
 from brainfm.specs import PreprocessSpec
 from brainfm.volume import Volume, spacing_of
+
+Box = tuple[slice, slice, slice]
 
 FOREGROUND_POINTS = 4096
 _CANDIDATES = 1 << 14  # voxels that are looked at first to find them
@@ -181,6 +183,11 @@ class _Target:
     def affine_mm(self) -> np.ndarray:
         return geometry.cropped_affine(self.session_affine_mm, self.start)
 
+    def cut(self, box: Box) -> Self:
+        """A part of the crop."""
+        start = _triple(a + side.start for a, side in zip(self.start, box, strict=True))
+        return replace(self, start=start, stop=_triple(a + side.stop for a, side in zip(self.start, box, strict=True)))
+
     def recipe(self, file: FileGrid, stats: Stats | None, moved_mm: np.ndarray | None) -> Recipe:
         return Recipe(
             self.spec,
@@ -206,6 +213,7 @@ def prepare_session(
     *,
     reference: str | None = None,
     anchor: Anchor | None = None,
+    within: Callable[[Shape], Box | None] | None = None,
 ) -> Prepared:
     """Bring the scans and label maps of one visit onto one grid.
 
@@ -221,6 +229,8 @@ def prepare_session(
         labels: file by name; a name that ends in ``_mask`` becomes 0 and 1, any other keeps its values.
         reference: name of the scan whose directions are kept; by default the one with the thinnest slices, then t1.
         anchor: for ``align=rigid``, the first visit of the subject where this is a later one.
+        within: for the shape that the cropped grid would have, the part of it that is wanted: the same voxels as if all
+            were prepared, in the time that this part takes; None: all.
 
     Returns:
         What could be prepared, with the reasons for what could not.
@@ -252,6 +262,9 @@ def prepare_session(
                 frame, lattice = anchor.frame, geometry.lattice(fixed.affine_mm, spec.spacing_mm)
     _leave_out_distant(sources, chosen, alignments, failures)
     target = _settle_target(sources, chosen, lattice, spec)
+    part = within(target.shape) if within is not None else None
+    if part is not None:
+        target = target.cut(part)
     recipes = {name: target.recipe(source.grid, source.stats, source.moved_mm) for name, source in sources.items()}
     foreground = _foreground_points(sources, target)
     arrays = {}
@@ -438,11 +451,18 @@ def restore_probabilities(probabilities: np.ndarray, recipe: Recipe, *, shares: 
     source_affine = np.array(recipe.affine_mm)
     dtype = np.uint8 if len(probabilities) <= 256 else np.uint16
     winner = np.zeros(file_shape, dtype=dtype)
+    boxes: list[tuple[slice, ...] | None] = [tuple(slice(0, size) for size in file_shape)] * len(probabilities)
+    if shares:  # beyond the reach of all other classes class 0 wins unasked
+        least = 0.5 / len(probabilities)
+        boxes = [
+            None,
+            *(_reach_of(each >= least, source_affine, file_shape, file_affine) for each in probabilities[1:]),
+        ]
+        boxes[0] = _hull([box for box in boxes if box is not None])
+    if boxes[0] is None:
+        return np.ascontiguousarray(recipe.file.from_ras(winner))
     best = np.full(file_shape, -np.inf, dtype=np.float32)
-    for index, share in enumerate(probabilities):
-        box: tuple[slice, ...] | None = tuple(slice(0, size) for size in file_shape)
-        if shares and index > 0:
-            box = _reach_of(share >= 0.5 / len(probabilities), source_affine, file_shape, file_affine)
+    for box, (index, share) in zip(boxes, enumerate(probabilities), strict=True):
         if box is None:
             continue
         moved = geometry.resample(
@@ -457,6 +477,13 @@ def restore_probabilities(probabilities: np.ndarray, recipe: Recipe, *, shares: 
         winner[box][better] = index
         np.maximum(best[box], moved, out=best[box])
     return np.ascontiguousarray(recipe.file.from_ras(winner))
+
+
+def _hull(boxes: Sequence[tuple[slice, ...]]) -> tuple[slice, ...] | None:
+    """The smallest box that holds all; None of none."""
+    if not boxes:
+        return None
+    return tuple(slice(min(side.start for side in sides), max(side.stop for side in sides)) for sides in zip(*boxes))
 
 
 def _reach_of(

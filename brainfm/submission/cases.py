@@ -11,12 +11,12 @@ import numpy as np
 from brainfm.errors import ConfigError
 from brainfm.imaging import nifti
 from brainfm.submission.challenge import ChallengeTask, Input
-from brainfm.submission.convert import input_of
+from brainfm.submission.convert import SCANS, input_of
 from brainfm.volume import Volume
 
 KINDS = (
-    "plain", "again", "alternative", "turned", "oblique", "thick", "small", "blank", "one_blank", "few", "corrupt",
-    "typical",
+    "plain", "again", "alternative", "turned", "oblique", "thick", "small", "hot", "blank", "one_blank", "few",
+    "corrupt", "typical",
 )  # fmt: skip
 _PLAIN = ((72, 84, 64), (2.6, 2.6, 2.6))  # shape in voxels, edges in mm
 _OTHER = {"thick": ((128, 144, 20), (1.5, 1.5, 7.0)), "small": ((32, 32, 16), (1.0, 1.0, 1.0))}
@@ -52,6 +52,7 @@ def made(task: ChallengeTask, folder: Path, kinds: Sequence[str] = KINDS) -> lis
     oblique      turned by 20 degrees against the scanner
     thick        20 slices of 7 mm
     small        32 x 32 x 16 voxels of 1 mm, as in a fixture of the organisers
+    hot          one voxel in a hundred is a million times as bright as tissue
     blank        nothing but zeros
     one_blank    one of several scans holds nothing but zeros
     few          neither of the alternatives
@@ -89,6 +90,8 @@ def _made(task: ChallengeTask, kind: str, call: Sequence[Input], folder: Path) -
         volume = _head(order, shape, spacing)
         if kind == "blank" or (kind == "one_blank" and order == len(call) - 1):
             volume = Volume(np.zeros_like(volume.voxels), volume.affine_mm)
+        if kind == "hot":
+            volume = Volume(_with_hot_voxels(volume.voxels, order), volume.affine_mm)
         if kind == "oblique":
             volume = Volume(volume.voxels, _rotation(20.0) @ volume.affine_mm)
         files[one.flag] = folder / f"{one.flag}.nii.gz"
@@ -115,6 +118,12 @@ def _head(order: int, shape: Sequence[int], spacing_mm: Sequence[float]) -> Volu
     return Volume(np.where(radius < 0.8, np.clip(brightness, 1, 4000), 0).astype(np.int16), affine)
 
 
+def _with_hot_voxels(voxels: np.ndarray, seed: int) -> np.ndarray:
+    """One of a hundred voxels of the head a billion, as a division by nearly nothing leaves them."""
+    hot = (np.random.default_rng(seed).random(voxels.shape) < 0.01) & (voxels > 0)
+    return np.where(hot, 1e9, voxels).astype(np.float32)
+
+
 def _rotation(degrees: float) -> np.ndarray:
     """[4, 4], about an axis that is none of the scanner's."""
     axis = np.array([1.0, 2.0, 3.0]) / np.sqrt(14.0)
@@ -131,12 +140,13 @@ def given(task: ChallengeTask, root: Path, most: int | None = None) -> list[Case
     Files are told apart by the organisers' names or by what their names say. Of an embedding every file is a case.
 
     Args:
-        root: e.g. the fine-tuning data's ``preprocessed`` folder.
+        root: e.g. the folder of a task's fine-tuning data, of which ``preprocessed`` is looked at.
         most: the first ones, in alphabetical order; None: all.
 
     Raises: ConfigError where there is none.
     """
     calls = [{one.flag for one in call} for call in task.calls()]
+    root = root / SCANS if (root / SCANS).is_dir() else root
     found = []
     for folder in sorted({path.parent for path in root.rglob("*.nii*")}):
         name = str(folder.relative_to(root)).replace("/", "_") if folder != root else folder.name

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, fields
+from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
@@ -58,7 +58,6 @@ class ChallengeTask:
         folders: names of the task's folder there.
         cases: how many there are.
         shape_vox, spacing_mm: of a typical scan, for timings.
-        prepare, finetune: overrides of these verbs for the task.
     """
 
     challenge: str
@@ -80,8 +79,6 @@ class ChallengeTask:
     cases: int = 0
     shape_vox: tuple[int, int, int] = (192, 256, 256)
     spacing_mm: tuple[float, float, float] = (1.0, 1.0, 1.0)
-    prepare: Mapping[str, Any] = field(default_factory=dict)
-    finetune: Mapping[str, Any] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         where = f"{self.challenge} {self.name}"
@@ -114,13 +111,6 @@ class ChallengeTask:
         for choices in self.groups.values():
             found = [(*chosen, one) for chosen in found for one in choices]
         return found
-
-    def overrides(self, verb: str) -> list[str]:
-        """The preset as words of the command line. Raises: ConfigError for a verb without one."""
-        values = {"prepare": self.prepare, "finetune": self.finetune}.get(verb)
-        if values is None:
-            raise ConfigError(f"{self.id} has no preset for {verb}, expected prepare or finetune")
-        return [f"{key}={_word(value)}" for key, value in values.items()]
 
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
@@ -201,8 +191,10 @@ def read_challenge(name: str) -> Challenge:
         raise ConfigError(f"{path}: incomplete ({error})") from None
 
 
-def _word(value: Any) -> str:
-    """A value as the command line writes it."""
-    if isinstance(value, (list, tuple)):
-        return "[" + ",".join(map(_word, value)) + "]"
-    return str(value).lower() if isinstance(value, bool) else str(value)
+def task_of(name: str) -> ChallengeTask:
+    """The task of a name such as ``fomo26_task2``. Raises: ConfigError where there is none."""
+    challenge, _, task = name.rpartition("_")
+    if challenge not in names():
+        known = ", ".join(f"{each}_taskN" for each in names())
+        raise ConfigError(f"challenge={name}: expected {known.replace(', ', ' or ')}")
+    return read_challenge(challenge).task(task)

@@ -130,8 +130,8 @@ def scale_of(embeddings: np.ndarray, spread: float = SPREAD) -> np.ndarray:
     """Centre and factor that give each feature the same spread over a reference, any unlabelled heads: for `container`.
 
     At this spread most of the probe's rates are good ones, so that choosing among them on 20 heads a class costs
-    little; it may be wrong by three either way (scripts/probe_embeddings.py). What hardly varies is not blown up beyond
-    ten times the typical factor.
+    little; it may be wrong by three either way (scripts/evidence/probe_embeddings.py). What hardly varies is not blown
+    up beyond ten times the typical factor.
 
     Args:
         embeddings: [N, F] of `brainfm embed`, two heads or more.

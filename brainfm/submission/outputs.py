@@ -13,6 +13,7 @@ from typing import Any
 import nibabel as nib
 import numpy as np
 
+from brainfm.errors import ConfigError
 from brainfm.submission.challenge import ChallengeTask
 
 ORGANISERS, STRICTER = "organisers", "stricter"
@@ -67,6 +68,18 @@ def value_of(task: ChallengeTask, output: Path) -> Any:
     if task.ending == ".txt":
         return float(output.read_text())
     return np.load(output, allow_pickle=False) if task.ending == ".npy" else np.asarray(_loaded(output).dataobj)
+
+
+def labels_of(path: Path) -> tuple[np.ndarray, list[float]]:
+    """Whole label values [X, Y, Z] in the file's own axes, and the edges of a voxel in mm.
+
+    Raises: ConfigError where the file cannot be read.
+    """
+    try:
+        image = _loaded(path)
+        return np.asarray(image.dataobj).round().astype(np.int32), [float(e) for e in image.header.get_zooms()[:3]]
+    except Exception as error:  # nibabel raises whatever its formats raise
+        raise ConfigError(f"{path}: cannot be read ({error}), expected a label volume") from None
 
 
 def in_ras(output: Path) -> np.ndarray:

@@ -2,8 +2,10 @@
 
 Beside the script lie ``task.json`` (the task's flags and output), ``settings.json``, and ``bundle/``, or for an
 embedding ``backbone.safetensors`` and ``scale.npy``. Scans are answered as ``brainfm predict`` and ``embed`` do.
-What is added: a scan without any signal counts as not given, and where none is left a harmless answer is written, since
-a case without a file costs more than a poor answer. A file that cannot be read is refused: one sentence, exit code 2.
+What is added, since a case without a file costs more than a poor answer: a scan without any signal counts as not
+given; one that training would refuse for its outliers is clipped; scans that do not fit together are answered from the
+first; and where none is left a harmless answer is written. All of that is said on stderr. A file that cannot be read is
+refused: one sentence, exit code 2.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ import json
 import math
 import os
 import sys
+import tempfile
 import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, fields
@@ -24,6 +27,7 @@ import numpy as np
 
 from brainfm.errors import BrainfmError, BrainfmWarning, BundleError, ConfigError, ScanError
 from brainfm.submission.challenge import ChallengeTask, Input
+from brainfm.submission.mend import check_readable, mended
 
 TASK, SETTINGS, BUNDLE, BACKBONE, SCALE = "task.json", "settings.json", "bundle", "backbone.safetensors", "scale.npy"
 DEBUG = "BRAINFM_DEBUG"  # set: a fault shows its traceback
@@ -110,38 +114,105 @@ def respond(app: Path, task: ChallengeTask, inputs: Mapping[str, Path], output: 
     try:
         _write_answer(app, settings, task, inputs, output, on)
     except ScanError as error:
-        seen = {contrast: file for contrast, file in inputs.items() if not is_blank(file)}
-        if len(seen) == len(inputs):
-            raise
-        blank = ", ".join(contrast for contrast in inputs if contrast not in seen)
-        print(f"note: nothing is to be seen in {blank}", file=sys.stderr)
-        if not seen:
-            _write_blank(task, inputs[on], output)
-        elif on in seen or task.kind != "segmentation":
-            _write_answer(app, settings, task, seen, output, on if on in seen else next(iter(seen)))
+        with tempfile.TemporaryDirectory(prefix="brainfm") as folder:
+            _write_all_the_same(app, settings, task, inputs, output, Path(folder), error)
+
+
+def _write_all_the_same(
+    app: Path,
+    settings: AppSettings,
+    task: ChallengeTask,
+    inputs: Mapping[str, Path],
+    output: Path,
+    folder: Path,
+    error: ScanError,
+) -> None:
+    """An answer to scans that the library refuses: from what is left of them, from the first of these, or a blank one.
+
+    Args:
+        folder: for mended copies.
+        error: why they were refused.
+
+    Raises: ScanError where a file cannot be read.
+    """
+    for file in inputs.values():
+        check_readable(file)
+    seen = _seen(inputs, folder)
+    tries = [seen, dict(list(seen.items())[:1])] if seen else []
+    if seen == inputs:
+        tries = tries[1:]
+        _say(str(error))
+    for number, chosen in enumerate(tries):
+        try:
+            if number or chosen != seen:
+                _say(f"answered from {', '.join(chosen)} alone")
+            _write_answer(app, settings, task, chosen, output, next(iter(chosen)), like=next(iter(inputs.values())))
+            return
+        except ScanError as again:
+            _say(str(again))
+    _write_blank(task, next(iter(inputs.values())), output)
+
+
+def _seen(inputs: Mapping[str, Path], folder: Path) -> dict[str, Path]:
+    """The scans that show anything, mended where they have to be."""
+    seen = {}
+    for contrast, file in inputs.items():
+        copy = folder / f"{contrast}.nii"
+        said = mended(file, copy)
+        if said:
+            _say(f"{file}: {said}")
+            seen[contrast] = copy
+        elif is_blank(file):
+            _say(f"nothing is to be seen in {contrast}")
         else:
-            raise ScanError(f"{error}; the mask is to lie on its grid") from None
+            seen[contrast] = file
+    return seen
 
 
 def is_blank(path: Path) -> bool:
-    """Whether all voxels of a file have one value. Raises: ScanError where it cannot be read."""
+    """Whether all voxels of a file have one value, or none is a number. Raises: ScanError where it cannot be read."""
     from brainfm.imaging import nifti
+    from brainfm.imaging.formats import open_scan
 
-    voxels = nifti.read(path, compact=True)[0].voxels
-    return bool(voxels.min() == voxels.max())
+    voxels = open_scan(path).stored(nifti.read_header(path).grid.shape_vox)
+    return bool(voxels.min() == voxels.max()) or not np.isfinite(voxels).any()
+
+
+def _say(what: str) -> None:
+    print(f"note: {what}", file=sys.stderr)
 
 
 # ---- answers ---------------------------------------------------------------------------------------------------------
 
 
 def _write_answer(
-    app: Path, settings: AppSettings, task: ChallengeTask, inputs: Mapping[str, Path], output: Path, on: str
+    app: Path,
+    settings: AppSettings,
+    task: ChallengeTask,
+    inputs: Mapping[str, Path],
+    output: Path,
+    on: str,
+    like: Path | None = None,
 ) -> None:
+    """The library's answer.
+
+    Args:
+        on: the contrast on whose grid a mask lies.
+        like: of a mask, the file on whose grid it is written where that is another place.
+    """
     from brainfm.imaging.nifti import write_mask
     from brainfm.inference.predict import predict
     from brainfm.tasks.answers import SessionAnswer
 
     dense = task.kind == "segmentation"
+    if dense and like is not None and not _same_grid(inputs[on], like):
+        from brainfm.tasks.bundle import load_engine
+        from brainfm.tasks.registry import kind_of
+
+        engine = load_engine(app / BUNDLE, settings.device, settings.precision, settings.overlap)
+        kind = kind_of(engine.task.kind)
+        kind.write(output, kind.answer(engine, dict(inputs), on, like=like), like)
+        return
     found = predict(
         app / BUNDLE, inputs, output if dense else None, on,
         device=settings.device, precision=settings.precision, overlap=settings.overlap,
@@ -153,6 +224,13 @@ def _write_answer(
     elif task.empty == "refused" and not found.any():
         found[tuple(size // 2 for size in found.shape)] = int(task.high)
         write_mask(output, found, inputs[on])
+
+
+def _same_grid(one: Path, other: Path) -> bool:
+    from brainfm.imaging import nifti
+
+    a, b = (nifti.read_header(path).grid for path in (one, other))
+    return a.same_place(b) and a.orientation == b.orientation
 
 
 def in_range(text: str, task: ChallengeTask) -> str:
@@ -189,16 +267,29 @@ def _write_embedding(app: Path, settings: AppSettings, file: Path, output: Path)
         raise ConfigError(f"{app / SCALE}: cannot be read ({error})") from None
     try:
         raw = embedding(app / BACKBONE, settings, file)
-    except ScanError:
-        if not is_blank(file):
-            raise
-        print("note: nothing is to be seen in the scan", file=sys.stderr)
-        raw = scale[0]  # the middle of all heads
+    except ScanError as error:
+        check_readable(file)
+        with tempfile.TemporaryDirectory(prefix="brainfm") as folder:
+            found = _embedding_all_the_same(app, settings, file, Path(folder), error)
+        raw = scale[0] if found is None else found  # the middle of all heads
     if scale.ndim != 2 or scale.shape != (2, len(raw)):
         raise ConfigError(f"{app / SCALE} has the shape {scale.shape}, expected (2, {len(raw)}) as the embedding needs")
     buffer = io.BytesIO()
     np.save(buffer, scaled(raw, scale), allow_pickle=False)
     _write_whole(output, buffer.getvalue())
+
+
+def _embedding_all_the_same(
+    app: Path, settings: AppSettings, file: Path, folder: Path, error: ScanError
+) -> np.ndarray | None:
+    """[F] of a scan that the library refuses, mended; None where that does not help."""
+    seen = _seen({"the scan": file}, folder)
+    if not seen:
+        return None
+    if file in seen.values():
+        _say(str(error))
+        return None
+    return embedding(app / BACKBONE, settings, next(iter(seen.values())))
 
 
 def embedding(backbone: Path, settings: AppSettings, file: Path) -> np.ndarray:

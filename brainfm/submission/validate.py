@@ -18,14 +18,14 @@ from pathlib import Path
 import numpy as np
 
 from brainfm.errors import ConfigError
-from brainfm.files import write_whole
+from brainfm.files import write_table, write_whole
 from brainfm.submission import sandbox
 from brainfm.submission.cases import Case
 from brainfm.submission.challenge import ChallengeTask
 from brainfm.submission.outputs import ORGANISERS, STRICTER, Check, check_output, in_ras, value_of
 from brainfm.submission.sandbox import Ran
 
-REPORT = "validation.json"
+REPORT, TABLE = "validation.json", "validation.csv"
 _APP = "/app/predict.py"
 _TEMPORARY = "tmp"  # below the folder of a run: what a container has as /tmp
 _MOST_SAID = 160  # characters of what a program printed
@@ -112,7 +112,7 @@ def validate(
     limit_s: float = 120.0,
     progress: Callable[[int, int], None] = lambda done, total: None,
 ) -> Verdict:
-    """Runs a submission on every case and writes ``validation.json``.
+    """Runs a submission on every case and writes ``validation.json`` and, a line a check, ``validation.csv``.
 
     Args:
         cases: `cases.made`, `cases.given`, or both.
@@ -149,7 +149,14 @@ def validate(
     verdict = Verdict(task.id, tuple(checks), seconds, _isolation(launcher))
     report = {**asdict(verdict), "accepted": verdict.accepted, "passed": verdict.passed}
     write_whole(out / REPORT, (json.dumps(report, indent=1) + "\n").encode())
+    columns = ["case", "check", "whose", "passed", "sentence", "case_seconds"]
+    rows = [[c.case, c.name, c.whose, int(c.passed), c.sentence, _seconds(seconds.get(c.case))] for c in checks]
+    write_table(out / TABLE, columns, rows)
     return verdict
+
+
+def _seconds(value: float | None) -> str:
+    return "" if value is None else f"{value:.2f}"
 
 
 def preflight(launcher: Launcher) -> list[Check]:

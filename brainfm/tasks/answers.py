@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from collections.abc import Collection, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +60,15 @@ class SessionAnswer:
             return {"answer": self.answer, "low": self.low, "high": self.high}
         answer = " ".join(self.answer) if isinstance(self.answer, list) else self.answer
         return {"answer": answer, **{f"p_{name}": value for name, value in self.probabilities.items()}}
+
+
+def read_answer(path: Path) -> SessionAnswer:
+    """Of a file that ``predict`` wrote. Raises: ConfigError where it did not."""
+    try:
+        values = json.loads(path.read_text(encoding="utf-8"))
+        return replace(SessionAnswer(**values), contrasts=tuple(values["contrasts"]))
+    except (OSError, ValueError, TypeError, KeyError) as error:
+        raise ConfigError(f"{path} is not an answer that brainfm predict wrote ({error})") from None
 
 
 def mask_name(key: Key, target: str, ending: str = ".nii.gz") -> str:

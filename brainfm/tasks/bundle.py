@@ -33,6 +33,7 @@ from brainfm.nets.cpu import keep_freed_memory
 from brainfm.nets.transfer import transfer
 from brainfm.seen import SeenSubjects
 from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
+from brainfm.tasks import place
 from brainfm.tasks.engine import Engine, PathLike, settle_device, settle_precision
 from brainfm.tasks.registry import build_task, kind_of
 from brainfm.tasks.task import Task
@@ -336,6 +337,7 @@ def _done(decisions: Decisions, unit: str) -> str:
         if decisions.mirror else "",
         "only the largest connected part of each label" if decisions.largest_component else "",
         f"no connected part below {decisions.min_ml:g} ml" if decisions.min_ml else "",
+        place.words(decisions.region),
         f"logits divided by a temperature of {decisions.temperature:.3g}" if decisions.temperature != 1 else "",
         f"(answer - {a:.4g}{f' {unit}' if unit else ''}) / {b:.4g}" if (a, b) != (0, 1) else "",
     ]  # fmt: skip

@@ -11,6 +11,7 @@ import torch
 from brainfm.errors import ConfigError
 from brainfm.seen import SeenSubjects
 from brainfm.specs import Decisions, PreprocessSpec, TaskSpec
+from brainfm.tasks.place import Box, box_of
 from brainfm.tasks.windows import Network
 
 PathLike = str | os.PathLike[str]
@@ -42,6 +43,10 @@ class Engine:
     overlap: float = 0.5
     decisions: Decisions = field(default_factory=Decisions)
     seen: SeenSubjects | None = None
+
+    def region(self, shape_vox: tuple[int, int, int]) -> Box | None:
+        """Where in a prepared head of this shape anything is looked for; None: everywhere."""
+        return box_of(self.decisions.region, shape_vox, self.preprocess.spacing_mm, self.task.patch_vox)
 
 
 def in_order(contrasts: Iterable[str], task: TaskSpec) -> list[str]:

@@ -18,7 +18,10 @@ from typing import Any
 from brainfm.errors import ConfigError
 from brainfm.settings import Key, UnknownKey, build, check_keys, defaults, keys_of, shown, verbatim, words
 
-RECIPES = "experiment"  # a group whose options change the settings as a whole; of verbs with a class attribute RECIPES
+# A group whose options change the settings as a whole; of verbs with a class attribute RECIPES. An option is one of
+# every verb that has all of its keys.
+RECIPES = "experiment"
+_OVERRIDE = "override /"  # before a group that a recipe chooses an option of
 _HEAD = re.compile(r"(?:#.*\n)*")
 _WIDEST = 44  # columns of key=value in help
 
@@ -39,6 +42,30 @@ def options(group: str, key: Key | None = None) -> list[str]:
     """What may follow ``group=``."""
     named = key.group.named if key is not None and key.group is not None else {}
     return sorted({path.stem for path in (configs() / group).glob("*.yaml")} | set(named))
+
+
+def recipes(kind: type) -> list[str]:
+    """What may follow ``experiment=`` for settings of this class."""
+    if not hasattr(kind, "RECIPES"):
+        return []
+    known = set(keys_of(kind))
+    return [
+        name for name in options(RECIPES) if {*(recipe := _recipe(name)), *_chosen_by(recipe)} - {"defaults"} <= known
+    ]
+
+
+def _recipe(name: str) -> dict[str, Any]:
+    """A recipe's file."""
+    import yaml
+
+    return yaml.safe_load((configs() / RECIPES / f"{name}.yaml").read_text()) or {}
+
+
+def _chosen_by(recipe: Mapping[str, Any]) -> dict[str, str]:
+    """Options of groups that a recipe chooses."""
+    return {
+        group.removeprefix(_OVERRIDE): option for one in recipe.get("defaults", []) for group, option in one.items()
+    }
 
 
 def resolve(verb: str, overrides: Sequence[str]) -> Any:
@@ -79,17 +106,18 @@ def _groups(kind: type) -> dict[str, Key]:
 def chosen(kind: type, given: Mapping[str, str]) -> dict[str, str]:
     """The option of each group, as far as the words and the defaults say. Raises: ConfigError for one that is none."""
     found = {}
+    recipe = given.get(RECIPES, "null") if hasattr(kind, "RECIPES") else "null"
+    if recipe != "null" and recipe not in recipes(kind):
+        raise ConfigError(f"{RECIPES}={recipe}: expected one of {', '.join(recipes(kind))}")
+    of_recipe = _chosen_by(_recipe(recipe)) if recipe != "null" else {}
     for name, key in _groups(kind).items():
         assert key.group is not None
-        value = given.get(name, key.group.default)
+        value = given.get(name, of_recipe.get(name, key.group.default))
         if value in key.group.gone:
             raise ConfigError(f"{name}={value} is no option any more, expected {key.group.gone[value]}")
         if value not in options(name, key):
             raise ConfigError(f"{name}={value}: expected one of {', '.join(options(name, key))}")
         found[name] = value
-    recipe = given.get(RECIPES, "null") if hasattr(kind, "RECIPES") else "null"
-    if recipe != "null" and recipe not in options(RECIPES):
-        raise ConfigError(f"{RECIPES}={recipe}: expected one of {', '.join(options(RECIPES))}")
     return found
 
 
@@ -158,13 +186,13 @@ def _store(verb: str, kind: type) -> Iterator[None]:
     store.repo = dict(before)
     choices: list[Any] = [{name: key.group.default} for name, key in groups.items() if key.group is not None]
     over = {name: dict(key.group.over) for name, key in groups.items() if key.group is not None and key.group.over}
-    recipes = [{f"optional {RECIPES}": None}] if hasattr(kind, "RECIPES") else []
+    last = [{f"optional {RECIPES}": None}] if hasattr(kind, "RECIPES") else []
     try:
-        store.store(name=verb, node={"defaults": [*choices, "_self_", *recipes], **defaults(kind), **over})
+        store.store(name=verb, node={"defaults": [*choices, "_self_", *last], **defaults(kind), **over})
         for name, key in groups.items():
             for option in options(name, key):
                 store.store(group=name, name=option, node=_option(name, key, option))
-        for recipe in options(RECIPES) if recipes else []:
+        for recipe in recipes(kind):
             node = OmegaConf.load(configs() / RECIPES / f"{recipe}.yaml")
             store.store(group=RECIPES, name=recipe, node=node, package="_global_")
         yield
@@ -197,7 +225,7 @@ def help_of(verb: str, overrides: Sequence[str] = ()) -> str:
         else:
             lines += _lines(inner, values[name], f"{name}.")
     if hasattr(kind, "RECIPES"):
-        lines += ["", f"{RECIPES}={'|'.join(options(RECIPES))}   {kind.RECIPES}"]
+        lines += ["", f"{RECIPES}={'|'.join(recipes(kind))}   {kind.RECIPES}"]
     return "\n".join(lines)
 
 

@@ -28,7 +28,7 @@ def answer(engine: Engine, files: Mapping[str, Path], reference: str, grid: File
     Raises:
         ScanError: where any file cannot be used: what the user gave is used or refused, never dropped in silence.
     """
-    prepared = prepare_session(files, {}, engine.preprocess, reference=reference)
+    prepared = prepare_session(files, {}, engine.preprocess, reference=reference, within=engine.region)
     if prepared.failures:
         raise ScanError(next(iter(prepared.failures.values())))
     order = in_order(files, engine.task)
@@ -37,7 +37,7 @@ def answer(engine: Engine, files: Mapping[str, Path], reference: str, grid: File
     probabilities = _mean_probabilities(engine, image, torch.ones(len(files), dtype=torch.bool))
     if grid is not None:
         recipe = replace(recipe, file=grid)
-    indices = restore_probabilities(probabilities.numpy(), recipe)
+    indices = restore_probabilities(probabilities.numpy(), recipe, shares=True)
     spacing_mm = np.linalg.norm(np.array(recipe.file.affine_mm)[:3, :3], axis=0)
     indices = cleanup.apply(indices, engine.decisions, spacing_mm.tolist())
     return np.asarray(engine.task.values, dtype=np.uint8)[indices]

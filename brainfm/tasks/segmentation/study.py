@@ -6,11 +6,13 @@ import hashlib
 import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
+from scipy import ndimage
 from torch.utils.data import Dataset
 
 from brainfm.data.fingerprint import choose_patch, fingerprint
@@ -28,6 +30,7 @@ from brainfm.scoring.masks import dice, instance_scores, volume_ml
 from brainfm.seeds import stream
 from brainfm.specs import Decisions, TaskSpec
 from brainfm.study.shortcuts import audit
+from brainfm.tasks import place
 from brainfm.tasks.segmentation import baselines, cleanup
 from brainfm.tasks.segmentation.cases import LabelledCase, TaskPatches, class_shares, find_cases, whole_case
 from brainfm.tasks.segmentation.losses import SegmentationLoss
@@ -59,6 +62,7 @@ class SegmentationStudy(Study):
 
     settings: SegmentationSettings
     primary, larger_is_better, takes_decoder = "dice", True, True
+    cases: tuple[Any, ...] = ()
 
     def __init__(
         self, store: Store, settings: SegmentationSettings, mirror: Sequence[int] = (), clean: bool = True
@@ -196,7 +200,8 @@ class SegmentationStudy(Study):
             said.append(f"{_words(decisions)}: {gain:+.4f} Dice on held-out cases{kept}")
         if len(folds) < 2 and count > 1:
             said.append("nothing is decided on one fold")
-        return Decided(Decisions.from_dict(rows[0]["variants"][chosen]["decisions"]), reported, tuple(said))
+        decisions = Decisions.from_dict(rows[0]["variants"][chosen]["decisions"])
+        return Decided(replace(decisions, region=self._region), reported, tuple(filter(None, (*said, self._place()))))
 
     def score(self, rows: Sequence[Row], seed: int) -> Scored:
         groups = subjects_of(rows)
@@ -256,6 +261,22 @@ class SegmentationStudy(Study):
             "metric": "dice", "difference": difference.mean, "low": difference.low, "high": difference.high,
             "p": p, "n": len(mine),
         }  # fmt: skip
+
+    @cached_property
+    def _region(self) -> tuple[float, ...]:
+        """Where in the heads the structure lies, where that is one place."""
+        if not self.cases:
+            return ()
+        boxes = []
+        for case in self.cases:
+            found = ndimage.find_objects((self.store.volume(case.session, case.label) != 0).astype(np.uint8))
+            boxes.append(found[0] if found else None)
+        people = [case.session.subject_key for case in self.cases]
+        return place.learned([case.session.shape for case in self.cases], boxes, people, self.store.spec.spacing_mm)
+
+    def _place(self) -> str:
+        words = place.words(self._region)
+        return words and f"{self.spec.target}: {words}"
 
     # ---- pieces ------------------------------------------------------------------------------------------------------
 

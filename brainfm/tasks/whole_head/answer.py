@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import replace
 from pathlib import Path
@@ -86,12 +85,3 @@ def check_answer_file(path: Path) -> Path:
 def write_answer(path: Path, answer: SessionAnswer) -> None:
     """JSON with all that is known, or, where the name ends in .txt, the bare numbers."""
     write_text(path, answer.to_text() if path.suffix == ".txt" else answer.to_json())
-
-
-def read_answer(path: Path) -> SessionAnswer:
-    """Raises: ConfigError where the file is not as write_answer wrote it."""
-    try:
-        values = json.loads(path.read_text(encoding="utf-8"))
-        return replace(SessionAnswer(**values), contrasts=tuple(values["contrasts"]))
-    except (OSError, ValueError, TypeError, KeyError) as error:
-        raise ConfigError(f"{path} is not an answer that brainfm predict wrote ({error})") from None

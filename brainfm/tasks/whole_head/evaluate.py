@@ -16,10 +16,9 @@ from brainfm.errors import ManifestError
 from brainfm.scoring.calibration import expected_calibration_error
 from brainfm.scoring.intervals import bootstrap
 from brainfm.specs import TaskSpec
-from brainfm.tasks.answers import Key, SessionAnswer
+from brainfm.tasks.answers import Key, SessionAnswer, read_answer
 from brainfm.tasks.evaluator import Evaluator
 from brainfm.tasks.registry import answer_name
-from brainfm.tasks.whole_head.answer import read_answer
 from brainfm.tasks.whole_head.scores import answer_score, answer_scores
 from brainfm.tasks.whole_head.sorts import read_session, sort_of
 

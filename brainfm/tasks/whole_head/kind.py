@@ -95,7 +95,7 @@ class WholeHead(Kind):
         return [cells[column] for column in self.columns(spec)]
 
     def kept_cells(self, path: Path, spec: TaskSpec, like: Path) -> list[object]:
-        from brainfm.tasks.whole_head.answer import read_answer
+        from brainfm.tasks.answers import read_answer
 
         return self.cells(read_answer(path), spec, like)
 

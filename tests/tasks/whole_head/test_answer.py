@@ -15,7 +15,7 @@ from brainfm.errors import ConfigError, ScanError
 from brainfm.nets.backbone import build_backbone
 from brainfm.scoring.calibration import conformal_quantile
 from brainfm.specs import Decisions, PreprocessSpec, TaskSpec
-from brainfm.tasks.answers import SessionAnswer
+from brainfm.tasks.answers import SessionAnswer, read_answer
 from brainfm.tasks.engine import Engine
 from brainfm.tasks.registry import kind_of
 from brainfm.tasks.whole_head.answer import (
@@ -23,7 +23,6 @@ from brainfm.tasks.whole_head.answer import (
     check_answer_file,
     decided,
     raw_answers,
-    read_answer,
     write_answer,
 )
 from brainfm.tasks.whole_head.network import WholeHeadTask

@@ -1,6 +1,6 @@
 """The linear probe of FOMO26 tasks 6 and 7 on real heads: what the scale of an embedding does to it.
 
-python scripts/probe_embeddings.py DATA3D [--backbone FILE] [--splits 20] [--cache FEATURES.npz]
+python scripts/evidence/probe_embeddings.py DATA3D [--backbone FILE] [--splits 20] [--cache FEATURES.npz]
 
 Heads of IXI (DATA3D/ixi2mm) are asked for sex and for the decade of age, raw, at unit length, and with every feature
 brought to one spread over heads of another site (DATA3D/ds002748_2mm), which is what `container` stores as scale.npy.

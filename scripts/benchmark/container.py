@@ -1,6 +1,6 @@
 """Speed of a staged submission from a cold start, and what the time goes into: fresh processes on one core.
 
-python scripts/benchmark_container.py APP [--repeats 3]     (APP: the folder that `container` staged)
+python scripts/benchmark/container.py APP [--repeats 3]     (APP: the folder that `container` staged)
 
 Processor seconds do not depend on what else the machine does, wall seconds do; both are shown.
 """

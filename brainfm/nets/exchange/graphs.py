@@ -1,0 +1,81 @@
+"""Networks as graphs that run without brainfm: ONNX, torch.export and TorchScript, for any number of cases at once."""
+
+from __future__ import annotations
+
+import io
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brainfm.errors import ConfigError
+from brainfm.extras import demand
+from brainfm.files import write_whole
+from brainfm.nets.cpu import swap_out
+
+KINDS = {"onnx": ".onnx", "torch_export": ".pt2", "torchscript": ".pt"}
+_OPSET = 17  # the first whose instance norm and layer norm every runtime of today knows
+
+
+def write_graph(
+    path: Path, kind: str, network: nn.Module, example: Tensor, outputs: Sequence[str], about: Mapping[str, Any]
+) -> None:
+    """Writes what a network computes from one image tensor.
+
+    The first axis, the cases, may have any length afterwards; all others are those of the example. The network keeps
+    its values and gets its ordinary layers (nets/cpu.swap_out).
+
+    Args:
+        path: with the ending of the kind (KINDS).
+        network: in eval mode, on the CPU; gives one tensor or several.
+        example: [B, ...] with at least two cases.
+        outputs: names of what it gives.
+        about: what the file says of itself, JSON-able: ONNX metadata, or a file ``brainfm.json`` inside.
+
+    Raises:
+        ConfigError: for an ending that is not the kind's, or where the package onnx is missing.
+        FileError: where the file cannot be written.
+    """
+    if path.suffix != KINDS[kind]:
+        raise ConfigError(f"out={path}: expected a file *{KINDS[kind]} for format={kind}")
+    ordinary, text = swap_out(network), json.dumps(dict(about))
+    write = {"onnx": _onnx, "torch_export": _exported, "torchscript": _traced}[kind]
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # tracing warns of every check of a shape
+        write_whole(path, write(ordinary, example, outputs, text))
+
+
+def _onnx(network: nn.Module, example: Tensor, outputs: Sequence[str], about: str) -> bytes:
+    demand("onnx", "export format=onnx")
+    import onnx
+
+    names = list(outputs)
+    with TemporaryDirectory() as folder:
+        file = Path(folder) / "network.onnx"
+        torch.onnx.export(
+            network, (example,), file, input_names=["image"], output_names=names, opset_version=_OPSET, dynamo=False,
+            dynamic_axes={name: {0: "cases"} for name in ["image", *names]},
+        )  # fmt: skip
+        model = onnx.load(file)
+    onnx.helper.set_model_props(model, {"brainfm": about})
+    onnx.checker.check_model(model)
+    return bytes(model.SerializeToString())
+
+
+def _exported(network: nn.Module, example: Tensor, _outputs: Sequence[str], about: str) -> bytes:
+    shapes = ({0: torch.export.Dim("cases", min=1, max=64)},)
+    program, held = torch.export.export(network, (example,), dynamic_shapes=shapes), io.BytesIO()
+    torch.export.save(program, held, extra_files={"brainfm.json": about})
+    return held.getvalue()
+
+
+def _traced(network: nn.Module, example: Tensor, _outputs: Sequence[str], about: str) -> bytes:
+    held = io.BytesIO()
+    traced = torch.jit.trace(network, (example,), check_trace=False)
+    torch.jit.save(traced, held, _extra_files={"brainfm.json": about})
+    return held.getvalue()

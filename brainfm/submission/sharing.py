@@ -1,0 +1,227 @@
+"""Models for sharing: one graph of a bundle, a folder for a model hub, and a bundle of MONAI's."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from brainfm import __version__
+from brainfm.errors import ConfigError
+from brainfm.files import write_folder, write_text
+from brainfm.nets.backbone_file import LoadedBackbone
+from brainfm.nets.cpu import swap_out
+from brainfm.nets.exchange.graphs import write_graph
+from brainfm.tasks.bundle import Bundle
+
+
+class MeanProbabilities(nn.Module):
+    """A segmenting bundle on one window: [B, M, X, Y, Z] standardised voxels of all its contrasts, in its order ->
+    [B, K, X, Y, Z] probabilities, the mean over its members."""
+
+    def __init__(self, members: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.members = nn.ModuleList(members)
+
+    def forward(self, image: Tensor) -> Tensor:
+        answers = [torch.softmax(member(image), dim=1) for member in self.members]
+        return torch.stack(answers).mean(0)
+
+
+def bundle_graph(bundle: Bundle) -> tuple[nn.Module, Tensor, tuple[str, ...], dict[str, Any]]:
+    """Network, example of two windows, names of what it gives, and what is to be said of it.
+
+    Raises: ConfigError for a bundle that answers for a whole head: its views are made by predict alone.
+    """
+    task = bundle.task
+    if task.kind != "segmentation":
+        raise ConfigError(
+            f"{bundle.path}: answers for a whole head from views that brainfm makes; expected a segmentation's bundle"
+        )
+    example = torch.randn(2, len(task.contrasts), *task.patch_vox)
+    about = {
+        "brainfm": __version__, "fingerprint": bundle.fingerprint, "task": task.to_dict(),
+        "preprocess": bundle.preprocess.to_dict(), "decisions": bundle.decisions.to_dict(),
+        "input": f"image: [cases, {', '.join(task.contrasts)}, X, Y, Z], RAS+, prepared as `preprocess` says",
+    }  # fmt: skip
+    return swap_out(MeanProbabilities(bundle.networks).eval()), example, ("probabilities",), about
+
+
+def backbone_graph(
+    loaded: LoadedBackbone, patch_vox: tuple[int, int, int] | None = None
+) -> tuple[nn.Module, Tensor, tuple[str, ...], dict[str, Any]]:
+    """The same of an encoder: one channel in, its maps out. Raises: ConfigError for a patch that does not fit."""
+    backbone, patch = loaded.backbone, patch_vox or loaded.patch_vox
+    backbone.check_patch(patch)
+    about = {
+        "brainfm": __version__, "fingerprint": loaded.fingerprint, "backbone": backbone.config,
+        "preprocess": loaded.preprocess.to_dict(), "strides": list(backbone.strides), "widths": list(backbone.widths),
+        "input": "image: [cases, 1, X, Y, Z], RAS+, prepared as `preprocess` says",
+    }  # fmt: skip
+    names = tuple(f"map_{stride}" for stride in backbone.strides)
+    return swap_out(backbone), torch.randn(2, 1, *patch), names, about
+
+
+# ---- a folder for a hub ----------------------------------------------------------------------------------------------
+
+
+def write_hub_folder(out: Path, source: Path, about: Mapping[str, Any], card: str, licence: str) -> None:
+    """A folder that can be pushed to a model hub as it is: ``config.json``, ``README.md`` with its front matter, and
+    ``model.safetensors``, or the bundle untouched in ``bundle/``. Nothing is sent anywhere.
+
+    Args:
+        source: a backbone file or a bundle.
+        about: what ``config.json`` holds.
+        card: the model card's text.
+        licence: an identifier as hubs know them, e.g. ``cc-by-4.0``; the weights', which their data decide.
+
+    Raises: ConfigError where the folder holds something; FileError.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: is there already; expected a free place for a folder")
+    front = ["---", f"license: {licence}", "library_name: brainfm", "tags: [mri, brain, medical-imaging]", "---", ""]
+    contents = {
+        "config.json": (json.dumps(dict(about), indent=2) + "\n").encode(),
+        "README.md": ("\n".join(front) + card).encode(),
+    }
+    if source.is_dir():
+        write_folder(out / "bundle", {path.name: path.read_bytes() for path in sorted(source.iterdir())})
+        for name, content in contents.items():
+            write_text(out / name, content.decode())
+    else:
+        write_folder(out, contents | {"model.safetensors": source.read_bytes()})
+
+
+def backbone_card(loaded: LoadedBackbone) -> str:
+    """A model card of a backbone: what it is, what it saw, how it is used."""
+    backbone, spec, origin = loaded.backbone, loaded.preprocess, loaded.provenance
+    size = sum(p.numel() for p in backbone.parameters()) / 1e6
+    seen = f"{origin.samples:,} samples, {origin.steps:,} steps, {origin.hours:g} hours" if origin.steps else "not told"
+    beside = "the skip decoder that was trained with it" if loaded.decoder is not None else "no decoder"
+    maps = ", ".join(f"{width} channels at stride {s}" for width, s in zip(backbone.widths, backbone.strides))
+    spacing, (low, high) = " x ".join(f"{edge:g}" for edge in spec.spacing_mm), spec.clip_percentiles
+    return f"""# {backbone.config["name"]}: a 3D brain-MRI encoder
+
+{size:.1f} million parameters, pre-trained with `{loaded.objective["name"]}`, and {beside}. One channel in: any
+contrast, each by itself. Maps out: {maps}.
+
+| | |
+|---|---|
+| scans | RAS+, {spacing} mm, clipped at percentiles {low:g} and {high:g} of the head, then standardised over it |
+| trained on | patches of {" x ".join(map(str, loaded.patch_vox))} voxels |
+| training | {seen} |
+| fingerprint | `{loaded.fingerprint}` |
+
+```
+pip install brainfm-mri
+brainfm finetune task=segmentation task.target=lesion store=STORE run=RUN backbone_from=model.safetensors
+python -c "import brainfm; print(brainfm.load('model.safetensors'))"
+```
+
+Research software, no medical device.
+"""
+
+
+# ---- MONAI -----------------------------------------------------------------------------------------------------------
+
+
+def write_monai_bundle(out: Path, bundle: Bundle, licence: str) -> None:
+    """A bundle as MONAI's tools run it: ``configs/metadata.json``, ``configs/inference.json``, ``models/model.ts``.
+
+    MONAI prepares scans with its own transforms: the same axes, voxel size and windows, but intensities standardised
+    without clipping over what is not 0, and no crop. Answers differ from brainfm's by that.
+
+    Raises: ConfigError where the folder holds something, or the bundle answers for a whole head; FileError.
+    """
+    if out.exists() and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: is there already; expected a free place for a folder")
+    network, example, names, about = bundle_graph(bundle)
+    write_text(out / "configs" / "metadata.json", json.dumps(_metadata(bundle, licence), indent=2) + "\n")
+    write_text(out / "configs" / "inference.json", json.dumps(_inference(bundle), indent=2) + "\n")
+    write_text(out / "docs" / "README.md", (bundle.path / "README.md").read_text(encoding="utf-8") + _DIFFERS)
+    write_graph(out / "models" / "model.pt", "torchscript", network, example, names, about)
+    (out / "models" / "model.pt").replace(out / "models" / "model.ts")
+
+
+_DIFFERS = """
+## In MONAI
+
+`python -m monai.bundle run --config_file configs/inference.json --bundle_root .` labels the scans of `inputs/`. MONAI
+prepares them with its own transforms: intensities are standardised over what is not 0, without clipping, and nothing is
+cropped; `brainfm predict` does more, and its answers are those that were scored.
+"""
+
+
+def _metadata(bundle: Bundle, licence: str) -> dict[str, Any]:
+    task, patch = bundle.task, list(bundle.task.patch_vox)
+    channels = {str(index): contrast for index, contrast in enumerate(task.contrasts)}
+    classes = {str(index): "background" if not index else f"{task.target} {v}" for index, v in enumerate(task.values)}
+    return {
+        "schema": "https://github.com/Project-MONAI/MONAI-extra-test-data/releases/download/0.8.1/meta_schema_20240725.json",
+        "version": __version__,
+        "changelog": {__version__: "exported by brainfm"},
+        "monai_version": "1.4.0", "pytorch_version": torch.__version__.split("+")[0], "numpy_version": "1.26.4",
+        "name": f"brainfm {task.target}",
+        "task": f"{task.target} in brain MRI",
+        "description": f"A brainfm bundle, fingerprint {bundle.fingerprint}",
+        "authors": "see docs/README.md", "copyright": licence,
+        "network_data_format": {
+            "inputs": {"image": {
+                "type": "image", "format": "magnitude", "modality": "MR", "num_channels": len(task.contrasts),
+                "spatial_shape": patch, "dtype": "float32", "value_range": [], "is_patch_data": True,
+                "channel_def": channels,
+            }},
+            "outputs": {"pred": {
+                "type": "probabilities", "format": "segmentation", "num_channels": task.classes,
+                "spatial_shape": patch, "dtype": "float32", "value_range": [0, 1], "is_patch_data": True,
+                "channel_def": classes,
+            }},
+        },
+    }  # fmt: skip
+
+
+def _inference(bundle: Bundle) -> dict[str, Any]:
+    task = bundle.task
+    keys = list(task.contrasts)
+    return {
+        "imports": ["$import glob", "$import os", "$import torch", "$import numpy as np"],
+        "bundle_root": ".", "dataset_dir": "$@bundle_root + '/inputs'", "output_dir": "$@bundle_root + '/outputs'",
+        "contrasts": keys,
+        "cases": "$sorted(p for p in glob.glob(@dataset_dir + '/*') if os.path.isdir(p))",
+        "data": "$[{c: os.path.join(p, c + '.nii.gz') for c in @contrasts} for p in @cases]",
+        "device": "$torch.device('cuda' if torch.cuda.is_available() else 'cpu')",
+        "network": "$torch.jit.load(@bundle_root + '/models/model.ts', map_location=@device).eval()",
+        "preprocessing": {"_target_": "Compose", "transforms": [
+            {"_target_": "LoadImaged", "keys": keys, "ensure_channel_first": True},
+            {"_target_": "Orientationd", "keys": keys, "axcodes": "RAS"},
+            {"_target_": "Spacingd", "keys": keys, "pixdim": list(bundle.preprocess.spacing_mm), "mode": "bilinear"},
+            {"_target_": "NormalizeIntensityd", "keys": keys, "nonzero": True, "channel_wise": True},
+            {"_target_": "ConcatItemsd", "keys": keys, "name": "image"},
+        ]},
+        "dataset": {"_target_": "Dataset", "data": "$@data", "transform": "@preprocessing"},
+        "dataloader": {"_target_": "DataLoader", "dataset": "@dataset", "batch_size": 1, "num_workers": 0},
+        "inferer": {
+            "_target_": "SlidingWindowInferer", "roi_size": list(task.patch_vox), "sw_batch_size": 1, "overlap": 0.5,
+            "mode": "gaussian",
+        },
+        "postprocessing": {"_target_": "Compose", "transforms": [
+            {
+                "_target_": "Invertd", "keys": "pred", "transform": "@preprocessing", "orig_keys": keys[0],
+                "nearest_interp": False, "to_tensor": True,
+            },
+            {"_target_": "AsDiscreted", "keys": "pred", "argmax": True},
+            {
+                "_target_": "SaveImaged", "keys": "pred", "output_dir": "@output_dir", "output_postfix": task.target,
+                "output_dtype": "$np.uint8", "separate_folder": True,
+            },
+        ]},
+        "evaluator": {
+            "_target_": "SupervisedEvaluator", "device": "@device", "val_data_loader": "@dataloader",
+            "network": "@network", "inferer": "@inferer", "postprocessing": "@postprocessing",
+        },
+        "run": ["$@evaluator.run()"],
+    }  # fmt: skip
