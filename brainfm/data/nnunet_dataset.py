@@ -19,7 +19,7 @@ _NAME = re.compile(r"Dataset\d{3}_\w+")
 
 
 @dataclass(frozen=True)
-class Written:
+class NnunetDataset:
     """What became of a manifest.
 
     Attributes:
@@ -40,7 +40,7 @@ class _Case:
     labels: Path
 
 
-def write_dataset(manifest: Manifest, out: Path, target: str, contrasts: Sequence[str]) -> Written:
+def write_dataset(manifest: Manifest, out: Path, target: str, contrasts: Sequence[str]) -> NnunetDataset:
     """Writes every session that has all the contrasts and the label volume on one grid.
 
     Files are turned to RAS+, so that arrays read as Z, Y, X are those that brainfm reads as X, Y, Z, and lose what a
@@ -86,7 +86,7 @@ def write_dataset(manifest: Manifest, out: Path, target: str, contrasts: Sequenc
     }
     write_text(out / "dataset.json", json.dumps(about, indent=1) + "\n")
     write_left_out(out / "dataset.csv", left_out)
-    return Written(tuple(case.name for case in usable), labels, tuple(left_out))
+    return NnunetDataset(tuple(case.name for case in usable), labels, tuple(left_out))
 
 
 def _column(manifest: Manifest, target: str) -> str:

@@ -48,7 +48,7 @@ class Truth:
 
 
 @dataclass(frozen=True)
-class Scored:
+class ChallengeScores:
     """What came out.
 
     Attributes:
@@ -167,7 +167,7 @@ def predicted(
 # ---- scores ----------------------------------------------------------------------------------------------------------
 
 
-def score(task: ChallengeTask, cases: Sequence[Truth], outputs: Mapping[Key, Path], seed: int = 0) -> Scored:
+def score(task: ChallengeTask, cases: Sequence[Truth], outputs: Mapping[Key, Path], seed: int = 0) -> ChallengeScores:
     """Scores of outputs, one that is missing or refused by the organisers' checks counted as they count it.
 
     Args:
@@ -188,7 +188,7 @@ def score(task: ChallengeTask, cases: Sequence[Truth], outputs: Mapping[Key, Pat
         rows.append(row | {"note": note})
     groups = [f"{case.key[0]}/{case.key[1]}" for case in cases]
     values = {name: _interval(task, name, cases, answers, rows, groups, seed) for name in task.metrics}
-    return Scored(tuple(rows), values, len(cases) - usable)
+    return ChallengeScores(tuple(rows), values, len(cases) - usable)
 
 
 def _answer(task: ChallengeTask, case: Truth, output: Path | None) -> tuple[Any, str]:
@@ -248,7 +248,7 @@ def _finite(values: Mapping[str, Any]) -> dict[str, Any]:
 
 def score_embeddings(
     task: ChallengeTask, cases: Sequence[Truth], outputs: Mapping[Key, Path], target: str, groups: Sequence[str]
-) -> Scored:
+) -> ChallengeScores:
     """The linear probe on embeddings, half of the people of every class told: tasks 6 and 7.
 
     Args:
@@ -282,7 +282,7 @@ def score_embeddings(
         for case, row in zip(told, found.scores, strict=True)
     ]
     one = {name: _finite({"mean": v, "low": None, "high": None, "n": len(told)}) for name, v in values.items()}
-    return Scored(tuple(rows), one, 0)
+    return ChallengeScores(tuple(rows), one, 0)
 
 
 def _groups(texts: Sequence[str | None]) -> list[str | None]:
@@ -311,7 +311,7 @@ def evaluate(
     seed: int = 0,
     how: Mapping[str, Any] | None = None,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Scored:
+) -> ChallengeScores:
     """Scores a bundle, or outputs that are there, and writes cases.csv and summary.json.
 
     Args:
@@ -346,7 +346,7 @@ def _cell(value: Any) -> Any:
     return "" if value is None else f"{value:.6g}" if isinstance(value, float) else value
 
 
-def describe(task: ChallengeTask, found: Scored) -> list[str]:
+def describe(task: ChallengeTask, found: ChallengeScores) -> list[str]:
     """Lines for people."""
     lines = [f"{task.id}: {len(found.rows)} cases, {found.missing} without a usable output, as the organisers score it"]
     for name, value in found.values.items():
@@ -359,7 +359,7 @@ def describe(task: ChallengeTask, found: Scored) -> list[str]:
     return lines
 
 
-def score_given(task: ChallengeTask, root: Path, out: Path) -> Scored | None:
+def score_given(task: ChallengeTask, root: Path, out: Path) -> ChallengeScores | None:
     """Scores of the outputs in a validator's folder, where ``labels/`` lies beside the scans that were given.
 
     Returns: None where there are no answers, or the task has none.
@@ -374,7 +374,7 @@ def score_given(task: ChallengeTask, root: Path, out: Path) -> Scored | None:
         return score(task, [case for case in cases if case.key in outputs], outputs)
 
 
-def describe_given(task: ChallengeTask, found: Scored | None) -> list[str]:
+def describe_given(task: ChallengeTask, found: ChallengeScores | None) -> list[str]:
     """Lines for people; a score on a handful of cases that may have been trained on is no forecast."""
     if found is None:
         return []
