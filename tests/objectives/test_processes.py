@@ -84,7 +84,8 @@ def _answer(name: str, rows: slice, spread: bool) -> dict[str, Any]:
     wrapped = DistributedDataParallel(asked) if spread else asked  # has to live until backward has met the others
     total, parts = wrapped(batch)
     total.backward()
-    return {"total": total.detach(), **parts} | {f"grad {n}": p.grad for n, p in asked.named_parameters()}
+    grads = {f"grad {n}": p.grad for n, p in asked.named_parameters() if p.requires_grad}
+    return {"total": total.detach(), **parts} | grads
 
 
 def _rank(rank: int, port: int, out: Path, names: list[str]) -> None:
