@@ -15,6 +15,7 @@ from brainfm.nets.recompute import set_checkpointing
 
 # name -> the module that holds a function of that name; imported when it is built, so an unused family costs nothing
 BACKBONES: dict[str, str] = {
+    "adapted": "brainfm.nets.adapter",
     "resenc": "brainfm.nets.resenc",
     "resenc_l": "brainfm.nets.resenc",
     "resenc_s": "brainfm.nets.resenc",

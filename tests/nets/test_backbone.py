@@ -14,6 +14,7 @@ from brainfm.nets.backbone import BACKBONES, Backbone, build_backbone
 
 YAMLS = sorted((Path(__file__).parents[2] / "configs" / "backbone").glob("*.yaml"))
 FREE = {
+    "adapted": {"network": "tests.nets.test_adapter:Own", "maps": ["fine", "coarse"], "probe_vox": [8, 8, 8]},
     "unet": {"widths": [3, 5]},
     "resenc": {"widths": [4, 6, 6], "depths": [1, 2, 1]},
     "vit": {"width": 24, "depth": 3, "heads": 2, "patch_vox": 8, "grid_vox": [16, 16, 16], "registers": 2, "taps": 2},
