@@ -14,15 +14,15 @@ __all__ = ["Volume", "__version__", "embed", "load", "predict"]
 
 _HOME = {
     "Volume": "brainfm.volume",
-    "embed": "brainfm.inference.embed",
+    "embed": "brainfm.probing.features",
     "load": "brainfm.nets.backbone_file",
     "predict": "brainfm.inference.predict",
 }
 
 if TYPE_CHECKING:
-    from brainfm.inference.embed import embed
     from brainfm.inference.predict import predict
     from brainfm.nets.backbone_file import load
+    from brainfm.probing.features import embed
     from brainfm.volume import Volume
 
 

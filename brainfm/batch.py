@@ -1,4 +1,4 @@
-"""What travels between loader, objective and task, and the letters of its axes.
+"""Batch and Terms: what travels between loader, objective and task, and the letters of its axes.
 
 | letter | axis | | letter | axis |
 |---|---|---|---|---|
@@ -24,11 +24,11 @@ ON_HOST = ("sample", "paired", "same_contrast", "corners", "rendered", "real", "
 
 @dataclass(frozen=True)
 class Batch:
-    """Patches for one step. Fields that a question does not need are None.
+    """Patches for one step. Fields that nobody needs are None.
 
     Attributes:
         image: [B, 1, X, Y, Z] standardised voxels; for a task [B, M, X, Y, Z], a channel a contrast, 0 where absent;
-            for a scan-level task [B, V, M, X, Y, Z], V views of each head, the whole-head view first if there is one.
+            for a whole-head task [B, V, M, X, Y, Z], V views of each head, the whole-head view first if there is one.
         sample: [B] int64, the samples' numbers; whatever is drawn for a sample is drawn from (seed, purpose, number).
         partner: [B, 1, X, Y, Z] a second scan of the same session at the same corner.
         paired: [B] bool; False where the session has one scan only (partner then repeats image and must not count).
@@ -50,7 +50,7 @@ class Batch:
         rendered: [B, 2] bool; whether image and partner are renderings of ``tissue``.
         real: [B] bool; False where there is no scan, only a label map.
         lesion_weight: [B, X, Y, Z] how much of an inserted lesion a voxel shows, until it is rendered.
-        answer: [B, T] float32, what a scan-level task should say: a class index, T yes or no, or a value in the
+        answer: [B, T] float32, what a whole-head task should say: a class index, T yes or no, or a value in the
             target's unit; NaN where unknown.
     """
 

@@ -1,4 +1,4 @@
-"""Whom a network has seen, without their names."""
+"""Seen subjects: whom a network has seen, without their names."""
 
 from __future__ import annotations
 

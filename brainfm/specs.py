@@ -108,12 +108,12 @@ class ViewSpec(_Frozen):
 
 @dataclass(frozen=True)
 class TaskSpec(_Frozen):
-    """A supervised question, as a bundle ships it.
+    """A task, as a bundle ships it.
 
     Attributes:
         kind: ``segmentation``, ``classification`` or ``regression``; the last two answer for the whole session.
         target: of a segmentation the label volume's name: column ``<target>_mask`` (anything but 0 is 1) or
-            ``<target>_labels``; else the manifest's column (of a multi-label question a name of its own).
+            ``<target>_labels``; else the manifest's column (of several labels a name of its own).
         contrasts: those the task was trained on, in no particular order; any may be missing.
         values: of a segmentation the label values of the classes, background first; of a classification the classes as
             the column writes them (``ordinal``: in their order; ``multilabel``: the columns); of a regression none.
@@ -121,10 +121,10 @@ class TaskSpec(_Frozen):
         fusion: how contrasts meet: ``mean`` or ``attention`` over those that are present.
         mode: of a classification ``exclusive`` (two or more classes), ``ordinal`` or ``multilabel``; else empty.
         unit: of a regression, for people to read.
-        view_mm: edge length of a voxel of the whole-head view that a scan-level question begins with, in ``patch_vox``
-            voxels; 0: no such view.
-        crops: of a scan-level question, whether windows at the store's own resolution that cover the head are looked
-            at as well.
+        view_mm: edge length of a voxel of the whole-head view that an answer for a whole head begins with, in
+            ``patch_vox`` voxels; 0: no such view.
+        crops: of an answer for a whole head, whether windows at the store's own resolution that cover the head are
+            looked at as well.
     """
 
     kind: str

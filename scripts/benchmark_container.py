@@ -1,4 +1,4 @@
-"""How long a staged submission takes from a cold start, and what the time goes into: fresh processes on one core.
+"""Speed of a staged submission from a cold start, and what the time goes into: fresh processes on one core.
 
 python scripts/benchmark_container.py APP [--repeats 3]     (APP: the folder that `container` staged)
 
@@ -38,11 +38,11 @@ def main() -> None:
     asked = parser.parse_args()
     task = ChallengeTask.read(asked.app / TASK)
     if task.kind == "embedding":
-        path = "from brainfm.inference.embed import Encoder"
+        path = "from brainfm.probing.features import Encoder"
         weights = f"Encoder.load({str(asked.app / BACKBONE)!r})"
     else:
-        path = "from brainfm.inference.predict import predict; from brainfm.inference.engine import Engine"
-        weights = f"Engine.load({str(asked.app / BUNDLE)!r}, 'cpu')"
+        path = "from brainfm.inference.predict import predict; from brainfm.tasks.bundle import load_engine"
+        weights = f"load_engine({str(asked.app / BUNDLE)!r}, 'cpu')"
     print(f"{task.id}, one core: processor seconds (wall seconds), medians of {asked.repeats}")
     for name, code in IMPORTS.items():
         words = ["-c", code.format(path=path, weights=weights)]

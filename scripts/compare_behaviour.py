@@ -1,4 +1,4 @@
-"""Whether two versions of the code do the same: one small cohort through every verb, and what came out side by side.
+"""Comparison of two versions of the code: one small cohort through every verb, and what came out side by side.
 
     python scripts/compare_behaviour.py make BEFORE --data ../shared/data3d     (at one commit)
     python scripts/compare_behaviour.py make AFTER --data ../shared/data3d      (at another)

@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 
 from brainfm.imaging.preprocess import prepare_session
-from brainfm.inference.embed import WHOLE_HEADS, Encoder, pool
+from brainfm.probing.features import WHOLE_HEADS, Encoder, pool
 from brainfm.specs import PreprocessSpec
 from brainfm.submission.linear_probe import SPREAD, ProbeSpec, probe, scale_of, split
 from brainfm.submission.metrics import ovr_auroc, ovr_f1

@@ -23,9 +23,9 @@ from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backb
 from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.scoring.intervals import crossed_bootstrap
 from brainfm.specs import PreprocessSpec, Provenance
-from brainfm.tasks.settings import SegmentationSettings
-from brainfm.training.scanning import Scanning
-from brainfm.training.segmenting import Segmenting
+from brainfm.tasks.segmentation.settings import SegmentationSettings
+from brainfm.tasks.segmentation.study import SegmentationStudy
+from brainfm.tasks.whole_head.study import WholeHeadStudy
 from brainfm.verbs.compose import resolve
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "scripts" / "evidence"))
@@ -64,7 +64,7 @@ def loaded(file: Path) -> LoadedBackbone:
 @pytest.fixture(scope="module")
 def family(people_store: Store) -> runs.Family:
     asked = SegmentationSettings(target="tissue", contrasts=("t1",), values=(0, 1, 2, 3), patch_vox=(16, 16, 16))
-    question = Segmenting(people_store, asked, clean=False)
+    question = SegmentationStudy(people_store, asked, clean=False)
     question.settle(TOY.patch_vox)
     tests = data.tests_of(people_store, question.cases, ["d/p2", "d/p3"], "t1", TOY)
     trials = data.tests_of(people_store, question.cases, ["d/p0", "d/p1"], "trial", TOY)
@@ -397,7 +397,7 @@ def test_a_whole_head_record_holds_every_candidate_and_its_errors(
     people_store: Store, loaded: LoadedBackbone, tmp_path: Path
 ) -> None:
     words = ["task=regression", "task.target=age", "store=-", "run=-", "backbone_from=none"]
-    question = Scanning(people_store, resolve("finetune", words).task)
+    question = WholeHeadStudy(people_store, resolve("finetune", words).task)
     question.settle((16, 16, 16))
     start = runs.starts_of(loaded)["decoder"]
     trained, held = ("d/p1", "d/p2", "d/p3", "d/p5"), ("d/p4",)

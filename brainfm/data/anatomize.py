@@ -6,7 +6,16 @@ from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
-from brainfm.data.labelling import PRIORITY, Found, Job, Method, Report, check_contrasts, label_manifest, settle
+from brainfm.data.labelling import (
+    PRIORITY,
+    FoundLabels,
+    LabelJob,
+    LabellingReport,
+    Method,
+    check_contrasts,
+    label_manifest,
+    settle,
+)
 from brainfm.data.manifest import Manifest
 from brainfm.data.workers import in_pool, in_this_process
 from brainfm.errors import ConfigError
@@ -21,7 +30,7 @@ def anatomize(
     contrasts: Sequence[str] = PRIORITY,
     workers: int = 1,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> LabellingReport:
     """Leaves ``labels/``, ``volumes.csv`` and ``manifest.csv`` in a folder; the manifest has the column tissue_labels.
 
     Args:
@@ -42,7 +51,7 @@ def anatomize(
         f"fewer than workers={workers}"
     )
 
-    def work(todo: Sequence[Job]) -> Generator[Any, None, None]:
+    def work(todo: Sequence[LabelJob]) -> Generator[Any, None, None]:
         pooled = workers > 1 and len(todo) > 1
         return in_pool(_work, todo, workers, killed) if pooled else in_this_process(_work, todo)
 
@@ -50,11 +59,11 @@ def anatomize(
     return label_manifest(manifest, out, method, contrasts, work, progress)
 
 
-def _work(job: Job) -> None:
+def _work(job: LabelJob) -> None:
     settle(job, _segmented)
 
 
-def _segmented(job: Job) -> Found:
+def _segmented(job: LabelJob) -> FoundLabels:
     volume, _ = nifti.read(job.file)
     found = anatomy.segment(volume)
-    return Found(found.labels, found.volumes_ml, found.quality, found.checks, found.reason)
+    return FoundLabels(found.labels, found.volumes_ml, found.quality, found.checks, found.reason)

@@ -1,4 +1,4 @@
-"""Which image files are no scans but something that was made of one, told by their names."""
+"""Derived images, told by their names: files that are no scans but were made of one."""
 
 from __future__ import annotations
 

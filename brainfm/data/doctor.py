@@ -1,4 +1,4 @@
-"""Looks at every file of a manifest and lists what is wrong with it, each fault once."""
+"""The doctor: reads every file of a manifest and lists what is wrong with it, each fault once."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What the data themselves say about the grid and the patch that suit them."""
+"""Fingerprint of a data set: what the data themselves say about the grid and the patch that suit them."""
 
 from __future__ import annotations
 
@@ -6,19 +6,16 @@ import itertools
 from collections.abc import Iterable, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any, Protocol
 
 import numpy as np
 from scipy import ndimage
 
 from brainfm.data.manifest import Manifest
-from brainfm.data.store import Store, read_spec
+from brainfm.data.store import SessionEntry, Store, read_spec
 from brainfm.errors import ConfigError, ManifestError, ScanError
 from brainfm.imaging.nifti import read_header
 from brainfm.volume import spacing_of
-
-if TYPE_CHECKING:
-    from brainfm.data.patches import Case
 
 Triple = tuple[int, int, int]
 Lengths = tuple[float, float, float]
@@ -27,6 +24,16 @@ _ANISOTROPIC = 3.0  # an axis this many times coarser than both others is made o
 _LABELS = 200  # label volumes that are read; more would not move a median
 _HEADERS = 2000
 _TOUCHING = np.ones((3, 3, 3), dtype=bool)
+
+
+class HasLabel(Protocol):
+    """A session and the name of its label volume."""
+
+    @property
+    def session(self) -> SessionEntry: ...
+
+    @property
+    def label(self) -> str: ...
 
 
 @dataclass(frozen=True)
@@ -67,7 +74,7 @@ class Fingerprint:
         return {**asdict(self), "anisotropy": self.anisotropy}
 
 
-def fingerprint(store: Store, cases: Sequence[Case]) -> Fingerprint:
+def fingerprint(store: Store, cases: Sequence[HasLabel]) -> Fingerprint:
     """The fingerprint of cases of a store; the same for the same cases in the same order.
 
     Raises:

@@ -50,7 +50,7 @@ class Method:
 
 
 @dataclass(frozen=True)
-class Found:
+class FoundLabels:
     """What a scan shows.
 
     Attributes:
@@ -79,7 +79,7 @@ class Flagged:
 
 
 @dataclass(frozen=True)
-class Report:
+class LabellingReport:
     """What a run did.
 
     Attributes:
@@ -96,7 +96,7 @@ class Report:
 
 
 @dataclass(frozen=True)
-class Job:
+class LabelJob:
     """One scan; everything a worker needs.
 
     Attributes:
@@ -119,9 +119,9 @@ def label_manifest(
     out: str | Path,
     method: Method,
     contrasts: Sequence[str],
-    work: Callable[[Sequence[Job]], Generator[Any, None, None]],
+    work: Callable[[Sequence[LabelJob]], Generator[Any, None, None]],
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> LabellingReport:
     """Leaves ``labels/``, ``volumes.csv`` and ``manifest.csv`` in a folder; the manifest has the method's columns.
 
     Args:
@@ -156,7 +156,7 @@ def label_manifest(
     write_volumes(out / "volumes.csv", method.volumes, rows)
     _write_manifest(manifest, out, method, records)
     flagged = tuple(Flagged(str(job.file), record["reason"]) for job, record in records if record["reason"])
-    return Report(len(todo), skipped, flagged, without)
+    return LabellingReport(len(todo), skipped, flagged, without)
 
 
 def check_contrasts(contrasts: Sequence[str]) -> None:
@@ -189,7 +189,7 @@ def doubt(icv_ml: float) -> str:
     return "" if low <= icv_ml <= high else f"intracranial volume of {icv_ml:.0f} ml, expected {low:g} to {high:g} ml"
 
 
-def _jobs(manifest: Manifest, out: Path, contrasts: Sequence[str], method: Method) -> tuple[list[Job], int]:
+def _jobs(manifest: Manifest, out: Path, contrasts: Sequence[str], method: Method) -> tuple[list[LabelJob], int]:
     jobs, without = [], 0
     for key, scans in sorted(manifest.sessions().items()):
         ranked = ranked_scans(scans, contrasts)
@@ -206,7 +206,7 @@ def _jobs(manifest: Manifest, out: Path, contrasts: Sequence[str], method: Metho
         if method.together:
             made_from["with"] = [[scan.path, files[names[scan.path]].stat().st_size] for scan in read[1:]]
         jobs.append(
-            Job(
+            LabelJob(
                 first, files[name], files, tuple(folder / f"{name}_{ending}.nii.gz" for ending in endings),
                 folder / f"{name}_{method.ending}.json", made_from,
             )
@@ -226,7 +226,7 @@ def _as_folder(name: str) -> str:
 # ---- one scan --------------------------------------------------------------------------------------------------------
 
 
-def settle(job: Job, find: Callable[[Job], Found]) -> None:
+def settle(job: LabelJob, find: Callable[[LabelJob], FoundLabels]) -> None:
     """Labels one scan. One that cannot be read, or whose labels are not to be trusted, gets a record and no files."""
     job.record.parent.mkdir(parents=True, exist_ok=True)
     for path in (job.record, *job.outputs):
@@ -247,15 +247,15 @@ def settle(job: Job, find: Callable[[Job], Found]) -> None:
     write_text(job.record, json.dumps(record, indent=1) + "\n")
 
 
-def _nothing(reason: str) -> Found:
-    return Found(np.zeros((0, 0, 0), np.uint8), {}, 0.0, {}, reason)
+def _nothing(reason: str) -> FoundLabels:
+    return FoundLabels(np.zeros((0, 0, 0), np.uint8), {}, 0.0, {}, reason)
 
 
-def _stamps(job: Job) -> list[Any]:
+def _stamps(job: LabelJob) -> list[Any]:
     return [SourceFile.of(path).stamp() for path in job.files.values()]
 
 
-def record_of(found: Found) -> dict[str, Any]:
+def record_of(found: FoundLabels) -> dict[str, Any]:
     """What is kept of it beside the label map, JSON-able."""
     return {
         "volumes_ml": dict(found.volumes_ml), "quality": found.quality, "checks": dict(found.checks),
@@ -263,7 +263,7 @@ def record_of(found: Found) -> dict[str, Any]:
     }  # fmt: skip
 
 
-def write_found(found: Found, outputs: Sequence[Path], like: Path) -> None:
+def write_found(found: FoundLabels, outputs: Sequence[Path], like: Path) -> None:
     """The label map and, where there is a second path, the brain mask, on the grid of a file."""
     nifti.write_labels(outputs[0], found.labels, like=like)
     for path in outputs[1:]:
@@ -271,7 +271,7 @@ def write_found(found: Found, outputs: Sequence[Path], like: Path) -> None:
         nifti.write_labels(path, found.mask, like=like)
 
 
-def _record_of(job: Job) -> dict[str, Any] | None:
+def _record_of(job: LabelJob) -> dict[str, Any] | None:
     """What was found of a scan; None where it was not looked at, or what is there is not whole or not of this scan."""
     try:
         record: dict[str, Any] = json.loads(job.record.read_text(encoding="utf-8"))
@@ -310,7 +310,7 @@ def write_volumes(path: Path, volumes: Sequence[str], rows: Iterable[tuple[Scan,
 
 
 def _write_manifest(
-    manifest: Manifest, out: Path, method: Method, records: Sequence[tuple[Job, Mapping[str, Any]]]
+    manifest: Manifest, out: Path, method: Method, records: Sequence[tuple[LabelJob, Mapping[str, Any]]]
 ) -> None:
     """The manifest with absolute paths (write_manifest makes those below the folder relative) and the labels.
 

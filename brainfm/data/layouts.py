@@ -1,4 +1,4 @@
-"""Finds the scans of a folder: which dataset, subject, session and contrast each file is, from names alone.
+"""Layouts of data sets: which dataset, subject, session and contrast each file of a folder is, from names alone.
 
 No image is opened. The tree is walked once; everything else works on the list of paths. A folder that is called like an
 image (``flair.nii/0001.nii``, as unpacking leaves it) stands for the one image in it.

@@ -1,4 +1,4 @@
-"""Coarser copies of a volume: voxels of twice, four times, ... the edge length.
+"""Levels: coarser copies of a volume, with voxels of twice, four times, ... the edge length.
 
 Voxel i of level n covers the voxels i 2^n to (i + 1) 2^n - 1 of the volume along each axis, so all levels begin at one
 corner and nothing moves by a part of a voxel. A volume whose edge is no multiple of 2^n is continued at its end with

@@ -1,4 +1,4 @@
-"""Batches in a fixed order that can begin anywhere."""
+"""The loader: batches in a fixed order that can begin anywhere."""
 
 from __future__ import annotations
 

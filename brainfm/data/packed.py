@@ -1,4 +1,4 @@
-"""Some heads of a store in one small file: what goes to a machine that is lent for minutes and reads no store.
+"""Packed heads: some of a store in one small file, for a machine that is there for minutes and reads no store.
 
 The file is a zip archive of arrays (LZMA, so numpy.load opens it) and one JSON text, ``about``. A scan is uint8, in
 steps above its smallest value; a label map holds places in one table of (target, render class) for all schemes. Of a

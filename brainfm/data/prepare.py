@@ -1,4 +1,4 @@
-"""From a manifest to a store: in parallel, and resumable after any interruption.
+"""Preparing: from a manifest to a store, in parallel, and resumable after any interruption.
 
 A session is one piece of work: it is prepared and written by one worker, or not at all. With ``align=rigid`` all visits
 of a subject are one piece, since the later ones lie in the space of the first. Which sessions are missing is read off
@@ -30,7 +30,7 @@ from brainfm.specs import PreprocessSpec
 
 
 @dataclass(frozen=True)
-class Report:
+class PrepareReport:
     """What a run did.
 
     Attributes:
@@ -70,7 +70,7 @@ def prepare(
     *,
     share: Share | None = None,
     scheduler: str | None = None,
-) -> Report:
+) -> PrepareReport:
     """Brings every session of the manifest into the store, leaving those alone that are there already.
 
     A session counts as there if it was made from the same rows of the manifest and from files of the same content
@@ -123,7 +123,7 @@ def prepare(
         store.sweep()
         failures = store.finish()
     failed = tuple(f for f in failures if (f.dataset, f.subject, f.session) in sessions)
-    return Report(done, len(sessions) - done, failed, tuple(again), _empty_labels(store, sessions))
+    return PrepareReport(done, len(sessions) - done, failed, tuple(again), _empty_labels(store, sessions))
 
 
 def _empty_labels(store: Store, sessions: Collection[Key]) -> dict[str, tuple[int, int]]:

@@ -1,4 +1,4 @@
-"""How large the parts of a brain are, as numbers that an answer can be linear in.
+"""Region volumes: how large the parts of a brain are, as numbers that an answer can be linear in.
 
 The parts are those that every parcellation tells alike (data/schemes.py): tissues, and groups where the scheme has
 them. A label map says the same numbers of a prepared scan wherever it is measured, in a store or of new files.
@@ -51,7 +51,7 @@ def find_volumes(
     """Region volumes of all of these sessions, and sentences for the log: what was taken, dropped, or lacking.
 
     Args:
-        target: of the question; its own label is never looked at.
+        target: of the task; its own label is never looked at.
         asked: a label column, with or without ``_labels``; a table (see volumes.read_volumes); ``auto``: the first
             label column that every session has and a scheme knows; or ``none``.
 

@@ -1,4 +1,4 @@
-"""Label maps of several segmentation programs, in words they share.
+"""Label schemes: label maps of several segmentation programs, in words they share.
 
 An id of a scheme names a structure; a structure belongs to a group and to a tissue, or to neither (ignored). Groups are
 chosen so that every parcellation of the brain tells them apart alike: cerebrospinal fluid around the brain, which

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from brainfm.errors import ConfigError
 from brainfm.settings import VERBATIM
+
+Augment = str | Mapping[str, Any] | None  # the name of a preset, or AugmentSpec's keys
 
 
 @dataclass(frozen=True)

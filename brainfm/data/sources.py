@@ -1,4 +1,4 @@
-"""The files that something was made from, known again by size, time of change and content."""
+"""Source files: what something was made from, known again by size, time of change and content."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of people beside their scans: label maps, region volumes, health, lesions, and lesions to be put in.
+"""Targets: what is known of people beside their scans (label maps, region volumes, health), and lesions to be put in.
 
 An anatomical target belongs to the subject. One label map a subject is chosen, and serves every scan and visit that
 lies in its space; a visit in another space uses its own. Where there is no label map, the region volumes stand in.

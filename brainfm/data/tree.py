@@ -1,4 +1,4 @@
-"""The image files below a folder, and the few side files that matter, from one walk."""
+"""The tree of a folder: its image files, and the few side files that matter, from one walk."""
 
 from __future__ import annotations
 

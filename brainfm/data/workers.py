@@ -1,4 +1,4 @@
-"""Many pieces of work on processes of one thread each, which inherit nothing half-done and outlive nobody."""
+"""Worker processes: many pieces of work on one thread each, which inherit nothing half-done and outlive nobody."""
 
 from __future__ import annotations
 

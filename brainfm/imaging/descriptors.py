@@ -1,4 +1,4 @@
-"""A prepared session in a few dozen numbers: what a simple model, or a shortcut, can read off it.
+"""Descriptors: a prepared session in a few dozen numbers that a simple model, or a shortcut, can read off it.
 
 Groups of descriptors are kept apart by where they look, so that one can ask what the outline of the head alone, the air
 around it alone, or its place in the file alone tells about a label. All arrays are [X, Y, Z] on one grid.

@@ -1,4 +1,4 @@
-"""What scans are called: endings that are read, endings of other formats, files that belong together."""
+"""Endings of scan files: those that are read, those of other formats, and files that belong together."""
 
 from __future__ import annotations
 

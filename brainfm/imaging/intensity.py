@@ -1,4 +1,4 @@
-"""Which voxels show the patient, and intensities that mean the same from scan to scan."""
+"""Foreground and intensities: which voxels show the patient, and values that mean the same from scan to scan."""
 
 from __future__ import annotations
 

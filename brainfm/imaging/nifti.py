@@ -177,6 +177,11 @@ def read(path: Path, *, labels: bool = False, compact: bool = False) -> tuple[Vo
         raise ScanError(f"{path}: {error}") from None
 
 
+def write_mask(path: Path, labels: np.ndarray, like: Path) -> None:
+    """Writes labels in the axis order of ``like`` on its grid. Raises: FileError."""
+    write_labels(path, read_header(like).grid.to_ras(labels), like)
+
+
 def write_labels(path: Path, labels_ras: np.ndarray, like: Path) -> None:
     """Write a label map on the grid of another file: same shape, same sform and qform with their codes, in uint8, or in
     uint16 where a label is above 255.

@@ -1,4 +1,4 @@
-"""From the files of one session to arrays on one grid, and back.
+"""Preprocessing: from the files of one session to arrays on one grid, and back.
 
 The store and prediction prepare scans with this very function, so a network sees in use what it saw in training.
 """

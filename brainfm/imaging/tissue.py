@@ -1,4 +1,4 @@
-"""Which tissue a voxel shows: Gaussians, a smooth bias field and a Markov random field around an atlas's priors.
+"""Tissue classes of voxels: Gaussians, a smooth bias field and a Markov random field around an atlas's priors.
 
 Nothing here knows a contrast. Class 0 is everything that is not brain or its fluid, described by a histogram; classes
 1 to 4 are CSF, grey matter, white matter and deep grey matter, each a Gaussian. The deep nuclei are a class of their

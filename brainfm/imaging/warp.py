@@ -1,4 +1,4 @@
-"""Bends an atlas's tissue maps onto a scan whose tissues are known only by their likelihoods.
+"""Warping: an atlas's tissue maps bent onto a scan whose tissues are known only by their likelihoods.
 
 No intensities are compared: the deformation raises the probability of the scan under the mixture, voxel by voxel,
 so any contrast will do.

@@ -16,10 +16,10 @@ from torch import Tensor, nn
 
 from brainfm.data.labelling import (
     PRIORITY,
-    Found,
-    Job,
+    FoundLabels,
+    LabelJob,
+    LabellingReport,
     Method,
-    Report,
     check_contrasts,
     doubt,
     label_manifest,
@@ -33,15 +33,15 @@ from brainfm.data.manifest import CONTRASTS, Manifest, Scan
 from brainfm.data.regions import REGIONS
 from brainfm.errors import BrainfmWarning, ConfigError, ScanError, WeightsError
 from brainfm.files import check_writable, write_table
+from brainfm.imaging.components import largest_component
 from brainfm.imaging.endings import strip_ending
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
-from brainfm.inference.engine import PathLike, settle_device, settle_precision
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import keep_freed_memory
 from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.specs import PreprocessSpec
-from brainfm.tasks.postprocess import largest_component
+from brainfm.tasks.engine import PathLike, settle_device, settle_precision
 from brainfm.tasks.windows import predict_windows
 
 COLUMN, MASK_COLUMN = "regions_labels", "brain_mask"
@@ -176,7 +176,7 @@ class Labeller:
         edge = math.ceil(_WINDOW_VOX / stride) * stride
         return edge, edge, edge
 
-    def find(self, files: Mapping[str, Path]) -> Found:
+    def find(self, files: Mapping[str, Path]) -> FoundLabels:
         """Regions of one head, on the grid of the first file.
 
         Args:
@@ -200,7 +200,7 @@ class Labeller:
         ids = np.array([REGIONS[name] for name in self.names], np.uint16)
         lacking = [name for name in _ALWAYS if name in self.names and name not in seen]
         reason = doubt(volumes_ml["icv"]) or (f"found no {lacking[0].replace('_', ' ')}" if lacking else "")
-        return Found(
+        return FoundLabels(
             ids[classes], volumes_ml, float(sure.mean()) if sure.size else 0.0, {"regions": float(len(seen))}, reason,
             ndimage.binary_fill_holes(~np.isin(classes, outside)),
         )  # fmt: skip
@@ -276,7 +276,7 @@ def label_regions(
     *,
     fuse: bool = False,
     progress: Callable[[int, int], None] | None = None,
-) -> Report:
+) -> LabellingReport:
     """Leaves label maps and brain masks in ``labels/``, and ``dseg.tsv``, ``volumes.csv`` and ``manifest.csv``.
 
     The manifest has the columns regions_labels and, unless it has brain masks already, brain_mask. Interrupted, the
@@ -296,7 +296,7 @@ def label_regions(
     folder = Path(out)
     check_writable(folder)
 
-    def work(todo: Sequence[Job]) -> Generator[Any, None, None]:
+    def work(todo: Sequence[LabelJob]) -> Generator[Any, None, None]:
         write_legend(folder / "dseg.tsv", labeller.names)
         for job in todo:
             settle(job, lambda job: labeller.find(job.files))
@@ -318,7 +318,7 @@ def write_legend(path: Path, names: Sequence[str]) -> None:
 class Written:
     """What was found of one session, and the files that tell it."""
 
-    found: Found
+    found: FoundLabels
     labels: Path
     mask: Path
     volumes: Path

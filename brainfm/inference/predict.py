@@ -1,60 +1,32 @@
-"""Files in; a mask on the grid of one of them, or an answer for the whole session, out."""
+"""Prediction: files in; a mask on the grid of one of them, or an answer for the whole session, out."""
 
 from __future__ import annotations
 
-import hashlib
 import json
 import os
-import re
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 
-from brainfm.data.manifest import (
-    CONTRASTS,
-    LABEL_ENDINGS,
-    Manifest,
-    Scan,
-    contrast_of,
-    plain_first,
-    read_manifest,
-    session_labels,
-)
+from brainfm.data.manifest import CONTRASTS, Manifest, Scan, contrast_of, plain_first, read_manifest, session_labels
 from brainfm.data.sources import SourceFile
 from brainfm.errors import BrainfmWarning, BundleError, ConfigError, FileError, ManifestError, ScanError
 from brainfm.files import check_writable, write_table, write_text
-from brainfm.imaging import nifti
 from brainfm.imaging.endings import companions
-from brainfm.imaging.nifti import FileGrid
-from brainfm.imaging.preprocess import prepare_session, restore_probabilities
-from brainfm.inference.engine import Engine, PathLike, in_order
-from brainfm.inference.label_maps import check_labels, note_missing, reads_of
-from brainfm.inference.scan_answers import (
-    ScanAnswer,
-    answer_scan,
-    check_answer_file,
-    read_answer,
-    table_columns,
-    write_answer,
-)
 from brainfm.specs import TaskSpec
-from brainfm.tasks import postprocess
-from brainfm.tasks.bundle import Bundle
-from brainfm.tasks.windows import predict_windows
+from brainfm.tasks.answers import LISTING, Key, SessionAnswer, grid_owner, strange_grid
+from brainfm.tasks.bundle import Bundle, load_engine
+from brainfm.tasks.engine import Engine, PathLike
+from brainfm.tasks.kind import Kind
+from brainfm.tasks.registry import answer_name, kind_of
 
-Key = tuple[str, str, str]  # dataset, subject, session
 CLAIM = "predictions.json"
-LISTING = "predictions.csv"
 FAILURES = "failures.csv"
 SOURCES = "sources.jsonl"  # a line an answer: what it was made from, so that a corrected scan is answered again
-_LONGEST = 180  # characters of a name's readable part: with target and ending it stays below the 255 of most systems
-_ENDINGS = (".nii", ".nii.gz")
-_PLAIN = re.compile(r"[A-Za-z0-9][A-Za-z0-9.-]*(_[A-Za-z0-9.-]+)*")
 
 
 def predict(
@@ -67,8 +39,8 @@ def predict(
     device: str = "auto",
     precision: str = "auto",
     overlap: float = 0.5,
-) -> np.ndarray | ScanAnswer:
-    """The mask of one session, on the grid of one of its files; or what a scan-level bundle answers for the session.
+) -> np.ndarray | SessionAnswer:
+    """The mask of one session, on the grid of one of its files; or what the bundle answers for the session as a whole.
 
     Args:
         bundle: a bundle's folder.
@@ -92,72 +64,20 @@ def predict(
         ConfigError: an unknown contrast, no input at all, or an impossible output.
         ScanError: an input file is missing or cannot be used.
     """
-    engine = Engine.load(bundle, device, precision, overlap)
+    engine = load_engine(bundle, device, precision, overlap)
     files = check_inputs(inputs, engine.task)
     on = next(iter(files)) if on is None else on
     if on not in files:
         raise ConfigError(f"no input {on} to answer on, expected one of the inputs {', '.join(files)}")
-    maps = check_labels(labels or {}, engine.networks)
-    if engine.task.kind != "segmentation":
-        place = None if out is None else check_answer_file(Path(out))
-        if not maps:
-            note_missing(engine.networks, str(files[on]))
-        found = answer_scan(engine, files, reference=on, labels=maps)
-        if place is not None:
-            write_answer(place, found)
-        return found
-    target = None if out is None else check_output(out, files.values())
-    found_labels = answer(engine, files, reference=on)
-    if target is not None:
-        write_mask(target, found_labels, files[on])
-    return found_labels
-
-
-def answer(engine: Engine, files: Mapping[str, Path], reference: str, grid: FileGrid | None = None) -> np.ndarray:
-    """Label values of one session, uint8, in the shape and axis order of a file.
-
-    Args:
-        files: file by contrast; those that the task was not trained on are looked at as well.
-        reference: the contrast whose directions the network's grid takes.
-        grid: of the file that is answered for; by default the reference's.
-
-    Raises:
-        ScanError: where any file cannot be used: what the user gave is used or refused, never dropped in silence.
-    """
-    prepared = prepare_session(files, {}, engine.preprocess, reference=reference)
-    if prepared.failures:
-        raise ScanError(next(iter(prepared.failures.values())))
-    order = in_order(files, engine.task)
-    image = torch.stack([torch.from_numpy(prepared.scans.pop(contrast)) for contrast in order])
-    recipe = prepared.recipes[reference]
-    probabilities = _mean_probabilities(engine, image, torch.ones(len(files), dtype=torch.bool))
-    if grid is not None:
-        recipe = replace(recipe, file=grid)
-    indices = restore_probabilities(probabilities.numpy(), recipe)
-    spacing_mm = np.linalg.norm(np.array(recipe.file.affine_mm)[:3, :3], axis=0)
-    indices = postprocess.apply(indices, engine.decisions, spacing_mm.tolist())
-    return np.asarray(engine.task.values, dtype=np.uint8)[indices]
-
-
-def _mean_probabilities(engine: Engine, image: torch.Tensor, present: torch.Tensor) -> torch.Tensor:
-    """[K, X, Y, Z] float32, the mean over the members of the ensemble."""
-    total: torch.Tensor | None = None
-    for network in engine.networks:
-        probabilities = predict_windows(
-            network,
-            image,
-            present,
-            engine.task.patch_vox,
-            overlap=engine.overlap,
-            batch=1 if engine.device.type == "cpu" else 2,  # more gains no time on a CPU and costs memory
-            device=engine.device,
-            autocast=engine.autocast,
-            mirror=engine.decisions.mirror,
-        )
-        total = probabilities if total is None else total.add_(probabilities)
-    if total is None:
-        raise BundleError("the bundle has no networks, expected at least one")
-    return total.div_(len(engine.networks))
+    kind = kind_of(engine.task.kind)
+    maps = kind.check_labels(labels or {}, engine.networks)
+    place = None if out is None else kind.check_output(Path(out), files.values())
+    if not maps:
+        kind.note_missing(engine.networks, str(files[on]))
+    found: np.ndarray | SessionAnswer = kind.answer(engine, files, on, maps)
+    if place is not None:
+        kind.write(place, found, files[on])
+    return found
 
 
 # ---- what the user gave ----------------------------------------------------------------------------------------------
@@ -195,29 +115,11 @@ def check_inputs(inputs: Mapping[str, PathLike], task: TaskSpec) -> dict[str, Pa
     return files
 
 
-def check_output(out: PathLike, inputs: Collection[Path]) -> Path:
-    """The output as a path. Raises: ConfigError where it is no mask or an input, FileError."""
-    path = Path(out)
-    if not path.name.endswith(_ENDINGS) or path.name in _ENDINGS:
-        raise ConfigError(f"out={path}: expected a file that ends in .nii or .nii.gz")
-    if path.is_dir():
-        raise ConfigError(f"out={path} is a folder, expected a file")
-    if path.exists() and any(path.samefile(file) for file in inputs):
-        raise ConfigError(f"out={path} is one of the inputs, expected another file")
-    check_writable(path.parent)
-    return path
-
-
-def write_mask(path: Path, labels: np.ndarray, like: Path) -> None:
-    """Writes labels in the axis order of ``like`` on its grid. Raises: FileError."""
-    nifti.write_labels(path, nifti.read_header(like).grid.to_ras(labels), like)
-
-
 # ---- a whole manifest ------------------------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Report:
+class PredictionReport:
     """What became of a manifest.
 
     Attributes:
@@ -242,7 +144,7 @@ def predict_manifest(
     precision: str = "auto",
     overlap: float = 0.5,
     progress: Callable[[int, int], None] = lambda done, total: None,
-) -> Report:
+) -> PredictionReport:
     """One mask or answer a session, ``<dataset>__<subject>__<session>_<target>.nii.gz`` or ``.json``; called again, it
     continues.
 
@@ -261,14 +163,14 @@ def predict_manifest(
         ConfigError: the folder holds masks of another bundle.
         FileError: it cannot be written.
     """
-    engine = bundle if isinstance(bundle, Engine) else Engine.load(bundle, device, precision, overlap)
+    engine = bundle if isinstance(bundle, Engine) else load_engine(bundle, device, precision, overlap)
     manifest = manifest if isinstance(manifest, Manifest) else read_manifest(manifest)
     folder = Path(out)
     _claim(folder, engine)
     wanted = {key: scans for key, scans in manifest.sessions().items() if sessions is None or key in sessions}
-    dense = engine.task.kind == "segmentation"
-    maps = {} if dense else _label_maps(manifest, wanted, engine)
-    columns = ["grid"] if dense else table_columns(engine.task)
+    kind = kind_of(engine.task.kind)
+    maps = _label_maps(manifest, wanted, engine, kind)
+    columns = kind.columns(engine.task)
     listed: list[list[object]] = []
     failures: dict[Key, str] = {}
     again: list[Key] = []
@@ -278,17 +180,17 @@ def predict_manifest(
         progress(number, len(wanted))
         name = answer_name(key, engine.task)
         try:
-            plan = _plan(manifest, key, scans, engine.task)
+            plan = _plan(manifest, key, scans, engine.task, kind)
             there = (folder / name).is_file()
             if there and _have_changed(_files_of(plan, maps.get(key)), made_from.get(name, {})):
                 again.append(key)
                 there = False
             if there:
                 kept += 1
-                cells = [str(plan[2])] if dense else _table_cells(read_answer(folder / name), columns)
+                cells = kind.kept_cells(folder / name, engine.task, plan[2])
             else:
                 stamps = {str(path): SourceFile.of(path).stamp() for path in _files_of(plan, maps.get(key))}
-                cells = _answered(engine, plan, folder / name, columns, maps.get(key))
+                cells = _answered(engine, kind, plan, folder / name, maps.get(key))
                 _note_sources(folder, name, stamps)
             listed.append([*key, *cells, name])
         except (ScanError, ManifestError) as error:
@@ -300,28 +202,18 @@ def predict_manifest(
     progress(len(wanted), len(wanted))
     write_table(folder / LISTING, ["dataset", "subject", "session", *columns, "file"], listed)
     write_table(folder / FAILURES, ["dataset", "subject", "session", "reason"], [[*k, r] for k, r in failures.items()])
-    return Report(len(listed) - kept, kept, failures, tuple(again))
+    return PredictionReport(len(listed) - kept, kept, failures, tuple(again))
 
 
 _Plan = tuple[dict[str, Path], str, Path]  # input files by contrast, the reference contrast, whose grid is answered on
 
 
-def _answered(
-    engine: Engine, plan: _Plan, path: Path, columns: Sequence[str], maps: Mapping[str, Path] | None
-) -> list[object]:
+def _answered(engine: Engine, kind: Kind, plan: _Plan, path: Path, maps: Mapping[str, Path] | None) -> list[object]:
     """Answers one session and writes it; returns its cells of the table."""
     files, reference, like = plan
-    if engine.task.kind == "segmentation":
-        write_mask(path, answer(engine, files, reference, nifti.read_header(like).grid), like)
-        return [str(like)]
-    found = answer_scan(engine, files, reference, maps)
-    write_answer(path, found)
-    return _table_cells(found, columns)
-
-
-def _table_cells(found: ScanAnswer, columns: Sequence[str]) -> list[object]:
-    cells = found.cells()
-    return [cells[column] for column in columns]
+    found = kind.answer(engine, files, reference, maps, like)
+    kind.write(path, found, like)
+    return kind.cells(found, engine.task, like)
 
 
 def _files_of(plan: _Plan, maps: Mapping[str, Path] | None) -> list[Path]:
@@ -359,59 +251,21 @@ def _read_sources(folder: Path) -> dict[str, dict[str, Any]]:
 
 
 def _label_maps(
-    manifest: Manifest, sessions: Mapping[Key, Sequence[Scan]], engine: Engine
+    manifest: Manifest, sessions: Mapping[Key, Sequence[Scan]], engine: Engine, kind: Kind
 ) -> dict[Key, dict[str, Path]]:
     """The label map that the bundle reads, by session and column; who lacks it is said once."""
-    reads = reads_of(engine.networks)
-    if reads is None:
+    column = kind.label_column(engine.networks)
+    if column is None:
         return {}
-    named = {key: session_labels(scans).get(reads.labels) for key, scans in sessions.items()}
+    named = {key: session_labels(scans).get(column) for key, scans in sessions.items()}
     lacking = [key for key, path in named.items() if path is None]
     if lacking:
         first = "/".join(part for part in lacking[0] if part)
-        note_missing(engine.networks, f"{len(lacking)} of {len(named)} sessions, first {first}")
-    return {key: {reads.labels: manifest.resolve(path)} for key, path in named.items() if path is not None}
+        kind.note_missing(engine.networks, f"{len(lacking)} of {len(named)} sessions, first {first}")
+    return {key: {column: manifest.resolve(path)} for key, path in named.items() if path is not None}
 
 
-def answer_name(key: Key, task: TaskSpec) -> str:
-    """The file in which the answer for a session lies."""
-    return mask_name(key, task.target, ".nii.gz" if task.kind == "segmentation" else ".json")
-
-
-def mask_name(key: Key, target: str, ending: str = ".nii.gz") -> str:
-    """A file name that is readable, legal on every system and another one for every session.
-
-    An empty session is left out. Where a part holds other characters than letters, digits, ``.``, ``-`` and single
-    ``_``, they become ``-``, what is too long is cut, and eight digits of a hash keep the name unique.
-    """
-    parts = list(key if key[2] else key[:2])
-    readable = "__".join(re.sub(r"[^A-Za-z0-9.-]+", "-", part).strip(".-") for part in parts)
-    if all(_PLAIN.fullmatch(part) for part in parts) and len("__".join(parts)) <= _LONGEST:
-        readable = "__".join(parts)
-    else:
-        digest = hashlib.blake2b("\0".join(key).encode(errors="surrogateescape"), digest_size=4).hexdigest()
-        readable = f"{readable[:_LONGEST]}-{digest}"
-    return f"{readable}_{re.sub(r'[^A-Za-z0-9.-]+', '-', target)[:50]}{ending}"
-
-
-@dataclass(frozen=True)
-class Label:
-    """A session's label for the target: its path as written, and whether any value but 0 means the one class."""
-
-    path: str
-    is_mask: bool
-
-
-def label_of(scans: Sequence[Scan], target: str) -> Label | None:
-    """None where the session has no such label. Raises: ManifestError where its rows contradict each other."""
-    labels = session_labels(scans)
-    for ending in LABEL_ENDINGS:
-        if target + ending in labels:
-            return Label(labels[target + ending], ending == "_mask")
-    return None
-
-
-def _plan(manifest: Manifest, key: Key, scans: Sequence[Scan], task: TaskSpec) -> _Plan:
+def _plan(manifest: Manifest, key: Key, scans: Sequence[Scan], task: TaskSpec, kind: Kind) -> _Plan:
     """The input files, the reference contrast, and the file whose grid is answered on.
 
     Of several scans of one contrast the one with the plainest name is read. A session without any contrast that the
@@ -436,7 +290,7 @@ def _plan(manifest: Manifest, key: Key, scans: Sequence[Scan], task: TaskSpec) -
     if not shown:
         raise ManifestError(f"{'/'.join(key)} has none of the contrasts {', '.join(task.contrasts)}")
     first = next(iter(shown))
-    label = label_of(scans, task.target) if task.kind == "segmentation" else None
+    label = kind.label_of(scans, task.target)
     if label is None:
         return shown, first, shown[first]
     path = manifest.resolve(label.path)
@@ -444,20 +298,6 @@ def _plan(manifest: Manifest, key: Key, scans: Sequence[Scan], task: TaskSpec) -
     if on is None:
         raise strange_grid(path)
     return shown, next((contrast for contrast, file in shown.items() if file == on), first), path
-
-
-def grid_owner(label: Path, scans: Sequence[Path]) -> Path | None:
-    """The scan of the session on whose grid the label was drawn; only headers are read.
-
-    Raises: ScanError where the label or a scan is missing or has no usable header.
-    """
-    grid = nifti.read_header(label).grid
-    return next((path for path in scans if nifti.read_header(path).grid.same_place(grid)), None)
-
-
-def strange_grid(label: Path) -> ScanError:
-    """For a label without an owner: it cannot be trusted to lie where its header says."""
-    return ScanError(f"{label}: lies on another grid than every scan of its session, expected the grid of one of them")
 
 
 def _claim(folder: Path, engine: Engine) -> None:

@@ -1,4 +1,4 @@
-"""What every pre-trained network offers, whatever it is made of."""
+"""The backbone: what every pre-trained network offers, whatever it is made of."""
 
 from __future__ import annotations
 

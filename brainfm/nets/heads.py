@@ -1,4 +1,4 @@
-"""Where the contrasts of a case meet, and where all that was seen of a head becomes one vector."""
+"""Fusion and pooling: where the contrasts of a case meet, and where all that was seen of a head becomes one vector."""
 
 from __future__ import annotations
 

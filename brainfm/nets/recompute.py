@@ -1,4 +1,4 @@
-"""Memory for time: a block forgets its maps after the forward pass and computes them again in the backward pass."""
+"""Recomputation, memory for time: a block forgets its maps after the forward pass and makes them again later."""
 
 from __future__ import annotations
 

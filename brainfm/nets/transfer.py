@@ -1,4 +1,4 @@
-"""Weights from one network to another: they fit completely, or nothing is changed and every misfit is named."""
+"""Transfer of weights from network to network: they fit completely, or nothing is changed and every misfit is named."""
 
 from __future__ import annotations
 

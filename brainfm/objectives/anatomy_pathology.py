@@ -1,4 +1,4 @@
-"""One part of the code knows the person's anatomy, one knows disease, the rest is free; together they reconstruct."""
+"""anatomy_pathology: a part of the code knows anatomy, one disease, a rest is free; together they reconstruct."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ _DENSE = MappingProxyType({"anatomy": 32})  # channels of the skip decoder's las
 
 
 @dataclass(frozen=True)
-class _Views:
+class _PatchViews:
     """The scans of a batch: every image, then the partners of the samples that have one; V in all.
 
     Attributes:
@@ -193,7 +193,7 @@ class AnatomyPathology(Objective):
             pictures["predicted"] = low + step * predicted.float()
         return pictures
 
-    def _views(self, batch: Batch) -> _Views:
+    def _views(self, batch: Batch) -> _PatchViews:
         device = batch.image.device
         count = len(batch)
         shape = batch.image.shape[2:]
@@ -201,20 +201,20 @@ class AnatomyPathology(Objective):
         unit, ratio = self.settings.mask_unit_vox, self.settings.mask_ratio
         hidden = draw_mask(batch.sample, shape, unit, ratio, self.seed, "mask_a", device)
         if batch.partner is None or not self.views.pairs:
-            return _Views(batch.image.float(), hidden, every, every[:0])
+            return _PatchViews(batch.image.float(), hidden, every, every[:0])
         chosen = torch.arange(count) if batch.paired is None else batch.paired.cpu().nonzero().squeeze(1)
         samples, partners = batch.sample.cpu()[chosen], chosen.to(device, non_blocking=True)
         second = draw_mask(samples, shape, unit, ratio, self.seed, "mask_b", device)
         image = torch.cat([batch.image, batch.partner[partners]]).float()
-        return _Views(image, torch.cat([hidden, second]), torch.cat([every, partners]), partners)
+        return _PatchViews(image, torch.cat([hidden, second]), torch.cat([every, partners]), partners)
 
-    def _maps(self, views: _Views) -> list[Tensor]:
+    def _maps(self, views: _PatchViews) -> list[Tensor]:
         return self.backbone.features_masked(views.image, views.hidden)
 
     def _codes(self, maps: Sequence[Tensor]) -> dict[str, Tensor]:
         return {name: code.mean for name, code in self.latents(maps).items()}
 
-    def _reconstruction(self, codes: Mapping[str, Tensor], views: _Views) -> Tensor:
+    def _reconstruction(self, codes: Mapping[str, Tensor], views: _PatchViews) -> Tensor:
         output = self.decoder(torch.cat(list(codes.values()), dim=1))
         loss, beta = self.settings.loss, self.settings.beta
         return mean_of_valid(reconstruction(output, views.image, loss, beta, where=views.hidden))
@@ -227,7 +227,7 @@ class AnatomyPathology(Objective):
         logits: Tensor = self.heads["regions"](self.dense.split(self.dense(maps))["anatomy"])
         return logits
 
-    def _anatomy(self, code: Tensor, maps: Sequence[Tensor], views: _Views, batch: Batch) -> dict[str, Tensor]:
+    def _anatomy(self, code: Tensor, maps: Sequence[Tensor], views: _PatchViews, batch: Batch) -> dict[str, Tensor]:
         """The heads answer for every scan, and only known targets count: no network is ever left without a gradient."""
         terms = {}
         mapped = torch.zeros(len(views.rows), dtype=torch.bool, device=code.device)
@@ -250,7 +250,7 @@ class AnatomyPathology(Objective):
             terms["volumes"] = mean_where(errors, known.any(dim=1) & ~mapped)
         return terms
 
-    def _pathology(self, code: Tensor, views: _Views, batch: Batch) -> dict[str, Tensor]:
+    def _pathology(self, code: Tensor, views: _PatchViews, batch: Batch) -> dict[str, Tensor]:
         if self.pathology_head is None:
             return {}
         cells, patch = self.pathology_head(code)
@@ -274,7 +274,7 @@ class AnatomyPathology(Objective):
             "cells": mean_where(balanced_errors(cells[:, 0], target), (target == 1).flatten(1).any(dim=1)),
         }
 
-    def _agreement(self, anatomy: Tensor, views: _Views) -> dict[str, Tensor]:
+    def _agreement(self, anatomy: Tensor, views: _PatchViews) -> dict[str, Tensor]:
         if self.weights["agreement"] == 0:
             return {}
         count = len(anatomy) - len(views.partners)

@@ -1,4 +1,4 @@
-"""Two views of one person are alike, other people are not; alone, or beside masked reconstruction."""
+"""Contrastive objectives: two views of a person are alike, other people are not; alone, or beside reconstruction."""
 
 from __future__ import annotations
 

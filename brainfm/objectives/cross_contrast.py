@@ -1,4 +1,4 @@
-"""Two scans of one person: the anatomy of one, in the contrast of the other."""
+"""cross_contrast: two scans of one person, the anatomy of one in the contrast of the other."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Anatomy at every voxel, one small code for the contrast: encoder and skip decoder are pre-trained together."""
+"""dense_split: anatomy at every voxel, one small code for the contrast; encoder and skip decoder learn together."""
 
 from __future__ import annotations
 

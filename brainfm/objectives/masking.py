@@ -1,4 +1,4 @@
-"""Which voxels a network may not see."""
+"""Masking: which voxels a network may not see."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What every self-supervised question offers to the trainer."""
+"""The objective: what every self-supervised question offers to the trainer."""
 
 from __future__ import annotations
 

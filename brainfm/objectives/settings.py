@@ -1,4 +1,4 @@
-"""The numbers of every objective, and which class asks with them. To add one: its settings and a line in OBJECTIVES.
+"""Settings of every objective, and which class asks with them. To add one: its settings and a line in OBJECTIVES.
 
 Defaults are what files without a key were trained with, so that these can be made again; where something else is
 recommended it stands in configs/objective/.

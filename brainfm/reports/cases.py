@@ -5,11 +5,12 @@ from __future__ import annotations
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from brainfm.inference.explain import explain_volume, share_inside
+from brainfm.inference.explain import explain_volume
 from brainfm.reports import pictures
 from brainfm.reports.kind_page import KindPage, Row
 from brainfm.reports.page import Section
 from brainfm.reports.run import who
+from brainfm.tasks.explained import share_inside
 
 _MOST_ROWS = 25  # of the table
 

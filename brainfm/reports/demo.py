@@ -15,9 +15,9 @@ from brainfm.data.store import Store
 from brainfm.imaging import nifti
 from brainfm.imaging.geometry import resample
 from brainfm.imaging.preprocess import prepare_session
-from brainfm.inference.predict import LISTING
 from brainfm.reports import charts, pictures
 from brainfm.reports.page import Section, write_page
+from brainfm.tasks.answers import LISTING
 
 
 @dataclass(frozen=True)

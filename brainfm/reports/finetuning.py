@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -11,19 +11,13 @@ from brainfm.reports.cases import cases_section, maps_section
 from brainfm.reports.comparison import NAMES, candidates_section, learning_curve_section, score_name, scores_section
 from brainfm.reports.kind_page import KindPage
 from brainfm.reports.page import Section, write_page
-from brainfm.reports.run import Run
-from brainfm.reports.segmentation_page import SegmentationPage
+from brainfm.reports.run import FinishedRun
 from brainfm.reports.shortcuts import shortcuts_section
-from brainfm.reports.whole_head_page import whole_head_page
 from brainfm.reports.wording import count, interval, number, sentence, signed
 from brainfm.seen import Overlap
+from brainfm.tasks.registry import kind_of
 
 FILE = "report.html"
-KINDS: dict[str, Callable[[Run], KindPage]] = {
-    "segmentation": SegmentationPage,
-    "classification": whole_head_page,
-    "regression": whole_head_page,
-}
 _MOST_NAMES = 8  # of sessions in a line
 
 
@@ -42,8 +36,8 @@ def write_finetuning_page(run: str | Path, out: Path | None = None, store: str |
         ConfigError: where the folder holds no finished fine-tuning.
         OSError: where the page cannot be written.
     """
-    read = Run.read(Path(run), store)
-    page = KINDS[read.spec.kind](read)
+    read = FinishedRun.read(Path(run), store)
+    page: KindPage = kind_of(read.spec.kind).page(read)
     path = out or read.folder / FILE
     write_page(
         path, title=f"{read.spec.kind.capitalize()} of {read.spec.target}", lead=_lead(read), sections=_sections(page),
@@ -79,7 +73,7 @@ def _sections(page: KindPage) -> list[Section]:
     return [section for section in sections if section is not None]
 
 
-def _lead(run: Run) -> str:
+def _lead(run: FinishedRun) -> str:
     found, cohort = run.found, run.found["cohort"]
     text = (
         f"{count(cohort['sessions'], 'session')} of {count(cohort['subjects'], 'subject')}, {_begun(found)}. Every "
@@ -121,7 +115,7 @@ def _verdict(c: Mapping[str, Any], larger_is_better: bool) -> str:
     return f"{said} {name}: {signed(c['difference'])} [{signed(c['low'])}, {signed(c['high'])}]."
 
 
-def _numbers(run: Run) -> list[tuple[str, str]]:
+def _numbers(run: FinishedRun) -> list[tuple[str, str]]:
     found = run.found
     cards = [(str(found["cohort"]["subjects"]), "subjects")]
     if "scores" in found:
@@ -198,7 +192,7 @@ def _splits(page: KindPage) -> Section:
     return Section("Splits", text, table=tuple(rows))
 
 
-def _curves(run: Run) -> Section:
+def _curves(run: FinishedRun) -> Section:
     found = run.found
 
     def known(points: Sequence[Sequence[float | None]]) -> list[tuple[float, float]]:

@@ -10,7 +10,7 @@ import numpy as np
 
 from brainfm.data.store import SessionEntry
 from brainfm.reports.page import Section
-from brainfm.reports.run import Run
+from brainfm.reports.run import FinishedRun
 
 Row = Mapping[str, Any]  # a case of results.json
 
@@ -35,7 +35,7 @@ class KindPage(ABC):
     method_name: str
     nothing: str
 
-    def __init__(self, run: Run) -> None:
+    def __init__(self, run: FinishedRun) -> None:
         self.run, self.spec = run, run.spec
 
     @property

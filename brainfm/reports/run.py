@@ -13,16 +13,16 @@ import torch
 
 from brainfm.data.store import SessionEntry, Store
 from brainfm.errors import ConfigError
-from brainfm.inference.label_maps import reads_of
 from brainfm.specs import TaskSpec
 from brainfm.tasks.bundle import Bundle, read_bundle
+from brainfm.tasks.registry import kind_of
 
 RESULTS = "results.json"
 _SHOWN_FIRST = ("flair", "dwi", "t2", "t1c", "t1")  # the contrast a case is shown on, where it has it
 
 
 @dataclass(frozen=True)
-class Run:
+class FinishedRun:
     """A finished fine-tuning.
 
     Attributes:
@@ -40,7 +40,7 @@ class Run:
     bundle: Bundle | None
 
     @classmethod
-    def read(cls, folder: Path, store: str | Path | None = None) -> Run:
+    def read(cls, folder: Path, store: str | Path | None = None) -> FinishedRun:
         """The run in a folder; ``store`` says where the scans are now, None: where they were then.
 
         Raises:
@@ -80,9 +80,9 @@ class Run:
 
     def label_map(self, entry: SessionEntry, network: Any) -> np.ndarray | None:
         """The label map [X, Y, Z] that a network's answer may be made of."""
-        reads = reads_of([network])
-        there = reads is not None and any(label.name == reads.labels for label in entry.labels)
-        return self.store.volume(entry, reads.labels) if there and reads is not None else None
+        column = kind_of(self.spec.kind).label_column([network])
+        there = column is not None and any(label.name == column for label in entry.labels)
+        return self.store.volume(entry, column) if there and column is not None else None
 
     def mask(self, entry: SessionEntry, name: str) -> np.ndarray | None:
         """The label volume [X, Y, Z] of this name, not 0; None where the session has none."""

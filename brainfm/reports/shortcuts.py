@@ -1,4 +1,4 @@
-"""What side information tells of the label, and what that means for a score: the audit of a fine-tuning in words."""
+"""Shortcuts in words: what side information tells of the label, and what the audit means for a score."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from brainfm.reports.kind_page import KindPage
 from brainfm.reports.page import Section
 from brainfm.reports.wording import count, p_value, percent, short
 
-_FOUND = {  # what training/audit.py calls its findings
+_FOUND = {  # what study/shortcuts.py calls its findings
     "untestable": "cannot be tested",
     "harmless": "does not tell the label",
     "survives": "tells the label; the score holds up without it",

@@ -9,11 +9,9 @@ score NaN, because leaving it out would flatter the model.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 
 import numpy as np
-
-from brainfm.specs import TaskSpec
 
 Score = Callable[[np.ndarray, np.ndarray], float]
 
@@ -67,72 +65,24 @@ def average_precision(true: np.ndarray, score: np.ndarray) -> float:
     return float(np.sum(np.diff(found, prepend=0) * found / (last + 1)) / total)
 
 
-def scan_scores(spec: TaskSpec, truth: np.ndarray, answers: np.ndarray) -> dict[str, float]:
-    """Every score of a scan-level question.
-
-    ========== =====================================================================================================
-    exclusive  auroc and average_precision (two classes: of class 1; else one class against the rest, mean over the
-               classes that are present), balanced_accuracy, f1 (mean over classes), accuracy, log_loss, brier
-    ordinal    the same, and quadratic_kappa and mae_steps of the most probable class
-    multilabel auroc, average_precision, balanced_accuracy, f1, accuracy (at 0.5), log_loss, brier: mean over the
-               labels for which it is defined, and ``<score>/<label>`` for each
-    regression mae, rmse, r (Pearson), r2, bias (mean of answer - truth), slope (of the answer over the truth; less
-               than 1 is the pull to the mean)
-    ========== =====================================================================================================
-
-    The Brier score of two classes is that of class 1, of more the sum over classes.
-
-    Args:
-        spec: of kind classification or regression.
-        truth: [N] or [N, 1] the class's place in ``spec.values``, [N, T] 0 or 1, or [N] or [N, 1] the value; NaN is
-            unknown.
-        answers: probabilities [N, K], or [N, T], or values [N] or [N, 1] in the unit.
-
-    Raises:
-        ValueError: where the shapes do not belong to the question.
-
-    Source: balanced accuracy Brodersen et al. 2010 (ICPR); quadratic kappa Cohen 1968, Psychol. Bull. 70:213; Brier
-        1950, Mon. Weather Rev. 78:1.
-    """
-    return {name: score(truth, answers) for name, score in _table(spec).items()}
+def value_scores() -> dict[str, Score]:
+    """Of a value: truth and answers [N] or [N, 1] in its unit."""
+    return {name: _of_values(score) for name, score in _REGRESSION.items()}
 
 
-def scan_score(spec: TaskSpec, name: str) -> Score:
-    """One score of `scan_scores` alone, as the function of truth and answers that `statistics.bootstrap` takes.
-
-    Raises:
-        ValueError: where this question has no such score.
-    """
-    table = _table(spec)
-    if name not in table:
-        raise ValueError(
-            f"{name} is no score of a question that is {spec.mode or spec.kind}: expected one of {sorted(table)}"
-        )
-    return table[name]
+def class_scores(classes: int, ordered: bool = False) -> dict[str, Score]:
+    """Of one class of several: truth [N] or [N, 1] the class's place, answers probabilities [N, K]."""
+    scores = _EXCLUSIVE | (_ORDINAL if ordered else {})
+    return {name: _of_classes(score, classes) for name, score in scores.items()}
 
 
-def primary(spec: TaskSpec) -> tuple[str, bool]:
-    """The score that models are compared by, and whether larger is better."""
-    if spec.kind == "segmentation":
-        return "dice", True
-    if spec.kind == "regression":
-        return "mae", False
-    return ("quadratic_kappa" if spec.mode == "ordinal" else "auroc"), True
-
-
-def _table(spec: TaskSpec) -> dict[str, Score]:
-    if spec.kind == "regression":
-        return {name: _of_values(score) for name, score in _REGRESSION.items()}
-    if spec.kind != "classification":
-        raise ValueError(f"a task of kind {spec.kind} has no scan-level scores")
-    if spec.mode == "multilabel":
-        labels = [str(value) for value in spec.values]
-        table = {name: _macro_of_labels(score, len(labels)) for name, score in _BINARY.items()}
-        for name, score in _BINARY.items():
-            table |= {f"{name}/{label}": _of_label(score, i, len(labels)) for i, label in enumerate(labels)}
-        return table
-    scores = _EXCLUSIVE | (_ORDINAL if spec.mode == "ordinal" else {})
-    return {name: _of_classes(score, spec.classes) for name, score in scores.items()}
+def label_scores(labels: Sequence[str]) -> dict[str, Score]:
+    """Of several labels: truth [N, T] of 0 and 1, answers probabilities [N, T]; the mean over the labels for which a
+    score is defined, and ``<score>/<label>`` for each."""
+    table = {name: _macro_of_labels(score, len(labels)) for name, score in _BINARY.items()}
+    for name, score in _BINARY.items():
+        table |= {f"{name}/{label}": _of_label(score, i, len(labels)) for i, label in enumerate(labels)}
+    return table
 
 
 def _of_values(score: Score) -> Score:

@@ -15,7 +15,6 @@ import numpy as np
 from scipy.special import expit, softmax
 
 from brainfm.scoring.folds import folds_by_answer
-from brainfm.specs import TaskSpec
 
 KINDS = ("logistic", "ridge", "knn")
 # Strengths are those of rows scaled to a mean square length of 1, strongest penalty first: they mean the same for
@@ -288,56 +287,7 @@ def rotated(train: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarra
 # ----------------------------------------------------------------------------------------------------- as last layers
 
 
-def linear_head(
-    x: np.ndarray,
-    answers: np.ndarray,
-    spec: TaskSpec,
-    mean: float = 0.0,
-    std: float = 1.0,
-    balanced: bool = True,
-    groups: Sequence[str] | None = None,
-    seed: int = 0,
-) -> tuple[np.ndarray, np.ndarray]:
-    """Weights [T', F] and biases [T'] of a last layer whose logits are those of a regularised linear model.
-
-    A ridge regression of the standardised value; a logistic regression of the classes, of each threshold between
-    ordered classes, or of each label. The penalty is chosen by cross-validation by subject, and is strong where there
-    are too few cases to choose.
-
-    Args:
-        x: [N, F] standardised features.
-        answers: [N, T], NaN where unknown.
-        spec: of a scan-level question.
-        mean, std: of a regression's values.
-        balanced: whether every class counts alike.
-        groups: [N] the subject of each row; None: each row is a subject's only one.
-        seed: of the folds that choose the penalty.
-    """
-    from threadpoolctl import threadpool_limits  # sums must not depend on the number of cores
-
-    x, y = np.asarray(x, dtype=np.float64), np.asarray(answers, dtype=np.float64)
-    who = [str(row) for row in range(len(y))] if groups is None else list(groups)
-    with threadpool_limits(1):
-        if spec.kind == "regression":
-            weight, bias = _value_head(x, (y[:, 0] - mean) / std, who, seed)
-            return weight[None], np.array([bias])
-
-        def event(so: np.ndarray) -> tuple[np.ndarray, float]:
-            return _event_head(x, so, who, seed, balanced)
-
-        if spec.mode == "multilabel":
-            heads = [event(y[:, t]) for t in range(y.shape[1])]
-        elif spec.mode == "ordinal":
-            heads = [event((y[:, 0] > k).astype(np.float64)) for k in range(spec.classes - 1)]
-        elif spec.classes == 2:
-            weight, bias = event(y[:, 0])
-            heads = [(-weight / 2, -bias / 2), (weight / 2, bias / 2)]
-        else:
-            heads = [event((y[:, 0] == k).astype(np.float64)) for k in range(spec.classes)]
-    return np.stack([weight for weight, _ in heads]), np.array([bias for _, bias in heads])
-
-
-def _value_head(x: np.ndarray, y: np.ndarray, groups: Sequence[str], seed: int) -> tuple[np.ndarray, float]:
+def value_head(x: np.ndarray, y: np.ndarray, groups: Sequence[str], seed: int) -> tuple[np.ndarray, float]:
     scale, centre = _scale(x), x.mean(axis=0)
     left, singular, right = np.linalg.svd((x - centre) / scale, full_matrices=False)
     penalty = _RIDGE[_place(x, y, groups, "ridge", seed, None, True)]
@@ -345,7 +295,7 @@ def _value_head(x: np.ndarray, y: np.ndarray, groups: Sequence[str], seed: int) 
     return weight, float(y.mean() - centre @ weight)
 
 
-def _event_head(
+def event_head(
     x: np.ndarray, y: np.ndarray, groups: Sequence[str], seed: int, balanced: bool
 ) -> tuple[np.ndarray, float]:
     """Of whether something is so; where all known cases agree, the answer is their share whatever the features."""

@@ -196,7 +196,7 @@ def check_weights(task: ChallengeTask, weights: Path) -> int:
         ConfigError: they answer another question.
     """
     if task.kind == "embedding":
-        from brainfm.inference.embed import Encoder
+        from brainfm.probing.features import Encoder
 
         encoder = Encoder.load(load_backbone(weights))
         sizes = encoder.latents.sizes if encoder.latents is not None else {}

@@ -1,4 +1,4 @@
-"""What a container's ``/app/predict.py`` calls: the organiser's flags in, one file out, by the library's own path.
+"""Prediction in a container, as ``/app/predict.py`` calls it: an organiser's flags in, one file out.
 
 Beside the script lie ``task.json`` (the task's flags and output), ``settings.json``, and ``bundle/``, or for an
 embedding ``backbone.safetensors`` and ``scale.npy``. Scans are answered as ``brainfm predict`` and ``embed`` do.
@@ -137,17 +137,18 @@ def is_blank(path: Path) -> bool:
 def _write_answer(
     app: Path, settings: AppSettings, task: ChallengeTask, inputs: Mapping[str, Path], output: Path, on: str
 ) -> None:
-    from brainfm.inference.predict import predict, write_mask
-    from brainfm.inference.scan_answers import ScanAnswer
+    from brainfm.imaging.nifti import write_mask
+    from brainfm.inference.predict import predict
+    from brainfm.tasks.answers import SessionAnswer
 
     dense = task.kind == "segmentation"
     found = predict(
         app / BUNDLE, inputs, output if dense else None, on,
         device=settings.device, precision=settings.precision, overlap=settings.overlap,
     )  # fmt: skip
-    if isinstance(found, ScanAnswer) == dense:
+    if isinstance(found, SessionAnswer) == dense:
         raise BundleError(f"{app / BUNDLE} answers otherwise than {task.id} asks, expected a bundle for {task.kind}")
-    if isinstance(found, ScanAnswer):
+    if isinstance(found, SessionAnswer):
         _write_text(output, in_range(found.to_text(), task))
     elif task.empty == "refused" and not found.any():
         found[tuple(size // 2 for size in found.shape)] = int(task.high)
@@ -174,12 +175,11 @@ def _write_blank(task: ChallengeTask, like: Path, output: Path) -> None:
         _write_text(output, f"{task.blank}\n")
         return
     from brainfm.imaging import nifti
-    from brainfm.inference.predict import write_mask
 
     mask = np.zeros(nifti.read_header(like).grid.shape_vox, np.uint8)
     if task.empty == "refused":
         mask[tuple(size // 2 for size in mask.shape)] = int(task.high)
-    write_mask(output, mask, like)
+    nifti.write_mask(output, mask, like)
 
 
 def _write_embedding(app: Path, settings: AppSettings, file: Path, output: Path) -> None:
@@ -203,7 +203,7 @@ def _write_embedding(app: Path, settings: AppSettings, file: Path, output: Path)
 
 def embedding(backbone: Path, settings: AppSettings, file: Path) -> np.ndarray:
     """[F] float32 of one scan, as ``brainfm embed`` gives it. Raises: WeightsError, ScanError."""
-    from brainfm.inference.embed import Encoder, Extent, embed
+    from brainfm.probing.features import Encoder, Extent, embed
 
     encoder = Encoder.load(backbone, settings.parts or None)
     return embed(encoder, file, extent=Extent(settings.whole_mvox), device=settings.device).matrix[0]

@@ -1,4 +1,4 @@
-"""What the organisers would say to a submission, and more: run on cases in a sandbox, a sentence for every check.
+"""Validation of a submission: what the organisers would say, and more; run on cases in a sandbox, a sentence a check.
 
 The organisers' checks are those of their published validators; ``stricter`` ones are ours, each for something that has
 cost a participant a submission or a score (shared facts in the README of each challenge).

@@ -42,7 +42,7 @@ _BORDER_VOX = 0.6  # standard deviation over which regions blend
 
 
 @dataclass(frozen=True)
-class Look:
+class Appearance:
     """How one contrast of one subject will look.
 
     Attributes:
@@ -68,7 +68,9 @@ class Look:
     seed: int
 
 
-def draw(rng: np.random.Generator, contrast: str, tissue_of: Mapping[int, str], region_jitter: float = 0.015) -> Look:
+def draw(
+    rng: np.random.Generator, contrast: str, tissue_of: Mapping[int, str], region_jitter: float = 0.015
+) -> Appearance:
     """The look of a contrast: tissue means near those of SIGNALS, in their order, and regions near their tissue.
 
     Args:
@@ -95,7 +97,7 @@ def draw(rng: np.random.Generator, contrast: str, tissue_of: Mapping[int, str], 
         for label in sorted(tissue_of)
     }
     factor, exponent = _HEAD[contrast]
-    return Look(
+    return Appearance(
         contrast=contrast,
         tissues=tissues,
         regions=regions,
@@ -108,7 +110,7 @@ def draw(rng: np.random.Generator, contrast: str, tissue_of: Mapping[int, str], 
     )
 
 
-def render(t1: Volume, labels: Volume, tissue_of: Mapping[int, str], look: Look) -> Volume:
+def render(t1: Volume, labels: Volume, tissue_of: Mapping[int, str], look: Appearance) -> Volume:
     """The contrast as float32 on the grid of the T1, 0 outside the head.
 
     Args:
@@ -171,7 +173,7 @@ def _tissue_levels(source: np.ndarray, brain: np.ndarray, index: np.ndarray, tis
     return levels
 
 
-def _curve(levels: dict[str, float], look: Look) -> tuple[list[float], list[float]]:
+def _curve(levels: dict[str, float], look: Appearance) -> tuple[list[float], list[float]]:
     """Knots (T1, signal): void, CSF and what scatters about it, grey, white, and on beyond white."""
     csf, grey, white = (levels[tissue] for tissue in ("csf", "grey", "white"))
     target = look.tissues
@@ -183,7 +185,11 @@ def _curve(levels: dict[str, float], look: Look) -> tuple[list[float], list[floa
 
 
 def _outside(
-    source: np.ndarray, brain: np.ndarray, levels: dict[str, float], look: Look, spacing_mm: tuple[float, float, float]
+    source: np.ndarray,
+    brain: np.ndarray,
+    levels: dict[str, float],
+    look: Appearance,
+    spacing_mm: tuple[float, float, float],
 ) -> np.ndarray:
     """The head where there are no labels: skin, fat, muscle and bone from the T1, and CSF that the labels left out.
 

@@ -1,4 +1,4 @@
-"""What a scan may look like: intensities of tissues, drawn at random around those of the usual contrasts or freely."""
+"""Looks: intensities of tissues that a scan may have, drawn at random around the usual contrasts or freely."""
 
 from __future__ import annotations
 

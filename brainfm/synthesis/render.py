@@ -1,4 +1,4 @@
-"""Label maps to scans of any contrast, on the device: what the views of a window show.
+"""Rendering: label maps to scans of any contrast, on the device; what the views of a window show.
 
 A window comes with a map of render classes, the real scan or scans of the head if there are any, and two corners.
 Each view is cut out at its corner: as the real scan, or as a rendering of the map whose look is drawn from the sample's

@@ -1,4 +1,4 @@
-"""How renderings vary (``data.looks`` of pre-training)."""
+"""Settings of renderings: how they vary (``data.looks`` of pre-training)."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""A finished model as a folder: written whole or not at all, read only if every byte is as it was written.
+"""The bundle, a finished model as a folder: written whole or not at all, read only if every byte is as it was written.
 
     task.json preprocess.json provenance.json backbone.json   what it answers, and how to rebuild it
     decisions.json                                            what cross-validation decided about its answers, if it did
     members.json seen.json                                    how members differ in build; whom their backbone has seen
-    reads.json                                                what answers for whole heads are made of (tasks/reads.py)
+    reads.json                                                what answers for whole heads are made of
     member0.safetensors ...                                   weights, one file a member of the ensemble
     README.md                                                 the model card
     checksums.json                                            SHA-256 of every other file
@@ -29,10 +29,13 @@ from torch import Tensor
 from brainfm.errors import BundleError, ConfigError, WeightsError
 from brainfm.files import write_folder
 from brainfm.nets.backbone import build_backbone
+from brainfm.nets.cpu import keep_freed_memory
 from brainfm.nets.transfer import transfer
 from brainfm.seen import SeenSubjects
 from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
-from brainfm.tasks.task import Task, build_task
+from brainfm.tasks.engine import Engine, PathLike, settle_device, settle_precision
+from brainfm.tasks.registry import build_task, kind_of
+from brainfm.tasks.task import Task
 
 FORMAT = 1
 CHECKSUMS = "checksums.json"
@@ -49,7 +52,7 @@ class Bundle:
 
     Attributes:
         path: its folder.
-        task: the question it answers.
+        task: what it answers.
         preprocess: how a scan must be prepared for it.
         provenance: where it comes from.
         networks: its members in eval mode on the CPU; their probabilities are averaged.
@@ -177,6 +180,26 @@ def read_bundle(directory: str | os.PathLike[str]) -> Bundle:
     return Bundle(directory, task, preprocess, provenance, tuple(networks), fingerprint, decisions, seen)
 
 
+def load_engine(
+    bundle: PathLike | Bundle, device: str = "auto", precision: str = "auto", overlap: float = 0.5
+) -> Engine:
+    """A bundle on a device. On a CPU the process keeps from here on what memory it frees (nets/cpu.keep_freed_memory).
+
+    Raises: BundleError where the bundle is not whole; ConfigError for impossible values.
+    """
+    if not 0 <= overlap < 1:
+        raise ConfigError(f"overlap={overlap}: expected 0 or more and less than 1")
+    place = settle_device(device)
+    dtype = settle_precision(precision, place)
+    read = bundle if isinstance(bundle, Bundle) else read_bundle(bundle)
+    if place.type == "cpu":
+        keep_freed_memory()
+    networks = tuple(network.to(place) for network in read.networks)
+    return Engine(
+        networks, read.task, read.preprocess, place, dtype, read.fingerprint, overlap, read.decisions, read.seen
+    )
+
+
 def _read(reads: Mapping[str, Any] | None) -> dict[str, Any]:
     return {} if reads is None else {"reads": reads}
 
@@ -254,8 +277,8 @@ def model_card(
     labels: str = "",
 ) -> str:
     """README.md of a bundle: what it is, what it saw, how it scored, how to run it, what it is not for."""
-    averaged = "values" if task.kind == "regression" else "probabilities"
-    out = f"{task.target}.nii.gz" if task.kind == "segmentation" else f"{task.target}.json"
+    kind = kind_of(task.kind)
+    averaged, out = kind.averaged, f"{task.target}{kind.ending}"
     done = _done(decisions, task.unit)
     rows = "\n".join(f"| {name} | {_shown(value)} |" for name, value in scores.items() if name != "note")
     note = f"\n{scores['note']}\n" if scores.get("note") else ""
@@ -270,7 +293,7 @@ def model_card(
 
 A brainfm bundle: {members} network{"s" if members != 1 else ""}{f" whose {averaged} are averaged" * (members > 1)}.
 
-- Answers: {_answers(task)}.
+- Answers: {kind.promise(task)}.
 - Reads: {", ".join(task.contrasts)}. Any of them may be missing; what is given must lie in one scanner space.{mapped}
 - Looks: {_looks(task, preprocess)}.
 - What is done to the answers, as held-out cases decided: {done or "nothing"}.
@@ -294,19 +317,6 @@ Files are checked against `checksums.json`; an edited or incomplete bundle is re
 For research. Not a medical device: no diagnosis or treatment may rest on its output. Expect lower scores on scanners,
 sequences, ages and diseases that its training data did not hold, and evaluate it on your own cases first.
 """
-
-
-def _answers(task: TaskSpec) -> str:
-    values = ", ".join(str(v) for v in task.values)
-    if task.kind == "segmentation":
-        return f"where `{task.target}` is, label values {values} (0 is the background), on the grid of the scan given"
-    if task.kind == "regression":
-        unit = f" in {task.unit}" if task.unit else ""
-        return f"`{task.target}`{unit}, one value for the session, with a prediction interval where enough cases allow"
-    if task.mode == "multilabel":
-        return f"which of {values} the session shows, with a probability for each (`{task.target}`)"
-    ordered = " (in this order)" if task.mode == "ordinal" else ""
-    return f"`{task.target}`, one of {values}{ordered} for the session, with a probability for each"
 
 
 def _looks(task: TaskSpec, preprocess: PreprocessSpec) -> str:

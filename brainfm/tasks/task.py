@@ -1,34 +1,47 @@
-"""What every supervised question offers to training and to prediction."""
+"""The task: what the network of every supervised task offers to training and to prediction."""
 
 from __future__ import annotations
 
-import importlib
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from types import MappingProxyType
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from brainfm.batch import Batch, Terms
-from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
-from brainfm.nets.cpu import swap_in
 from brainfm.specs import TaskSpec
 
-# kind -> (module, class); imported when it is built
-TASKS: dict[str, tuple[str, str]] = {
-    "segmentation": ("brainfm.tasks.segmentation", "SegmentationTask"),
-    "classification": ("brainfm.tasks.scan_level", "ScanTask"),
-    "regression": ("brainfm.tasks.scan_level", "ScanTask"),
-}
+
+class TrainingWatch(nn.Module, ABC):
+    """Notices that a network's answers have collapsed while it trains; what it remembers are buffers, so that a
+    checkpoint carries them."""
+
+    @abstractmethod
+    def add(self, output: Any, batch: Batch) -> None:
+        """After each forward pass."""
+
+    @abstractmethod
+    def look(
+        self, task: Any, optimizer: torch.optim.Optimizer, total: Callable[[Tensor], Tensor], step: int
+    ) -> str | None:
+        """After each optimiser step. Returns a sentence where something was done about it.
+
+        Args:
+            total: the sum of a tensor over all processes.
+
+        Raises:
+            TrainingError: where nothing more can be done.
+        """
 
 
 class Task(nn.Module, ABC):
-    """A backbone with a head that answers one question.
+    """A backbone with a head that answers one task.
 
     Attributes:
-        spec: the question.
+        spec: the task.
         backbone: reads one contrast at a time; ``backbone.blocks()`` is what freezing and rate decay need.
         reads_of_file: how names in a backbone's file begin, to how those of the same weights do here, for what is read
             from it as it is and never trained.
@@ -54,21 +67,10 @@ class Task(nn.Module, ABC):
         """What ``build_task`` needs beside spec and backbone to make this network again; JSON-able."""
         return {}
 
+    def watch(self, max_steps: int) -> TrainingWatch | None:
+        """What looks at the answers of a training of so many steps, if anything."""
+        return None
+
     def bundle_state(self) -> dict[str, Tensor]:
         """The weights that answering needs: what a bundle ships."""
         return dict(self.state_dict())
-
-
-def build_task(spec: TaskSpec, backbone: Backbone, **settings: Any) -> Task:
-    """The task of this kind around a backbone, its head with fresh weights, all with the layers of a CPU.
-
-    Args:
-        settings: of the task; answering needs none but those of ``Task.settings``.
-
-    Raises: ConfigError where the kind is unknown or the spec does not suit it.
-    """
-    if spec.kind not in TASKS:
-        raise ConfigError(f"task.kind={spec.kind!r}: expected one of {', '.join(sorted(TASKS))}")
-    module, name = TASKS[spec.kind]
-    task: Task = swap_in(getattr(importlib.import_module(module), name)(spec, backbone, **settings))
-    return task

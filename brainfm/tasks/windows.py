@@ -1,4 +1,4 @@
-"""A volume of any size through a network that was trained on patches."""
+"""Sliding windows: a volume of any size through a network that was trained on patches."""
 
 from __future__ import annotations
 

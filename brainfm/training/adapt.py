@@ -1,4 +1,4 @@
-"""How much of a pre-trained network a fine-tuning may move, how fast, and from when on."""
+"""Adaptation: how much of a pre-trained network a fine-tuning may move, how fast, and from when on."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stops a run that has gone wrong: numbers that are not finite, features that have collapsed, a loss that left.
+"""Guards stop a run that has gone wrong: numbers that are not finite, features that collapse, a loss that explodes.
 
 A guard says nothing, or one sentence: what was seen, after which step, what to try. What it remembers between looks
 is plain JSON in the run's state, so that an interrupted run is judged like an uninterrupted one.
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from brainfm.training.settings import GUARD_MEMORY, GuardSpec
 
 _ENOUGH = 20  # of them, before anything is called unusual
-_OF_A_LEVEL = re.compile(r"(level\d+|decoder\d+|dense)_(dice|rank|random_(dice|rank|low_dice))")  # level_probes.py
+_OF_A_LEVEL = re.compile(r"(level\d+|decoder\d+|dense)_(dice|rank|random_(dice|rank|low_dice))")  # probing/levels.py
 
 
 class Guards:
@@ -106,49 +106,6 @@ class Guards:
         """Whether some part, or with level_dice=stop some level, was below its threshold at the last probe."""
         levels = self.kept.get("low_levels", {}) if self.spec.level_dice == "stop" else {}
         return any(self.kept.get("low", {}).values()) or any(levels.values())
-
-
-class CollapseGuard:
-    """Notices a segmenter that answers background everywhere, where there is foreground to be found.
-
-    A network that begins with little foreground may need a while to find any, and small lesions make "none" a good
-    first answer: hence the warm-up, and the patience after it.
-
-    Args:
-        kept: what it remembers; changed in place, JSON-able, kept with the checkpoint.
-        warmup_steps: before these nothing is said.
-        steps: for how many steps it must last.
-        least: the answer counts as none where it holds less than this part of the true foreground.
-    """
-
-    def __init__(self, kept: dict[str, Any], warmup_steps: int = 300, steps: int = 300, least: float = 0.001) -> None:
-        self.kept, self.warmup_steps, self.steps, self.least = kept, warmup_steps, steps, least
-
-    def see(self, step: int, predicted: float, true: float) -> str | None:
-        """Looks at training patches. A sentence where there was no foreground in the answers for long.
-
-        Args:
-            step: steps done.
-            predicted, true: shares of foreground in the answers and in the labels of one batch, or of the batches since
-                the last look (``tasks.segmentation.foreground_shares``). Patches without any foreground say nothing.
-        """
-        if predicted > self.least * true:
-            self.kept.pop("none_since", None)
-            return None
-        if true <= 0 or step <= self.warmup_steps:
-            return None
-        since = self.kept.setdefault("none_since", step)
-        if step - since < self.steps:
-            return None
-        return (
-            f"the segmentation has answered background everywhere from step {since} to {step}, while {true:.2%} of the "
-            "voxels of its training patches are foreground; try task.loss=focal_tversky, a larger "
-            "data.foreground_share or a smaller optim.lr"
-        )
-
-    def forget(self) -> None:
-        """After the foreground was lifted: the patience begins anew."""
-        self.kept.pop("none_since", None)
 
 
 class FiniteWatch:

@@ -147,7 +147,7 @@ class Run:
     title: str = "train"
 
 
-class _Step(nn.Module):
+class _TrainingStep(nn.Module):
     """Lets a Batch and Terms through the wrappers of Fabric and DDP, which know tensors and dicts only."""
 
     def __init__(self, module: nn.Module) -> None:
@@ -172,7 +172,7 @@ def train(run: Run) -> State:
     """
     fabric, spec = run.fabric, run.spec
     rates = Rates(run.optimizer, spec.factor, alone=fabric.world_size == 1)
-    step_module, optimizer = fabric.setup(_Step(run.module), run.optimizer)
+    step_module, optimizer = fabric.setup(_TrainingStep(run.module), run.optimizer)
     state = _restore(run, optimizer) if (run.folder / CHECKPOINT).exists() else State()
     if state.step >= spec.max_steps:
         return state
@@ -214,16 +214,8 @@ def train(run: Run) -> State:
                 scores = _evaluate(run, state)
                 if curves is not None:
                     curves.add(state.step, scores)
-            passed = False
-            if run.probe is not None and _due(state.step, spec.probe_every, spec):
-                with meter.probing():
-                    scores = _probe(run, state)
-                if curves is not None:
-                    curves.add(state.step, {f"probe_{name}": value for name, value in scores.items()})
-                if guards is not None:
-                    _stop_at(run, state, guards.see_probe(state.step, scores))
-                    _judge_levels(run, state, guards, scores)
-                    passed = not guards.is_low()
+            due = run.probe is not None and _due(state.step, spec.probe_every, spec)
+            passed = due and _passes_probe(run, state, meter, guards, curves)
             stop = _of_any_rank(fabric, interrupted())
             if stop or passed or _due(state.step, spec.checkpoint_every, spec):
                 _finite(values, watch, run, state)
@@ -243,6 +235,22 @@ def train(run: Run) -> State:
         curves.close()
     _pass_on(stop)
     return state
+
+
+def _passes_probe(run: Run, state: State, meter: Meter, guards: Guards | None, curves: Curves | None) -> bool:
+    """Probes the features. Whether guards looked at them and found nothing low.
+
+    Raises: TrainingError where a guard says so.
+    """
+    with meter.probing():
+        scores = _probe(run, state)
+    if curves is not None:
+        curves.add(state.step, {f"probe_{name}": value for name, value in scores.items()})
+    if guards is None:
+        return False
+    _stop_at(run, state, guards.see_probe(state.step, scores))
+    _judge_levels(run, state, guards, scores)
+    return not guards.is_low()
 
 
 def _gradients(run: Run, step_module: Any, batch: Batch, progress: float) -> dict[str, Tensor]:

@@ -1,4 +1,4 @@
-"""What fits: patch, parts of a batch, precision and recomputation for the memory that a device has.
+"""Memory plan: patch, parts of a batch, precision and recomputation for the memory that a device has.
 
 Nothing here is guessed: the peaks come from memory_table.json, which scripts/benchmark/memory.py measures and says how
 (rows of a real GPU where there was one; else a count of every tensor alive during the step). The table has no rows for
@@ -20,6 +20,7 @@ import torch
 
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
+from brainfm.tasks.registry import kind_of
 from brainfm.training.settings import TrainerSettings
 from brainfm.training.speed import settled
 
@@ -198,7 +199,7 @@ def plan(
         batch_size: samples a step on each device; it is kept, in parts where needed.
         trainer: ``accelerator``, ``precision`` (``auto`` is settled here) and ``memory_gb``: null is what the device
             has.
-        views: patches that a sample of a scan-level task shows.
+        views: patches that a sample of a whole-head task shows.
 
     Raises:
         ConfigError: where not even the smallest patch of one sample fits, or a number is impossible.
@@ -209,18 +210,18 @@ def plan(
     trainer = settled(trainer)
     device = "gpu" if trainer.accelerator == "gpu" or _has_gpu(trainer) else "cpu"
     budget = budget_gb(device, trainer.memory_gb)
-    kind = "segmentation" if task_kind == "segmentation" else "scan"
+    kind = kind_of(task_kind)
     table = table or MemoryTable.shipped()
 
     def predicted(patch: tuple[int, int, int], micro: int, checkpointing: bool) -> tuple[float, str]:
         found, how = table.peak(
             backbone,
-            kind,
+            kind.measured,
             device=device,
             precision=trainer.precision,
             checkpointing=checkpointing,
             contrasts=contrasts,
-            classes=classes if kind == "segmentation" else 1,
+            classes=classes if kind.voxelwise else 1,
             voxels=math.prod(patch) * micro * views,
         )
         return found / GB, how

@@ -27,6 +27,9 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import save_backbone
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.objectives.settings import AnatomyPathologySettings, DenseSplitSettings, ObjectiveSettings
+from brainfm.probing.levels import LevelProbe
+from brainfm.probing.online import OnlineProbe, with_whole
+from brainfm.probing.settings import OnlineProbeSpec
 from brainfm.progress import say
 from brainfm.scoring.folds import holdout
 from brainfm.seen import SeenSubjects
@@ -36,14 +39,12 @@ from brainfm.synthesis.settings import LookSpec
 from brainfm.training import receipt
 from brainfm.training.average import WeightAverage
 from brainfm.training.finish import Finish, branch
-from brainfm.training.level_probes import LevelProbe
 from brainfm.training.loop import LoopSpec, Run, State, train
 from brainfm.training.optim import build_optimizer
 from brainfm.training.pictures import save_pictures
-from brainfm.training.probes import OnlineProbe, with_whole
 from brainfm.training.processes import make_fabric
 from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of
-from brainfm.training.settings import PretrainData, PretrainSettings, ProbeSpec, WsdSettings
+from brainfm.training.settings import PretrainData, PretrainSettings, WsdSettings
 from brainfm.training.speed import quicken, settled
 
 LOOKS = LookSpec()
@@ -67,6 +68,7 @@ class Augmented(torch.nn.Module):
         looks: LookSpec = LOOKS,
     ) -> None:
         super().__init__()
+        # `question` by name: checkpoints of runs that are to go on hold their weights under it
         self.question, self.spec, self.seed, self.looks = question, spec, seed, looks
         self.average = None if decay is None else WeightAverage(question, decay)
 
@@ -109,8 +111,8 @@ def pretrain(settings: PretrainSettings) -> State:
     torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
     backbone = build_backbone(**settings.backbone)
     sides = sides_of(store, data)
-    question, targets = _with_targets(settings, store, sides[0])
-    objective = make_objective(question, backbone, patch_vox=data.patch_vox, seed=seed)
+    asked, targets = _with_targets(settings, store, sides[0])
+    objective = make_objective(asked, backbone, patch_vox=data.patch_vox, seed=seed)
     batch_size = trainer.batch_size
     artefacts = _artefacts(data.augment, objective.views)
     module = Augmented(objective, artefacts, seed, settings.average, data.looks)
@@ -125,21 +127,8 @@ def pretrain(settings: PretrainSettings) -> State:
         for note in targets.notes:
             say(note)
     spec, identity, finish = _schedule(settings, pretrain_identity(settings, store), fabric)
-    probe = None
-    if settings.probe is not None:
-        probe = OnlineProbe(
-            with_whole(module.answering.encode, module.answering.backbone),
-            store,
-            held=sides[1],
-            trained=sides[0],
-            spec=settings.probe,
-            patch_vox=objective.views.patch_vox,
-            seed=seed,
-            device=fabric.device,
-            batch_size=batch_size,
-            folder=folder,
-            levels=_level_probe(settings, settings.probe, module.answering, store, sides, fabric),
-        )
+    probe = _online_probe(settings, module, store, sides, fabric)
+    if probe is not None:
         spec = replace(spec, probe_every=probe.spec.every)
         if fabric.is_global_zero:
             say("\n".join(probe.plan()))
@@ -178,9 +167,34 @@ def pretrain(settings: PretrainSettings) -> State:
     return state
 
 
+def _online_probe(
+    settings: PretrainSettings,
+    module: Augmented,
+    store: Store,
+    sides: tuple[list[SessionEntry], list[SessionEntry]],
+    fabric: Fabric,
+) -> OnlineProbe | None:
+    """What watches the features of what is saved, where that is asked for."""
+    if settings.probe is None:
+        return None
+    return OnlineProbe(
+        with_whole(module.answering.encode, module.answering.backbone),
+        store,
+        held=sides[1],
+        trained=sides[0],
+        spec=settings.probe,
+        patch_vox=module.question.views.patch_vox,
+        seed=settings.seed,
+        device=fabric.device,
+        batch_size=settings.trainer.batch_size,
+        folder=settings.run,
+        levels=_level_probe(settings, settings.probe, module.answering, store, sides, fabric),
+    )
+
+
 def _level_probe(
     settings: PretrainSettings,
-    spec: ProbeSpec,
+    spec: OnlineProbeSpec,
     objective: Objective,
     store: Store,
     sides: tuple[list[SessionEntry], list[SessionEntry]],
@@ -273,24 +287,24 @@ def _with_targets(
     settings: PretrainSettings, store: Store, trained: list[SessionEntry]
 ) -> tuple[ObjectiveSettings, Targets]:
     """The objective's settings, with the sizes of the anatomical targets as the data have them, and the targets."""
-    question, people = settings.objective, {session.subject_key for session in trained}
-    if isinstance(question, DenseSplitSettings):
-        return _with_regions(question, settings.data.targets, store, people)
-    if not isinstance(question, AnatomyPathologySettings):
-        return question, Targets()
+    asked, people = settings.objective, {session.subject_key for session in trained}
+    if isinstance(asked, DenseSplitSettings):
+        return _with_regions(asked, settings.data.targets, store, people)
+    if not isinstance(asked, AnatomyPathologySettings):
+        return asked, Targets()
     targets = find_targets(
         store,
         settings.data.targets,
         people,
-        anatomy=question.anatomy_weight > 0,
-        pathology=question.pathology_weight > 0,
+        anatomy=asked.anatomy_weight > 0,
+        pathology=asked.pathology_weight > 0,
     )
-    groups = _size("groups", question.groups, len(targets.groups))
-    volumes = _size("volumes", question.volumes, len(targets.regions))
-    if question.anatomy_weight > 0 and not (groups or volumes):
+    groups = _size("groups", asked.groups, len(targets.groups))
+    volumes = _size("volumes", asked.volumes, len(targets.regions))
+    if asked.anatomy_weight > 0 and not (groups or volumes):
         note = "no anatomical target at all: reconstruction alone trains the anatomy part (see `brainfm anatomy`)"
         targets = replace(targets, notes=(*targets.notes, note))
-    return replace(question, groups=groups, volumes=volumes), targets
+    return replace(asked, groups=groups, volumes=volumes), targets
 
 
 def _size(key: str, asked: int | None, there: int) -> int:
@@ -300,16 +314,16 @@ def _size(key: str, asked: int | None, there: int) -> int:
 
 
 def _with_regions(
-    question: DenseSplitSettings, wanted: TargetSpec, store: Store, people: set[str]
+    asked: DenseSplitSettings, wanted: TargetSpec, store: Store, people: set[str]
 ) -> tuple[ObjectiveSettings, Targets]:
     """The same for an objective that asks for the fine classes of data/regions.py."""
-    targets = find_targets(store, replace(wanted, level="regions"), people, pathology=question.lesion_weight > 0)
+    targets = find_targets(store, replace(wanted, level="regions"), people, pathology=asked.lesion_weight > 0)
     if not targets.maps:
         note = "no label map: nothing is rendered, and the terms of real scans go on alone (see `brainfm anatomy`)"
         targets = replace(targets, notes=(*targets.notes, note))
     classes = tuple(REGIONS) if targets.maps else ()
     merged = tuple(tuple(members) for members in merged_members()) if targets.maps else ()
-    return replace(question, classes=classes, merged=merged, volumes=len(targets.regions)), targets
+    return replace(asked, classes=classes, merged=merged, volumes=len(targets.regions)), targets
 
 
 def make_patches(

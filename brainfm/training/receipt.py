@@ -1,4 +1,4 @@
-"""What a run has cost: samples, hours, memory, energy; over all its sessions, however often it was interrupted.
+"""Receipt of a run: samples, hours, memory, energy; over all its sessions, however often it was interrupted.
 
 Counted up to the last checkpoint: what a killed session did after it is done again, and is not counted twice.
 """

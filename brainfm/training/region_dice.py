@@ -1,4 +1,4 @@
-"""How well fine classes are told on windows: Dice by class, where maps merge some of them."""
+"""Dice of fine regions on windows, class by class, where maps merge some of them."""
 
 from __future__ import annotations
 

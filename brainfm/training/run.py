@@ -1,4 +1,4 @@
-"""What the two trainings share: a run's identity and provenance, its steps and rates, and what it says."""
+"""A run: what the two trainings share of its identity and provenance, its steps and rates, and what it says."""
 
 from __future__ import annotations
 

@@ -8,12 +8,14 @@ from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from brainfm.data.settings import TargetSpec, WindowSpec
+from brainfm.data.settings import Augment, TargetSpec, WindowSpec
 from brainfm.errors import ConfigError
 from brainfm.objectives.settings import OBJECTIVES, ObjectiveSettings, settings_class
+from brainfm.probing.settings import OnlineProbeSpec
 from brainfm.settings import FREE, VERBATIM, Group
 from brainfm.synthesis.settings import LookSpec
-from brainfm.tasks.settings import TASKS, SegmentationSettings, TaskSettings, WholeHeadSettings, task_settings_class
+from brainfm.tasks.registry import TaskOptions, task_settings_class
+from brainfm.tasks.settings import FinetuneData, TaskSettings
 
 Compile = Literal["auto", "default", "reduce-overhead", "max-autotune-no-cudagraphs"]
 
@@ -99,32 +101,6 @@ def optim_class(values: Mapping[str, Any]) -> type[OptimSettings]:
 # ---- what watches a pre-training -------------------------------------------------------------------------------------
 
 
-@dataclass(frozen=True)
-class ProbeSpec:
-    """How much is asked of the frozen features.
-
-    Raises: ConfigError for impossible values.
-    """
-
-    every: Annotated[int, "steps; 0: only at the end"] = 1000
-    subjects: Annotated[int, "at most, those with two contrasts first; of all where fewer than 8 are held out"] = 32
-    scans: Annotated[int, "of a session at most"] = 4
-    patches: Annotated[int, "places in each head, the same for all scans of a subject"] = 2
-    levels: Annotated[
-        bool, "of every level's map a linear Dice of regions and its rank, on held-out heads (level_probes.py)"
-    ] = True
-    fewshot_every: Annotated[int, "every how many-th probe fine-tunes a copy on two heads, 60 steps; 0: none"] = 5
-
-    def __post_init__(self) -> None:
-        if self.every < 0:
-            raise ConfigError(f"probe.every={self.every}: expected 0 or more steps")
-        for key in ("subjects", "scans", "patches"):
-            if getattr(self, key) < 1:
-                raise ConfigError(f"probe.{key}={getattr(self, key)}: expected 1 or more")
-        if self.fewshot_every < 0:
-            raise ConfigError(f"probe.fewshot_every={self.fewshot_every}: expected 0 or more probes")
-
-
 GUARD_MEMORY = 100  # logged losses whose median counts as usual
 
 
@@ -177,8 +153,6 @@ class FinishSettings:
 
 # ---- pre-training ----------------------------------------------------------------------------------------------------
 
-Augment = str | Mapping[str, Any] | None
-
 
 @dataclass(frozen=True)
 class PretrainData:
@@ -218,8 +192,8 @@ class PretrainSettings:
     ] = 0.999
     data: Annotated[PretrainData, "who is trained on, and what is read of them"] = PretrainData()
     probe: Annotated[
-        ProbeSpec | None, "what the frozen features know: curves probe_*, RUN/probes.json; null: never", FREE
-    ] = ProbeSpec()
+        OnlineProbeSpec | None, "what the frozen features know: curves probe_*, RUN/probes.json; null: never", FREE
+    ] = field(default_factory=OnlineProbeSpec)
     guard: Annotated[
         GuardSpec | None, "stops a run that has gone wrong and keeps its last good state; null: off", FREE
     ] = GuardSpec()
@@ -251,7 +225,7 @@ class AdaptSpec:
         head_fraction: the head is warmed up over the first half of these steps and then falls to 0, before the whole
             network warms up (the second tooth of the saw).
         warmup_fraction: null: the optimiser's own, where the head has no tooth of its own.
-        trial_share: of the steps of a training that the four short trainings of a trial (training/decoder_trial.py)
+        trial_share: of the steps of a training that the four short trainings of a trial (study/decoder_trial.py)
             cost together.
 
     Raises: ConfigError for values outside their ranges.
@@ -293,19 +267,6 @@ class AdaptSpec:
                 f"adapt.head_fraction={self.head_fraction}, adapt.warmup_fraction={self.warmup_fraction}: "
                 "expected shares of the steps that leave some of them"
             )
-
-
-@dataclass(frozen=True)
-class FinetuneData:
-    """What is read of the cases, and how it is varied."""
-
-    foreground_share: Annotated[float, "of the patches have a labelled voxel in their middle"] = 0.5
-    contrast_dropout: Annotated[float, "probability with which each present contrast is hidden in training"] = 0.2
-    augment: Annotated[
-        Augment,
-        "null: none; light; full; or a mapping of AugmentSpec's keys, e.g. data.augment.ghost=0.1; "
-        "scale is task.augment_scale where it is not given",
-    ] = field(default_factory=lambda: {"flip": 0.5, "affine": 0.3, "rotate_deg": 15, "intensity": 0.3})
 
 
 Baseline = Literal["scratch", "random_linear", "features", "volumes"]
@@ -365,7 +326,7 @@ class FinetuneSettings:
     task: Annotated[
         TaskSettings,
         "what is asked",
-        Group("segmentation", kinds=task_settings_class, named={kind: {"kind": kind} for kind in TASKS}),
+        Group("segmentation", kinds=task_settings_class, named=TaskOptions()),
     ]
     backbone: Annotated[Mapping[str, Any], "the network, only with backbone_from=none", Group("unet_b")]
     adapt: Annotated[AdaptSpec, "without a backbone file: all layers at one rate", Group("layer_decay")] = AdaptSpec(
@@ -381,6 +342,5 @@ class FinetuneSettings:
     def __post_init__(self) -> None:
         augment = self.data.augment
         if isinstance(augment, Mapping) and "scale" not in augment and augment:
-            assert isinstance(self.task, (SegmentationSettings, WholeHeadSettings))
             completed = {**augment, "scale": self.task.augment_scale}
             object.__setattr__(self, "data", replace(self.data, augment=completed))

@@ -1,4 +1,4 @@
-"""How a network is computed: precision, compiler, memory layout. Settled once, before anything is built."""
+"""Speed: precision, compiler, memory layout of a network. Settled once, before anything is built."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A task as the loop trains it: augmented, averaged, and watched."""
+"""Supervised module: a task as the loop trains it, augmented, averaged, and watched."""
 
 from __future__ import annotations
 
@@ -10,21 +10,19 @@ from safetensors.torch import save
 from brainfm.batch import Batch, Terms
 from brainfm.data.augment import AugmentSpec, apply, draw
 from brainfm.seeds import torch_stream
-from brainfm.tasks.segmentation import SegmentationTask
 from brainfm.tasks.task import Task
 from brainfm.training.average import WeightAverage
-from brainfm.training.foreground import ForegroundWatch
 
 
 class Supervised(torch.nn.Module):
-    """(Batch, progress) -> Terms, augmented on the device in training mode; carries the average of the weights and, of
-    a segmentation, what is known of its foreground."""
+    """(Batch, progress) -> Terms, augmented on the device in training mode; carries the average of the weights and,
+    where a task has one, what watches its answers."""
 
     def __init__(self, task: Task, augment: AugmentSpec | None, seed: int, decay: float, max_steps: int) -> None:
         super().__init__()
         self.task, self.augment, self.seed = task, augment, seed
         self.average = WeightAverage(task, decay) if decay else None
-        self.foreground = ForegroundWatch(max_steps) if isinstance(task, SegmentationTask) else None
+        self.foreground = task.watch(max_steps)
 
     def forward(self, batch: Batch, progress: float) -> Terms:
         if self.training and self.augment is not None:
@@ -34,8 +32,7 @@ class Supervised(torch.nn.Module):
             torch.manual_seed(torch_stream(self.seed, "dropout", int(batch.sample[0])).initial_seed())
         output = self.task(batch.image, batch.present)
         if self.training and self.foreground is not None:
-            assert batch.label is not None
-            self.foreground.add(output, batch.label)
+            self.foreground.add(output, batch)
         return self.task.loss(output, batch)
 
     @property

@@ -46,7 +46,7 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    from brainfm.inference.embed import Extent, check_format, embed, write
+    from brainfm.probing.features import Extent, check_format, embed, write
 
     out = check_format(settings.out)
     with bar("embed") as move:

@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
-from brainfm.verbs.running import bar
+from brainfm.verbs.running import Overlapping, bar
 
 PLACE = 10
 
@@ -25,11 +25,7 @@ class Settings:
     out: Annotated[Path, "folder for cases.csv and summary.json"]
     device: Annotated[str, "auto | cpu | cuda"] = "auto"
     precision: Annotated[Literal["auto", "32-true", "bf16-mixed", "16-mixed"], "of the network"] = "auto"
-    overlap: Annotated[
-        float,
-        "share of a window that its neighbour repeats; 0.25 takes half the time or less and can cost Dice: "
-        "scripts/benchmark/compare_overlap.py says how much it does for a bundle",
-    ] = 0.5
+    overlap: Overlapping = 0.5
     empty: Annotated[
         Literal["one", "fomo", "skip"],
         "a class that neither mask nor label has in a case: one (Dice and surface Dice 1) | fomo (surface Dice 0, as "

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 from brainfm.settings import VERBATIM
 
@@ -22,9 +22,9 @@ class Settings:
 
     root: Annotated[Path, "folder with the data"]
     out: Annotated[Path, "manifest to write, .csv or .tsv"]
-    layout: Annotated[
-        Literal["auto", "bids", "fomo60k", "fomo300k", "openmind", "nnunet", "folder"], "how the folder is laid out"
-    ] = "auto"
+    layout: Annotated[str, "how the folder is laid out: bids | fomo60k | fomo300k | openmind | nnunet | folder"] = (
+        "auto"
+    )
     masks: Annotated[
         Mapping[str, str],
         "masks.NAME=GLOB: column NAME_mask, anything but 0 is the finding; alternatives: 'A|B'",

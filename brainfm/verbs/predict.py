@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from brainfm.errors import ConfigError
-from brainfm.verbs.running import bar
+from brainfm.verbs.running import Overlapping, bar
 
 PLACE = 7
 
@@ -33,11 +33,7 @@ class Settings:
     grid: Annotated[str | None, "the contrast on whose grid the mask shall lie; null: the first given"] = None
     device: Annotated[str, "auto | cpu | cuda"] = "auto"
     precision: Annotated[Literal["auto", "32-true", "bf16-mixed", "16-mixed"], "of the network"] = "auto"
-    overlap: Annotated[
-        float,
-        "share of a window that its neighbour repeats; 0.25 takes half the time or less and can cost Dice: "
-        "scripts/benchmark/compare_overlap.py says how much it does for a bundle",
-    ] = 0.5
+    overlap: Overlapping = 0.5
     debug: Annotated[bool, "a traceback in place of the sentence"] = False
 
     def __post_init__(self) -> None:

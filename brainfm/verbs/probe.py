@@ -42,10 +42,10 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    from brainfm.inference.embed import Extent
-    from brainfm.inference.probe import ProbeSpec, describe, probe
+    from brainfm.probing.features import Extent
+    from brainfm.probing.table import ProbeTableSpec, describe, probe
 
-    spec = ProbeSpec(
+    spec = ProbeTableSpec(
         target=settings.target, kind=settings.kind, folds=settings.folds, repeats=settings.repeats,
         seed=settings.seed, random=settings.random,
     )  # fmt: skip

@@ -1,4 +1,4 @@
-"""How long augmentation takes for a batch of 4 pairs, artefact by artefact, beside TorchIO and MONAI.
+"""Speed of augmentation for a batch of 4 pairs, artefact by artefact, beside TorchIO and MONAI.
 
     python scripts/benchmark/augment.py [--device cpu|cuda] [--edges 64 96] [--repeats 5] [--json FILE]
 

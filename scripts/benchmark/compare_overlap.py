@@ -1,4 +1,4 @@
-"""Dice of one bundle at several overlaps of its windows, case by case, and what each overlap costs.
+"""Overlap of windows: Dice of one bundle at several overlaps, case by case, and what each overlap costs.
 
     python scripts/benchmark/compare_overlap.py --bundle run/bundle --manifest test.csv
     python scripts/benchmark/compare_overlap.py --bundle run/bundle --manifest test.csv --overlaps 0.5 0.3 --json FILE
@@ -21,16 +21,16 @@ from typing import Any
 import numpy as np
 
 from brainfm.data.manifest import read_manifest
-from brainfm.inference.engine import Engine
 from brainfm.inference.evaluate import evaluate
 from brainfm.inference.predict import predict_manifest
 from brainfm.scoring.intervals import bootstrap, mean_score
+from brainfm.tasks.bundle import load_engine
 from brainfm.training.run import commit_of_code
 
 
 def scored(bundle: Path, manifest: Path, out: Path, overlap: float, device: str) -> tuple[list[dict[str, Any]], float]:
     """The rows of brainfm evaluate, and the processor time that the prediction took."""
-    engine = Engine.load(bundle, device=device, overlap=overlap)
+    engine = load_engine(bundle, device=device, overlap=overlap)
     table = read_manifest(manifest)
     began = time.process_time()
     report = predict_manifest(engine, table, out / "predictions")
@@ -76,7 +76,7 @@ def main() -> None:
             out = Path(name) / str(overlap)
             found[overlap], seconds[overlap] = scored(args.bundle, args.manifest, out, overlap, args.device)
     rows = [row | {"processor_s": seconds[row["overlap"]]} for row in compared(found, args.margin)]
-    task = Engine.load(args.bundle, device="cpu").task
+    task = load_engine(args.bundle, device="cpu").task
     about = {"commit": commit_of_code(), "patch_vox": list(task.patch_vox), "margin": args.margin}
     print(json.dumps(about))
     print(

@@ -1,4 +1,4 @@
-"""A step of fine-tuning, from cases to new weights, beside MONAI's and nnU-Net's ordinary pipelines in one run.
+"""Speed of a fine-tuning step, from cases to new weights, beside MONAI's and nnU-Net's ordinary pipelines in one run.
 
     python scripts/benchmark/finetune.py                                    # unet_b, 64 voxels, 2 patches; minutes
     python scripts/benchmark/finetune.py --contrasts t1 t2 flair --peers monai
@@ -44,14 +44,14 @@ from brainfm.data.augment import apply, augment_spec, draw
 from brainfm.data.layouts import find
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.manifest import read_manifest, write_manifest
-from brainfm.data.patches import Case, TaskPatches, find_cases, whole_case
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
 from brainfm.nets import cpu
 from brainfm.nets.backbone import build_backbone
 from brainfm.specs import PreprocessSpec, TaskSpec
 from brainfm.synthesis.phantom import write_cohort
-from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.segmentation.cases import LabelledCase, TaskPatches, find_cases, whole_case
+from brainfm.tasks.segmentation.network import SegmentationTask
 from brainfm.training.optim import build_optimizer
 from brainfm.training.run import commit_of_code
 from brainfm.verbs.compose import resolve
@@ -82,7 +82,7 @@ def phantoms(folder: Path, subjects: int) -> Store:
     return Store.open(folder / "store")
 
 
-def brainfm(args: argparse.Namespace, store: Store, cases: list[Case]) -> Contestant:
+def brainfm(args: argparse.Namespace, store: Store, cases: list[LabelledCase]) -> Contestant:
     settings = resolve("finetune", ["store=none", "run=none", "backbone_from=none", "task.target=lesion"])
     patches = TaskPatches(store, cases, VALUES, (args.patch,) * 3, 0, settings.data.foreground_share)
     augment = augment_spec(settings.data.augment)
@@ -107,7 +107,7 @@ def network(args: argparse.Namespace) -> SegmentationTask:
     return SegmentationTask(spec, build_backbone(args.backbone)).train()
 
 
-def monai(args: argparse.Namespace, store: Store, cases: list[Case]) -> list[Contestant]:
+def monai(args: argparse.Namespace, store: Store, cases: list[LabelledCase]) -> list[Contestant]:
     from monai.data import CacheDataset, DataLoader
     from monai.losses import DiceCELoss
     from monai.networks.nets import DynUNet
@@ -165,7 +165,7 @@ def monai(args: argparse.Namespace, store: Store, cases: list[Case]) -> list[Con
     return found
 
 
-def nnunet(args: argparse.Namespace, store: Store, cases: list[Case]) -> list[Contestant]:
+def nnunet(args: argparse.Namespace, store: Store, cases: list[LabelledCase]) -> list[Contestant]:
     from dynamic_network_architectures.architectures.unet import PlainConvUNet
     from nnunetv2.training.data_augmentation.compute_initial_patch_size import get_patch_size
     from nnunetv2.training.loss.compound_losses import DC_and_CE_loss
@@ -223,7 +223,7 @@ def nnunet(args: argparse.Namespace, store: Store, cases: list[Case]) -> list[Co
     return [Contestant("nnunet", module, optimizer, batch, loss, clip=12.0)]
 
 
-def volumes(store: Store, cases: list[Case]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def volumes(store: Store, cases: list[LabelledCase]) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     for case in cases:
         image, _, label = whole_case(store, case, VALUES)
         yield image, label.astype(np.uint8)

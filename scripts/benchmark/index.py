@@ -1,4 +1,4 @@
-"""How long `Store.open` takes and how much memory it needs, on an index made up for the purpose.
+"""Speed and memory of `Store.open` on a large index, made up for the purpose.
 
     python scripts/benchmark/index.py --rows 300000
 

@@ -1,4 +1,4 @@
-"""How many pairs of patches one core reads, what one H100 would need, and how long training waits for them.
+"""Speed of the loader: pairs of patches one core reads, what one H100 would need, and how long training waits.
 
     python scripts/benchmark/loader.py [--store STORE] [--steps 30] [--json FILE]
     python scripts/benchmark/loader.py --trainer gpu --patch 64 --batch 4 --steps 500      # the fomo25 step on a GPU

@@ -1,4 +1,4 @@
-"""How long a manifest of 60,000 scans takes: files are empty, so that any image read would fail.
+"""Speed of a manifest of 60,000 scans: files are empty, so that any image read would fail.
 
 python scripts/benchmark/manifest.py [--scans 60000]
 """

@@ -1,4 +1,4 @@
-"""What a training step takes in memory, for the planner of fine-tuning (brainfm/training/memory_table.json).
+"""Memory of a training step, for the planner of fine-tuning (brainfm/training/memory_table.json).
 
     python scripts/benchmark/memory.py --out brainfm/training/memory_table.json         # minutes on one core, no GPU
     python scripts/benchmark/memory.py --device cuda --out ...                          # where a GPU is at hand
@@ -43,7 +43,8 @@ from brainfm.nets import cpu
 from brainfm.nets.backbone import BACKBONES, build_backbone
 from brainfm.nets.recompute import set_checkpointing
 from brainfm.specs import TaskSpec
-from brainfm.tasks.task import Task, build_task
+from brainfm.tasks.registry import build_task
+from brainfm.tasks.task import Task
 from brainfm.training.memory import MemoryTable, level_weight, parameters_of, plan
 from brainfm.training.receipt import peak_memory_bytes
 from brainfm.training.settings import TrainerSettings
@@ -101,7 +102,7 @@ def question(point: dict[str, Any]) -> Task:
 
 
 def step(point: dict[str, Any], task: nn.Module, device: str = "cpu") -> None:
-    """Forward and backward of one sample. Of a scan-level task the loss is left out: it looks at a few numbers."""
+    """Forward and backward of one sample. Of a whole-head task the loss is left out: it looks at a few numbers."""
     edge, contrasts = point["edge"], point["contrasts"]
     present = torch.ones(1, contrasts, dtype=torch.bool, device=device)
     mixed = torch.autocast(device, torch.bfloat16) if point["precision"] == "bf16-mixed" else nullcontext()

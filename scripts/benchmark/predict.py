@@ -1,4 +1,4 @@
-"""`brainfm predict` of a 1 mm case with four contrasts, from NIfTI files to the written mask, in a process of its own.
+"""Speed of `brainfm predict` of a 1 mm case with four contrasts, from NIfTI files to the mask, in its own process.
 
     python scripts/benchmark/predict.py                                     # a phantom; minutes on two cores
     python scripts/benchmark/predict.py --case t1=T1.nii.gz t1c=T1C.nii.gz t2=T2.nii.gz flair=FLAIR.nii.gz
@@ -30,7 +30,7 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.specs import PreprocessSpec, Provenance, TaskSpec
 from brainfm.synthesis.phantom import write_cohort
 from brainfm.tasks.bundle import write_bundle
-from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.segmentation.network import SegmentationTask
 from brainfm.training.run import commit_of_code
 from brainfm.volume import Volume
 

@@ -1,4 +1,4 @@
-"""How many scans a second `prepare` brings into a store, beside yucca's preprocessing of the same files.
+"""Speed of `prepare`: scans a second into a store, beside yucca's preprocessing of the same files.
 
     python scripts/benchmark/prepare.py --data FOLDER_WITH_NIFTI --workers 2 --repeats 3
 

@@ -1,4 +1,4 @@
-"""The training step beside plain PyTorch and beside other packages' networks, in one run.
+"""Speed of the training step beside plain PyTorch and beside other packages' networks, in one run.
 
     python scripts/benchmark/pretrain.py --quick                                             # minutes on one core
     python scripts/benchmark/pretrain.py --device cuda --backbones unet_b resenc_l --patches 64 96 160 --steps 30

@@ -1,4 +1,4 @@
-"""What FOMO60K, OpenMind and FOMO300K cost in disk, memory, cores and hours; and the sampler, run at that scale.
+"""Simulation of scale: FOMO60K, OpenMind, FOMO300K in disk, memory, cores, hours; and the sampler, run at that scale.
 
     python scripts/benchmark/simulate_scale.py                   # from the figures of CHANGELOG.md, named below
     python scripts/benchmark/simulate_scale.py --store STORE     # bytes a scan, reads a core, measured on the spot

@@ -1,4 +1,4 @@
-"""How long `brainfm --help` and `import brainfm` take: medians of fresh processes.
+"""Speed of `brainfm --help` and `import brainfm`: medians of fresh processes.
 
     python scripts/benchmark/start.py [--repeats 11] [--modules 12]
 

@@ -1,4 +1,4 @@
-"""Random patches a second from a store, beside MONAI and TorchIO pipelines that open the .nii.gz files.
+"""Speed of random patches from a store, beside MONAI and TorchIO pipelines that open the .nii.gz files.
 
     python scripts/benchmark/store.py --data FOLDER_WITH_NIFTI --repeats 5
     python scripts/benchmark/store.py --data FOLDER_WITH_NIFTI --sweep

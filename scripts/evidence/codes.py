@@ -1,4 +1,4 @@
-"""Whether the codes of cross_contrast hold what their names say: one objective, trained in several ways, side by side.
+"""Codes of cross_contrast: whether they hold what their names say; one objective, trained in several ways.
 
     python scripts/evidence/render_contrasts.py --data IXI2MM --out cohort --subjects 20
     brainfm manifest root=cohort out=cohort.csv labels.dseg='*dseg*'
@@ -18,7 +18,7 @@ of the means of the codes, on people held out (training is with the noise, every
     A told by the cell    share of the anatomy part's variance that the cell of the patch alone explains, as padding
                           gives it away; and of the contrast part's that the contrast alone does: next to none, because
                           instance norm takes what a whole patch has in common out of every map
-    contrast from C, ...  brainfm.training.probes: balanced accuracy of the contrast (chance 1/3), and how often the
+    contrast from C, ...  brainfm.probing.online: balanced accuracy of the contrast (chance 1/3), and how often the
                           nearest scan of another contrast is of the same person (chance 1/people), from each part
     r self, cross, ...    correlation of reconstructions, without mask and noise, with the scans: from the own codes,
                           with another contrast's anatomy, and with the contrast code of a stranger in the same
@@ -44,8 +44,8 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.objectives.cross_contrast import CrossContrast
 from brainfm.objectives.objective import build_objective
+from brainfm.probing.online import probe
 from brainfm.training.pretrain import split_sessions
-from brainfm.training.probes import probe
 from brainfm.training.run import commit_of_code
 
 CONTRASTS = ("t1", "t2", "flair")

@@ -1,4 +1,4 @@
-"""Whether pre-training helps fine-tuning: learning curves on real scans, from scratch and from backbones.
+"""Evidence of fine-tuning: whether pre-training helps; learning curves on real scans, from scratch and from backbones.
 
 Every start sees the same subjects, patches, steps and held-out cases; scores are those of held-out cases, with 95 %
 intervals by subject, and starts are compared pairwise with the same network from fresh weights.
@@ -30,9 +30,10 @@ import numpy as np
 
 from brainfm.data.manifest import Scan, write_manifest
 from brainfm.data.schemes import guess_scheme, to_groups
-from brainfm.scoring.answers import primary, scan_score
 from brainfm.scoring.intervals import bootstrap, mean_score, paired_bootstrap, paired_permutation
 from brainfm.specs import TaskSpec
+from brainfm.tasks.registry import kind_of
+from brainfm.tasks.whole_head.scores import answer_score
 
 QUESTIONS: dict[str, dict[str, Any]] = {
     "age": {"store": "ixi", "words": ["task=regression", "task.target=age"], "shots": "[10,20,50,all]", "folds": 3},
@@ -143,14 +144,18 @@ def scored(spec: TaskSpec, rows: Sequence[dict[str, Any]]) -> tuple[Any, np.ndar
         return mean_score, values, values
     truth = np.array([row["truth"][0] for row in rows])
     raw = np.array([row["raw"] for row in rows])
-    return scan_score(spec, primary(spec)[0]), truth, raw[:, 0] if spec.kind == "regression" else raw
+    return (
+        answer_score(spec, kind_of(spec.kind).primary(spec)[0]),
+        truth,
+        raw[:, 0] if spec.kind == "regression" else raw,
+    )
 
 
 def table(args: argparse.Namespace, question: str, starts: Sequence[str]) -> list[str]:
     runs = {start: args.out / "runs" / f"{question}_{start}" for start in starts}
     document = json.loads((runs[SCRATCH] / "results.json").read_text())
     spec = TaskSpec.from_dict(document["task"])
-    name, larger = primary(spec)
+    name, larger = kind_of(spec.kind).primary(spec)
     lines = [f"### {question}: {name}, {'larger' if larger else 'smaller'} is better", "",
              "| training subjects | " + " | ".join(starts) + " | " + " | ".join(
                  f"{s} - {SCRATCH} (p)" for s in starts if s != SCRATCH) + " | n |",

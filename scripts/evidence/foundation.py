@@ -1,4 +1,4 @@
-"""Whether a pre-trained backbone is a better start than fresh weights: one protocol for any backbone file, one command.
+"""Evidence for a backbone file: whether it is a better start than fresh weights; one protocol for any, one command.
 
     python scripts/evidence/foundation.py --backbone FILE --data DATA3D --out DIR [--questions ...] [--seeds 5]
         [--budget-hours 10] [--tables-only]
@@ -47,13 +47,13 @@ from foundation_runs import Family, Job, Start, best_rate, cost, is_done, measur
 from foundation_tables import tables
 from lightning.fabric import Fabric
 
-from brainfm.data.patches import find_cases
 from brainfm.errors import BrainfmError, ConfigError
 from brainfm.files import write_whole
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, spacing_note
 from brainfm.seen import overlap
-from brainfm.tasks.settings import SegmentationSettings
-from brainfm.training.segmenting import Segmenting
+from brainfm.tasks.segmentation.cases import find_cases
+from brainfm.tasks.segmentation.settings import SegmentationSettings
+from brainfm.tasks.segmentation.study import SegmentationStudy
 
 QUESTIONS = ("hippocampus", "lesions", "tissues", "contrast", "whole_head", "one_pass")
 FAMILY = {"hippocampus": "hippocampus", "lesions": "lesions", "tissues": "tissues", "contrast": "tissues"}
@@ -77,7 +77,7 @@ def family_of(name: str, setting: data.Setting, people: data.People, args: argpa
     asked = SegmentationSettings(
         target=setting.target, contrasts=(setting.contrast,), values=tuple(setting.values), patch_vox=setting.patch_vox
     )
-    question = Segmenting(store, asked, clean=False)
+    question = SegmentationStudy(store, asked, clean=False)
     question.settle(setting.patch_vox)
     tests = data.tests_of(store, question.cases, people.held, setting.contrast, setting)
     trials = data.tests_of(store, question.cases, people.trial, "trial", setting)

@@ -16,7 +16,6 @@ from render_contrasts import MUSE
 
 from brainfm import seeds
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
-from brainfm.data.patches import Case, class_indices
 from brainfm.data.prepare import prepare
 from brainfm.data.schemes import to_groups
 from brainfm.data.store import Store
@@ -24,6 +23,7 @@ from brainfm.errors import BrainfmError, ManifestError, ScanError
 from brainfm.imaging import anatomy, nifti
 from brainfm.specs import PreprocessSpec
 from brainfm.synthesis import contrast
+from brainfm.tasks.segmentation.cases import LabelledCase, class_indices
 from brainfm.volume import Volume
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
@@ -250,7 +250,9 @@ class Test:
     truth: np.ndarray | None
 
 
-def tests_of(store: Store, cases: Iterable[Case], keys: Iterable[str], part: str, setting: Setting) -> list[Test]:
+def tests_of(
+    store: Store, cases: Iterable[LabelledCase], keys: Iterable[str], part: str, setting: Setting
+) -> list[Test]:
     """The cases of these people, one contrast each, in the order of their keys."""
     wanted, tests = set(keys), []
     for case in sorted(cases, key=lambda case: case.session.subject_key):

@@ -22,7 +22,7 @@ from lightning.fabric import Fabric
 from brainfm.batch import Batch, Terms
 from brainfm.data.augment import AugmentSpec, augment_spec
 from brainfm.data.loader import StepSampler, make_loader
-from brainfm.data.patches import Case, Sample, TaskPatches
+from brainfm.data.patches import Sample
 from brainfm.data.regions import RENDERED, RENDERED_FAMILIES, outside_by_intensity, renders_of
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError, TrainingError
@@ -35,12 +35,13 @@ from brainfm.scoring.masks import dice
 from brainfm.seeds import stream
 from brainfm.synthesis.render import render_views
 from brainfm.synthesis.settings import LookSpec
+from brainfm.tasks.segmentation.cases import LabelledCase, TaskPatches
+from brainfm.tasks.segmentation.study import SegmentationStudy
 from brainfm.tasks.task import Task
 from brainfm.tasks.windows import predict_windows, window_slices
 from brainfm.training.adapt import adapted_optimizer
 from brainfm.training.loop import LoopSpec, Run, train
 from brainfm.training.optim import Wsd
-from brainfm.training.segmenting import Segmenting
 from brainfm.training.settings import AdaptSpec
 from brainfm.training.supervised import Supervised
 
@@ -108,7 +109,7 @@ class Family:
     name: str
     setting: Setting
     store: Store
-    question: Segmenting
+    question: SegmentationStudy
     tests: tuple[Test, ...]
     trials: tuple[Test, ...] = ()
     others: tuple[Test, ...] = ()
@@ -233,7 +234,7 @@ class RenderedPatches(TaskPatches):
             rendered=np.array([rendered, False]), real=True,
         )  # fmt: skip
 
-    def of(self, case: Case) -> tuple[np.ndarray, np.ndarray]:
+    def of(self, case: LabelledCase) -> tuple[np.ndarray, np.ndarray]:
         """Render classes of a head [X, Y, Z] uint8, and the share of each in what is not air [R] float32."""
         key = case.session.subject_key
         if key not in self._tissue:
@@ -354,7 +355,7 @@ def _look(made: Prepared, fabric: Fabric, step: int, notes: list[str]) -> None:
     if watch is None or any(note.endswith(_GIVEN_UP) for note in notes):
         return
     try:
-        said = watch.look(made.module.task, made.optimizer, fabric, step)  # type: ignore[arg-type]
+        said = watch.look(made.module.task, made.optimizer, lambda counts: counts, step)
     except TrainingError as error:
         said = f"{error}{_GIVEN_UP}"
     if said is not None:

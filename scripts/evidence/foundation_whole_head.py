@@ -1,4 +1,4 @@
-"""Age and sex from whole heads, few to learn from: what fine-tuning would ship (training/candidates.py) for the starts
+"""Age and sex from whole heads, few to learn from: what fine-tuning would ship for the starts
 of scripts/evidence/foundation.py. Below a hundred people nothing is trained: answers are linear in what the frozen
 network sees, in volumes of the regions that the file's decoder tells, and in those of label maps where there are any.
 """
@@ -24,11 +24,10 @@ from brainfm.errors import ConfigError
 from brainfm.files import write_whole
 from brainfm.scoring.answers import auroc
 from brainfm.scoring.intervals import crossed_bootstrap
+from brainfm.tasks.study import Place, Split
 from brainfm.tasks.task import Task
-from brainfm.training.candidates import CANDIDATES
-from brainfm.training.crossval import Split
-from brainfm.training.questions import Engine
-from brainfm.training.scanning import Scanning
+from brainfm.tasks.whole_head.candidates import CANDIDATES
+from brainfm.tasks.whole_head.study import WholeHeadStudy
 from brainfm.verbs.compose import resolve
 
 SHOTS: dict[str, tuple[int | None, ...]] = {"ds002748_2mm": (10, None), "ixi2mm": (10, 20, 50, None)}  # None: all
@@ -116,7 +115,7 @@ def answer(todo: Sequence[Ask], starts: dict[str, Start], data: Path, out: Path,
         store = store_of(dataset, data, out / "data")
         asked = resolve("finetune", [f"task={TARGETS[target]}", f"task.target={target}", "store=-", "run=-",
                                       "backbone_from=none"])  # fmt: skip
-        question = Scanning(store, asked.task)
+        question = WholeHeadStudy(store, asked.task)
         network = encoder_of(starts[some[0].start], 0)
         question.settle(question.patch(network, MOST_VOXELS))
         for ask in some:
@@ -132,7 +131,7 @@ def _grouped(todo: Sequence[Ask]) -> Iterator[tuple[tuple[str, str], list[Ask]]]
         yield key, [ask for ask in todo if (ask.dataset, ask.target) == key]
 
 
-def _answered(ask: Ask, question: Scanning, start: Start, out: Path, device: torch.device) -> dict[str, Any]:
+def _answered(ask: Ask, question: WholeHeadStudy, start: Start, out: Path, device: torch.device) -> dict[str, Any]:
     cases = {case.session.subject_key: case for case in question.cases}
     trained, held = ([cases[key] for key in sorted(keys) if key in cases] for keys in (ask.trained, ask.held))
     split = Split(0, 0, tuple(trained), (), tuple(held))
@@ -141,7 +140,7 @@ def _answered(ask: Ask, question: Scanning, start: Start, out: Path, device: tor
         return question.task(encoder_of(start, ask.seed), trained, start.file if start.name == "decoder" else None)
 
     folder = out / "unfinished" / ask.file(out).stem
-    rows, _ = question.conclude(None, fresh, split, Engine(device, None), folder, ask.seed)
+    rows, _ = question.conclude(None, fresh, split, Place(device, None), folder, ask.seed)
     said = {row["subject"]: {"truth": row["truth"], **row["candidates"]} for row in rows}
     return {"asked": [sorted(ask.trained), sorted(ask.held)], "chosen": rows[0]["chosen"], "answers": said}
 

@@ -1,4 +1,4 @@
-"""What each level of a frozen encoder knows of regions: a linear classifier on single voxels, Dice on people held out.
+"""Levels of a frozen encoder: what each knows of regions, by a linear classifier on voxels; Dice on people held out.
 
     python scripts/evidence/levels.py --store store --backbones runs/*/backbone.safetensors
 
@@ -23,8 +23,8 @@ from brainfm.data.store import Store
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.nets.cpu import swap_in
+from brainfm.probing.online import effective_rank
 from brainfm.training.pretrain import split_sessions
-from brainfm.training.probes import effective_rank
 
 
 def row(backbone: Backbone, heads: Heads, few: list[int], away: list[int]) -> list[float]:

@@ -1,4 +1,4 @@
-"""What each objective teaches a backbone: one table, equal budgets, people split by subject.
+"""Evidence of pre-training: what each objective teaches a backbone; one table, equal budgets, people split by subject.
 
     python scripts/evidence/render_contrasts.py --data IXI2MM --out cohort   # T2 and FLAIR for every T1 (label maps)
     brainfm manifest root=cohort out=cohort.csv labels.dseg='*dseg*'
@@ -13,7 +13,7 @@ Each condition sees as many patches in as many steps, with the same learning rat
   those held out;
 - regions: a linear classifier of the maps' values at single voxels, fitted on few labelled subjects, Dice of the groups
   over sampled voxels of the held-out heads;
-- the split: the probes of brainfm.training.probes on the held-out subjects' scans of all contrasts.
+- the split: the probes of brainfm.probing.online on the held-out subjects' scans of all contrasts.
 
 Intervals are percentile bootstraps over held-out subjects. Interrupted, the same command goes on.
 """
@@ -44,9 +44,9 @@ from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.nets.cpu import swap_in
 from brainfm.objectives.objective import build_objective
+from brainfm.probing.online import ages_of, probe, sexes_of
 from brainfm.scoring.intervals import bootstrap, mean_score
 from brainfm.training.pretrain import split_sessions
-from brainfm.training.probes import ages_of, probe, sexes_of
 from brainfm.training.run import commit_of_code
 
 HELD = 0.34

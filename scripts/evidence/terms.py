@@ -1,4 +1,4 @@
-"""Each term of dense_split by itself: what 300 steps of it alone teach, on people who were never trained on.
+"""Terms of dense_split, each by itself: what 300 steps of it alone teach, on people who were never trained on.
 
     python scripts/evidence/terms.py terms --store STORE --out DIR
     python scripts/evidence/terms.py checks --store STORE --out DIR --backbone BACKBONE.safetensors

@@ -1,4 +1,4 @@
-"""How well registration finds what is known: real pairs with a published transform, and phantoms moved on purpose.
+"""Accuracy of registration: real pairs with a published transform, and phantoms moved on purpose.
 
     python scripts/report/alignment.py --data DIR --out DIR
 

@@ -1,4 +1,4 @@
-"""How well `anatomy` finds CSF, grey and white matter: against the truth of phantoms, and against DLMUSE on real scans.
+"""Accuracy of `anatomy` (CSF, grey and white matter): against phantoms' truth, and against DLMUSE on real scans.
 
     python scripts/report/anatomy.py --data FOLDER_WITH_ixi2mm --out report.md
     python scripts/report/anatomy.py --data FOLDER --backbone FILE [--look 4:whole --look 1.5:96] --out report.md

@@ -1,4 +1,4 @@
-"""Opens reports in a real browser without a window and says what a reader would stumble over.
+"""Check of reports in a real browser without a window: what a reader would stumble over.
 
     python scripts/report/check_report.py runs/b/report.html [more.html ...] [--width 1280] [--screenshot page.png]
 

@@ -16,11 +16,11 @@ import pytest
 from brainfm import cli
 from brainfm.data.fingerprint import Fingerprint, choose_patch, choose_spacing, fingerprint
 from brainfm.data.manifest import Manifest, Scan, read_manifest, write_manifest
-from brainfm.data.patches import find_cases
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.specs import PreprocessSpec
+from brainfm.tasks.segmentation.cases import find_cases
 
 
 def found_of(median_vox, **values) -> Fingerprint:

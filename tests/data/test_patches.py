@@ -11,21 +11,13 @@ import torch
 
 from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
-from brainfm.data.patches import (
-    PretrainPatches,
-    TaskPatches,
-    class_indices,
-    class_shares,
-    draw_corner,
-    drop_contrasts,
-    find_cases,
-    whole_case,
-)
+from brainfm.data.patches import PretrainPatches, draw_corner, drop_contrasts
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.seeds import stream
 from brainfm.specs import PreprocessSpec, ViewSpec
+from brainfm.tasks.segmentation.cases import TaskPatches, class_indices, class_shares, find_cases, whole_case
 
 PAIRS = ViewSpec((16, 16, 16), pairs=True)
 

@@ -17,19 +17,24 @@ from torch import nn
 from brainfm.batch import Batch
 from brainfm.cli import main
 from brainfm.errors import BundleError, ConfigError
-from brainfm.imaging.views import covering_corners, views_of_volumes
 from brainfm.inference import explain as module
-from brainfm.inference.explain import explain, explain_volume, layers_of, saliency, share_inside
-from brainfm.inference.predict import Engine
-from brainfm.inference.scan_answers import decided, raw_answers
+from brainfm.inference.explain import explain, explain_volume, saliency
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.heads import fused_features
+from brainfm.nets.saliency import layers_of
 from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
-from brainfm.tasks import scan_level
 from brainfm.tasks.bundle import write_bundle
-from brainfm.tasks.scan_level import ScanOutput, ScanTask
-from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.engine import Engine
+from brainfm.tasks.explained import ExplainedCase, share_inside
+from brainfm.tasks.segmentation.explain import ExplainedVoxels
+from brainfm.tasks.segmentation.network import SegmentationTask
 from brainfm.tasks.task import Task
+from brainfm.tasks.whole_head import network as scan_level
+from brainfm.tasks.whole_head.answer import decided, raw_answers
+from brainfm.tasks.whole_head.explain import ExplainedHead
+from brainfm.tasks.whole_head.network import WholeHeadOutput, WholeHeadTask
+from brainfm.tasks.whole_head.sorts import sort_of
+from brainfm.tasks.whole_head.views import covering_corners, views_of_volumes
 from brainfm.tasks.windows import gaussian_weight, window_slices
 from tests.inference.test_predict_geometry import Threshold, marker_of, write
 
@@ -58,7 +63,7 @@ def task(spec: TaskSpec, seed: int = 0) -> Task:
     torch.manual_seed(seed)
     backbone = build_backbone("unet", widths=[8, 16])
     network = (
-        SegmentationTask(spec, backbone) if spec.kind == "segmentation" else ScanTask(spec, backbone, guidance=0.3)
+        SegmentationTask(spec, backbone) if spec.kind == "segmentation" else WholeHeadTask(spec, backbone, guidance=0.3)
     )
     for parameter in network.parameters():  # fresh heads are undecided: there would be nothing to explain
         if parameter.ndim == 2:
@@ -72,7 +77,7 @@ def trained(spec: TaskSpec, steps: int) -> Task:
     torch.manual_seed(0)
     backbone = build_backbone("unet", widths=[8, 16])
     network = (
-        SegmentationTask(spec, backbone) if spec.kind == "segmentation" else ScanTask(spec, backbone, guidance=0.3)
+        SegmentationTask(spec, backbone) if spec.kind == "segmentation" else WholeHeadTask(spec, backbone, guidance=0.3)
     )
     optimiser = torch.optim.AdamW(network.parameters(), 1e-2)
     rng = np.random.default_rng(0)
@@ -163,8 +168,8 @@ def test_windows_are_put_together_by_their_weights():
     network, image = task(SEGMENTATION), head(np.random.default_rng(3), 24)[0]
     engine = Engine((network,), SEGMENTATION, PreprocessSpec(), torch.device("cpu"), None, "", overlap=0.25)
     found = explain_volume(engine, SEGMENTATION, image, BOTH, 1, method="gradcam")
-    case = module._Case(torch.from_numpy(image), torch.from_numpy(BOTH), SEGMENTATION, (1, 1, 1), engine.device, 0.25)
-    question = module._Voxels([network], case, 1)
+    case = ExplainedCase(torch.from_numpy(image), torch.from_numpy(BOTH), SEGMENTATION, (1, 1, 1), engine.device, 0.25)
+    question = ExplainedVoxels([network], case, 1)
     weight, total, mass = gaussian_weight(PATCH).numpy(), np.zeros(image.shape[1:]), np.zeros(image.shape[1:])
     for window in window_slices(image.shape[1:], PATCH, 0.25):
         plain = Plain(network, question.mask[window])
@@ -301,7 +306,7 @@ def test_the_answer_of_a_bundle_is_the_one_that_predict_gives():
 def test_ordered_classes_and_labels():
     image = head(np.random.default_rng(4), 24)[0]
     ordinal, logits = replace(CLASSES, values=("0", "1", "2"), mode="ordinal"), torch.tensor([3.0, 0.5])
-    assert [float(module._scan_score(logits, ordinal, k)) for k in range(3)] == [-3.5, 2.5, 3.5]
+    assert [float(sort_of(ordinal).asked(logits, k)) for k in range(3)] == [-3.5, 2.5, 3.5]
     lowest, highest = (explain_volume([task(ordinal)], ordinal, image, BOTH, t) for t in (0, 2))
     assert np.corrcoef(lowest.heat.flat, highest.heat.flat)[0, 1] < 0  # what speaks for one speaks against the other
     labels = replace(CLASSES, values=("oedema", "blood"), mode="multilabel")
@@ -323,7 +328,7 @@ class Bright(nn.Module):
     """The mean of the first contrast over all views, as a probability in percent."""
 
     def forward(self, image, present):
-        return ScanOutput(image[:, :, 0].mean(dim=(1, 2, 3, 4))[:, None], image)
+        return WholeHeadOutput(image[:, :, 0].mean(dim=(1, 2, 3, 4))[:, None], image)
 
     def decode(self, output):
         return output.logits[:, 0]
@@ -332,10 +337,10 @@ class Bright(nn.Module):
 def test_occlusion_is_a_naive_loop():
     spec = replace(AGE, view_mm=0.0)
     image = np.random.default_rng(0).uniform(0, 1, (2, 20, 16, 16)).astype(np.float32)
-    case = module._Case(
+    case = ExplainedCase(
         torch.from_numpy(image), torch.from_numpy(BOTH), spec, (2.0, 2.0, 2.0), torch.device("cpu"), 0.5
     )
-    asked = module._Whole([Bright(), Bright()], case, None, Decisions())
+    asked = ExplainedHead([Bright(), Bright()], case, None, Decisions())
     found = module._occluded(asked, case, 12.0, 8.0, lambda done, total: None)
 
     def answer(volume):

@@ -15,18 +15,14 @@ import torch
 
 from brainfm.data.manifest import Scan, write_manifest
 from brainfm.errors import BrainfmWarning, BundleError, ConfigError, FileError, ManifestError, ScanError
-from brainfm.inference import predict as predict_module
-from brainfm.inference.engine import settle_device, settle_precision
-from brainfm.inference.predict import (
-    check_output,
-    mask_name,
-    predict,
-    predict_manifest,
-)
+from brainfm.inference.predict import predict, predict_manifest
 from brainfm.nets.backbone import build_backbone
 from brainfm.specs import PreprocessSpec, Provenance, TaskSpec
+from brainfm.tasks.answers import check_volume, mask_name
 from brainfm.tasks.bundle import read_bundle, write_bundle
-from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.engine import settle_device, settle_precision
+from brainfm.tasks.segmentation import answer as predict_module
+from brainfm.tasks.segmentation.network import SegmentationTask
 from tests.inference.test_predict_geometry import write
 
 TASK = TaskSpec("segmentation", "lesion", ("t1", "flair"), (0, 7), (16, 16, 16))
@@ -146,9 +142,9 @@ def test_refused_outputs(bundle, scans, tmp_path):
         ("link.nii.gz", "is one of the inputs"),
     ):
         with pytest.raises(ConfigError, match=text):
-            check_output(tmp_path / name, scans.values())
+            check_volume(tmp_path / name, scans.values())
     with pytest.raises(FileError, match="nothing can be written there"):
-        check_output(tmp_path / "file" / "mask.nii", scans.values())
+        check_volume(tmp_path / "file" / "mask.nii", scans.values())
     before = scans["t1"].read_bytes()
     with pytest.raises(ConfigError, match="is one of the inputs"):
         predict(bundle, scans, scans["t1"])

@@ -15,10 +15,13 @@ import torch
 
 from brainfm.errors import ScanError
 from brainfm.imaging import nifti
-from brainfm.inference.predict import Engine, answer, predict, write_mask
+from brainfm.imaging.nifti import write_mask
+from brainfm.inference.predict import predict
 from brainfm.scoring.masks import dice
 from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import Bundle
+from brainfm.tasks.engine import Engine
+from brainfm.tasks.segmentation.answer import answer
 from tests import phantoms
 
 TASK = TaskSpec("segmentation", "marker", ("t1", "flair"), (0, 1), (32, 32, 32))

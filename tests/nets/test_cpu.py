@@ -21,8 +21,8 @@ from brainfm.nets.latents import Latents
 from brainfm.nets.unet import ConvNormAct
 from brainfm.objectives.objective import build_objective
 from brainfm.specs import PreprocessSpec, Provenance, TaskSpec
-from brainfm.tasks.segmentation import SegmentationTask
-from brainfm.tasks.task import build_task
+from brainfm.tasks.registry import build_task
+from brainfm.tasks.segmentation.network import SegmentationTask
 
 
 def both_layouts(*shape: int) -> list[Tensor]:

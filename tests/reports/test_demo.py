@@ -13,9 +13,9 @@ import pytest
 
 from brainfm.data.manifest import read_manifest, write_manifest
 from brainfm.data.prepare import prepare
-from brainfm.inference.predict import LISTING
 from brainfm.reports.demo import Demo, write_demo_page
 from brainfm.specs import PreprocessSpec
+from brainfm.tasks.answers import LISTING
 from tests.conftest import write_subjects
 from tests.reports.pages import EVIL, is_harmless, words_of
 

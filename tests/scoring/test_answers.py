@@ -10,8 +10,10 @@ import pytest
 from scipy.stats import linregress
 from sklearn import metrics as reference
 
-from brainfm.scoring.answers import auroc, average_precision, primary, scan_score, scan_scores
+from brainfm.scoring.answers import auroc, average_precision
 from brainfm.specs import TaskSpec
+from brainfm.tasks.registry import kind_of
+from brainfm.tasks.whole_head.scores import answer_score, answer_scores
 
 
 def question(kind: str = "classification", values: tuple = (), mode: str = "") -> TaskSpec:
@@ -37,7 +39,7 @@ def simulated(n: int, classes: int, seed: int, digits: int = 2) -> tuple[np.ndar
 @pytest.mark.parametrize("seed", range(4))
 def test_two_classes_are_scikit_learns(seed: int) -> None:
     truth, p = simulated(60, 2, seed)
-    found, answer = scan_scores(BINARY, truth[:, None].astype(np.float32), p), p.argmax(axis=1)
+    found, answer = answer_scores(BINARY, truth[:, None].astype(np.float32), p), p.argmax(axis=1)
     assert found == pytest.approx(
         {
             "auroc": reference.roc_auc_score(truth, p[:, 1]),
@@ -55,7 +57,7 @@ def test_two_classes_are_scikit_learns(seed: int) -> None:
 @pytest.mark.parametrize("seed", range(4))
 def test_several_ordered_classes_are_scikit_learns(seed: int) -> None:
     truth, p = simulated(50, 4, seed)
-    found, answer = scan_scores(GRADES, truth, p), p.argmax(axis=1)
+    found, answer = answer_scores(GRADES, truth, p), p.argmax(axis=1)
     hot = np.eye(4)[truth]
     assert found == pytest.approx(
         {
@@ -78,7 +80,7 @@ def test_several_findings_are_scikit_learns_and_unknown_ones_are_left_out() -> N
     truth = rng.integers(0, 2, (70, 3)).astype(np.float32)
     p = np.round(np.clip(0.3 + 0.3 * truth + rng.normal(0, 0.25, truth.shape), 0.01, 0.99), 2)
     truth[rng.random(truth.shape) < 0.2] = np.nan
-    found = scan_scores(FINDINGS, truth, p)
+    found = answer_scores(FINDINGS, truth, p)
     functions = {
         "auroc": reference.roc_auc_score,
         "average_precision": reference.average_precision_score,
@@ -103,7 +105,7 @@ def test_values_are_scored_as_scipy_and_scikit_learn_do() -> None:
     age = rng.uniform(20, 80, 40)
     answer = 15 + 0.7 * age + rng.normal(0, 5, 40)
     line = linregress(age, answer)
-    assert scan_scores(AGE, age[:, None], answer) == pytest.approx(
+    assert answer_scores(AGE, age[:, None], answer) == pytest.approx(
         {
             "mae": reference.mean_absolute_error(age, answer),
             "rmse": math.sqrt(reference.mean_squared_error(age, answer)),
@@ -114,7 +116,7 @@ def test_values_are_scored_as_scipy_and_scikit_learn_do() -> None:
         }
     )
     age[3] = np.nan
-    assert scan_scores(AGE, age, answer) == scan_scores(AGE, np.delete(age, 3), np.delete(answer, 3))
+    assert answer_scores(AGE, age, answer) == answer_scores(AGE, np.delete(age, 3), np.delete(answer, 3))
 
 
 def test_auroc_and_precision_of_pairs_counted_by_hand() -> None:
@@ -130,12 +132,12 @@ def test_what_cannot_be_said_is_nan_without_a_warning() -> None:
     truth, p = np.zeros(12), simulated(12, 2, 0)[1]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        one_class = scan_scores(BINARY, truth, p)
-        constant = scan_scores(AGE, np.full(6, 60.1), np.linspace(50, 70, 6))
-        flat = scan_scores(AGE, np.linspace(50, 70, 6), np.full(6, 60.1))
-        nobody = scan_scores(BINARY, np.full(12, np.nan), p)
-        empty = scan_scores(AGE, np.zeros(0), np.zeros((0, 1)))
-        agreed = scan_scores(GRADES, np.ones(5), np.eye(4)[[1] * 5])
+        one_class = answer_scores(BINARY, truth, p)
+        constant = answer_scores(AGE, np.full(6, 60.1), np.linspace(50, 70, 6))
+        flat = answer_scores(AGE, np.linspace(50, 70, 6), np.full(6, 60.1))
+        nobody = answer_scores(BINARY, np.full(12, np.nan), p)
+        empty = answer_scores(AGE, np.zeros(0), np.zeros((0, 1)))
+        agreed = answer_scores(GRADES, np.ones(5), np.eye(4)[[1] * 5])
     undefined = {name for name, value in one_class.items() if math.isnan(value)}
     assert undefined == {"auroc", "average_precision", "balanced_accuracy"}
     assert {name for name, value in constant.items() if math.isnan(value)} == {"r", "r2", "slope"}
@@ -149,43 +151,43 @@ def test_a_class_that_nobody_has_is_left_out_of_the_mean() -> None:
     p = p[truth != 2]
     truth = truth[truth != 2]
     each = [reference.roc_auc_score(truth == k, p[:, k]) for k in (0, 1)]
-    assert scan_scores(THREE, truth, p)["auroc"] == pytest.approx(np.mean(each))
+    assert answer_scores(THREE, truth, p)["auroc"] == pytest.approx(np.mean(each))
 
 
 def test_an_answer_that_is_not_a_number_spoils_the_scores() -> None:
     truth, p = simulated(20, 2, 2)
     p[4] = np.nan
-    assert all(math.isnan(value) for value in scan_scores(BINARY, truth, p).values())
+    assert all(math.isnan(value) for value in answer_scores(BINARY, truth, p).values())
     findings = np.random.default_rng(0).integers(0, 2, (20, 3))
     answers = np.full((20, 3), 0.4)
     answers[7, 1] = np.nan
-    found = scan_scores(FINDINGS, findings, answers)
+    found = answer_scores(FINDINGS, findings, answers)
     assert math.isnan(found["brier"]) and math.isnan(found["brier/bleed"]) and not math.isnan(found["brier/edema"])
 
 
 def test_one_score_alone_is_that_of_the_table() -> None:
     truth, p = simulated(30, 4, 3)
-    table = scan_scores(GRADES, truth, p)
-    assert {name: scan_score(GRADES, name)(truth, p) for name in table} == table
+    table = answer_scores(GRADES, truth, p)
+    assert {name: answer_score(GRADES, name)(truth, p) for name in table} == table
     with pytest.raises(ValueError, match="dice is no score of a question that is ordinal: expected one of"):
-        scan_score(GRADES, "dice")
+        answer_score(GRADES, "dice")
 
 
 def test_the_primary_score_is_in_the_table_and_says_which_way_is_up() -> None:
     for spec, larger in ((BINARY, True), (THREE, True), (GRADES, True), (FINDINGS, True), (AGE, False)):
-        name, up = primary(spec)
-        scan_score(spec, name)
+        name, up = kind_of(spec.kind).primary(spec)
+        answer_score(spec, name)
         assert up is larger
-    assert primary(question("segmentation", values=(0, 1))) == ("dice", True)
+    assert kind_of("segmentation").primary(question("segmentation", values=(0, 1))) == ("dice", True)
 
 
 def test_shapes_of_another_question_are_refused() -> None:
     truth, p = simulated(10, 2, 0)
     with pytest.raises(ValueError, match=r"truth \[N\] and probabilities \[N, 4\], found \(10,\) and \(10, 2\)"):
-        scan_scores(GRADES, truth, p)
+        answer_scores(GRADES, truth, p)
     with pytest.raises(ValueError, match=r"truth and probabilities \[N, 3\], found \(10,\)"):
-        scan_scores(FINDINGS, truth, p)
+        answer_scores(FINDINGS, truth, p)
     with pytest.raises(ValueError, match="one value and one answer a case"):
-        scan_scores(AGE, truth, p)
+        answer_scores(AGE, truth, p)
     with pytest.raises(ValueError, match="kind segmentation has no scan-level scores"):
-        scan_scores(question("segmentation", values=(0, 1)), truth, p)
+        answer_scores(question("segmentation", values=(0, 1)), truth, p)

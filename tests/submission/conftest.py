@@ -13,8 +13,8 @@ from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.submission.challenge import ChallengeTask, read_challenge
 from brainfm.submission.container import stage
 from brainfm.tasks.bundle import write_bundle
-from brainfm.tasks.scan_level import ScanTask
-from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.segmentation.network import SegmentationTask
+from brainfm.tasks.whole_head.network import WholeHeadTask
 
 SPACING = PreprocessSpec(spacing_mm=(6.0, 6.0, 6.0))
 
@@ -32,7 +32,7 @@ def bundle_for(task: ChallengeTask, path: Path) -> Path:
         values = ("0", "1") if task.kind == "classification" else ()
         mode = "exclusive" if values else ""
         spec = TaskSpec(task.kind, task.target, contrasts, values, (16, 16, 16), mode=mode, view_mm=6.0)
-        network = ScanTask(spec, backbone)
+        network = WholeHeadTask(spec, backbone)
         torch.nn.init.normal_(network.out.weight, std=0.1)
     decisions = Decisions(bias=(-50.0, 1.0)) if task.kind == "regression" else None  # an age and not about 0
     write_bundle(

@@ -54,7 +54,7 @@ def test_a_staged_submission_runs_alone(app_of, tmp_path, name):
 
 def test_only_what_prediction_reaches_is_staged(app_of):
     names = {str(path.relative_to(module._PACKAGE)) for path in reached("brainfm.submission.predict")}
-    assert {"tasks/segmentation.py", "tasks/scan_level.py", "nets/unet.py", "nets/resenc.py"} <= names
+    assert {"tasks/segmentation/network.py", "tasks/whole_head/network.py", "nets/unet.py", "nets/resenc.py"} <= names
     assert not any(name.startswith(("training", "objectives", "cli", "demo")) for name in names)
     app = app_of("fomo26", "task2")
     assert {str(p.relative_to(app / "brainfm")) for p in (app / "brainfm").rglob("*.py")} == names

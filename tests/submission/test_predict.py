@@ -11,8 +11,8 @@ import pytest
 
 from brainfm.errors import BundleError
 from brainfm.imaging import nifti
-from brainfm.inference.embed import embed
 from brainfm.inference.predict import predict
+from brainfm.probing.features import embed
 from brainfm.submission.challenge import read_challenge
 from brainfm.submission.predict import BACKBONE, in_range, main
 from brainfm.volume import Volume

@@ -12,7 +12,7 @@ from scipy import ndimage
 from brainfm import seeds
 from brainfm.errors import ConfigError, ScanError
 from brainfm.imaging import nifti
-from brainfm.synthesis.contrast import SIGNALS, Look, draw, render
+from brainfm.synthesis.contrast import SIGNALS, Appearance, draw, render
 from brainfm.volume import Volume
 
 TISSUE_OF = {1: "csf", 2: "grey", 3: "grey", 4: "white", 5: "white", 6: "deep_grey"}
@@ -41,7 +41,7 @@ def head(seed: int = 0) -> tuple[Volume, Volume]:
     return Volume(t1.astype(np.float32), affine), Volume(labels, affine)
 
 
-def plain(contrast: str, seed: int = 0, **changes: float) -> Look:
+def plain(contrast: str, seed: int = 0, **changes: float) -> Appearance:
     """Without what a scanner adds."""
     look = draw(seeds.stream(seed, "contrast"), contrast, TISSUE_OF)
     return replace(look, bias_log=0.0, noise=0.0, blur_vox=0.0, gain=1.0, **changes)

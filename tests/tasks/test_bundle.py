@@ -18,7 +18,7 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.seen import SeenSubjects
 from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.tasks.bundle import CHECKSUMS, model_card, read_bundle, write_bundle
-from brainfm.tasks.task import build_task
+from brainfm.tasks.registry import build_task
 
 TASK = TaskSpec("segmentation", "lesion", ("t1", "flair"), (0, 1), (16, 16, 16))
 PREPROCESS = PreprocessSpec(spacing_mm=(1.5, 1.5, 2.0))

@@ -11,8 +11,9 @@ from torch import Tensor
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.cpu import swap_out
 from brainfm.specs import TaskSpec
-from brainfm.tasks.reads import Reads
-from brainfm.tasks.task import Task, build_task
+from brainfm.tasks.registry import build_task
+from brainfm.tasks.task import Task
+from brainfm.tasks.whole_head.reads import Reads
 
 SEGMENTATION = TaskSpec("segmentation", "lesion", ("t1", "t2"), (0, 1), (16, 16, 16), fusion="attention")
 CLASSES = TaskSpec("classification", "sex", ("t1", "t2"), ("f", "m"), (16, 16, 16), mode="exclusive", view_mm=4.0)

@@ -18,7 +18,7 @@ from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
 from brainfm.settings import build
 from brainfm.specs import TaskSpec
-from brainfm.tasks.segmentation import SegmentationTask
+from brainfm.tasks.segmentation.network import SegmentationTask
 from brainfm.training.adapt import adapted_optimizer, parameter_groups
 from brainfm.training.loop import CHECKPOINT, LoopSpec, Run, State, read_checkpoint, train
 from brainfm.training.optim import build_optimizer, schedule_factor

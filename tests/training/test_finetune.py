@@ -12,12 +12,12 @@ import torch
 from safetensors.torch import load_file
 
 from brainfm.cli import main
-from brainfm.data.patches import find_cases
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.study.splits import SplitSpec, split_cases
 from brainfm.tasks.bundle import read_bundle
-from brainfm.training.crossval import SplitSpec, split_cases
+from brainfm.tasks.segmentation.cases import find_cases
 from brainfm.training.finetune import MEMBER, _begin, _fresh, dry_step, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.memory import MemoryPlan, settle
@@ -80,8 +80,8 @@ def test_bundle_holds_the_averaged_weights_of_each_fold(tuned: Path, backbone: P
 
 def test_encoder_starts_from_the_file_and_scratch_does_not(toy_store: Store, backbone: Path, tmp_path: Path) -> None:
     loaded = load_backbone(backbone).backbone
-    study, splits = _begin(resolve("finetune", words(toy_store, tmp_path / "run", backbone)))
-    pretrained, scratch = _fresh(study, splits[0], study.backbone), _fresh(study, splits[0], None)
+    tuning, splits = _begin(resolve("finetune", words(toy_store, tmp_path / "run", backbone)))
+    pretrained, scratch = _fresh(tuning, splits[0], tuning.backbone), _fresh(tuning, splits[0], None)
     for name, value in loaded.state_dict().items():
         assert torch.equal(pretrained.backbone.state_dict()[name], value)
     assert not torch.equal(scratch.backbone.blocks()[0][0][0].weight, loaded.blocks()[0][0][0].weight)
@@ -90,8 +90,8 @@ def test_encoder_starts_from_the_file_and_scratch_does_not(toy_store: Store, bac
 
 
 def test_every_parameter_learns(toy_store: Store, backbone: Path, tuned: Path, tmp_path: Path) -> None:
-    study, splits = _begin(resolve("finetune", words(toy_store, tmp_path / "run", backbone)))
-    start = _fresh(study, splits[0], study.backbone)
+    tuning, splits = _begin(resolve("finetune", words(toy_store, tmp_path / "run", backbone)))
+    start = _fresh(tuning, splits[0], tuning.backbone)
     trained = read_checkpoint(tuned / "fold0" / CHECKPOINT)["module"]
     still = [name for name, value in start.state_dict().items() if torch.equal(trained[f"task.{name}"], value)]
     assert not still
@@ -204,17 +204,17 @@ def test_a_plan_that_the_device_refuses_is_lowered(
     """On a GPU every plan is tried; here the step itself runs on the CPU, and the device's refusal is played."""
     import dataclasses
 
-    study, _ = _begin(resolve("finetune", words(toy_store, tmp_path / "run", backbone)))
-    spec = study.question.spec
+    tuning, _ = _begin(resolve("finetune", words(toy_store, tmp_path / "run", backbone)))
+    spec = tuning.study.spec
     tried = []
 
     def step(made: MemoryPlan) -> None:
         tried.append((made.checkpointing, made.accumulate))
         if len(tried) < 3:
             raise torch.OutOfMemoryError("no room")
-        dry_step(study.settings, study.question, study.backbone, study.fabric, made)
+        dry_step(tuning.settings, tuning.study, tuning.backbone, tuning.fabric, made)
 
-    settled = settle(step, dataclasses.replace(study.plan, checkpointing=False, accumulate=1), stride=8)
+    settled = settle(step, dataclasses.replace(tuning.plan, checkpointing=False, accumulate=1), stride=8)
     assert tried == [(False, 1), (True, 1), (True, 2)] and settled.micro_batch == 1
-    assert len(settled.notes) == len(study.plan.notes) + 2
-    assert study.question.spec == spec and not (tmp_path / "run" / "fold0").exists()
+    assert len(settled.notes) == len(tuning.plan.notes) + 2
+    assert tuning.study.spec == spec and not (tmp_path / "run" / "fold0").exists()

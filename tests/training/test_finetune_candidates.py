@@ -17,7 +17,6 @@ from safetensors.torch import load_file
 from brainfm.cli import main
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
-from brainfm.data.scan_cases import ScanCase, views_of
 from brainfm.data.store import Store
 from brainfm.errors import BrainfmWarning, ConfigError
 from brainfm.inference.evaluate import evaluate
@@ -29,11 +28,12 @@ from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.reports.finetuning import write_finetuning_page
 from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.bundle import READS, read_bundle
-from brainfm.tasks.reads import PARTS, dense_numbers
-from brainfm.tasks.scan_level import ScanTask
+from brainfm.tasks.study import CHOICE
+from brainfm.tasks.whole_head.cases import SessionCase, views_of
+from brainfm.tasks.whole_head.network import WholeHeadTask
+from brainfm.tasks.whole_head.reads import PARTS, dense_numbers
+from brainfm.tasks.whole_head.study import WholeHeadStudy
 from brainfm.training.finetune import MEMBER, SHIPPED, _begin, _fresh, finetune
-from brainfm.training.questions import CHOICE
-from brainfm.training.scanning import Scanning
 from brainfm.verbs.compose import resolve
 
 COUNT = 24
@@ -111,7 +111,7 @@ def held(run: Path, fold: str = "fold0") -> list[dict[str, Any]]:
 def member_answer(network: Any, store: Store, subject: str) -> float:
     """What a member of a bundle answers for the voxels of a store, without a label map."""
     entry = next(s for s in store.sessions if s.subject == subject)
-    image, present = views_of(store, ScanCase(entry, (("t1",),), np.zeros(1, np.float32), None), network.spec)
+    image, present = views_of(store, SessionCase(entry, (("t1",),), np.zeros(1, np.float32), None), network.spec)
     with torch.no_grad():
         return float(network.decode(network(torch.from_numpy(image)[None], torch.from_numpy(present)[None])))
 
@@ -207,27 +207,27 @@ def test_the_map_of_an_answer_from_volumes_lies_on_its_regions(
 
 def test_scored_cases_have_no_say(store: Store, aged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of held-out cases are poisoned: what is chosen and shipped stays, to the bit."""
-    import brainfm.data.scan_cases as module
+    import brainfm.tasks.whole_head.cases as module
 
     away = {row["subject"] for row in held(aged)}
-    original = module.read_answer
+    original = module.read_session
 
     def poisoned(session: Any, spec: Any) -> np.ndarray:
         return original(session, spec) + (37 if session.subject in away else 0)
 
-    monkeypatch.setattr(module, "read_answer", poisoned)
-    monkeypatch.setattr(Scanning, "strata", lambda self: strata)
+    monkeypatch.setattr(module, "read_session", poisoned)
+    monkeypatch.setattr(WholeHeadStudy, "strata", lambda self: strata)
     config = resolve("finetune", words(store, tmp_path / "run", "regression", "age"))
     strata = {f"toy/{s}": str(s in away) for s in away}  # as before the poison, the folds must be those of `aged`
-    study, splits = _begin(config)
+    tuning, splits = _begin(config)
     split = replace(
         splits[0],
-        trained=tuple(c for c in study.question.cases if c.session.subject not in away),
-        held=tuple(c for c in study.question.cases if c.session.subject in away),
+        trained=tuple(c for c in tuning.study.cases if c.session.subject not in away),
+        held=tuple(c for c in tuning.study.cases if c.session.subject in away),
     )
     (tmp_path / "fold").mkdir()
-    rows, shipped = study.question.conclude(
-        None, lambda: _fresh(study, split, None, begun=True), split, study.engine(), tmp_path / "fold", 0
+    rows, shipped = tuning.study.conclude(
+        None, lambda: _fresh(tuning, split, None, begun=True), split, tuning.place(), tmp_path / "fold", 0
     )
     assert shipped is not None and (tmp_path / "fold" / CHOICE).read_bytes() == (aged / "fold0" / CHOICE).read_bytes()
     before = load_file(aged / "fold0" / SHIPPED)
@@ -261,12 +261,12 @@ def test_the_last_layer_is_refitted_after_tuning(store: Store, tmp_path: Path) -
     """What is shipped answers the training cases as the linear model of its own features, not as Adam left it."""
     more = ("task.candidates=[tuned]", "optim.lr=1e-2", "average=0", "folds=2")
     assert main(["finetune", *words(store, tmp_path / "run", "regression", "age", *more)]) == 0
-    study, splits = _begin(resolve("finetune", words(store, tmp_path / "run", "regression", "age", *more)))
-    task = _fresh(study, splits[0], None, begun=True)
+    tuning, splits = _begin(resolve("finetune", words(store, tmp_path / "run", "regression", "age", *more)))
+    task = _fresh(tuning, splits[0], None, begun=True)
     state = load_file(tmp_path / "run" / "fold0" / MEMBER)
     task.load_state_dict(state)
     with torch.no_grad():
-        study.question._refit(task, splits[0].trained, study.engine())  # type: ignore[attr-defined]
+        tuning.study._refit(task, splits[0].trained, tuning.place())  # type: ignore[attr-defined]
     for name in ("norm.mean", "norm.scale", "out.weight", "out.bias"):
         assert torch.allclose(task.state_dict()[name], state[name], atol=1e-5), name
     assert not (tmp_path / "run" / "fold0" / SHIPPED).exists()
@@ -289,7 +289,7 @@ def test_a_backbone_s_own_regions_answer_without_a_label_map(
     bundle = read_bundle(run / "bundle")
     loaded = load_backbone(dense_file)
     for fold, network in enumerate(bundle.networks):
-        assert isinstance(network, ScanTask) and network.dense is not None and loaded.decoder is not None
+        assert isinstance(network, WholeHeadTask) and network.dense is not None and loaded.decoder is not None
         for name, value in loaded.decoder.state_dict().items():
             assert torch.equal(value, network.dense.state_dict()[name])
         row = held(run, f"fold{fold}")[0]
@@ -304,10 +304,10 @@ def test_a_backbone_s_own_regions_answer_without_a_label_map(
 
 def test_numbers_of_a_decoder_against_loops(dense_file: Path) -> None:
     loaded = load_backbone(dense_file)
-    study_reads = Scanning.reads
+    study_reads = WholeHeadStudy.reads
     assert loaded.decoder is not None
     head = loaded.heads["regions"]
-    question = object.__new__(Scanning)
+    question = object.__new__(WholeHeadStudy)
     question.volumes, question.spec = None, type("S", (), {"view_mm": 5.0})()  # type: ignore[assignment]
     reads = study_reads(question, loaded)
     scan = torch.full((1, 1, 16, 16, 16), -2.0)
@@ -371,9 +371,9 @@ def test_no_scale_is_drawn_where_size_is_an_answer(store: Store, tmp_path: Path)
 
 def test_from_enough_subjects_on_the_network_is_tuned(store: Store, tmp_path: Path) -> None:
     _, few = _begin(resolve("finetune", words(store, tmp_path / "a", "regression", "age", "inner=0.3")))
-    study, many = _begin(resolve("finetune", words(store, tmp_path / "b", "regression", "age", "task.tune_from=12")))
+    tuning, many = _begin(resolve("finetune", words(store, tmp_path / "b", "regression", "age", "task.tune_from=12")))
     assert all(not split.inner and len(split.trained) == 12 for split in few)
-    assert all(len(split.inner) in (2, 3) and study.question.trains(split) for split in many)
+    assert all(len(split.inner) in (2, 3) and tuning.study.trains(split) for split in many)
 
 
 def test_unknown_candidates_and_volumes(store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -388,7 +388,7 @@ def test_unknown_candidates_and_volumes(store: Store, tmp_path: Path, capsys: py
 
 def test_mixes_are_rows_of_parts(aged: Path) -> None:
     for network in read_bundle(aged / "bundle").networks:
-        assert isinstance(network, ScanTask)
+        assert isinstance(network, WholeHeadTask)
         assert network.mix.shape == (2, len(PARTS)) and network.mix[0, PARTS.index("volumes")] == 1
         assert network.mix[1, PARTS.index("volumes")] == 0 and torch.allclose(network.mix.sum(dim=1), torch.ones(2))
 
@@ -396,7 +396,7 @@ def test_mixes_are_rows_of_parts(aged: Path) -> None:
 def test_finetune_resumes_between_folds(
     store: Store, aged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    import brainfm.training.members as module
+    import brainfm.tasks.whole_head.members as module
 
     original, calls = module.views_of, []
 

@@ -21,13 +21,13 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import load_backbone, save_backbone
 from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.bundle import read_bundle
-from brainfm.tasks.segmentation_losses import LOSSES
+from brainfm.tasks.segmentation.losses import LOSSES
+from brainfm.tasks.whole_head.study import WholeHeadStudy
 from brainfm.training import finetune as module
 from brainfm.training.average import WeightAverage
 from brainfm.training.finetune import MEMBER, _begin, finetune
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.memory import MemoryPlan, plan
-from brainfm.training.scanning import Scanning
 from brainfm.training.settings import FinetuneSettings
 from brainfm.verbs.compose import options, resolve
 
@@ -217,12 +217,12 @@ def test_inner_cases_choose_the_step(
     seen: list[dict[str, torch.Tensor]] = []
     asked: list[set[str]] = []
 
-    def scripted(self: Scanning, task: Any, cases: Any, engine: Any) -> float:
+    def scripted(self: WholeHeadStudy, task: Any, cases: Any, engine: Any) -> float:
         seen.append({name: value.clone() for name, value in task.state_dict().items()})
         asked.append({case.session.subject for case in cases})
         return scores[len(seen) - 1]
 
-    monkeypatch.setattr(Scanning, "watch", scripted)
+    monkeypatch.setattr(WholeHeadStudy, "watch", scripted)
     more = ("inner=0.3", "trainer.max_steps=4", "trainer.evaluate_every=1", "average=0", *CLASSIFICATION)
     finetune(config(store, tmp_path / "run", backbone, *more))
     shipped = member(tmp_path / "run")

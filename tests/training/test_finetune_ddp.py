@@ -16,9 +16,9 @@ from safetensors.torch import load_file
 from brainfm.data.store import Store
 from brainfm.training.finetune import MEMBER
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
+from tests.study.test_transferred import backbone_file
 from tests.training.test_ddp import by_hand, by_torchrun
 from tests.training.test_finetune_contracts import small_store
-from tests.training.test_transferred import backbone_file
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(["brainfm.training.processes", "brainfm.training.finetune", "brainfm.cli", __name__])

@@ -138,7 +138,7 @@ def test_a_regression_ends_with_values_in_its_unit(store: Store, manifest: Path,
 
 @pytest.mark.parametrize("cut", [2, 5, 12])  # before the first step, at the first checkpoint, in the second fold
 def test_resumed_equals_uninterrupted(cut: int, store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    import brainfm.training.scanning as module
+    import brainfm.tasks.whole_head.study as module
 
     more = ("inner=0.3", "trainer.evaluate_every=2", "task.candidates=[mean,features,tuned]")
     whole = words(store, tmp_path / "whole", "classification", "lesion", *more)

@@ -16,7 +16,7 @@ from brainfm.curves import read_curves
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError, TrainingError
 from brainfm.objectives.mae import MAE
-from brainfm.training.guards import CollapseGuard, FiniteWatch, Guards, first_not_finite
+from brainfm.training.guards import FiniteWatch, Guards, first_not_finite
 from brainfm.training.loop import CHECKPOINT, GOOD, read_checkpoint
 from brainfm.training.pretrain import pretrain
 from brainfm.training.settings import GuardSpec
@@ -210,55 +210,3 @@ def test_guards_may_be_loosened_to_go_on(toy_store: Store, tmp_path: Path) -> No
         pretrain(config(toy_store, run, *more, "guard.min_rank=1000", "guard.probes=1"))
     assert step_of(run / CHECKPOINT) == 2 and not (run / GOOD).exists()
     assert pretrain(config(toy_store, run, *more, "guard=null", "probe.patches=1")).step == 8
-
-
-# ---- a segmenter that answers background everywhere ------------------------------------------------------------------
-
-
-def first_said(shares, kept=None, first: int = 1, **settings) -> tuple[int, str] | None:
-    """The first step at which the guard speaks, of (predicted, true) a step."""
-    guard = CollapseGuard({} if kept is None else kept, **settings)
-    for step, (predicted, true) in enumerate(shares, first):
-        said = guard.see(step, predicted, true)
-        if said is not None:
-            return step, said
-    return None
-
-
-def test_background_everywhere_is_noticed_after_the_warm_up_and_the_patience() -> None:
-    found = first_said([(0.0, 0.004)] * 100, warmup_steps=20, steps=30)
-    assert found is not None and found[0] == 51
-    assert "from step 21 to 51" in found[1] and "0.40% of the voxels" in found[1]
-    assert first_said([(0.0, 0.004)] * 50, warmup_steps=20, steps=30) is None
-
-
-def test_any_foreground_begins_the_patience_anew() -> None:
-    shares = [(0.0, 0.004)] * 25 + [(1e-4, 0.004)] + [(0.0, 0.004)] * 30
-    assert first_said(shares, warmup_steps=0, steps=30) is None
-    assert first_said([*shares, (0.0, 0.004)], warmup_steps=0, steps=30) is not None
-
-
-def test_specks_far_below_the_truth_count_as_none() -> None:
-    assert first_said([(1e-7, 0.01)] * 40, warmup_steps=0, steps=30) is not None
-    assert first_said([(1e-4, 0.01)] * 40, warmup_steps=0, steps=30) is None
-
-
-def test_patches_without_foreground_say_nothing() -> None:
-    assert first_said([(0.0, 0.0)] * 400, warmup_steps=0, steps=30) is None
-    mixed = [(0.0, 0.0), (0.0, 0.002)] * 30
-    assert first_said(mixed, warmup_steps=0, steps=30) is not None  # and they do not calm either
-
-
-def test_an_interrupted_run_is_judged_like_an_uninterrupted_one() -> None:
-    shares, kept = [(0.0, 0.004)] * 60, {}
-    assert first_said(shares[:20], kept, warmup_steps=5, steps=30) is None
-    kept = json.loads(json.dumps(kept))
-    resumed = first_said(shares[20:], kept, first=21, warmup_steps=5, steps=30)
-    assert resumed == first_said(shares, warmup_steps=5, steps=30)
-
-
-def test_after_lifting_the_patience_begins_anew() -> None:
-    guard = CollapseGuard({}, warmup_steps=0, steps=10)
-    assert all(guard.see(step, 0.0, 0.01) is None for step in range(1, 11))
-    guard.forget()
-    assert guard.see(11, 0.0, 0.01) is None and guard.see(21, 0.0, 0.01) is not None
