@@ -15,14 +15,24 @@ from brainfm.nets.recompute import set_checkpointing
 
 # name -> the module that holds a function of that name; imported when it is built, so an unused family costs nothing
 BACKBONES: dict[str, str] = {
+    "adapted": "brainfm.nets.adapter",
     "resenc": "brainfm.nets.resenc",
     "resenc_l": "brainfm.nets.resenc",
     "resenc_s": "brainfm.nets.resenc",
+    "primus": "brainfm.nets.primus",
+    "primus_b": "brainfm.nets.primus",
+    "primus_l": "brainfm.nets.primus",
+    "primus_m": "brainfm.nets.primus",
+    "primus_s": "brainfm.nets.primus",
     "unet": "brainfm.nets.unet",
     "unet_b": "brainfm.nets.unet",
     "unet_l": "brainfm.nets.unet",
     "unet_s": "brainfm.nets.unet",
     "unet_tiny": "brainfm.nets.unet",
+    "vit": "brainfm.nets.vit",
+    "vit_b": "brainfm.nets.vit",
+    "vit_l": "brainfm.nets.vit",
+    "vit_s": "brainfm.nets.vit",
 }
 
 
@@ -62,6 +72,19 @@ class Backbone(nn.Module, ABC):
     def features_masked(self, image: Tensor, hidden: Tensor) -> list[Tensor]:
         """The same without the information of the voxels where ``hidden`` (bool [B, 1, X, Y, Z]) is True."""
 
+    def summarised(self, image: Tensor, hidden: Tensor | None = None) -> tuple[list[Tensor], Tensor]:
+        """The maps of what ``hidden`` leaves, and one vector [B, E] for the whole image: the mean of the last map.
+
+        Where a map can answer for hidden places, it has an answer there, unlike with ``features_masked``.
+        """
+        maps = self.features(image) if hidden is None else self.features_masked(image, hidden)
+        return maps, maps[-1].mean((2, 3, 4))
+
+    def latents_decoder(self, latent_channels: int, out_channels: int, narrower: int) -> nn.Module | None:
+        """A fresh decoder [B, E, x, y, z] -> [B, C, X, Y, Z] of latents on the coarsest grid, where the usual one of
+        convolutions (nets/decoders.LightDecoder) does not suit this network; None: it does."""
+        return None
+
     @abstractmethod
     def blocks(self) -> list[nn.Module]:
         """Every parameter in exactly one block, the one nearest to the image first: for freezing and rate decay."""
@@ -94,7 +117,7 @@ def build_backbone(name: str, **settings: Any) -> Backbone:
     if name not in BACKBONES:
         raise ConfigError(f"unknown backbone {name!r}, expected one of {', '.join(sorted(BACKBONES))}")
     build = getattr(importlib.import_module(BACKBONES[name]), name)
-    legal = inspect.signature(build).parameters
+    legal = {key: value for key, value in inspect.signature(build).parameters.items() if key != "name"}
     unknown = sorted(set(settings) - set(legal))
     if unknown:
         raise ConfigError(

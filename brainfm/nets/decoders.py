@@ -25,14 +25,16 @@ def decoder_for(backbone: Backbone, out: int) -> SkipDecoder: ...
 @overload
 def decoder_for(backbone: Backbone, out: Mapping[str, int]) -> DenseDecoder: ...
 @overload
-def decoder_for(backbone: Backbone, out: int, *, latent_channels: int, narrower: int = 1) -> LightDecoder: ...
+def decoder_for(backbone: Backbone, out: int, *, latent_channels: int, narrower: int = 1) -> nn.Module: ...
 def decoder_for(
     backbone: Backbone, out: int | Mapping[str, int], *, latent_channels: int | None = None, narrower: int = 1
-) -> SkipDecoder | DenseDecoder | LightDecoder:
+) -> SkipDecoder | DenseDecoder | nn.Module:
     """A fresh decoder from what a backbone gives to the voxels of its image, whatever strides its maps have.
 
     Where the finest map is coarser than the image (a transformer's tokens), steps without a map of the backbone lead on
-    to stride 1, each half as wide as the one before.
+    to stride 1, each half as wide as the one before. Maps of several depths but of one stride (a transformer's
+    ``taps``) are first brought to different ones, the shallowest to the finest. Latents of a transformer are read by
+    attention (Backbone.latents_decoder), those of other networks by LightDecoder.
 
     Args:
         out: channels of the answer, from the maps; or parts of a dense map by name (see DenseDecoder).
@@ -43,6 +45,9 @@ def decoder_for(
         return DenseDecoder(backbone.widths, backbone.strides, out)
     if latent_channels is None:
         return SkipDecoder(backbone.widths, backbone.strides, out)
+    own = backbone.latents_decoder(latent_channels, out, narrower)
+    if own is not None:
+        return own
     widths = backbone.widths if narrower == 1 else [max(_FEWEST_CHANNELS, w // narrower) for w in backbone.widths]
     return LightDecoder(latent_channels, widths, backbone.strides, out)
 
@@ -127,8 +132,8 @@ class SkipDecoder(nn.Module):
         widths: channels of the decoder's own features (see ``climb``), fine to coarse.
         checkpointing: whether each level is computed a second time in the backward pass instead of keeping its maps.
 
-    Source: Ronneberger et al. 2015 (arXiv 1505.04597) with the blocks of UNetEncoder. Steps that no map joins:
-    Hatamizadeh et al. 2022, UNETR (arXiv 2103.10504). Differs: they start from the finest map, not from several depths.
+    Source: Ronneberger et al. 2015 (arXiv 1505.04597) with the blocks of UNetEncoder. Maps of one stride, and steps
+    that no map joins: Hatamizadeh et al. 2022, UNETR (arXiv 2103.10504). Differs: nothing reads the image itself.
     """
 
     checkpointing: bool = False
@@ -136,7 +141,13 @@ class SkipDecoder(nn.Module):
     def __init__(self, widths: Sequence[int], strides: Sequence[int], out_channels: int) -> None:
         super().__init__()
         self.ups, self.merges = nn.ModuleList(), nn.ModuleList()
-        steps = _climb(widths, strides)
+        lifted_widths, lifted_strides = _lifted(widths, strides)
+        self.lifts = nn.ModuleList(
+            _lift(width, to, stride // finer)
+            for width, to, stride, finer in zip(widths[:-1], lifted_widths, strides, lifted_strides)
+            if stride != finer
+        )
+        steps = _climb(lifted_widths, lifted_strides)
         before = widths[-1]
         for step in steps:
             self.ups.append(Upsample(before, step.width, step.scale))
@@ -152,9 +163,11 @@ class SkipDecoder(nn.Module):
 
     def climb(self, maps: Sequence[Tensor]) -> list[Tensor]:
         """The decoder's features [B, E, X/s, Y/s, Z/s], coarse to fine, after each of its steps: one for every map but
-        the coarsest, and then for every finer stride, down to 1."""
+        the coarsest, and then for every finer stride, down to 1. With ``lifts``, maps have strides of their own."""
         features, levels = maps[-1], []
-        joining = [*reversed(maps[:-1]), *[None] * len(self.ups)]
+        lifts = len(self.lifts)
+        finer = [recomputed(self.checkpointing, lift, features) for lift, features in zip(self.lifts, maps)]
+        joining = [*reversed([*finer, *maps[lifts:-1]]), *[None] * len(self.ups)]
         for level in range(len(self.ups)):
             features = recomputed(self.checkpointing, self._step, level, features, joining[level])
             levels.append(features)
@@ -224,6 +237,30 @@ class _Step:
     width: int
     scale: int
     joining: int
+
+
+def _lifted(widths: Sequence[int], strides: Sequence[int]) -> tuple[Sequence[int], Sequence[int]]:
+    """Widths and strides that the maps of one stride are brought to: half the stride of the next deeper one, as wide as
+    unet_b is there; other maps stay as they are."""
+    stride, count = strides[-1] if strides else 1, len(strides)
+    if count < 2 or len(widths) != count or set(strides) != {stride} or stride % 2 ** (count - 1):
+        return widths, strides
+    finer = [stride >> (count - 1 - level) for level in range(count)]
+    return [
+        *(max(_FEWEST_CHANNELS, min(w, _CHANNELS_A_STRIDE * s)) for w, s in zip(widths[:-1], finer)),
+        widths[-1],
+    ], finer
+
+
+def _lift(width: int, to: int, scale: int) -> nn.Sequential:
+    """[B, width, x, y, z] -> [B, to, scale x, scale y, scale z], by halves of the stride."""
+    steps: list[nn.Module] = []
+    while scale > 1:
+        scale //= 2
+        narrower = max(to, width // 2) if scale > 1 else to
+        steps += [Upsample(width, narrower, 2), ConvNormAct(narrower, narrower)]
+        width = narrower
+    return nn.Sequential(*steps)
 
 
 def _climb(widths: Sequence[int], strides: Sequence[int]) -> list[_Step]:

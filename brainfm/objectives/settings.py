@@ -270,12 +270,60 @@ class DenseSplitSettings(ObjectiveSettings):
         }  # fmt: skip
 
 
+@dataclass(frozen=True)
+class DINOSettings(ObjectiveSettings):
+    """A teacher's answer for a large crop is asked for from other and smaller crops, and for hidden cubes.
+
+    Raises: ConfigError for impossible values.
+    """
+
+    name: Annotated[str, "which objective"] = "dino"
+    prototypes: Annotated[int, "that answers are shares of; 65536: published, for batches of hundreds"] = 8192
+    hidden_channels: Annotated[int, "of the head"] = 2048
+    bottleneck: Annotated[int, "of the head"] = 256
+    global_vox: Annotated[tuple[int, int, int] | None, "edges of the two large crops; null: those of the patch"] = None
+    local_vox: Annotated[tuple[int, int, int] | None, "edges of the small crops; null: about half of the large"] = None
+    local_crops: Annotated[int, "small crops of a patch"] = 8
+    global_scale: Annotated[tuple[float, float], "share of the patch's volume in a large crop"] = (0.32, 1.0)
+    local_scale: Annotated[tuple[float, float], "share of the patch's volume in a small crop"] = (0.05, 0.32)
+    mask_share: Annotated[float, "share of the large crops in which cubes are hidden from the student"] = 0.5
+    mask_ratio: Annotated[tuple[float, float], "share of the cubes that is hidden there"] = (0.2, 0.75)
+    ibot_weight: Annotated[float, "of the hidden cubes; 0 leaves term and head out"] = 1.0
+    koleo_weight: Annotated[float, "of the even spread of descriptors"] = 0.1
+    centring: Annotated[Literal["sinkhorn", "mean"], "what keeps the teacher's answers apart"] = "sinkhorn"
+    student_temperature: Annotated[float, "of the student's answers"] = 0.1
+    teacher_temperature_start: Annotated[float, "of the teacher's answers at first"] = 0.04
+    teacher_temperature: Annotated[float, "and later"] = 0.07
+    warm: Annotated[float, "share of the run over which the temperature rises"] = 0.1
+    momentum: Annotated[float, "of the teacher at first; it rises to 1"] = 0.992
+
+    def __post_init__(self) -> None:
+        if min(self.prototypes, self.hidden_channels, self.bottleneck) < 2 or self.local_crops < 0:
+            raise ConfigError(
+                f"objective.prototypes={self.prototypes}, hidden_channels={self.hidden_channels}, "
+                f"bottleneck={self.bottleneck}, local_crops={self.local_crops}: expected 2 or more, and crops from 0"
+            )
+        for key in ("global_scale", "local_scale", "mask_ratio"):
+            low, high = getattr(self, key)
+            if not 0 < low <= high <= 1:
+                raise ConfigError(f"objective.{key}=[{low:g}, {high:g}]: expected 0 < from <= to <= 1")
+        for key in ("student_temperature", "teacher_temperature_start", "teacher_temperature"):
+            if getattr(self, key) <= 0:
+                raise ConfigError(f"objective.{key}={getattr(self, key):g}: expected more than 0")
+        for key in ("momentum", "warm", "mask_share"):
+            if not 0 <= getattr(self, key) <= 1:
+                raise ConfigError(f"objective.{key}={getattr(self, key):g}: expected 0 to 1")
+        if min(self.ibot_weight, self.koleo_weight) < 0:
+            raise ConfigError("objective.ibot_weight, koleo_weight: expected 0 or more")
+
+
 # name: its settings, and the class that asks, which is imported when it is built
 OBJECTIVES: dict[str, tuple[type[ObjectiveSettings], str]] = {
     "mae": (MAESettings, "brainfm.objectives.mae:MAE"),
     "cross_contrast": (CrossContrastSettings, "brainfm.objectives.cross_contrast:CrossContrast"),
     "anatomy_pathology": (AnatomyPathologySettings, "brainfm.objectives.anatomy_pathology:AnatomyPathology"),
     "contrastive": (ContrastiveSettings, "brainfm.objectives.contrastive:Contrastive"),
+    "dino": (DINOSettings, "brainfm.objectives.dino:DINO"),
     "dense_split": (DenseSplitSettings, "brainfm.objectives.dense_split:DenseSplit"),
     "mae+contrastive": (MAEContrastiveSettings, "brainfm.objectives.contrastive:MAEContrastive"),
 }

@@ -28,6 +28,7 @@ from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.cpu import swap_in
 from brainfm.nets.decoders import DenseDecoder, DenseHead, Pointwise, SkipDecoder, decoder_for
+from brainfm.nets.lengths import restore_lengths
 from brainfm.objectives.objective import Objective
 
 Maps = Callable[[Tensor], dict[str, Tensor]]  # [1, 1, X, Y, Z] -> name -> [1, E, X/s, Y/s, Z/s]
@@ -359,8 +360,10 @@ def few_shot_dice(
 ) -> float:
     """Dice of the groups on unseen heads after ``steps`` steps of fine-tuning on the ``fitted`` ones.
 
-    The encoder, and a dense decoder's climb where there is one, are copied; the rest is fresh and the same for every
-    network of these sizes. Windows of up to 48 voxels a side are cut from the crops around a voxel of a random group.
+    The encoder, and a dense decoder's climb where there is one, are copied, their filters brought to the length of
+    fresh ones (nets/lengths.py); the rest is fresh and the same for every network of these sizes, but the last layer
+    begins as a linear model of the features before it. Windows of up to 48 voxels a side are cut from the crops around
+    a voxel of a random group.
     """
     device = next(backbone.parameters()).device
     encoder, _ = fresh_networks(backbone, None)
@@ -372,8 +375,10 @@ def few_shot_dice(
     if dense is not None:
         own = {name: value for name, value in decoder.state_dict().items() if name.startswith("out.")}  # of no use
         decoder.load_state_dict(dict(dense.state_dict()) | own)
+    restore_lengths(net)
     stride, shown = backbone.strides[-1], [crop for crop in crops if crop.truth is not None]
     learnt = [crop for crop in shown if crop.head < fitted]
+    _begin_linear(net, learnt, groups, device)
     optimizer = torch.optim.AdamW((p for n, p in net.named_parameters() if not n.startswith("decoder.out.")), lr=_RATE)
     net.train()
     for step in range(steps):
@@ -391,6 +396,22 @@ def few_shot_dice(
             if crop.head >= fitted and crop.truth is not None:
                 overlap.add(net(crop.image.to(device))[0].argmax(dim=0).cpu(), crop.truth)
     return overlap.mean()
+
+
+@torch.no_grad()
+def _begin_linear(net: _Segmenter, crops: Sequence[Crop], groups: int, device: torch.device) -> None:
+    """The last layer as a linear model of the decoder's last features in these crops."""
+    rows, classes, shares = [], [], torch.zeros(groups, dtype=torch.float64)
+    for number, crop in enumerate(crops):
+        assert crop.truth is not None
+        points, chosen = draw_voxels(crop.truth, _PER_CLASS, seeds.stream(0, "few-shot voxels", number))
+        features = net.decoder.climb(net.backbone.features(crop.image.to(device)))[-1]
+        rows.append(read_at(features, points, crop.truth.shape).cpu())
+        classes.append(chosen)
+        shares += torch.bincount(crop.truth[crop.truth >= 0], minlength=groups)
+    weight, bias = fit_linear(torch.cat(rows), torch.cat(classes), shares / shares.sum())
+    net.out.weight.copy_(weight[..., None, None, None])
+    cast(Tensor, net.out.bias).copy_(bias.clamp(min=-20))  # of a class that is not there: else its gradient overflows
 
 
 def _window(crop: Crop, stride: int, rng: np.random.Generator) -> tuple[Tensor, Tensor]:

@@ -65,6 +65,14 @@ def parameter_groups(
     return [groups[place] for place in sorted(groups)]  # of `full`: those of build_optimizer, in its order
 
 
+def learning_parts(task: Task, adapt: AdaptSpec, decoder: bool) -> list[nn.Module]:
+    """What came from a backbone file and learns: the encoder's blocks that do not freeze, and with ``decoder`` the
+    decoder."""
+    blocks = task.backbone.blocks()
+    learning = blocks if adapt.last_blocks is None else blocks[len(blocks) - min(adapt.last_blocks, len(blocks)) :]
+    return [*learning, task.decoder] if decoder else list(learning)  # type: ignore[list-item]
+
+
 def adapted_optimizer(
     task: Task,
     adapt: AdaptSpec,

@@ -26,6 +26,7 @@ from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import swap_in
+from brainfm.nets.lengths import restore_lengths
 from brainfm.nets.recompute import set_checkpointing
 from brainfm.nets.transfer import transfer
 from brainfm.progress import say
@@ -36,7 +37,7 @@ from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.registry import kind_of
 from brainfm.tasks.study import Place, Row, Split, Study
 from brainfm.tasks.task import Task
-from brainfm.training.adapt import adapted_optimizer
+from brainfm.training.adapt import adapted_optimizer, learning_parts
 from brainfm.training.loop import CHECKPOINT, LoopSpec, Run, State, train
 from brainfm.training.memory import MemoryPlan, plan, settle
 from brainfm.training.processes import make_fabric
@@ -299,6 +300,9 @@ def _fresh(
     # a segmenter begins with the file's decoder where it takes it; an answer for a whole head reads its features
     taken = decoder or (backbone is not None and not tuning.study.takes_decoder)
     task = swap_in(tuning.study.task(encoder, split.trained, tuning.pretrained if taken else None))
+    if backbone is not None and tuning.adapt.restore_lengths and not begun:
+        for part in learning_parts(task, tuning.adapt, decoder):
+            restore_lengths(part)
     if not begun:
         tuning.study.start(task, split.trained, tuning.fabric.device)
     set_checkpointing(task, tuning.plan.checkpointing)

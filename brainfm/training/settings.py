@@ -242,6 +242,9 @@ class AdaptSpec:
     warmup_fraction: Annotated[
         float | None, "share of the steps in which the whole network warms up; null: optim.warmup_fraction"
     ] = None
+    restore_lengths: Annotated[
+        bool, "filters before a norm get the length of fresh ones: the same answers, but steps move them as much"
+    ] = True
     decoder: Annotated[bool | Literal["auto"], "of the backbone file; auto: where a trial on inner folds says so"] = (
         "auto"
     )

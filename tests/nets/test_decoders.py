@@ -19,7 +19,7 @@ SHAPES: list[tuple[tuple[int, ...], tuple[int, ...], tuple[int, ...]]] = [
     ((24, 48), (2, 4), (12, 24)),
     ((40,), (4,), (10, 20)),
     ((300,), (8,), (32, 64, 128)),  # never wider than a U-Net's level there
-    ((20, 20, 20), (8, 8, 8), (8, 8, 10, 20, 20)),
+    ((20, 20, 20), (8, 8, 8), (10, 20, 20)),
     ((96,), (16,), (8, 12, 24, 48)),
     ((30,), (6,), (8, 15)),
     ((16,), (1,), (8,)),
@@ -78,7 +78,7 @@ def test_every_map_reaches_the_answer() -> None:
     assert all(m.grad is not None and m.grad.abs().max() > 0 for m in maps)
 
 
-@pytest.mark.parametrize("name", sorted(set(BACKBONES) - {"unet", "resenc"}))
+@pytest.mark.parametrize("name", sorted(n for n in BACKBONES if n.startswith(("unet_", "resenc_"))))
 def test_decoders_of_the_shipped_backbones_have_the_names_they_had(name: str) -> None:
     """A step for every map but the coarsest, as files of before hold them."""
     with torch.device("meta"):

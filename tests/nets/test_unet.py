@@ -59,7 +59,7 @@ def test_smallest_patch_trains():
 
 
 def test_build_backbone__refusals():
-    with pytest.raises(ConfigError, match=r"unknown backbone 'unet_x', expected one of resenc, .*unet_tiny$"):
+    with pytest.raises(ConfigError, match=r"unknown backbone 'unet_x', expected one of adapted, .*unet_tiny, vit"):
         build_backbone("unet_x")
     with pytest.raises(ConfigError, match="unknown key depth for backbone unet_tiny, expected none"):
         build_backbone("unet_tiny", depth=3)

@@ -60,10 +60,11 @@ def test_no_value_is_asked_of_the_device(name: str, monkeypatch: pytest.MonkeyPa
     name = name.split(",")[0]
     if name == "dense_split":
         more = {"classes": ("a", "b", "c"), "merged": [[1, 2]], "volumes": 3, "stride": 2}
-    else:
+    elif name != "dino":
         more = more | {"latent_channels": 20}
-    backbone = build_backbone("unet_tiny")
-    objective = build_objective(name, backbone, patch_vox=PATCH, seed=0, mask_unit_vox=4, **more)
+    if name != "dino":
+        more = more | {"mask_unit_vox": 4}
+    objective = build_objective(name, build_backbone("unet_tiny"), patch_vox=PATCH, seed=0, **more)
     objective.to("meta")
     # generators do not exist there; where the noise lands is what matters
     real = torch.randn

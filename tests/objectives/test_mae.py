@@ -122,7 +122,9 @@ def test_build_objective__refusals():
 
 def test_config_is_complete_and_makes_the_same_objective():
     for name in OBJECTIVES:
-        small = {"mask_unit_vox": 4} | ({} if name == "dense_split" else {"latent_channels": 16})
+        small = (
+            {} if name == "dino" else {"mask_unit_vox": 4} | ({} if name == "dense_split" else {"latent_channels": 16})
+        )
         objective = build_objective(name, build_backbone("unet_tiny"), patch_vox=PATCH, seed=0, **small)
         assert objective.name == name and set(objective.config) == set(keys_of(OBJECTIVES[name][0])) - {"name"}
         again = build_objective(name, build_backbone("unet_tiny"), patch_vox=PATCH, seed=0, **objective.config)

@@ -33,7 +33,9 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
          "regions_on": "visible"},
     ),
     "contrastive": ("mae+contrastive", {"interval_tau_years": 2.0, "queue": 8}),
+    "dino": ("dino", {"prototypes": 12, "hidden_channels": 16, "bottleneck": 8, "local_crops": 2, "koleo_weight": 0.0}),
 }  # fmt: skip
+OWN = {"rank1", "used", "sure"}  # said of this process's own samples
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
 
@@ -43,8 +45,9 @@ class _Asked(nn.Module):
         super().__init__()
         question, config = ASKED[name]
         torch.manual_seed(0)
-        common = {"patch_vox": PATCH, "seed": 3, "latent_channels": 20, "mask_unit_vox": 4}
-        self.objective: Objective = build_objective(question, build_backbone("unet_tiny"), **common, **config)
+        common = {} if question == "dino" else {"latent_channels": 20, "mask_unit_vox": 4}
+        backbone = build_backbone("unet_tiny")
+        self.objective: Objective = build_objective(question, backbone, patch_vox=PATCH, seed=3, **common, **config)
 
     def forward(self, batch: Batch) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         terms = self.objective(batch, 0.5)
@@ -81,7 +84,8 @@ def _answer(name: str, rows: slice, spread: bool) -> dict[str, Any]:
     wrapped = DistributedDataParallel(asked) if spread else asked  # has to live until backward has met the others
     total, parts = wrapped(batch)
     total.backward()
-    return {"total": total.detach(), **parts} | {f"grad {n}": p.grad for n, p in asked.named_parameters()}
+    grads = {f"grad {n}": p.grad for n, p in asked.named_parameters() if p.requires_grad}
+    return {"total": total.detach(), **parts} | grads
 
 
 def _rank(rank: int, port: int, out: Path, names: list[str]) -> None:
@@ -118,8 +122,9 @@ def test_two_processes_find_what_one_finds(name: str, ranks: list[dict[str, dict
     for rank in ranks:
         assert set(rank[name]) == set(alone)
         for key, value in alone.items():
-            if key != "rank1":  # the share of this process's own queries
-                assert torch.allclose(rank[name][key], value, rtol=1e-4, atol=2e-6), key
+            if key not in OWN:
+                atol = 2e-5 if name == "dino" else 2e-6  # its low temperatures magnify what sums in another order
+                assert torch.allclose(rank[name][key], value, rtol=1e-4, atol=atol), key
 
 
 def test_a_rank_without_a_sample_knows_the_mean(ranks: list[dict[str, dict[str, torch.Tensor]]]) -> None:

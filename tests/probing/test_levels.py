@@ -180,7 +180,7 @@ def test_few_shots_learn_and_leave_the_network_as_it_was() -> None:
     torch.manual_seed(3)
     untaught, taught = (lp.few_shot_dice(backbone, None, SMALL, K, 2, steps) for steps in (0, 40))
     assert torch.equal(torch.rand(1), expected)
-    assert taught > 0.5 > 0.3 > untaught
+    assert taught > 0.6 > 0.4 > untaught > 0.2  # at first a linear model of fresh features
     assert taught == lp.few_shot_dice(backbone, None, SMALL, K, 2, 40)
     assert all(torch.equal(value, before[name]) for name, value in backbone.state_dict().items())
 

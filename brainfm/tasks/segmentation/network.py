@@ -163,8 +163,8 @@ class SegmentationTask(Task):
         self.head.bias.sub_(self.head.weight.flatten(1) @ self.decoder.out.bias)
 
     def begin_linear(self, features: Tensor, classes: Tensor) -> None:
-        """Behind a pre-trained decoder: lets the last layer begin as a linear probe of it, a logistic regression of the
-        classes on the decoder's last features (in units of their deviation, L2 penalty 1e-3, L-BFGS in float64).
+        """Lets the last layer begin as a linear probe: a logistic regression of the classes on the decoder's last
+        features (in units of their deviation, L2 penalty 1e-3, L-BFGS in float64).
 
         Args:
             features: [N, E] of voxels of training patches.
@@ -172,7 +172,6 @@ class SegmentationTask(Task):
 
         Source: Kumar et al. 2022 (arXiv 2202.10054), linear probing before fine-tuning.
         """
-        assert self.head is not None and self.head.bias is not None and self.decoder.out.bias is not None
         mean, scale = features.double().mean(0), features.double().std(0).clamp(min=1e-6)
         known = (features.double() - mean) / scale
         weight = known.new_zeros(self.spec.classes, known.shape[1], requires_grad=True)
@@ -188,10 +187,15 @@ class SegmentationTask(Task):
         with torch.enable_grad():
             solver.step(loss)
         with torch.no_grad():
-            # the smallest weights on the widened map that say the same of the features before it
-            wide = (weight / scale) @ torch.linalg.pinv(self.decoder.out.weight.flatten(1).double())
-            self.head.weight.copy_(wide[:, :, None, None, None])
-            self.head.bias.copy_(bias - (weight / scale) @ mean - wide @ self.decoder.out.bias.double())
+            weight, out = weight / scale, self.decoder.out
+            bias = bias - weight @ mean
+            if self.head is not None:
+                # the smallest weights on the widened map that say the same of the features before it
+                weight = weight @ torch.linalg.pinv(out.weight.flatten(1).double())
+                bias = bias - weight @ cast(Tensor, out.bias).double()
+            last = self.heads()[0]
+            last.weight.copy_(weight[:, :, None, None, None])
+            cast(Tensor, last.bias).copy_(bias)
         self.began = "a linear probe of the decoder's features"
 
     @torch.no_grad()

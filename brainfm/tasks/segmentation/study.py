@@ -124,10 +124,11 @@ class SegmentationStudy(Study):
 
     @torch.no_grad()
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
-        """Behind a pre-trained decoder the last layer begins as a linear probe of it, unless it began as a head of the
-        file: what the decoder knows would else not be heard before a hundred steps. Nothing in other cases."""
+        """The last layer begins as a linear probe of the features before it, unless it began as a head of the file:
+        what a pre-trained decoder knows would else not be heard before a hundred steps, and fresh features tell
+        something, too. Scratch gets it as well, so that both are compared on equal terms."""
         assert isinstance(task, SegmentationTask)
-        if self.settings.head_start == "fresh" or task.head is None or task.began != "fresh":
+        if self.settings.head_start == "fresh" or task.began != "fresh":
             return
         patches = TaskPatches(self.store, trained, self.spec.values, self.spec.patch_vox, 0, 0.5, 0.0)
         task.eval().to(device)
