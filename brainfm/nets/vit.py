@@ -18,7 +18,7 @@ from brainfm.nets.transformer import TransformerBlock, Turns, started, turns
 _CHANNELS_A_HEAD = 48  # of a decoder; eight rates of rotary places on each of three axes, two channels each
 
 
-class Embedding(nn.Module):
+class Cubes(nn.Module):
     """Cubes of a scan become tokens, with what else a transformer begins with.
 
     Args:
@@ -63,7 +63,7 @@ class TokenEncoder(Backbone):
         width: E of a token.
         blocks: shallow to deep.
         heads: of each block, which rotary positions need; None: no rotary positions.
-        grid, loose: see Embedding. The first loose token is the class token.
+        grid, loose: see Cubes. The first loose token is the class token.
         taps: maps.
 
     Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); cubes that are left out: He et al. 2022 (arXiv 2111.06377);
@@ -86,7 +86,7 @@ class TokenEncoder(Backbone):
         if not 1 <= taps <= len(blocks):
             raise ConfigError(f"backbone.taps={taps}: expected 1 to {len(blocks)}, the depth of {config['name']}")
         self.config, self.widths, self.strides = config, (width,) * taps, (patch_vox,) * taps
-        self.embed = Embedding(width, patch_vox, grid, loose)
+        self.embed = Cubes(width, patch_vox, grid, loose)
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self._channels_a_head = None if heads is None else width // heads

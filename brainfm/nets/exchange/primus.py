@@ -116,7 +116,7 @@ def resized(position: Tensor, grid: tuple[int, int, int], wanted: tuple[int, int
     return map_.flatten(2).transpose(1, 2).contiguous()
 
 
-# ---- names -------------------------------------------------------------------------------------------------------------
+# ---- names ----------------------------------------------------------------------------------------------------------
 
 # ours -> theirs; the braces take the block's number
 _PLACES = (
