@@ -56,7 +56,7 @@ def _main(words: list[str]) -> int:
             print(compose.help_of(verb, rest))
             return 0
         settings = compose.resolve(verb, rest)
-        if hasattr(settings, "command") and "command" not in keys_of(type(settings)):  # set by code, not by the user
+        if hasattr(settings, "command") and "command" not in keys_of(compose.settings_of(verb)):  # set by code
             settings = replace(settings, command=shlex.join(["brainfm", *words]))
         code: int = import_module(f"{verbs_folder.__name__}.{verb}").run(settings)
         return code
