@@ -10,8 +10,8 @@ import numpy as np
 
 from brainfm.errors import ConfigError
 from brainfm.imaging import nifti
-from brainfm.submission.challenge import ChallengeTask, Input
-from brainfm.submission.convert import SCANS, input_of
+from brainfm.submission.challenge import ChallengeTask, Input, input_of
+from brainfm.submission.convert import SCANS
 from brainfm.volume import Volume
 
 KINDS = (

@@ -11,6 +11,7 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Self
 
+from brainfm.data.manifest import contrast_of
 from brainfm.errors import ConfigError
 
 KINDS = ("classification", "segmentation", "regression", "embedding")
@@ -19,6 +20,7 @@ METRICS = (
     "auroc", "dice", "nsd", "mae", "correlation", "ovr_auroc", "ovr_f1", "fairness_f1", "fairness_auroc",
 )  # fmt: skip
 LOWER_IS_BETTER = ("mae",)
+IMAGES = (".nii.gz", ".nii")  # endings of scans as organisers hand them out
 
 
 @dataclass(frozen=True)
@@ -159,6 +161,16 @@ class Challenge:
             names = ", ".join(task.name for task in self.tasks)
             raise ConfigError(f"task={name}: {self.name} has no such task, expected one of {names}")
         return found
+
+
+def input_of(task: ChallengeTask, name: str) -> Input | None:
+    """By the organiser's name, else by what the name says the scan shows."""
+    stem = next(name.removesuffix(ending) for ending in IMAGES if name.endswith(ending))
+    for one in task.inputs:
+        if stem.lower() in (one.file, one.flag):
+            return one
+    shown = contrast_of(stem)
+    return next((one for one in task.inputs if one.contrast == shown), None)
 
 
 def challenges() -> Path:

@@ -13,14 +13,13 @@ from pathlib import Path
 
 import numpy as np
 
-from brainfm.data.manifest import Scan, contrast_of, write_left_out, write_manifest
+from brainfm.data.manifest import Scan, write_left_out, write_manifest
 from brainfm.errors import ManifestError, ScanError
 from brainfm.imaging import nifti
 from brainfm.imaging.nifti import FileGrid
-from brainfm.submission.challenge import ChallengeTask, Input
+from brainfm.submission.challenge import IMAGES, ChallengeTask, input_of
 
 SCANS, LABELS = "preprocessed", "labels"
-_ENDINGS = (".nii.gz", ".nii")
 
 
 @dataclass(frozen=True)
@@ -123,23 +122,13 @@ def _scans(task: ChallengeTask, place: Path) -> tuple[dict[str, Path], list[Path
     """The task's scans by contrast, in its order, and the images that are none of them."""
     found: dict[str, Path] = {}
     strange = []
-    for path in sorted(p for p in place.iterdir() if p.name.endswith(_ENDINGS)):
+    for path in sorted(p for p in place.iterdir() if p.name.endswith(IMAGES)):
         one = input_of(task, path.name)
         if one is None or one.contrast in found:
             strange.append(path)
         else:
             found[one.contrast] = path
     return {one.contrast: found[one.contrast] for one in task.inputs if one.contrast in found}, strange
-
-
-def input_of(task: ChallengeTask, name: str) -> Input | None:
-    """By the organiser's name, else by what the name says the scan shows."""
-    stem = next(name.removesuffix(ending) for ending in _ENDINGS if name.endswith(ending))
-    for one in task.inputs:
-        if stem.lower() in (one.file, one.flag):
-            return one
-    shown = contrast_of(stem)
-    return next((one for one in task.inputs if one.contrast == shown), None)
 
 
 def _missing(task: ChallengeTask, found: Mapping[str, Path]) -> list[str]:

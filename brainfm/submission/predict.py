@@ -26,7 +26,7 @@ from typing import Any, NoReturn
 import numpy as np
 
 from brainfm.errors import BrainfmError, BrainfmWarning, BundleError, ConfigError, ScanError
-from brainfm.submission.challenge import ChallengeTask, Input
+from brainfm.submission.challenge import IMAGES, ChallengeTask, Input, input_of
 from brainfm.submission.mend import check_readable, mended
 
 TASK, SETTINGS, BUNDLE, BACKBONE, SCALE = "task.json", "settings.json", "bundle", "backbone.safetensors", "scale.npy"
@@ -321,12 +321,34 @@ def _parsed(task: ChallengeTask, arguments: Sequence[str]) -> dict[str, str]:
     parser = _Parser(prog="predict.py", description=f"{task.id}: {task.title}", allow_abbrev=False)
     for one in task.inputs:
         parser.add_argument(*_flags(one), dest=one.contrast, metavar="FILE", help=f"the {one.contrast} scan")
+    parser.add_argument(
+        "--session", metavar="FOLDER", help="in place of single scans: they are told apart by what their names say"
+    )
     parser.add_argument("--output", required=True, metavar="FILE", help=f"what is written, *{task.ending}")
     found = vars(parser.parse_args(list(arguments)))
+    session = found.pop("session")
+    if session is not None:
+        found |= {name: str(file) for name, file in _of_session(task, Path(session)).items() if not found[name]}
     given = {name: file for name, file in found.items() if file is not None}
     if len(given) < 2:
         raise ConfigError(f"no scan was given, expected one or more of {', '.join(_flags(i)[0] for i in task.inputs)}")
     return given
+
+
+def _of_session(task: ChallengeTask, folder: Path) -> dict[str, Path]:
+    """The task's scans in a folder, at any depth, by contrast; of several that show one contrast the first by name.
+
+    Raises: ConfigError where there is none.
+    """
+    found: dict[str, Path] = {}
+    for path in sorted(path for path in folder.rglob("*") if path.name.endswith(IMAGES)):
+        one = task.inputs[0] if task.kind == "embedding" else input_of(task, path.name)
+        if one is not None:
+            found.setdefault(one.contrast, path)
+    if not found:
+        expected = ", ".join(one.contrast for one in task.inputs)
+        raise ConfigError(f"--session {folder}: no scan whose name says {expected}")
+    return found
 
 
 def _flags(one: Input) -> list[str]:

@@ -9,7 +9,7 @@ from typing import Annotated, Any, Literal
 from brainfm.errors import ConfigError
 from brainfm.settings import VERBATIM
 
-PLACE = 12
+PLACE = 19
 
 
 @dataclass(frozen=True, kw_only=True)

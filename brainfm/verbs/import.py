@@ -8,7 +8,7 @@ from typing import Annotated, Literal
 
 from brainfm.errors import ConfigError
 
-PLACE = 11
+PLACE = 18
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -4,7 +4,8 @@ python scripts/evidence/submissions.py OUT --backbone FILE [--tasks fomo26_task2
 
 For each task: heads in the organisers' layout, `convert`, `finetune experiment=` with the task's preset (few steps, two
 folds), `container build=none`, `validate` on made cases of every kind and on given ones, in the sandbox. Tasks 6 and 7:
-`embed` of the same heads, `container backbone= scale=`, `validate`. OUT/submissions.csv has a line a task.
+`embed` of such heads, `container backbone= scale=`, `validate`. OUT/submissions.csv has a line a task; the same command
+goes on after the last of them.
 
 Times are those of fresh networks of the sizes unet_s and unet_b in bundles as a GPU would train them (96^3 voxels), on
 a session of the task's typical size: processor seconds and wall seconds of one process with two threads, cold. The
@@ -45,8 +46,10 @@ PEOPLE = 10
 SIZES = ("unet_s", "unet_b")
 # Of the fourth ventricle: mm from the middle, the back and the top of a head; widths and height of the heads.
 REGION = (-38.0, 42.0, -206.0, 34.0, 126.0, -66.0, 152.0, 180.0, 206.0)
+# The preset made small: few steps, and whole-head questions on a coarse grid; masks keep that of their scans.
 FEW = ["folds=2", "repeats=1", "trainer.max_steps=6", "baselines=[]", "report=false", "audit=false", "trainer=cpu"]
-LAYOUT = {1: ((120, 150, 16), (1.4, 1.4, 7.0)), 2: ((120, 150, 16), (1.4, 1.4, 7.0))}  # thick; else 2 mm
+COARSE = ["preprocess.spacing_mm=4", "task.patch_vox=[32,32,32]"]
+THICK, PLAIN = ((64, 80, 16), (2.8, 2.8, 7.0)), ((48, 56, 48), (3.5, 3.5, 3.5))  # shapes and spacings of the heads
 
 
 def main() -> None:
@@ -55,31 +58,45 @@ def main() -> None:
     parser.add_argument("--backbone", type=Path, help="a pre-trained one; without it a fresh unet_s")
     parser.add_argument("--tasks", nargs="*", help="e.g. fomo26_task2; all where none is named")
     parser.add_argument("--what", choices=["all", "submissions", "times"], default="all")
+    parser.add_argument("--cases", nargs="*", default=[kind for kind in KINDS if kind != "typical"])
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     tasks = [task for name in names() for task in read_challenge(name).tasks]
     tasks = [task for task in tasks if not asked.tasks or task.id in asked.tasks]
     if asked.what != "times":
         backbone = asked.backbone or fresh(asked.out / "fresh.safetensors", "unet_s")
-        table(asked.out / "submissions.csv", [submission(task, asked.out / task.id, backbone) for task in tasks])
+        for task in tasks:
+            if (task.id,) not in told(asked.out / "submissions.csv", "task"):
+                tell(asked.out / "submissions.csv", submission(task, asked.out / task.id, backbone, asked.cases))
     if asked.what != "submissions":
-        rows = [timed(task, asked.out / "times", size) for task in tasks for size in SIZES if task.name != "task7"]
-        table(asked.out / "times.csv", rows)
+        for task, size in [(task, size) for task in tasks for size in SIZES if task.name != "task7"]:
+            if (task.id, size) not in told(asked.out / "times.csv", "task", "network"):
+                tell(asked.out / "times.csv", timed(task, asked.out / "times", size))
 
 
-def table(file: Path, rows: Sequence[dict[str, object]]) -> None:
-    with file.open("w", newline="", encoding="utf-8") as handle:
-        writer = csv.DictWriter(handle, list(rows[0]))
-        writer.writeheader()
-        writer.writerows(rows)
-    for row in rows:
-        print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
+def told(file: Path, *columns: str) -> set[tuple[str, ...]]:
+    """What the rows of a table hold in these columns."""
+    if not file.is_file():
+        return set()
+    with file.open(newline="", encoding="utf-8") as handle:
+        return {tuple(row[column] for column in columns) for row in csv.DictReader(handle)}
+
+
+def tell(file: Path, row: dict[str, object]) -> None:
+    """One more row."""
+    new = not file.is_file()
+    with file.open("a", newline="", encoding="utf-8") as handle:
+        writer = csv.DictWriter(handle, list(row))
+        if new:
+            writer.writeheader()
+        writer.writerow(row)
+    print("  ".join(f"{name} {value}" for name, value in row.items()), flush=True)
 
 
 # ---- submissions -----------------------------------------------------------------------------------------------------
 
 
-def submission(task: ChallengeTask, folder: Path, backbone: Path) -> dict[str, object]:
+def submission(task: ChallengeTask, folder: Path, backbone: Path, kinds: Sequence[str]) -> dict[str, object]:
     """One task from data to the validator's verdict."""
     shutil.rmtree(folder, ignore_errors=True)
     began = time.monotonic()
@@ -88,7 +105,7 @@ def submission(task: ChallengeTask, folder: Path, backbone: Path) -> dict[str, o
     given: list[str] = []
     if task.kind == "embedding":
         manifest = heads_alone(folder / "heads")
-        run("prepare", f"manifest={manifest}", f"store={folder / 'store'}", "preprocess.spacing_mm=2", "workers=1")
+        run("prepare", f"manifest={manifest}", f"store={folder / 'store'}", "preprocess.spacing_mm=4", "workers=1")
         run("embed", f"backbone={backbone}", f"store={folder / 'store'}", f"out={folder / 'heads.npz'}", "device=cpu")
         weights = [f"backbone={backbone}", f"scale={folder / 'heads.npz'}"]
     else:
@@ -97,13 +114,12 @@ def submission(task: ChallengeTask, folder: Path, backbone: Path) -> dict[str, o
         run("convert", *named, f"root={data}", f"out={manifest}")
         run(
             "finetune", f"experiment={task.id}", f"root={data}", f"backbone_from={backbone}", f"run={folder / 'run'}",
-            *FEW,
+            *FEW, *([] if task.kind == "segmentation" else COARSE),
         )  # fmt: skip
         weights = [f"bundle={folder / 'run' / 'bundle'}"]
         given = [f"given={data / task.folders[0] / task.folders[0]}", "most=2"]
     run("container", *named, *weights, f"out={out}", "build=none")
     learned = time.monotonic() - began
-    kinds = [kind for kind in KINDS if kind != "typical"]
     code = brainfm(
         ["validate", *named, f"command={sys.executable} {out / 'app' / 'predict.py'}", f"out={folder / 'validation'}",
          f"cases=[{','.join(kinds)}]", *given, "limit_s=600"]
@@ -135,7 +151,7 @@ def head(rng: np.random.Generator, shape: tuple[int, ...], spacing: tuple[float,
 
 def write_data(task: ChallengeTask, root: Path) -> None:
     """``preprocessed/`` and ``labels/`` as the organisers hand them out."""
-    shape, spacing = LAYOUT.get(int(task.name[-1]), ((80, 96, 80), (2.0, 2.0, 2.0)))
+    shape, spacing = THICK if task.name in ("task1", "task2") else PLAIN
     calls = task.calls()
     for number in range(PEOPLE):
         rng = np.random.default_rng(number)
@@ -159,7 +175,7 @@ def heads_alone(folder: Path) -> Path:
     """A manifest of unlabelled heads."""
     lines = ["dataset,subject,session,contrast,path"]
     for number in range(PEOPLE):
-        volume, _ = head(np.random.default_rng(number), (80, 96, 80), (2.0, 2.0, 2.0), 20.0 * number)
+        volume, _ = head(np.random.default_rng(number), *PLAIN, 20.0 * number)
         folder.mkdir(parents=True, exist_ok=True)
         nifti.write(folder / f"{number}.nii.gz", volume)
         lines.append(f"heads,s{number},,t1,{number}.nii.gz")

@@ -177,6 +177,14 @@ def test_a_thick_axis_gets_its_tenth_percentile_but_stays_the_coarsest(tmp_path:
     assert choose_spacing(manifest_of(tmp_path, map(turned, mild))) == turned((0.9, 1.0, 3.0))
 
 
+def test_what_half_of_the_scans_have_is_taken_exactly(tmp_path: Path) -> None:
+    """Rounded to .49 mm, every scan of .48828 mm would be resampled, half a voxel off at the end of its axis."""
+    exact = (0.5, 0.48828125, 0.48828125)
+    assert choose_spacing(manifest_of(tmp_path, [exact] * 3 + [(1.0, 0.7, 0.7)] * 2)) == (0.5, 0.488281, 0.488281)
+    mixed = [(0.5, 0.48, 0.488), (0.5, 0.4912, 0.488), (0.5, 0.5, 0.488)]
+    assert choose_spacing(manifest_of(tmp_path, mixed)) == (0.5, 0.49, 0.488)
+
+
 def test_unreadable_headers_are_left_to_the_doctor(tmp_path: Path) -> None:
     manifest = manifest_of(tmp_path, [(1, 1, 1), (1, 1, 1), (2, 2, 2)])
     (tmp_path / "2.nii").write_bytes(b"no image")

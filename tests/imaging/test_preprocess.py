@@ -388,3 +388,29 @@ def test_a_real_session_of_thick_slices(data3d: Path) -> None:
     assert "another grid" in prepared.failures["brain_mask"]
     masks = [scan > scan.min() + 0.8 for scan in prepared.scans.values()]
     assert dice(masks[0], masks[1]) > 0.7 and dice(masks[1], masks[2]) > 0.7
+
+
+def test_a_part_of_a_session_is_what_it_is_in_the_whole(tmp_path: Path) -> None:
+    """And an answer about that part comes back onto the file as the whole answer does, background elsewhere."""
+    scans = {kind: write_scan(tmp_path, kind) for kind in ("lps", "oblique")}
+    whole = prepare_session(scans, {}, SPEC, reference="lps")
+    box = tuple(slice(4, size - 5) for size in whole.scans["lps"].shape)
+    asked = []
+    part = prepare_session(scans, {}, SPEC, reference="lps", within=lambda shape: asked.append(shape) or box)
+    assert asked == [whole.scans["lps"].shape]
+    for kind in scans:
+        np.testing.assert_allclose(part.scans[kind], whole.scans[kind][box], atol=1e-4)
+    np.testing.assert_allclose(part.affine_mm, geometry.cropped_affine(whole.affine_mm, (4, 4, 4)))
+    rng = np.random.default_rng(0)
+    inner = np.zeros((3, *whole.scans["lps"].shape), np.float32)
+    inner[0] = 1
+    found = rng.dirichlet((1, 1, 1), tuple(s.stop - s.start - 8 for s in box)).transpose(3, 0, 1, 2)
+    inner[(slice(None), *(slice(s.start + 4, s.stop - 4) for s in box))] = found
+    expected = restore_probabilities(inner, whole.recipes["lps"])
+    assert expected.any()
+    cut = np.ascontiguousarray(inner[(slice(None), *box)])
+    assert np.array_equal(restore_probabilities(cut, part.recipes["lps"], shares=True), expected)
+    assert np.array_equal(restore_probabilities(inner, whole.recipes["lps"], shares=True), expected)
+    assert prepare_session(scans, {}, SPEC, within=lambda shape: None).scans["lps"].shape == asked[0]
+    nothing = np.stack([np.ones(part.scans["lps"].shape), np.zeros(part.scans["lps"].shape)])
+    assert not restore_probabilities(nothing, part.recipes["lps"], shares=True).any()

@@ -104,6 +104,23 @@ def test_names_of_the_fine_tuning_data_are_understood(app_of, tmp_path):
     assert main(app_of("fomo26", "task4"), ["--t2w", str(file), "--output", str(tmp_path / "m.nii.gz")]) == 0
 
 
+def test_a_folder_is_a_session_in_a_hospital(app_of, tmp_path, capsys):
+    """Scans are told apart by what their names say; what the task does not read is passed over."""
+    task = read_challenge("fomo26").task("task2")
+    app, files = app_of("fomo26", "task2"), scans(tmp_path, task)
+    straight = answered(app, task, {k: files[k] for k in ("flair", "dwi")}, tmp_path, "straight").read_bytes()
+    visit = tmp_path / "visit" / "anat"
+    visit.mkdir(parents=True)
+    for name, contrast in (("p7_FLAIR.nii.gz", "flair"), ("p7_dwi_b1000.nii.gz", "dwi"), ("p7_T1w.nii.gz", "t2s")):
+        (visit / name).write_bytes(files[contrast].read_bytes())
+    output = tmp_path / "session.nii.gz"
+    assert main(app, ["--session", str(visit.parent), "--output", str(output)]) == 0
+    assert output.read_bytes() == straight
+    (tmp_path / "none").mkdir()
+    said = refused(app, ["--session", str(tmp_path / "none"), "--output", str(output)], capsys)
+    assert "no scan whose name says flair, dwi, t2s, swi" in said
+
+
 def blank(path, like):
     volume, _ = nifti.read(like)
     nifti.write(path, Volume(np.zeros_like(volume.voxels), volume.affine_mm))

@@ -80,13 +80,37 @@ def test_bundle_holds_the_averaged_weights_of_each_fold(tuned: Path, backbone: P
 
 def test_encoder_starts_from_the_file_and_scratch_does_not(toy_store: Store, backbone: Path, tmp_path: Path) -> None:
     loaded = load_backbone(backbone).backbone
-    tuning, splits = _begin(resolve("finetune", words(toy_store, tmp_path / "run", backbone)))
+    given = words(toy_store, tmp_path / "run", backbone)
+    tuning, splits = _begin(resolve("finetune", [*given, "adapt.restore_lengths=false"]))
     pretrained, scratch = _fresh(tuning, splits[0], tuning.backbone), _fresh(tuning, splits[0], None)
     for name, value in loaded.state_dict().items():
         assert torch.equal(pretrained.backbone.state_dict()[name], value)
     assert not torch.equal(scratch.backbone.blocks()[0][0][0].weight, loaded.blocks()[0][0][0].weight)
-    # same decoder at the start: the comparison is about the encoder alone
-    assert all(torch.equal(a, b) for a, b in zip(pretrained.decoder.parameters(), scratch.decoder.parameters()))
+    # same decoder at the start, but for the last layer, a linear probe of each: the comparison is about the encoder
+    assert all(
+        torch.equal(value, scratch.decoder.get_parameter(name)) != name.startswith("out.")
+        for name, value in pretrained.decoder.named_parameters()
+    )
+
+
+def test_filters_from_the_file_get_the_length_of_fresh_ones(toy_store: Store, backbone: Path, tmp_path: Path) -> None:
+    """And the encoder says the same; blocks that are frozen stay equal to the bit."""
+    loaded = load_backbone(backbone).backbone
+    with torch.no_grad():
+        for value in (p for p in loaded.parameters() if p.ndim == 5):
+            value.mul_(6)
+    given = words(toy_store, tmp_path / "run", backbone)
+    for last, moved in ((None, [True, True]), (1, [False, True])):
+        setting = f"adapt.last_blocks={'null' if last is None else last}"
+        tuning, splits = _begin(resolve("finetune", [*given, setting]))
+        task = _fresh(tuning, splits[0], loaded)
+        blocks, own = loaded.blocks(), task.backbone.blocks()
+        lengths = [[float(p.norm()) for p in one.parameters() if p.ndim == 5] for one in (own[0], own[-1])]
+        before = [[float(p.norm()) for p in one.parameters() if p.ndim == 5] for one in (blocks[0], blocks[-1])]
+        assert [mine[0] < 0.5 * theirs[0] for mine, theirs in zip(lengths, before)] == moved
+        image = torch.randn(1, 1, *tuning.study.spec.patch_vox)
+        for one, two in zip(task.backbone(image), loaded(image), strict=True):
+            torch.testing.assert_close(one, two, atol=2e-3, rtol=2e-3)
 
 
 def test_every_parameter_learns(toy_store: Store, backbone: Path, tuned: Path, tmp_path: Path) -> None:

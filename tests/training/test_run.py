@@ -14,7 +14,8 @@ from brainfm.training.run import identity_of, loop_spec
 from brainfm.training.settings import OptimSettings, SteppedSettings, WsdSettings
 from brainfm.verbs.compose import resolve
 
-# Made by the version before settings had types (133fc24), from the same words; only a reason to refuse runs changes it.
+# Made by the version before settings had types (133fc24), from the same words; only a reason to refuse runs changes it:
+# adapt.restore_lengths came later, and a fine-tuning begun without it would end with other weights.
 KNOWN = json.loads(Path(__file__).with_name("identities.json").read_text())
 
 
