@@ -105,8 +105,10 @@ def test_filters_from_the_file_get_the_length_of_fresh_ones(toy_store: Store, ba
         tuning, splits = _begin(resolve("finetune", [*given, setting]))
         task = _fresh(tuning, splits[0], loaded)
         blocks, own = loaded.blocks(), task.backbone.blocks()
-        lengths = [[float(p.norm()) for p in one.parameters() if p.ndim == 5] for one in (own[0], own[-1])]
-        before = [[float(p.norm()) for p in one.parameters() if p.ndim == 5] for one in (blocks[0], blocks[-1])]
+        lengths = [[float(p.detach().norm()) for p in one.parameters() if p.ndim == 5] for one in (own[0], own[-1])]
+        before = [
+            [float(p.detach().norm()) for p in one.parameters() if p.ndim == 5] for one in (blocks[0], blocks[-1])
+        ]
         assert [mine[0] < 0.5 * theirs[0] for mine, theirs in zip(lengths, before)] == moved
         image = torch.randn(1, 1, *tuning.study.spec.patch_vox)
         for one, two in zip(task.backbone(image), loaded(image), strict=True):
