@@ -19,7 +19,8 @@ from typing import Any, Literal
 
 import numpy as np
 
-from brainfm.crossdomain.layout import ANNOTATIONS, IMAGES, INFO, SPLITS, TaskTarget, check, read_info
+from brainfm.crossdomain.checks import check
+from brainfm.crossdomain.layout import ANNOTATIONS, IMAGES, INFO, SPLITS, TaskTarget, read_info
 from brainfm.errors import ConfigError, DatasetError
 from brainfm.extras import missing
 from brainfm.files import write_table, write_text

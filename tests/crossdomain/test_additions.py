@@ -20,7 +20,8 @@ from brainfm.crossdomain.additions import (
     settled,
     write_dataset,
 )
-from brainfm.crossdomain.layout import check, open_dataset, read_split
+from brainfm.crossdomain.checks import check
+from brainfm.crossdomain.layout import open_dataset, read_split
 from brainfm.crossdomain.medimeta import MedIMeta
 from brainfm.errors import BrainfmError, ConfigError, DatasetError
 

@@ -17,8 +17,9 @@ from torch.utils.data import DataLoader
 
 pytest.importorskip("h5py")
 
+from brainfm.crossdomain.checks import check
 from brainfm.crossdomain.images import with_channels
-from brainfm.crossdomain.layout import TaskTarget, check, find, open_dataset
+from brainfm.crossdomain.layout import TaskTarget, find, open_dataset
 from brainfm.crossdomain.medimeta import MedIMeta
 from brainfm.errors import DatasetError
 from tests.crossdomain.sets import write_set
