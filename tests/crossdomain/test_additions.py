@@ -47,7 +47,8 @@ def write_csv(path: Path, rows: list[dict[str, object]]) -> Path:
 
 def table_of(folder: Path, **changes: object) -> Path:
     rows = [
-        {"path": name, "patient_id": f"p{n // 2}", "kind": "ab"[n % 2], "signs": ["", "x", "x|y"][n % 3], "grade": n % 3}
+        {"path": name, "patient_id": f"p{n // 2}", "kind": "ab"[n % 2],
+         "signs": ["", "x", "x|y"][n % 3], "grade": n % 3}
         for n, name in enumerate(write_pictures(folder, 24))
     ]  # fmt: skip
     rows[3] |= changes
@@ -122,7 +123,8 @@ def chexpert(folder: Path, **changes: object) -> Path:
         patient = f"patient{number // 2:05d}"
         write_pictures(folder / "train" / patient / "study1", 2)
         rows.append({"Path": f"CheXpert-v1.0/train/{patient}/study1/{number % 2}.png",
-                     "Sex": ("Male", "Female")[number % 2], "Age": 60, "Frontal/Lateral": "Lateral" if number == 7 else "Frontal",
+                     "Sex": ("Male", "Female")[number % 2], "Age": 60,
+                     "Frontal/Lateral": "Lateral" if number == 7 else "Frontal",
                      "AP/PA": "LL" if number == 6 else "AP",
                      "Edema": [1.0, 0.0, -1.0, ""][number % 4], "Pneumonia": 1.0})  # fmt: skip
     rows[0] |= changes
