@@ -150,7 +150,7 @@ def _flattened(network: _Layer, axis: Axis) -> _Layer:
 
 
 class _Flat(TorchFunctionMode):
-    """While open, functions on volumes that a network calls by itself are those on images; an unknown one is refused."""
+    """While open, functions on volumes that a network calls are those on images; an unknown one is refused."""
 
     _FUNCTIONS: Mapping[str, Any] = {
         "max_pool3d": F.max_pool2d,

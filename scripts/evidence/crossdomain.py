@@ -1,0 +1,77 @@
+"""Networks across 2D domains: frozen, trained on other data sets, and the floors, with intervals.
+
+    python scripts/evidence/crossdomain.py frozen --data DATA2D --work WORK --planar FILE
+    python scripts/evidence/crossdomain.py trained --data DATA2D --work WORK
+    python scripts/evidence/crossdomain.py whole --data DATA2D --work WORK --planar FILE
+
+DATA2D holds ``medimeta_mini`` and MedMNIST files (``breastmnist*.npz``, ``pneumoniamnist*.npz``); FILE is a backbone file
+of ours. Each part is a `brainfm medimeta action=benchmark`, goes on where it stopped, and prints its command. ``frozen``:
+100 episodes of 5 support and 10 query images a class; ``trained``: pre-training on the other data sets, of which the
+table shows whether it helps; ``whole``: the training split, the fixed test split and 5 re-splits.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+from brainfm.cli import main as brainfm
+
+ADDED = {
+    "breast": ("breastmnist*.npz", "Breast ultrasound (BreastMNIST)", "malignant,normal or benign", "bus"),
+    "pneumoniamnist": ("pneumoniamnist*.npz", "Chest X-ray (PneumoniaMNIST)", "normal,pneumonia", "pneumonia"),
+}
+SMALL = ("bccd", "bus", "mednist", "pneumonia")
+
+
+def sets_of(data: Path, work: Path) -> Path:
+    """WORK/sets: the small data sets, linked, and the MedMNIST files in the same layout."""
+    root = work / "sets"
+    root.mkdir(parents=True, exist_ok=True)
+    for name in SMALL:
+        if not (root / name).exists():
+            (root / name).symlink_to((data / "medimeta_mini" / name).resolve(), target_is_directory=True)
+    for name, (pattern, domain, labels, twin) in ADDED.items():
+        files = sorted(data.glob(pattern))
+        if files and not (root / name).exists():
+            brainfm(["medimeta", "action=add", f"root={root}", f"id={name}", f"domain={domain}", f"medmnist={files[0]}",
+                     f"labels=[{labels}]", "task=disease", "size=28", f"domain_overlaps=[{twin}]"])  # fmt: skip
+    return root
+
+
+def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool) -> list[str]:
+    """The command line of a part."""
+    networks = ["unet_s", "resnet18", *([f"planar:{planar}"] if planar else []), *(["efficientnet_lite0"] * lite)]
+    if part == "frozen":
+        methods = [f"{how}@{network}" for network in networks for how in ("logistic", "prototypes")]
+        methods.append("linear@resnet18")
+        more = ["size=128", "episodes=100"]
+    elif part == "trained":
+        methods = [f"logistic@unet_tiny+{learnt}" for learnt in ("mmpt", "mmmaml", "mmmaml1")]
+        methods.append("finetune@unet_tiny+mmpt")
+        more = ["size=64", "episodes=20", "max_epochs=6", "meta_episodes=5", "meta_validation=3", "lr=3e-3",
+                f"datasets=[{','.join(SMALL)}]"]  # fmt: skip
+    else:
+        methods = [f"full_logistic@{network}" for network in networks]
+        more = ["size=128", "resplits=5", f"datasets=[{','.join((*SMALL, 'breast'))}]"]
+    listed = ",".join(f"'{method}'" for method in methods)
+    return ["medimeta", "action=benchmark", f"root={root}", f"out={work / part}", f"methods=[{listed}]", "device=cpu",
+            *more]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("frozen", "trained", "whole"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--planar", type=Path, help="a backbone file of a 3D network")
+    parser.add_argument("--lite", action="store_true", help="with efficientnet_lite0, of brainfm-mri[imagenet]")
+    given = parser.parse_args()
+    words = words_of(given.part, sets_of(given.data, given.work), given.work, given.planar, given.lite)
+    print(shlex.join(["brainfm", *words]))
+    return brainfm(words)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
