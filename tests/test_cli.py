@@ -41,6 +41,7 @@ NEEDED = {
     "evaluate": ["predictions=x", "manifest=y", "out=z"],
     "explain": ["bundle=x", "input.t1=y", "out=z"],
     "report": ["run=x"],
+    "medimeta": ["action=check", "root=x"],
 }
 
 

@@ -117,17 +117,20 @@ def predicted(
 
 def supervised(
     network: ImageNetwork, items: MedIMeta, episode: Episode, validation: np.ndarray, settings: Supervised, seed: int,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Callable[[int, int], None] | None = None, start: Classifier | None = None,
 ) -> tuple[Answers, Classifier]:  # fmt: skip
     """Trained end to end on the support, stopped by the AUROC of ``validation``; answers for the query, and the model.
 
     Args:
         episode: the training and the test split.
         validation: numbers of the items that decide when to stop; no part of the support.
+        start: a classifier of the same task that is trained on, in place of a fresh head on the network.
     """
     keep_freed_memory()
     target, classes = items.task_target, len(episode.classes)
-    model = Classifier(network.fresh_copy(), outputs_of(target, classes), torch_stream(seed, "head of a split"))
+    model = copy.deepcopy(start)
+    if model is None:
+        model = Classifier(network.fresh_copy(), outputs_of(target, classes), torch_stream(seed, "head of a split"))
     model = model.to(settings.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
     truth = columns(items.places[validation], target, classes)

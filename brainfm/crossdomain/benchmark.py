@@ -336,9 +336,9 @@ def _of_sides(items: MedIMeta, sides: np.ndarray, apart: bool) -> tuple[Episode,
         if flawed.size and (items.places.ndim == 1 or flawed.size == truth.shape[1]):
             names = list(items.classes.values())
             lacking = names[-1] if truth.shape[1] == 1 else names[flawed[0]]
+            path = items.dataset.folder / "splits" / f"{name}.txt"
             raise DatasetError(
-                f"{items.dataset.folder / 'splits' / f'{name}.txt'}: task {items.task_name!r} has no image with or none "
-                f"without {lacking!r} there, expected both"
+                f"{path}: task {items.task_name!r} has no image with or none without {lacking!r} there, expected both"
             )
     places = items.places
     classes = tuple(range(len(items.classes)))
@@ -364,7 +364,8 @@ def _settle_identity(plan: Plan) -> None:
         other = [key for key in identity if before.get(key) != identity[key]]
         if other:
             raise ConfigError(
-                f"{path}: was made with {other[0]}={before.get(other[0])}, found {identity[other[0]]}; give another out="
+                f"{path}: was made with {other[0]}={before.get(other[0])}, found {identity[other[0]]}; "
+                "give another out="
             )
         return
     write_text(path, json.dumps(identity, indent=1, sort_keys=True) + "\n")

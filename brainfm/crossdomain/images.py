@@ -123,6 +123,17 @@ class Images:
         return pixels
 
 
+def read_mask(info: DatasetInfo, row: int, size: int) -> np.ndarray | None:
+    """bool [size, size]: the region of interest ``masks/NNNNNN.tiff`` of an image; None where there is none."""
+    from PIL import Image
+
+    path = info.folder / "masks" / f"{row:06d}.tiff"
+    if not path.is_file():
+        return None
+    with Image.open(path) as mask:
+        return np.asarray(mask.convert("L").resize((size, size), Image.Resampling.NEAREST)) > 0
+
+
 def with_channels(images: np.ndarray, channels: int) -> np.ndarray:
     """[B, H, W] or [B, H, W, 3] -> uint8 [B, channels, H, W]: grey is repeated, colours become their luminance.
 

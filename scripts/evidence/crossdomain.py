@@ -4,10 +4,10 @@
     python scripts/evidence/crossdomain.py trained --data DATA2D --work WORK
     python scripts/evidence/crossdomain.py whole --data DATA2D --work WORK --planar FILE
 
-DATA2D holds ``medimeta_mini`` and MedMNIST files (``breastmnist*.npz``, ``pneumoniamnist*.npz``); FILE is a backbone file
-of ours. Each part is a `brainfm medimeta action=benchmark`, goes on where it stopped, and prints its command. ``frozen``:
-100 episodes of 5 support and 10 query images a class; ``trained``: pre-training on the other data sets, of which the
-table shows whether it helps; ``whole``: the training split, the fixed test split and 5 re-splits.
+DATA2D holds ``medimeta_mini`` and MedMNIST files (``breastmnist*.npz``, ``pneumoniamnist*.npz``); FILE is a backbone
+file of ours. Each part is a `brainfm medimeta action=benchmark`, goes on where it stopped, and prints its command.
+``frozen``: 100 episodes of 5 support and 10 query images a class; ``trained``: pre-training on the other data sets, of
+which the table shows whether it helps; ``whole``: the training split, the fixed test split and 5 re-splits.
 """
 
 from __future__ import annotations

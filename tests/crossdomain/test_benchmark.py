@@ -155,7 +155,7 @@ def test_methods_have_names() -> None:
     method = parse("finetune@resnet18:/a+b/r.pth+mmpt")
     assert method == Method("finetune", "resnet18:/a+b/r.pth", "mmpt") and parse(str(method)) == method
     assert parse("logistic@planar:/a+b.safetensors").pretraining == ""
-    assert [str(m) for m in with_floors(["full_logistic@resnet18"])][0] == "full_logistic@statistics"
+    assert str(with_floors(["full_logistic@resnet18"])[0]) == "full_logistic@statistics"
     assert len(with_floors(["logistic@statistics", "forest@pixels"])) == 2
     with pytest.raises(ConfigError, match="names no network"):
         parse("logistic@")

@@ -74,7 +74,7 @@ def test_several_labels_have_enough_with_and_without() -> None:
         (
             np.array([0] * 20 + [1] * 14),
             BINARY,
-            "14 images of class 1 for the support, expected at least 15 for 5-shot",
+            "14 images of class 1 for the support, expected at least 15",
         ),
         (np.array([[0, 1], [1, 1]] * 20), LABELS, "0 images without label 1 for the support"),
     ],
