@@ -135,6 +135,8 @@ def test_without_any_extra_scans_are_found_prepared_and_embedded(tmp_path: Path)
          "surface Dice needs monai, which is not installed: pip install 'brainfm-mri[report]'"),
         (["explain", f"bundle={OLD / 'lesion_bundle'}", "input.t1=t1.nii.gz", "out=why.nii.gz", "device=cpu"],
          "brainfm explain needs matplotlib, which is not installed: pip install 'brainfm-mri[report]'"),
+        (["medimeta", "action=check", "root=."],
+         "brainfm medimeta action=check needs h5py, which is not installed: pip install 'brainfm-mri[crossdomain]'"),
         (["anatomy", "method=atlas", f"manifest={OLD / 'manifest.csv'}", "out=o"],
          "which is not installed: pip install 'brainfm-mri[anatomy]'"),
     ],

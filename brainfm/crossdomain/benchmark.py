@@ -16,6 +16,7 @@ from collections.abc import Callable, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -83,7 +84,7 @@ class Plan:
 
     def of_size(self) -> Plan:
         """With the size of images and the device handed on to all that trains."""
-        shared = {"size": self.size, "device": self.device}
+        shared: dict[str, Any] = {"size": self.size, "device": self.device}
         return replace(
             self, fine_tune=replace(self.fine_tune, **shared), supervised=replace(self.supervised, **shared),
             multi_task=replace(self.multi_task, **shared), maml=replace(self.maml, **shared),

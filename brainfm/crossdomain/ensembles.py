@@ -15,7 +15,7 @@ _LEAST = 1e-7
 
 def mean_of(answers: Sequence[np.ndarray]) -> np.ndarray:
     """[N, L] of probabilities [N, L] a network."""
-    return np.mean(answers, axis=0)  # type: ignore[no-any-return]
+    return np.mean(answers, axis=0)
 
 
 def entropy_weighted(answers: Sequence[np.ndarray]) -> np.ndarray:
@@ -28,7 +28,7 @@ def entropy_weighted(answers: Sequence[np.ndarray]) -> np.ndarray:
     weight = 1 + p * np.log2(p) + (1 - p) * np.log2(1 - p)
     total = weight.sum(axis=0)
     shares = np.where(total > _LEAST, weight / np.maximum(total, _LEAST), 1 / len(p))
-    return (shares * p).sum(axis=0)  # type: ignore[no-any-return]
+    return (shares * p).sum(axis=0)
 
 
 def stacked(train: np.ndarray, y: np.ndarray, other: np.ndarray, kind: str, seed: int = 0) -> np.ndarray:

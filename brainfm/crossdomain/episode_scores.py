@@ -61,7 +61,7 @@ def replicates(episodes: Sequence[Answers], count: int, seed: int, name: str, re
         return values[:, 0]
     weight = np.where(np.isfinite(values), drawn, 0)
     with np.errstate(invalid="ignore"):
-        return (weight * np.nan_to_num(values)).sum(axis=1) / weight.sum(axis=1)  # type: ignore[no-any-return]
+        return (weight * np.nan_to_num(values)).sum(axis=1) / weight.sum(axis=1)
 
 
 def _weighted(episode: Answers, weight: np.ndarray) -> np.ndarray:
@@ -81,12 +81,12 @@ def _weighted(episode: Answers, weight: np.ndarray) -> np.ndarray:
 
 def interval(values: Sequence[float] | np.ndarray, drawn: np.ndarray) -> Interval:
     """The mean of episodes' values with the percentiles of `replicates`; n is the number of episodes."""
-    values = np.asarray(values, dtype=np.float64)
-    values, drawn = values[np.isfinite(values)], drawn[np.isfinite(drawn)]
-    if not len(values) or not len(drawn):
-        return Interval(float("nan"), float("nan"), float("nan"), len(values))
+    found = np.asarray(values, dtype=np.float64)
+    found, drawn = found[np.isfinite(found)], drawn[np.isfinite(drawn)]
+    if not len(found) or not len(drawn):
+        return Interval(float("nan"), float("nan"), float("nan"), len(found))
     low, high = np.quantile(drawn, [_TAIL, 1 - _TAIL])
-    return Interval(float(values.mean()), float(low), float(high), len(values))
+    return Interval(float(found.mean()), float(low), float(high), len(found))
 
 
 def over_episodes(values: Sequence[float]) -> float:
@@ -97,4 +97,4 @@ def over_episodes(values: Sequence[float]) -> float:
 
 def harmonic_mean(values: np.ndarray) -> np.ndarray:
     """Over the first axis: what the published benchmark chooses by."""
-    return len(values) / (1 / np.maximum(np.asarray(values, dtype=np.float64), 1e-9)).sum(axis=0)  # type: ignore[no-any-return]
+    return len(values) / (1 / np.maximum(np.asarray(values, dtype=np.float64), 1e-9)).sum(axis=0)

@@ -123,8 +123,8 @@ def _exclusive(
         rest = np.setdiff1d(other[places[other] == place], taken, assume_unique=True)
         learnt.append(taken)
         asked.append(np.sort(rng.permutation(rest)[:query]) if query else rest)
-    counts = [np.repeat(np.arange(len(classes)), [len(part) for part in side]) for side in (learnt, asked)]
-    return Episode(np.concatenate(learnt), np.concatenate(asked), *counts, tuple(map(int, classes)))
+    own, theirs = (np.repeat(np.arange(len(classes)), [len(part) for part in side]) for side in (learnt, asked))
+    return Episode(np.concatenate(learnt), np.concatenate(asked), own, theirs, tuple(map(int, classes)))
 
 
 def _multilabel(
@@ -187,4 +187,5 @@ def load_episodes(path: Path) -> tuple[list[Episode], dict[str, object]]:
         classes = [tuple(map(int, row)) for row in arrays["classes"]]
     except (OSError, ValueError, KeyError) as error:
         raise DatasetError(f"{path}: cannot be read as episodes ({error})") from None
-    return [Episode(*parts, its) for *parts, its in zip(*cut.values(), classes)], about
+    parts = zip(cut["support"], cut["query"], cut["support_y"], cut["query_y"], classes)
+    return [Episode(*each) for each in parts], about

@@ -149,5 +149,9 @@ HEADS: dict[str, Head] = {"logistic": logistic, "prototypes": prototypes, "fores
 def centred(x: np.ndarray, other: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Both without the mean of ``x``, each row of length 1, float64."""
     mean = x.mean(axis=0, dtype=np.float64)
-    parts = [rows.astype(np.float64) - mean for rows in (x, other)]
-    return tuple(part / np.maximum(np.linalg.norm(part, axis=1, keepdims=True), 1e-12) for part in parts)  # type: ignore[return-value]
+    return _of_length_one(x - mean), _of_length_one(other - mean)
+
+
+def _of_length_one(rows: np.ndarray) -> np.ndarray:
+    found: np.ndarray = rows / np.maximum(np.linalg.norm(rows, axis=1, keepdims=True), 1e-12)
+    return found

@@ -113,7 +113,8 @@ def find(root: str | Path) -> tuple[dict[str, DatasetInfo], list[DatasetError]]:
     root = Path(root)
     if not root.is_dir():
         raise DatasetError(f"{root}: no such folder, expected data sets in the MedIMeta layout")
-    found, faults = {}, []
+    found: dict[str, DatasetInfo] = {}
+    faults: list[DatasetError] = []
     for path in sorted(root.glob(f"*/{INFO}")):
         try:
             info = read_info(path.parent)
@@ -172,7 +173,14 @@ def read_info(folder: Path) -> DatasetInfo:
             raise DatasetError(f"{path}: {key}={named}, expected a list of ids of data sets")
         overlaps |= {str(name) for name in named}
     return DatasetInfo(
-        folder, raw, {task.name: task for task in tasks}, *size, raw["total_num_samples"], frozenset(overlaps)
+        folder,
+        raw,
+        {task.name: task for task in tasks},
+        size[0],
+        size[1],
+        size[2],
+        raw["total_num_samples"],
+        frozenset(overlaps),
     )
 
 

@@ -69,7 +69,10 @@ class ImageNetwork(nn.Module):
         self.encoder, self.pixels, self.width, self.name, self.spread = encoder, pixels, width, name, spread
 
     def forward(self, images: Tensor) -> Tensor:
-        maps = self.maps(images)
+        return self.pooled(self.maps(images))
+
+    def pooled(self, maps: list[Tensor]) -> Tensor:
+        """Features [B, F] of `maps`."""
         if not self.spread:
             return maps[-1].mean((2, 3))
         pooled = [part for each in maps[-_DEEPEST:] for part in (each.mean((2, 3)), each.std((2, 3), correction=0))]

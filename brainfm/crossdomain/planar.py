@@ -56,7 +56,7 @@ class Planar(nn.Module):
         }
         state = {name: flat(value, axis) if name in kernels else value for name, value in source.state_dict().items()}
         self.network: Any = _flattened(source, axis)
-        self.network.check_image = _anything
+        setattr(self.network, "check_image", _anything)  # noqa: B010 (a method of the class stays as it is)
         self.report: TransferReport = transfer(self.network, state, origin="the 3D network")
 
     def forward(self, image: Tensor) -> list[Tensor]:
@@ -117,13 +117,13 @@ def _batch_norm(layer: nn.BatchNorm3d, axis: Axis) -> nn.BatchNorm2d:
 
 
 def _max_pool(layer: nn.MaxPool3d, axis: Axis) -> nn.MaxPool2d:
-    sizes = (_others(value, axis) for value in (layer.kernel_size, layer.stride, layer.padding, layer.dilation))
-    return nn.MaxPool2d(*sizes, ceil_mode=layer.ceil_mode)
+    sizes = {key: _others(getattr(layer, key), axis) for key in ("kernel_size", "stride", "padding", "dilation")}
+    return nn.MaxPool2d(ceil_mode=layer.ceil_mode, **sizes)
 
 
 def _mean_pool(layer: nn.AvgPool3d, axis: Axis) -> nn.AvgPool2d:
-    sizes = (_others(value, axis) for value in (layer.kernel_size, layer.stride, layer.padding))
-    return nn.AvgPool2d(*sizes, ceil_mode=layer.ceil_mode, count_include_pad=layer.count_include_pad)
+    sizes = {key: _others(getattr(layer, key), axis) for key in ("kernel_size", "stride", "padding")}
+    return nn.AvgPool2d(ceil_mode=layer.ceil_mode, count_include_pad=layer.count_include_pad, **sizes)
 
 
 _LAYERS: dict[type[nn.Module], Callable[[Any, Axis], nn.Module]] = {

@@ -24,20 +24,10 @@ def grad_cam(model: Classifier, images: Tensor, column: int) -> np.ndarray:
     """
     model.eval()
     with torch.enable_grad():
-        kept: list[Tensor] = []
-        maps_of = model.network.maps
-
-        def keep(images: Tensor) -> list[Tensor]:
-            kept[:] = maps_of(images)
-            return list(kept)
-
-        model.network.maps = keep  # type: ignore[method-assign]
-        try:
-            logits = model(images)
-        finally:
-            del model.network.maps
-        (slope,) = torch.autograd.grad(logits[:, column].sum(), kept[-1])
-    weighted = (slope.mean((2, 3), keepdim=True) * kept[-1]).sum(1, keepdim=True).relu().detach()
+        maps = model.network.maps(images)
+        logits = model.head(model.network.pooled(maps))
+        (slope,) = torch.autograd.grad(logits[:, column].sum(), maps[-1])
+    weighted = (slope.mean((2, 3), keepdim=True) * maps[-1]).sum(1, keepdim=True).relu().detach()
     large = F.interpolate(weighted, images.shape[-2:], mode="bilinear", align_corners=False)[:, 0]
     highest = large.amax((1, 2), keepdim=True)
     found: np.ndarray = torch.where(highest > 0, large / highest.clamp_min(1e-12), 0.0).float().cpu().numpy()

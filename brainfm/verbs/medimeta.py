@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from brainfm.errors import ConfigError
 from brainfm.settings import VERBATIM
@@ -150,8 +150,8 @@ class Settings:
         from brainfm.crossdomain.pretraining import Maml, MultiTask
 
         assert self.out is not None
-        trained = {"lr": self.lr, "max_epochs": self.max_epochs}
-        splits = {**trained, "batch": self.batch, "patience": self.patience, "augment": self.augment}
+        trained: dict[str, Any] = {"lr": self.lr, "max_epochs": self.max_epochs}
+        splits: dict[str, Any] = {**trained, "batch": self.batch, "patience": self.patience, "augment": self.augment}
         return Plan(
             root=self.root, out=self.out, methods=tuple(with_floors(self.methods)), datasets=self.datasets,
             all_tasks=self.all_tasks, learn_all_tasks=self.learn_all_tasks,
@@ -165,6 +165,11 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
+    from brainfm.extras import demand
+
+    demand("h5py", f"brainfm medimeta action={settings.action}")
+    if settings.action in ("benchmark", "transfer"):
+        demand("matplotlib", f"brainfm medimeta action={settings.action}")
     return {"add": _add, "check": _check, "benchmark": _benchmark, "transfer": _transfer}[settings.action](settings)
 
 
@@ -201,9 +206,7 @@ def _benchmark(settings: Settings) -> int:
     from brainfm.crossdomain.benchmark import run
     from brainfm.crossdomain.page import write_benchmark
     from brainfm.crossdomain.tables import tables, write_tables
-    from brainfm.extras import demand
 
-    demand("matplotlib", "brainfm medimeta action=benchmark")
     plan = settings.plan()
     with bar("benchmark") as move:
         jobs = run(plan, settings.workers, move)
@@ -221,9 +224,7 @@ def _transfer(settings: Settings) -> int:
     from brainfm.crossdomain.adaptation import Supervised
     from brainfm.crossdomain.transfer import Route, run
     from brainfm.crossdomain.transfer_page import write_transfer
-    from brainfm.extras import demand
 
-    demand("matplotlib", "brainfm medimeta action=transfer")
     assert settings.out is not None
     training = Supervised(
         settings.lr, settings.batch, settings.patience, settings.max_epochs, settings.augment, settings.size,

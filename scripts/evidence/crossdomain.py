@@ -3,11 +3,14 @@
     python scripts/evidence/crossdomain.py frozen --data DATA2D --work WORK --planar FILE
     python scripts/evidence/crossdomain.py trained --data DATA2D --work WORK
     python scripts/evidence/crossdomain.py whole --data DATA2D --work WORK --planar FILE
+    python scripts/evidence/crossdomain.py transfer --data DATA2D --work WORK
 
 DATA2D holds ``medimeta_mini`` and MedMNIST files (``breastmnist*.npz``, ``pneumoniamnist*.npz``); FILE is a backbone
 file of ours. Each part is a `brainfm medimeta action=benchmark`, goes on where it stopped, and prints its command.
 ``frozen``: 100 episodes of 5 support and 10 query images a class; ``trained``: pre-training on the other data sets, of
-which the table shows whether it helps; ``whole``: the training split, the fixed test split and 5 re-splits.
+which the table shows whether it helps; ``whole``: the training split, the fixed test split and 5 re-splits;
+``transfer``: from 900 images of PneumoniaMNIST, without those of the small set, to the small set ``pneumonia``; both
+are of one hospital: the machinery is shown, not a change of hospital.
 """
 
 from __future__ import annotations
@@ -16,7 +19,11 @@ import argparse
 import shlex
 from pathlib import Path
 
+import numpy as np
+
 from brainfm.cli import main as brainfm
+from brainfm.crossdomain.medimeta import MedIMeta
+from brainfm.seeds import stream
 
 ADDED = {
     "breast": ("breastmnist*.npz", "Breast ultrasound (BreastMNIST)", "malignant,normal or benign", "bus"),
@@ -40,9 +47,33 @@ def sets_of(data: Path, work: Path) -> Path:
     return root
 
 
+def source_of(data: Path, work: Path, root: Path) -> None:
+    """WORK/sets/radiographs: PneumoniaMNIST without the images that the small set has; 600 to train, 300 to check."""
+    if (root / "radiographs").exists():
+        return
+    with np.load(sorted(data.glob("pneumoniamnist*.npz"))[0]) as file:
+        images = np.concatenate([file[f"{split}_images"] for split in ("train", "val", "test")])
+        labels = np.concatenate([file[f"{split}_labels"] for split in ("train", "val", "test")])
+    small = MedIMeta(root, "pneumonia", "pneumonia presence")
+    there = {image.tobytes() for image in small.images.read(small.rows)}
+    free = np.array([n for n, image in enumerate(images) if image.tobytes() not in there])
+    rows = stream(0, "source").permutation(free)[:900]
+    print(f"{len(images) - len(free)} of {len(images)} images are in the small set and left out")
+    sides = {"train": rows[:600], "val": rows[600:750], "test": rows[750:]}
+    np.savez(work / "rest.npz", **{f"{s}_images": images[r] for s, r in sides.items()},
+             **{f"{s}_labels": labels[r] for s, r in sides.items()})  # fmt: skip
+    brainfm(["medimeta", "action=add", f"root={root}", "id=radiographs", "domain=Chest X-ray",
+             "labels=[NORMAL,PNEUMONIA]",
+             f"medmnist={work / 'rest.npz'}", "task=pneumonia presence", "size=28"])  # fmt: skip
+
+
 def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool) -> list[str]:
     """The command line of a part."""
     networks = ["unet_s", "resnet18", *([f"planar:{planar}"] if planar else []), *(["efficientnet_lite0"] * lite)]
+    if part == "transfer":
+        return ["medimeta", "action=transfer", f"root={root}", f"out={work / part}", "source=radiographs",
+                "target=pneumonia", "networks=[resnet18,unet_s]", "size=32", "max_epochs=5", "shortcut=true",
+                "device=cpu"]  # fmt: skip
     if part == "frozen":
         methods = [f"{how}@{network}" for network in networks for how in ("logistic", "prototypes")]
         methods.append("linear@resnet18")
@@ -62,13 +93,16 @@ def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("frozen", "trained", "whole"))
+    parser.add_argument("part", choices=("frozen", "trained", "whole", "transfer"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--planar", type=Path, help="a backbone file of a 3D network")
     parser.add_argument("--lite", action="store_true", help="with efficientnet_lite0, of brainfm-mri[imagenet]")
     given = parser.parse_args()
-    words = words_of(given.part, sets_of(given.data, given.work), given.work, given.planar, given.lite)
+    root = sets_of(given.data, given.work)
+    if given.part == "transfer":
+        source_of(given.data, given.work, root)
+    words = words_of(given.part, root, given.work, given.planar, given.lite)
     print(shlex.join(["brainfm", *words]))
     return brainfm(words)
 
