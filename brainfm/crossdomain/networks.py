@@ -41,16 +41,20 @@ class Pixels:
     mean: tuple[float, ...] = ()
     std: tuple[float, ...] = ()
 
-    def __call__(self, images: Tensor, size: int) -> Tensor:
-        """uint8 [B, channels, H, W] -> float32 [B, channels, size, size]; enlarged or shrunk, antialiased."""
-        values = images.to(torch.float32).div_(255)
-        if values.shape[-2:] != (size, size):
-            values = F.interpolate(values, (size, size), mode="bilinear", antialias=True, align_corners=False)
+    def into(self, found: Tensor, images: Tensor) -> None:
+        """uint8 [B, channels or 1, H, W] into float32 [B, channels, size, size], channels last; enlarged or shrunk,
+        antialiased; grey images are repeated last, so that they are resized once."""
+        values, size = images.to(torch.float32), found.shape[-2:]
+        if values.shape[-2:] != size:
+            values = F.interpolate(values, tuple(size), mode="bilinear", antialias=True, align_corners=False)
         if not self.mean:
             dims = (1, 2, 3)
-            return (values - values.mean(dims, keepdim=True)) / values.std(dims, keepdim=True).clamp_min(1e-3)
-        shape = (1, -1, 1, 1)
-        return values.sub_(values.new_tensor(self.mean).view(shape)).div_(values.new_tensor(self.std).view(shape))
+            spread = values.std(dims, keepdim=True).clamp_min(0.255)
+            found.copy_((values - values.mean(dims, keepdim=True)).div_(spread))
+            return
+        scale = 1 / (255 * values.new_tensor(self.std))
+        shift = -values.new_tensor(self.mean) / values.new_tensor(self.std)
+        torch.addcmul(shift, values.permute(0, 2, 3, 1), scale, out=found.permute(0, 2, 3, 1))
 
 
 class ImageNetwork(nn.Module):
