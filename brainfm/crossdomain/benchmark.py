@@ -182,10 +182,17 @@ def run_dataset(plan: Plan, name: str, one_done: Callable[[], None] | None = Non
 
 
 def answers_path(out: Path, job: Job, method: Method) -> Path:
-    """A file name says which network; of a path its hash."""
-    text = str(method)
-    mark = hashlib.sha256(text.encode()).hexdigest()[:8]
-    return job.folder(out) / f"{_file_name(text.rpartition('/')[2] if '/' in text else text)[:60]}_{mark}.npz"
+    """Its name says which method; behind it is a hash, of the network's file too, so that other weights under the same
+    name are another method."""
+    mark = _mark(str(method), method.network)
+    short = Method(method.how, method.network.rpartition("/")[2], method.pretraining)
+    return job.folder(out) / f"{_file_name(str(short))[:60]}_{mark}.npz"
+
+
+def _mark(text: str, network: str) -> str:
+    file = Path(network.partition(":")[2])
+    content = hashlib.sha256(file.read_bytes()).hexdigest() if ":" in network and file.is_file() else ""
+    return hashlib.sha256(f"{text}{content}".encode()).hexdigest()[:8]
 
 
 def save_answers(path: Path, groups: dict[str, list[Answers]], about: dict[str, object]) -> None:
@@ -268,7 +275,7 @@ def _network(plan: Plan, job: Job, method: Method) -> ImageNetwork:
     network = build_network(method.network, plan.seed, plan.axis)
     if not method.pretraining:
         return network
-    mark = hashlib.sha256(method.network.encode()).hexdigest()[:8]
+    mark = _mark(method.network, method.network)
     path = plan.out / "pretrained" / f"{job.dataset}_{method.pretraining}_{mark}.safetensors"
     if not path.is_file():
         found = find(plan.root)[0]

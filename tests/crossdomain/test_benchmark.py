@@ -161,6 +161,14 @@ def test_methods_have_names() -> None:
         parse("logistic@")
 
 
+def test_other_weights_under_the_same_name_are_another_method(tmp_path: Path) -> None:
+    found = []
+    for content in (b"a", b"b"):
+        (tmp_path / "r.pth").write_bytes(content)
+        found.append(answers_path(tmp_path, Job("one", "kind"), parse(f"logistic@resnet18:{tmp_path / 'r.pth'}")))
+    assert found[0] != found[1] and found[0].name.startswith("logistic@r.pth_")
+
+
 def test_sources_share_neither_domain_nor_people(root: Path) -> None:
     found = find(root)[0]
     assert sources_for("one", found) == ["three"] and sources_for("two", found) == ["three"]
