@@ -82,13 +82,13 @@ class Maml:
 
 
 def sources_for(target: str, found: Mapping[str, DatasetInfo]) -> list[str]:
-    """Ids of the data sets that may be learnt from where ``target`` is held out: neither it, nor one that shares its
-    domain or people, whichever of the two says so."""
+    """Ids of the data sets that may be learnt from where ``target`` is held out: neither it, nor one of its domain, nor
+    one that shares domain or people by what either of the two says."""
     info = found[target]
     return [
         name
         for name, other in found.items()
-        if name != target and name not in info.overlaps and target not in other.overlaps
+        if name != target and other.domain != info.domain and name not in info.overlaps and target not in other.overlaps
     ]
 
 

@@ -115,7 +115,7 @@ def roc_figure(found: Transferred, ways: Sequence[Way]) -> bytes:
     shown = [k for k in range(len(found.findings)) if 0 < found.truth[:, k].sum() < len(found.truth)][:6]
     across = min(3, max(1, len(shown)))
     down = -(-max(1, len(shown)) // across)
-    figure = Figure(figsize=(3.4 * across, 3.4 * down + 0.5), facecolor="white", layout="constrained")
+    figure = Figure(figsize=(3.4 * across, 3.4 * down + 0.9), facecolor="white", layout="constrained")
     for place, k in enumerate(shown):
         axes = figure.add_subplot(down, across, place + 1)
         for colour, way in zip(COLOURS, ways):
@@ -127,7 +127,7 @@ def roc_figure(found: Transferred, ways: Sequence[Way]) -> bytes:
         axes.set_ylabel("sensitivity", fontsize=9, color=SOFT)
         axes.tick_params(labelsize=8, colors=SOFT)
         axes.set_aspect("equal")
-    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=min(2, len(ways)))
+    figure.legend(loc="outside lower center", frameon=False, fontsize=8, ncols=across)
     return png(figure)
 
 

@@ -32,14 +32,15 @@ ADDED = {
 SMALL = ("bccd", "bus", "mednist", "pneumonia")
 
 
-def sets_of(data: Path, work: Path) -> Path:
-    """WORK/sets: the small data sets, linked, and the MedMNIST files in the same layout."""
-    root = work / "sets"
+def sets_of(data: Path, work: Path, small: bool) -> Path:
+    """WORK/sets: the small data sets, linked, and the MedMNIST files in the same layout; or WORK/small, without these,
+    because pre-training learns from every data set that it finds."""
+    root = work / ("small" if small else "sets")
     root.mkdir(parents=True, exist_ok=True)
     for name in SMALL:
         if not (root / name).exists():
             (root / name).symlink_to((data / "medimeta_mini" / name).resolve(), target_is_directory=True)
-    for name, (pattern, domain, labels, twin) in ADDED.items():
+    for name, (pattern, domain, labels, twin) in ({} if small else ADDED).items():
         files = sorted(data.glob(pattern))
         if files and not (root / name).exists():
             brainfm(["medimeta", "action=add", f"root={root}", f"id={name}", f"domain={domain}", f"medmnist={files[0]}",
@@ -80,9 +81,8 @@ def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool)
         more = ["size=128", "episodes=100"]
     elif part == "trained":
         methods = [f"logistic@unet_tiny+{learnt}" for learnt in ("mmpt", "mmmaml", "mmmaml1")]
-        methods.append("finetune@unet_tiny+mmpt")
-        more = ["size=64", "episodes=20", "max_epochs=6", "meta_episodes=5", "meta_validation=3", "lr=3e-3",
-                f"datasets=[{','.join(SMALL)}]"]  # fmt: skip
+        more = ["size=64", "episodes=50", "max_epochs=6", "meta_episodes=2", "meta_validation=2", "lr=3e-3",
+                "learn_all_tasks=false"]  # fmt: skip
     else:
         methods = [f"full_logistic@{network}" for network in networks]
         more = ["size=128", "resplits=5", f"datasets=[{','.join((*SMALL, 'breast'))}]"]
@@ -99,7 +99,7 @@ def main() -> int:
     parser.add_argument("--planar", type=Path, help="a backbone file of a 3D network")
     parser.add_argument("--lite", action="store_true", help="with efficientnet_lite0, of brainfm-mri[imagenet]")
     given = parser.parse_args()
-    root = sets_of(given.data, given.work)
+    root = sets_of(given.data, given.work, given.part == "trained")
     if given.part == "transfer":
         source_of(given.data, given.work, root)
     words = words_of(given.part, root, given.work, given.planar, given.lite)

@@ -38,5 +38,5 @@ def write_set(root: Path, dataset_id: str = "toy", count: int = 60, edge: int = 
     ]
     splits = [SIDES[(number // 3) % 6] for number in range(count)]
     addition = Addition(count, images.__getitem__, tasks, splits, ["train"] * count, [str(n) for n in range(count)])
-    words = {"name": dataset_id.title(), "domain": "Toys", "size": None, "channels": channels} | about
+    words = {"name": dataset_id.title(), "domain": f"Toys of {dataset_id}", "size": None, "channels": channels} | about
     return write_dataset(root, About(id=dataset_id, **words), addition)  # type: ignore[arg-type]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -173,6 +174,8 @@ def test_sources_share_neither_domain_nor_people(root: Path) -> None:
     found = find(root)[0]
     assert sources_for("one", found) == ["three"] and sources_for("two", found) == ["three"]
     assert sources_for("three", found) == ["one", "two"]
+    alike = dict(found, three=replace(found["three"], raw={**found["three"].raw, "domain": found["two"].domain}))
+    assert sources_for("two", alike) == [], "of one domain, though neither names the other"
     assert len(tasks_of(str(root), ["one"], found, True)) == 4
     with pytest.raises(DatasetError, match="no data set is left to learn from"):
         tasks_of(str(root), [], found, True)

@@ -79,7 +79,7 @@ def test_items_of_real_images_are_those_of_the_medimeta_package() -> None:
 def test_names_that_users_of_the_package_know(root: Path) -> None:
     items = MedIMeta(str(root), "grey", "grade", split=["train", "val"])
     assert items.classes == {0: "0", 1: "1", 4: "4"} and items.task_target is TaskTarget.ORDINAL_REGRESSION
-    assert items.domain_identifier == "Toys" and items.task_identifier == "Grey: grade"
+    assert items.domain_identifier == "Toys of grey" and items.task_identifier == "Grey: grade"
     assert items.task_description.task_target.name == "ORDINAL_REGRESSION" and items.input_size == [1, 16, 16]
     assert set(items.labels) == {0, 1, 4} and set(items.places) == {0, 1, 2}
     assert items.split_indices == sorted(items.split_indices) and len(items) == 18
