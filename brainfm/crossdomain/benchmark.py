@@ -30,7 +30,7 @@ from brainfm.crossdomain.heads import HEADS, columns
 from brainfm.crossdomain.layout import SPLITS, DatasetInfo, find, read_split
 from brainfm.crossdomain.medimeta import MedIMeta
 from brainfm.crossdomain.methods import Method
-from brainfm.crossdomain.networks import ImageNetwork, build_network
+from brainfm.crossdomain.networks import ImageNetwork, build_network, check_network
 from brainfm.crossdomain.planar import Axis
 from brainfm.crossdomain.pretraining import Maml, MultiTask, maml, multi_task, sources_for, tasks_of
 from brainfm.crossdomain.twins import twins
@@ -112,9 +112,12 @@ def run(plan: Plan, workers: int = 1, progress: Callable[[int, int], None] | Non
         workers: processes, each with one data set at a time.
 
     Raises:
-        ConfigError: where ``out`` holds answers of another plan, or a data set is unknown.
+        ConfigError: where ``out`` holds answers of another plan, or a network is unknown.
         DatasetError: the first that a data set gives, when the others are done.
     """
+    for method in plan.methods:
+        if not method.is_floor:
+            check_network(method.network)
     found, faults = find(plan.root)
     for fault in faults:
         say(f"left out: {fault}")

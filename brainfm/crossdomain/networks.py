@@ -19,7 +19,8 @@ from torch import Tensor, nn
 
 from brainfm.crossdomain.planar import Axis, Planar
 from brainfm.crossdomain.resnet import DEPTHS, ResNet, load_resnet
-from brainfm.errors import ConfigError
+from brainfm.errors import ConfigError, WeightsError
+from brainfm.extras import demand
 from brainfm.nets.backbone import BACKBONES, build_backbone
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.nets.transfer import fingerprint
@@ -136,6 +137,24 @@ class _Lite(nn.Module):
         return found
 
 
+def check_network(name: str) -> None:
+    """For callers who want to know before long work, without building it.
+
+    Raises: ConfigError for an unknown name, WeightsError for a file that is not there.
+    """
+    kind, colon, file = name.partition(":")
+    with_file = kind in DEPTHS or kind == "planar"
+    if (colon and not with_file) or not (with_file or kind in BACKBONES or kind == "efficientnet_lite0"):
+        legal = ", ".join([*DEPTHS, *sorted(BACKBONES), "planar:FILE", "efficientnet_lite0"])
+        raise ConfigError(f"unknown network {name!r}, expected one of {legal}")
+    if (colon or kind == "planar") and not file:
+        raise ConfigError(f"{kind} needs a file: {kind}:FILE")
+    if file and not Path(file).is_file():
+        raise WeightsError(f"{file}: no such file, expected the weights of {kind}")
+    if kind == "efficientnet_lite0":
+        demand("efficientnet_lite_pytorch", kind)
+
+
 def build_network(name: str, seed: int = 0, axis: Axis = "mean") -> ImageNetwork:
     """The network of this name; fresh weights depend on the seed alone.
 
@@ -144,10 +163,9 @@ def build_network(name: str, seed: int = 0, axis: Axis = "mean") -> ImageNetwork
 
     Raises: ConfigError for an unknown name, WeightsError for a file that does not fit.
     """
+    check_network(name)
     kind, _, file = name.partition(":")
     if kind == "planar":
-        if not file:
-            raise ConfigError("planar needs a backbone file: planar:FILE")
         return _planar(load_backbone(Path(file)).backbone, name, axis)
     if kind in DEPTHS:
         generator = torch.Generator().manual_seed(seed)
@@ -157,12 +175,9 @@ def build_network(name: str, seed: int = 0, axis: Axis = "mean") -> ImageNetwork
         return ImageNetwork(network, Pixels(3, *_IMAGENET), network.widths[-1], name)
     if kind == "efficientnet_lite0":
         return ImageNetwork(_Lite(_lite0()), Pixels(3, (127 / 255,) * 3, (128 / 255,) * 3), 1280, name)
-    if kind in BACKBONES and not file:
-        with torch.random.fork_rng(devices=[]):
-            torch.manual_seed(seed)
-            return _planar(build_backbone(kind), name, axis)
-    legal = ", ".join([*DEPTHS, *sorted(BACKBONES), "planar:FILE", "efficientnet_lite0"])
-    raise ConfigError(f"unknown network {name!r}, expected one of {legal}")
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        return _planar(build_backbone(kind), name, axis)
 
 
 def _planar(backbone: Any, name: str, axis: Axis) -> ImageNetwork:

@@ -26,7 +26,7 @@ from brainfm.crossdomain.episodes import Episode
 from brainfm.crossdomain.features import forward
 from brainfm.crossdomain.layout import TaskTarget, open_dataset, read_split
 from brainfm.crossdomain.medimeta import MedIMeta
-from brainfm.crossdomain.networks import Classifier, build_network
+from brainfm.crossdomain.networks import Classifier, build_network, check_network
 from brainfm.crossdomain.planar import Axis
 from brainfm.errors import ConfigError, DatasetError
 from brainfm.files import write_whole
@@ -121,6 +121,8 @@ def run(route: Route, progress: Callable[[int, int], None] | None = None) -> Tra
 
     Raises: ConfigError where the two sets do not ask the same, DatasetError where a split is empty.
     """
+    for name in route.networks:
+        check_network(name)
     source, target = _items(route, route.source), _items(route, route.target)
     if list(source.classes.values()) != list(target.classes.values()) or source.task_target is not target.task_target:
         raise ConfigError(

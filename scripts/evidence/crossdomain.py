@@ -8,7 +8,7 @@
 DATA2D holds ``medimeta_mini`` and MedMNIST files (``breastmnist*.npz``, ``pneumoniamnist*.npz``); FILE is a backbone
 file of ours. Each part is a `brainfm medimeta action=benchmark`, goes on where it stopped, and prints its command.
 ``frozen``: 100 episodes of 5 support and 10 query images a class; ``trained``: pre-training on the other data sets, of
-which the table shows whether it helps; ``whole``: the training split, the fixed test split and 5 re-splits;
+which the table shows whether it helps; ``whole``: the training split, the fixed test split and 3 re-splits;
 ``transfer``: from 900 images of PneumoniaMNIST, without those of the small set, to the small set ``pneumonia``; both
 are of one hospital: the machinery is shown, not a change of hospital.
 """
@@ -85,7 +85,7 @@ def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool)
                 "learn_all_tasks=false"]  # fmt: skip
     else:
         methods = [f"full_logistic@{network}" for network in networks]
-        more = ["size=128", "resplits=5", f"datasets=[{','.join((*SMALL, 'breast'))}]"]
+        more = ["size=128", "resplits=3", f"datasets=[{','.join((*SMALL, 'breast'))}]"]
     listed = ",".join(f"'{method}'" for method in methods)
     return ["medimeta", "action=benchmark", f"root={root}", f"out={work / part}", f"methods=[{listed}]", "device=cpu",
             *more]  # fmt: skip
