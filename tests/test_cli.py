@@ -46,6 +46,7 @@ NEEDED = {
     "convert": ["challenge=fomo26", "task=task2", "root=x"],
     "container": ["challenge=fomo26", "task=task2", "bundle=x", "out=y"],
     "validate": ["challenge=fomo26", "task=task2", "command=x", "out=y"],
+    "medimeta": ["action=check", "root=x"],
 }
 
 

@@ -79,7 +79,7 @@ def test_every_optional_package_comes_with_its_extra() -> None:
     for package, extra in EXTRA_OF.items():
         names = {named(name) for name in homes.get(package, [package])}
         assert names & brought_by(extra), f"{package} ({names}) is not in {extra}"
-    for extra in {*EXTRA_OF.values(), "submit"} - {"dask"}:
+    for extra in {*EXTRA_OF.values(), "submit"} - {"dask", "imagenet"}:
         assert brought_by(extra) <= brought_by("all") <= brought_by("dev")
     core = {named(requirement) for requirement in PROJECT["dependencies"]}
     assert core == {"torch", "numpy", "scipy", "nibabel", "safetensors", "blosc2", "hydra-core", "pyyaml"}
@@ -135,6 +135,8 @@ def test_without_any_extra_scans_are_found_prepared_and_embedded(tmp_path: Path)
          "surface Dice needs monai, which is not installed: pip install 'brainfm-mri[report]'"),
         (["explain", f"bundle={OLD / 'lesion_bundle'}", "input.t1=t1.nii.gz", "out=why.nii.gz", "device=cpu"],
          "brainfm explain needs matplotlib, which is not installed: pip install 'brainfm-mri[report]'"),
+        (["medimeta", "action=check", "root=."],
+         "brainfm medimeta action=check needs h5py, which is not installed: pip install 'brainfm-mri[crossdomain]'"),
         (["anatomy", "method=atlas", f"manifest={OLD / 'manifest.csv'}", "out=o"],
          "which is not installed: pip install 'brainfm-mri[anatomy]'"),
     ],

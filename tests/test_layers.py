@@ -29,6 +29,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "study": {"root", "imaging", "data", "nets", "scoring", "tasks"},
     "probing": {"root", "imaging", "data", "nets", "objectives.objective", "scoring", "tasks"},
     "rooms": {"root", "imaging", "data", "nets", "scoring", "tasks", "study", "reports"},
+    "crossdomain": {"root", "nets", "scoring", "reports.charts", "reports.page", "reports.style", "reports.wording"},
     "training": {"root", "data", "nets", "objectives", "scoring", "tasks", "study", "probing", "synthesis.settings"},
     "inference": {
         "root",
@@ -56,6 +57,8 @@ FENCES: dict[str, set[str]] = {
     "hydra": {"verbs.compose"},
     "omegaconf": {"verbs.compose"},
     "jinja2": {"reports.page"},
+    "h5py": {"crossdomain.images", "crossdomain.additions"},
+    "PIL": {"crossdomain.images", "crossdomain.additions", "crossdomain.medimeta"},
 }
 NEVER = {"torchvision", "timm", "pickle", "wandb", "requests", "urllib.request"}
 NO_TORCH = {
@@ -164,7 +167,9 @@ def test_no_modules_import_each_other_in_a_circle() -> None:
 
 def test_heavy_optional_packages_are_imported_when_used() -> None:
     for path in MODULES:
-        heavy = {"SimpleITK", "monai", "nilearn", "matplotlib"} & {n.split(".")[0] for n in imports_of(path, True)}
+        heavy = {"SimpleITK", "monai", "nilearn", "matplotlib", "h5py", "PIL", "sklearn"} & {
+            n.split(".")[0] for n in imports_of(path, True)
+        }
         assert not heavy, f"{name_of(path)} imports {heavy} at its top"
 
 

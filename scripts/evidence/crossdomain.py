@@ -1,0 +1,111 @@
+"""Networks across 2D domains: frozen, trained on other data sets, and the floors, with intervals.
+
+    python scripts/evidence/crossdomain.py frozen --data DATA2D --work WORK --planar FILE
+    python scripts/evidence/crossdomain.py trained --data DATA2D --work WORK
+    python scripts/evidence/crossdomain.py whole --data DATA2D --work WORK --planar FILE
+    python scripts/evidence/crossdomain.py transfer --data DATA2D --work WORK
+
+DATA2D holds ``medimeta_mini`` and MedMNIST files (``breastmnist*.npz``, ``pneumoniamnist*.npz``); FILE is a backbone
+file of ours. Each part is a `brainfm medimeta action=benchmark`, goes on where it stopped, and prints its command.
+``frozen``: 100 episodes of 5 support and 10 query images a class; ``trained``: pre-training on the other data sets, of
+which the table shows whether it helps; ``whole``: the training split, the fixed test split and 3 re-splits;
+``transfer``: from 900 images of PneumoniaMNIST, without those of the small set, to the small set ``pneumonia``; both
+are of one hospital: the machinery is shown, not a change of hospital.
+"""
+
+from __future__ import annotations
+
+import argparse
+import shlex
+from pathlib import Path
+
+import numpy as np
+
+from brainfm.cli import main as brainfm
+from brainfm.crossdomain.medimeta import MedIMeta
+from brainfm.seeds import stream
+
+ADDED = {
+    "breast": ("breastmnist*.npz", "Breast ultrasound (BreastMNIST)", "malignant,normal or benign", "bus"),
+    "pneumoniamnist": ("pneumoniamnist*.npz", "Chest X-ray (PneumoniaMNIST)", "normal,pneumonia", "pneumonia"),
+}
+SMALL = ("bccd", "bus", "mednist", "pneumonia")
+
+
+def sets_of(data: Path, work: Path, small: bool) -> Path:
+    """WORK/sets: the small data sets, linked, and the MedMNIST files in the same layout; or WORK/small, without these,
+    because pre-training learns from every data set that it finds."""
+    root = work / ("small" if small else "sets")
+    root.mkdir(parents=True, exist_ok=True)
+    for name in SMALL:
+        if not (root / name).exists():
+            (root / name).symlink_to((data / "medimeta_mini" / name).resolve(), target_is_directory=True)
+    for name, (pattern, domain, labels, twin) in ({} if small else ADDED).items():
+        files = sorted(data.glob(pattern))
+        if files and not (root / name).exists():
+            brainfm(["medimeta", "action=add", f"root={root}", f"id={name}", f"domain={domain}", f"medmnist={files[0]}",
+                     f"labels=[{labels}]", "task=disease", "size=28", f"domain_overlaps=[{twin}]"])  # fmt: skip
+    return root
+
+
+def source_of(data: Path, work: Path, root: Path) -> None:
+    """WORK/sets/radiographs: PneumoniaMNIST without the images that the small set has; 600 to train, 300 to check."""
+    if (root / "radiographs").exists():
+        return
+    with np.load(sorted(data.glob("pneumoniamnist*.npz"))[0]) as file:
+        images = np.concatenate([file[f"{split}_images"] for split in ("train", "val", "test")])
+        labels = np.concatenate([file[f"{split}_labels"] for split in ("train", "val", "test")])
+    small = MedIMeta(root, "pneumonia", "pneumonia presence")
+    there = {image.tobytes() for image in small.images.read(small.rows)}
+    free = np.array([n for n, image in enumerate(images) if image.tobytes() not in there])
+    rows = stream(0, "source").permutation(free)[:900]
+    print(f"{len(images) - len(free)} of {len(images)} images are in the small set and left out")
+    sides = {"train": rows[:600], "val": rows[600:750], "test": rows[750:]}
+    np.savez(work / "rest.npz", **{f"{s}_images": images[r] for s, r in sides.items()},
+             **{f"{s}_labels": labels[r] for s, r in sides.items()})  # fmt: skip
+    brainfm(["medimeta", "action=add", f"root={root}", "id=radiographs", "domain=Chest X-ray",
+             "labels=[NORMAL,PNEUMONIA]",
+             f"medmnist={work / 'rest.npz'}", "task=pneumonia presence", "size=28"])  # fmt: skip
+
+
+def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool) -> list[str]:
+    """The command line of a part."""
+    networks = ["unet_s", "resnet18", *([f"planar:{planar}"] if planar else []), *(["efficientnet_lite0"] * lite)]
+    if part == "transfer":
+        return ["medimeta", "action=transfer", f"root={root}", f"out={work / part}", "source=radiographs",
+                "target=pneumonia", "networks=[resnet18,unet_s]", "size=32", "max_epochs=5", "shortcut=true",
+                "device=cpu"]  # fmt: skip
+    if part == "frozen":
+        methods = [f"{how}@{network}" for network in networks for how in ("logistic", "prototypes")]
+        methods.append("linear@resnet18")
+        more = ["size=128", "episodes=100"]
+    elif part == "trained":
+        methods = [f"logistic@unet_tiny+{learnt}" for learnt in ("mmpt", "mmmaml", "mmmaml1")]
+        more = ["size=64", "episodes=50", "max_epochs=6", "meta_episodes=2", "meta_validation=2", "lr=3e-3",
+                "learn_all_tasks=false"]  # fmt: skip
+    else:
+        methods = [f"full_logistic@{network}" for network in networks]
+        more = ["size=128", "resplits=3", f"datasets=[{','.join((*SMALL, 'breast'))}]"]
+    listed = ",".join(f"'{method}'" for method in methods)
+    return ["medimeta", "action=benchmark", f"root={root}", f"out={work / part}", f"methods=[{listed}]", "device=cpu",
+            *more]  # fmt: skip
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("part", choices=("frozen", "trained", "whole", "transfer"))
+    parser.add_argument("--data", type=Path, required=True)
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--planar", type=Path, help="a backbone file of a 3D network")
+    parser.add_argument("--lite", action="store_true", help="with efficientnet_lite0, of brainfm-mri[imagenet]")
+    given = parser.parse_args()
+    root = sets_of(given.data, given.work, given.part == "trained")
+    if given.part == "transfer":
+        source_of(given.data, given.work, root)
+    words = words_of(given.part, root, given.work, given.planar, given.lite)
+    print(shlex.join(["brainfm", *words]))
+    return brainfm(words)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
