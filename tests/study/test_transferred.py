@@ -317,12 +317,12 @@ def test_an_anatomical_question_begins_as_a_linear_probe_of_the_decoder(people_s
     assert all(torch.equal(value, again.state_dict()[name]) for name, value in one.state_dict().items())
     assert not torch.equal(one.state_dict()["head.weight"], other.state_dict()["head.weight"])
     case = splits[0].held[0]
-    engine = study.engine()
+    place = study.place()
     fresh_study, _ = _begin(config(people_store, tmp_path / "f", origin, "task.head_start=fresh", *more))
     fresh = _fresh(fresh_study, splits[0], study.backbone, decoder=True)
     assert isinstance(fresh, SegmentationTask) and fresh.began == "fresh"
     with torch.no_grad():
-        linear, chance = (study.question.watch(task.eval(), [case], engine) for task in (one, fresh))
+        linear, chance = (study.study.watch(task.eval(), [case], place) for task in (one, fresh))
     assert linear > chance + 0.1, "even features that nothing was learnt with tell something"
     assert getattr(_fresh(study, splits[0], study.backbone), "began", "") == "fresh"
     with pytest.raises(ConfigError, match=r"task\.head_start=warm: expected linear or fresh"):
