@@ -156,14 +156,14 @@ def _complain(sentence: str) -> int:
 
 
 def _is_verb(word: str) -> bool:
-    there = word.isidentifier() and (Path(verbs_folder.__file__).parent / f"{word}.py").is_file()
+    there = word.isidentifier() and any(Path(folder, f"{word}.py").is_file() for folder in verbs_folder.__path__)
     return there and hasattr(import_module(f"{verbs_folder.__name__}.{word}"), "Settings")
 
 
 def verbs() -> dict[str, str]:
     """Every verb with what it does, in the order in which one comes to need them: the files of brainfm/verbs/."""
     found = []
-    for path in Path(verbs_folder.__file__).parent.glob("[!_]*.py"):
+    for path in (file for folder in verbs_folder.__path__ for file in Path(folder).glob("[!_]*.py")):
         module = import_module(f"{verbs_folder.__name__}.{path.stem}")
         if hasattr(module, "Settings"):
             about = str(module.__doc__).splitlines()[0].rstrip(".")

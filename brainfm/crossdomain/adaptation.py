@@ -39,7 +39,7 @@ class FineTune:
 
 
 @dataclass(frozen=True)
-class Supervised:
+class SupervisedMethod:
     """Of a training split. The defaults are the published ones, but for the cap on epochs, where there is none.
 
     Attributes:
@@ -116,7 +116,8 @@ def predicted(
 
 
 def supervised(
-    network: ImageNetwork, items: MedIMeta, episode: Episode, validation: np.ndarray, settings: Supervised, seed: int,
+    network: ImageNetwork, items: MedIMeta, episode: Episode, validation: np.ndarray, settings: SupervisedMethod,
+    seed: int,
     progress: Callable[[int, int], None] | None = None, start: Classifier | None = None,
 ) -> tuple[Answers, Classifier]:  # fmt: skip
     """Trained end to end on the support, stopped by the AUROC of ``validation``; answers for the query, and the model.

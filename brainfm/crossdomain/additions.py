@@ -44,7 +44,7 @@ _TARGETS = {
 
 
 @dataclass(frozen=True)
-class Task:
+class AddedTask:
     """A task that is written.
 
     Attributes:
@@ -76,7 +76,7 @@ class Addition:
 
     count: int
     image: Callable[[int], Any]
-    tasks: Sequence[Task]
+    tasks: Sequence[AddedTask]
     splits: Sequence[str]
     original_splits: Sequence[str]
     origins: Sequence[str]
@@ -177,7 +177,7 @@ def from_medmnist(path: Path, task_name: str, names: Sequence[str] = ()) -> Addi
         target = TaskTarget.BINARY_CLASSIFICATION if counts == 2 else TaskTarget.MULTICLASS_CLASSIFICATION
         labels = labels[:, 0].astype(np.int64)
     origins = [f"{path.name}:{i}" for i in range(len(images))]
-    task = Task(task_name, target, labels, classes)
+    task = AddedTask(task_name, target, labels, classes)
     return Addition(len(images), lambda i: images[i], [task], splits, splits, origins)
 
 
@@ -210,7 +210,7 @@ def from_chexpert(
     labels, soft = settled(values, uncertain, seed)
     people = [next((part for part in Path(row["Path"]).parts if part.startswith("patient")), row["Path"])
               for row in rows]  # fmt: skip
-    task = Task("findings", _TARGETS["multilabel"], labels, dict(enumerate(findings)), soft)
+    task = AddedTask("findings", _TARGETS["multilabel"], labels, dict(enumerate(findings)), soft)
     made = [task]
     if "Sex" in rows[0]:
         sex = [row["Sex"] for row in rows]
@@ -372,12 +372,12 @@ def _counted(sides: Sequence[str]) -> dict[str, int]:
     return {split: sum(side == split for side in sides) for split in SPLITS}
 
 
-def _numbers(task: Task) -> Iterator[str]:
+def _numbers(task: AddedTask) -> Iterator[str]:
     for label in task.labels.tolist():
         yield "|".join(map(str, label)) if isinstance(label, list) else str(label)
 
 
-def _words(task: Task) -> Iterator[str]:
+def _words(task: AddedTask) -> Iterator[str]:
     for label in task.labels.tolist():
         if isinstance(label, list):
             yield "|".join(task.classes[k] for k, present in enumerate(label) if present)
@@ -424,7 +424,7 @@ def _rows(table: Path, needed: Sequence[str]) -> list[dict[str, str]]:
     return rows
 
 
-def _task(table: Path, name: str, kind: str, cells: Sequence[str]) -> Task:
+def _task(table: Path, name: str, kind: str, cells: Sequence[str]) -> AddedTask:
     """Raises: DatasetError for a cell that is no answer."""
     if kind not in _TARGETS:
         raise ConfigError(f"tasks.{name}={kind}: expected one of {', '.join(_TARGETS)}")
@@ -436,18 +436,18 @@ def _task(table: Path, name: str, kind: str, cells: Sequence[str]) -> Task:
         named = [[word.strip() for word in cell.split("|") if word.strip()] for cell in cells]
         classes = sorted({word for words in named for word in words})
         labels = np.array([[word in words for word in classes] for words in named], dtype=np.int64)
-        return Task(name, target, labels, dict(enumerate(classes)))
+        return AddedTask(name, target, labels, dict(enumerate(classes)))
     if kind == "ordinal":
         try:
             values = [int(cell) for cell in cells]
         except ValueError:
             wrong = next(cell for cell in cells if not cell.strip().lstrip("+-").isdigit())
             raise DatasetError(f"{table}: {name!r} is {wrong!r}, expected whole numbers") from None
-        return Task(name, target, np.array(values), {value: str(value) for value in sorted(set(values))})
+        return AddedTask(name, target, np.array(values), {value: str(value) for value in sorted(set(values))})
     classes = sorted(set(cells), key=lambda word: (word.lower() not in ("0", "no", "negative", "false"), word))
     if kind == "binary" and len(classes) != 2:
         raise DatasetError(f"{table}: {name!r} has {len(classes)} answers, expected the two of a binary task")
-    return Task(name, target, np.array([classes.index(cell) for cell in cells]), dict(enumerate(classes)))
+    return AddedTask(name, target, np.array([classes.index(cell) for cell in cells]), dict(enumerate(classes)))
 
 
 def _splits(table: Path, given: Sequence[str] | None, people: Sequence[str], seed: int) -> list[str]:

@@ -22,14 +22,14 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from brainfm.crossdomain.adaptation import FineTune, Supervised, fine_tune, supervised
+from brainfm.crossdomain.adaptation import FineTune, SupervisedMethod, fine_tune, supervised
 from brainfm.crossdomain.episode_scores import Answers
 from brainfm.crossdomain.episodes import Episode, Shots, draw, save_episodes
-from brainfm.crossdomain.features import Features
+from brainfm.crossdomain.features import CachedFeatures
 from brainfm.crossdomain.heads import HEADS, columns
 from brainfm.crossdomain.layout import SPLITS, DatasetInfo, find, read_split
 from brainfm.crossdomain.medimeta import MedIMeta
-from brainfm.crossdomain.methods import Method
+from brainfm.crossdomain.methods import FewShotMethod
 from brainfm.crossdomain.networks import ImageNetwork, build_network, check_network
 from brainfm.crossdomain.planar import Axis
 from brainfm.crossdomain.pretraining import Maml, MultiTask, maml, multi_task, sources_for, tasks_of
@@ -43,7 +43,7 @@ FEW_SHOT, FIXED, RESPLIT = "few-shot", "fixed split", "re-split"
 
 
 @dataclass(frozen=True)
-class Plan:
+class BenchmarkPlan:
     """What is run.
 
     Attributes:
@@ -61,7 +61,7 @@ class Plan:
 
     root: Path
     out: Path
-    methods: tuple[Method, ...]
+    methods: tuple[FewShotMethod, ...]
     datasets: tuple[str, ...] = ()
     all_tasks: bool = False
     learn_all_tasks: bool = True
@@ -73,7 +73,7 @@ class Plan:
     axis: Axis = "mean"
     device: str = "cpu"
     fine_tune: FineTune = field(default_factory=FineTune)
-    supervised: Supervised = field(default_factory=Supervised)
+    supervised: SupervisedMethod = field(default_factory=SupervisedMethod)
     multi_task: MultiTask = field(default_factory=MultiTask)
     maml: Maml = field(default_factory=Maml)
 
@@ -82,7 +82,7 @@ class Plan:
         plain = json.loads(json.dumps(asdict(self), default=str))
         return {key: value for key, value in plain.items() if key not in _NO_IDENTITY}
 
-    def of_size(self) -> Plan:
+    def of_size(self) -> BenchmarkPlan:
         """With the size of images and the device handed on to all that trains."""
         shared: dict[str, Any] = {"size": self.size, "device": self.device}
         return replace(
@@ -95,7 +95,7 @@ _NO_IDENTITY = ("root", "out", "methods", "datasets", "all_tasks", "device")
 
 
 @dataclass(frozen=True)
-class Job:
+class BenchmarkJob:
     """A task of a data set that methods are run on."""
 
     dataset: str
@@ -105,7 +105,9 @@ class Job:
         return out / "answers" / self.dataset / _file_name(self.task)
 
 
-def run(plan: Plan, workers: int = 1, progress: Callable[[int, int], None] | None = None) -> list[Job]:
+def run(
+    plan: BenchmarkPlan, workers: int = 1, progress: Callable[[int, int], None] | None = None
+) -> list[BenchmarkJob]:
     """Runs what is not there yet; returns the tasks.
 
     Args:
@@ -132,7 +134,7 @@ def run(plan: Plan, workers: int = 1, progress: Callable[[int, int], None] | Non
         )
     _settle_identity(plan)
     plan = plan.of_size()
-    jobs = [Job(name, task) for name in names for task in _tasks(found[name], plan.all_tasks)]
+    jobs = [BenchmarkJob(name, task) for name in names for task in _tasks(found[name], plan.all_tasks)]
     total, done = len(jobs) * len(plan.methods), 0
     errors: list[DatasetError] = []
 
@@ -165,12 +167,12 @@ def run(plan: Plan, workers: int = 1, progress: Callable[[int, int], None] | Non
     return jobs
 
 
-def run_dataset(plan: Plan, name: str, one_done: Callable[[], None] | None = None) -> None:
+def run_dataset(plan: BenchmarkPlan, name: str, one_done: Callable[[], None] | None = None) -> None:
     """Every method on the tasks of one data set."""
     torch.set_num_threads(1)
     info = find(plan.root)[0][name]
     for task in _tasks(info, plan.all_tasks):
-        job = Job(name, task)
+        job = BenchmarkJob(name, task)
         items = MedIMeta(plan.root, name, task)
         _audit_twins(plan, job, items)
         episodes: list[Episode] | None = None
@@ -184,11 +186,11 @@ def run_dataset(plan: Plan, name: str, one_done: Callable[[], None] | None = Non
                 one_done()
 
 
-def answers_path(out: Path, job: Job, method: Method) -> Path:
+def answers_path(out: Path, job: BenchmarkJob, method: FewShotMethod) -> Path:
     """Its name says which method; behind it is a hash, of the network's file too, so that other weights under the same
     name are another method."""
     mark = _mark(str(method), method.network)
-    short = Method(method.how, method.network.rpartition("/")[2], method.pretraining)
+    short = FewShotMethod(method.how, method.network.rpartition("/")[2], method.pretraining)
     return job.folder(out) / f"{_file_name(str(short))[:60]}_{mark}.npz"
 
 
@@ -229,7 +231,14 @@ def load_answers(path: Path) -> tuple[dict[str, list[Answers]], dict[str, object
 # ---- one method ------------------------------------------------------------------------------------------------------
 
 
-def _answer(plan: Plan, job: Job, items: MedIMeta, method: Method, episodes: Sequence[Episode], path: Path) -> None:
+def _answer(
+    plan: BenchmarkPlan,
+    job: BenchmarkJob,
+    items: MedIMeta,
+    method: FewShotMethod,
+    episodes: Sequence[Episode],
+    path: Path,
+) -> None:
     began = time.process_time()
     network = None if method.is_floor else _network(plan, job, method)
     pretrained = time.process_time() - began
@@ -246,7 +255,7 @@ def _answer(plan: Plan, job: Job, items: MedIMeta, method: Method, episodes: Seq
     else:
         source = method.network if method.is_floor else network
         assert source is not None
-        features = Features(items, source, plan.size, plan.out / "features", device=plan.device)
+        features = CachedFeatures(items, source, plan.size, plan.out / "features", device=plan.device)
         if method.whole:
             head = HEADS[method.how.removeprefix("full_")]
             groups = {FIXED: [_by_head(head, items, features, _fixed(items)[0], plan.seed)]}
@@ -266,14 +275,14 @@ def _answer(plan: Plan, job: Job, items: MedIMeta, method: Method, episodes: Seq
     save_answers(path, groups, about)
 
 
-def _by_head(head: object, items: MedIMeta, features: Features, episode: Episode, seed: int) -> Answers:
+def _by_head(head: object, items: MedIMeta, features: CachedFeatures, episode: Episode, seed: int) -> Answers:
     target, classes = items.task_target, len(episode.classes)
     truth = columns(episode.support_y, target, classes)
     scores = head(features.of(episode.support), truth, features.of(episode.query), seed)  # type: ignore[operator]
     return Answers(items.rows[episode.query], columns(episode.query_y, target, classes), scores)
 
 
-def _network(plan: Plan, job: Job, method: Method) -> ImageNetwork:
+def _network(plan: BenchmarkPlan, job: BenchmarkJob, method: FewShotMethod) -> ImageNetwork:
     """The method's network, pre-trained on the other data sets where it says so; such weights are kept."""
     network = build_network(method.network, plan.seed, plan.axis)
     if not method.pretraining:
@@ -297,7 +306,7 @@ def _network(plan: Plan, job: Job, method: Method) -> ImageNetwork:
 # ---- episodes and splits ---------------------------------------------------------------------------------------------
 
 
-def _episodes(plan: Plan, job: Job, items: MedIMeta) -> list[Episode]:
+def _episodes(plan: BenchmarkPlan, job: BenchmarkJob, items: MedIMeta) -> list[Episode]:
     pools = None
     if plan.pools == "test":
         sides = _sides(items)
@@ -356,7 +365,7 @@ def _of_sides(items: MedIMeta, sides: np.ndarray, apart: bool) -> tuple[Episode,
     return Episode(learnt, query, places[learnt], places[query], classes), validation
 
 
-def _audit_twins(plan: Plan, job: Job, items: MedIMeta) -> None:
+def _audit_twins(plan: BenchmarkPlan, job: BenchmarkJob, items: MedIMeta) -> None:
     path = plan.out / "answers" / job.dataset / "twins.csv"
     if path.is_file():
         return
@@ -367,7 +376,7 @@ def _audit_twins(plan: Plan, job: Job, items: MedIMeta) -> None:
     write_table(path, ("test_image", "learnt_image", "r", "test_images"), rows or [("", "", "", len(test))])
 
 
-def _settle_identity(plan: Plan) -> None:
+def _settle_identity(plan: BenchmarkPlan) -> None:
     path = plan.out / "plan.json"
     identity = plan.identity()
     if path.is_file():
@@ -382,7 +391,7 @@ def _settle_identity(plan: Plan) -> None:
     write_text(path, json.dumps(identity, indent=1, sort_keys=True) + "\n")
 
 
-def _seed_of(plan: Plan, number: int) -> int:
+def _seed_of(plan: BenchmarkPlan, number: int) -> int:
     return int(stream(plan.seed, "seed of an episode", number).integers(2**31))
 
 

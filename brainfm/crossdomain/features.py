@@ -25,7 +25,7 @@ FLOORS = {"statistics": image_statistics, "pixels": raw_pixels}
 
 
 @dataclass
-class Features:
+class CachedFeatures:
     """Features of the images of one data set.
 
     Attributes:

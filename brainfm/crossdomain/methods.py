@@ -23,7 +23,7 @@ WHOLE_FLOORS = ("full_logistic@statistics", "full_forest@pixels")
 
 
 @dataclass(frozen=True)
-class Method:
+class FewShotMethod:
     """A way to answer a task.
 
     Attributes:
@@ -49,7 +49,7 @@ class Method:
         return self.how in WHOLE
 
 
-def parse(text: str) -> Method:
+def parse(text: str) -> FewShotMethod:
     """Raises: ConfigError."""
     how, _, rest = text.partition("@")
     network, _, last = rest.rpartition("+")
@@ -59,18 +59,20 @@ def parse(text: str) -> Method:
         raise ConfigError(f"methods: {text!r} begins with {how!r}, expected one of {', '.join((*FEW_SHOT, *WHOLE))}")
     if not network:
         raise ConfigError(f"methods: {text!r} names no network, expected e.g. {how}@resnet18")
-    method = Method(how, network, last)
+    method = FewShotMethod(how, network, last)
     if method.is_floor and (how in ("finetune", "supervised") or last):
         raise ConfigError(f"methods: {text!r}: {network} cannot be trained")
     return method
 
 
-def with_floors(texts: Sequence[str]) -> list[Method]:
+def with_floors(texts: Sequence[str]) -> list[FewShotMethod]:
     """The methods, each once: in front the floors that belong into every table, and before each method that is
     pre-trained on the other data sets the same without."""
     given = [parse(text) for text in texts]
     asked = [
-        each for method in given for each in (Method(method.how, method.network), method)[not method.pretraining :]
+        each
+        for method in given
+        for each in (FewShotMethod(method.how, method.network), method)[not method.pretraining :]
     ]
     floors = [parse(text) for text in FLOOR_METHODS if not all(method.whole for method in asked)]
     floors += [parse(text) for text in WHOLE_FLOORS if any(method.whole for method in asked)]

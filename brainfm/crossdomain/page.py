@@ -6,7 +6,7 @@ import math
 from collections.abc import Sequence
 from pathlib import Path
 
-from brainfm.crossdomain.tables import ALL, Pair, Row, read_twins
+from brainfm.crossdomain.tables import ALL, Pair, TableRow, read_twins
 from brainfm.reports.charts import chart
 from brainfm.reports.page import Section, write_page
 from brainfm.reports.style import COLOURS, INK, LINE, SOFT, plain, png
@@ -27,7 +27,7 @@ _SETTINGS = {
 }
 
 
-def write_benchmark(out: Path, rows: Sequence[Row], pairs: Sequence[Pair], command: str) -> Path:
+def write_benchmark(out: Path, rows: Sequence[TableRow], pairs: Sequence[Pair], command: str) -> Path:
     """OUT/index.html."""
     datasets = [name for name in dict.fromkeys(row.dataset for row in rows) if name != ALL]
     methods = list(dict.fromkeys(row.method for row in rows))
@@ -65,7 +65,7 @@ def _verdict(pairs: Sequence[Pair]) -> str:
     )
 
 
-def _table(rows: Sequence[Row]) -> tuple[tuple[str, ...], ...]:
+def _table(rows: Sequence[TableRow]) -> tuple[tuple[str, ...], ...]:
     head = ("method", "AUROC", "± episodes", "episodes", "query images", "to the floor", "CPU s an episode")
     return (head, *((
         f"`{row.method}`", _shown(row.found), number(row.half) if math.isfinite(row.half) else "-", str(row.found.n),
@@ -82,7 +82,7 @@ def _signed(found: Interval) -> str:
     return f"{signed(found.mean)} [{signed(found.low)}, {signed(found.high)}]"
 
 
-def auroc_figure(rows: Sequence[Row]) -> bytes:
+def auroc_figure(rows: Sequence[TableRow]) -> bytes:
     """A line a method and data set, grouped by data set. Returns a PNG."""
     methods = list(dict.fromkeys(row.method for row in rows))
     figure, axes = chart(0.6 + 0.22 * (len(rows) + len({(r.dataset, r.task) for r in rows})))

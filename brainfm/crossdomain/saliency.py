@@ -45,7 +45,7 @@ def agreeing(maps: Sequence[np.ndarray], probabilities: Sequence[float], thresho
 
 
 @dataclass(frozen=True)
-class Overlap:
+class RegionOverlap:
     """How a map and a region of interest agree.
 
     Attributes:
@@ -61,13 +61,13 @@ class Overlap:
     hit: bool
 
 
-def overlap(heat: np.ndarray, region: np.ndarray, threshold: float = 0.5) -> Overlap:
+def overlap(heat: np.ndarray, region: np.ndarray, threshold: float = 0.5) -> RegionOverlap:
     """Args: heat [H, W] at least 0; region [H, W], not 0 inside."""
     inside = region != 0
     total = float(heat.sum())
     hot = heat >= threshold * heat.max() if total > 0 else np.zeros_like(inside)
     union = int((hot | inside).sum())
-    return Overlap(
+    return RegionOverlap(
         float(heat[inside].sum()) / total if total > 0 else 0.0, float(inside.mean()),
         int((hot & inside).sum()) / union if union else 0.0,
         bool(total > 0 and inside.flat[int(np.argmax(heat))]),

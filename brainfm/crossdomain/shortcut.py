@@ -7,7 +7,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from brainfm.crossdomain.adaptation import Supervised, predicted, supervised
+from brainfm.crossdomain.adaptation import SupervisedMethod, predicted, supervised
 from brainfm.crossdomain.episodes import Episode
 from brainfm.crossdomain.features import tensors
 from brainfm.crossdomain.layout import read_split
@@ -53,7 +53,7 @@ def planted(truth: np.ndarray, seed: int, share: float = 0.9) -> np.ndarray:
 
 
 @dataclass(frozen=True)
-class Audit:
+class MarkerAudit:
     """What a marker does to a model's answers on images that it has not seen.
 
     Attributes:
@@ -83,7 +83,7 @@ class Audit:
 def corner_audit(
     model: Classifier, items: MedIMeta, rows: np.ndarray, column: int, size: int, device: str = "cpu", seed: int = 0,
     looked_at: int = 16,
-) -> Audit:  # fmt: skip
+) -> MarkerAudit:  # fmt: skip
     """Puts the marker on images and looks at how the answers change; needs no labels but those of these images.
 
     Args:
@@ -107,14 +107,14 @@ def corner_audit(
     edge = max(2, size // EDGE)
     total = maps.sum((1, 2))
     shares = maps[:, :edge, :edge].sum((1, 2))[total > 0] / total[total > 0]
-    return Audit(
+    return MarkerAudit(
         auroc(truth, plain), auroc(truth, helping), auroc(truth, hindering), found, float((marked - plain).mean()),
         float(shares.mean()) if shares.size else 0.0, (edge / size) ** 2,
     )  # fmt: skip
 
 
 def trained_on_markers(
-    network: ImageNetwork, items: MedIMeta, training: Supervised, column: int, seed: int
+    network: ImageNetwork, items: MedIMeta, training: SupervisedMethod, column: int, seed: int
 ) -> Classifier:
     """A classifier of a training split in which the marker goes with the finding, and of the validation split, too.
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brainfm.crossdomain.benchmark import Job, answers_path, load_answers
+from brainfm.crossdomain.benchmark import BenchmarkJob, answers_path, load_answers
 from brainfm.crossdomain.episode_scores import (
     Answers,
     episode_auroc,
@@ -19,7 +19,7 @@ from brainfm.crossdomain.episode_scores import (
     over_episodes,
     replicates,
 )
-from brainfm.crossdomain.methods import Method
+from brainfm.crossdomain.methods import FewShotMethod
 from brainfm.files import write_table
 from brainfm.scoring.intervals import Interval
 
@@ -31,7 +31,7 @@ _PAIRS = ("setting", "dataset", "task", "method", "other", "difference", "low", 
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A line of the table.
 
     Attributes:
@@ -68,10 +68,12 @@ class Pair:
     found: Interval
 
 
-def tables(out: Path, jobs: Sequence[Job], methods: Sequence[Method], seed: int = 0) -> tuple[list[Row], list[Pair]]:
+def tables(
+    out: Path, jobs: Sequence[BenchmarkJob], methods: Sequence[FewShotMethod], seed: int = 0
+) -> tuple[list[TableRow], list[Pair]]:
     """Rows by setting, data set and method, with a harmonic mean over data sets where there are several, and all pairs
     of methods of each task. What is not on disk is left out."""
-    rows: list[Row] = []
+    rows: list[TableRow] = []
     for job in jobs:
         for method in methods:
             path = answers_path(out, job, method)
@@ -82,22 +84,25 @@ def tables(out: Path, jobs: Sequence[Job], methods: Sequence[Method], seed: int 
     pairs = _pairs(rows)
     against = {(p.setting, p.dataset, p.task, p.method): p.found for p in pairs if _is_floor(p.other)}
     return [
-        Row(**{**row.__dict__, "floor": against.get((row.setting, row.dataset, row.task, row.method))}) for row in rows
+        TableRow(**{**row.__dict__, "floor": against.get((row.setting, row.dataset, row.task, row.method))})
+        for row in rows
     ], pairs
 
 
-def _row(job: Job, method: Method, setting: str, answers: Sequence[Answers], about: dict, seed: int) -> Row:
+def _row(
+    job: BenchmarkJob, method: FewShotMethod, setting: str, answers: Sequence[Answers], about: dict, seed: int
+) -> TableRow:
     values = [episode_auroc(each) for each in answers]
     drawn = replicates(answers, int(about["images"]), seed, f"{job.dataset}: {job.task}, {setting}")
     seconds = (float(about["seconds"]) - float(about["feature_seconds"])) / len(answers)
-    return Row(
+    return TableRow(
         setting, job.dataset, job.task, str(method), interval(values, drawn), over_episodes(values),
         len(np.unique(np.concatenate([each.rows for each in answers]))), drawn, None, max(0.0, seconds),
         float(about["feature_seconds"]), float(about["pretraining_seconds"]),
     )  # fmt: skip
 
 
-def _harmonic(rows: Sequence[Row]) -> list[Row]:
+def _harmonic(rows: Sequence[TableRow]) -> list[TableRow]:
     """Over the tasks, of each method that has answered all of them; tasks are independent, so their draws are, too."""
     found = []
     for setting in dict.fromkeys(row.setting for row in rows):
@@ -111,17 +116,17 @@ def _harmonic(rows: Sequence[Row]) -> list[Row]:
             mean = float(harmonic_mean(np.array([row.found.mean for row in own])))
             whole = interval([mean], drawn)
             whole = Interval(mean, whole.low, whole.high, sum(row.found.n for row in own))
-            found.append(Row(setting, ALL, f"{len(own)} tasks", method, whole, math.nan,
+            found.append(TableRow(setting, ALL, f"{len(own)} tasks", method, whole, math.nan,
                              sum(row.images for row in own), drawn))  # fmt: skip
     return found
 
 
-def _sorted(rows: Sequence[Row], methods: Sequence[Method]) -> list[Row]:
+def _sorted(rows: Sequence[TableRow], methods: Sequence[FewShotMethod]) -> list[TableRow]:
     order = {str(method): place for place, method in enumerate(methods)}
     return sorted(rows, key=lambda row: (row.setting, row.dataset == ALL, row.dataset, row.task, order[row.method]))
 
 
-def _pairs(rows: Sequence[Row]) -> list[Pair]:
+def _pairs(rows: Sequence[TableRow]) -> list[Pair]:
     found = []
     for row in rows:
         for other in rows:
@@ -138,7 +143,7 @@ def _is_floor(method: str) -> bool:
     return method in ("logistic@statistics", "full_logistic@statistics")
 
 
-def write_tables(out: Path, rows: Sequence[Row], pairs: Sequence[Pair]) -> None:
+def write_tables(out: Path, rows: Sequence[TableRow], pairs: Sequence[Pair]) -> None:
     """OUT/table.csv and OUT/differences.csv."""
     write_table(out / "table.csv", _HEAD, [
         (row.setting, row.dataset, row.task, row.method, *_cells(row.found), _cell(row.half), row.found.n, row.images,

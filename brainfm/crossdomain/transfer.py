@@ -19,7 +19,7 @@ import numpy as np
 import torch
 from safetensors.torch import load_file, save
 
-from brainfm.crossdomain.adaptation import Supervised, outputs_of, predicted, supervised
+from brainfm.crossdomain.adaptation import SupervisedMethod, outputs_of, predicted, supervised
 from brainfm.crossdomain.delong import delong
 from brainfm.crossdomain.ensembles import entropy_weighted, mean_of, stacked
 from brainfm.crossdomain.episodes import Episode
@@ -54,7 +54,7 @@ class Route:
     target: str
     task: str = ""
     networks: tuple[str, ...] = ("resnet18", "unet_s")
-    training: Supervised = field(default_factory=Supervised)
+    training: SupervisedMethod = field(default_factory=SupervisedMethod)
     axis: Axis = "mean"
     seed: int = 0
 

@@ -9,8 +9,8 @@ import numpy as np
 
 from brainfm.crossdomain.features import tensors
 from brainfm.crossdomain.images import read_mask
-from brainfm.crossdomain.saliency import Overlap, agreeing, grad_cam, overlap
-from brainfm.crossdomain.shortcut import Audit
+from brainfm.crossdomain.saliency import RegionOverlap, agreeing, grad_cam, overlap
+from brainfm.crossdomain.shortcut import MarkerAudit
 from brainfm.crossdomain.transfer import Transferred, Way
 from brainfm.files import write_table, write_whole
 from brainfm.reports.charts import chart
@@ -24,7 +24,7 @@ _SHOWN = 4  # images a finding
 Scored = tuple[Way, list[Interval], Interval]
 
 
-def write_transfer(out: Path, found: Transferred, audits: Sequence[tuple[str, Audit]], size: int, device: str,
+def write_transfer(out: Path, found: Transferred, audits: Sequence[tuple[str, MarkerAudit]], size: int, device: str,
                    command: str, seed: int = 0) -> Path:  # fmt: skip
     """OUT/table.csv, roc.png, maps.png and index.html; returns the page."""
     scored = [(way, *found.scores(way, seed)) for way in found.ways]
@@ -69,7 +69,7 @@ def _table(found: Transferred, scored: Sequence[Scored]) -> tuple[tuple[str, ...
     ))  # fmt: skip
 
 
-def _overlap_table(overlaps: Sequence[tuple[str, Overlap]]) -> tuple[tuple[str, ...], ...] | None:
+def _overlap_table(overlaps: Sequence[tuple[str, RegionOverlap]]) -> tuple[tuple[str, ...], ...] | None:
     if not overlaps:
         return None
     head = (
@@ -88,7 +88,7 @@ def _overlap_table(overlaps: Sequence[tuple[str, Overlap]]) -> tuple[tuple[str, 
     return (head, *rows)
 
 
-def _audit_section(audits: Sequence[tuple[str, Audit]]) -> Section:
+def _audit_section(audits: Sequence[tuple[str, MarkerAudit]]) -> Section:
     head = ("model", "AUROC", "marker on the ill", "marker on the well", "gap", "answer moved", "map on the marker",
             "blind map", "shortcut")  # fmt: skip
     rows = [
@@ -140,12 +140,12 @@ def roc(truth: np.ndarray, score: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return np.concatenate([[0.0], no / max(1, no[-1])]), np.concatenate([[0.0], yes / max(1, yes[-1])])
 
 
-def maps_figure(found: Transferred, size: int, device: str) -> tuple[bytes, list[tuple[str, Overlap]]]:
+def maps_figure(found: Transferred, size: int, device: str) -> tuple[bytes, list[tuple[str, RegionOverlap]]]:
     """A row a finding: images with it beneath their maps. Returns a PNG, and the overlap with ``masks/NNNNNN.tiff`` of
     the data set, for images that have one."""
     figure, axes = chart(2.6 * min(3, len(found.findings)))
     axes.remove()
-    overlaps: list[tuple[str, Overlap]] = []
+    overlaps: list[tuple[str, RegionOverlap]] = []
     down = min(3, len(found.findings))
     for k, finding in enumerate(found.findings):
         ill = np.flatnonzero(found.truth[:, k] != 0)

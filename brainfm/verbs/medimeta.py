@@ -13,8 +13,8 @@ from brainfm.verbs.running import bar
 
 if TYPE_CHECKING:
     from brainfm.crossdomain.additions import Addition
-    from brainfm.crossdomain.benchmark import Plan
-    from brainfm.crossdomain.shortcut import Audit
+    from brainfm.crossdomain.benchmark import BenchmarkPlan
+    from brainfm.crossdomain.shortcut import MarkerAudit
     from brainfm.crossdomain.transfer import Route, Transferred
 
 PLACE = 14
@@ -142,9 +142,9 @@ class Settings:
         assert self.table is not None
         return additions.from_table(self.folder or self.table.parent, self.table, self.tasks, seed=self.seed)
 
-    def plan(self) -> Plan:
-        from brainfm.crossdomain.adaptation import FineTune, Supervised
-        from brainfm.crossdomain.benchmark import Plan
+    def plan(self) -> BenchmarkPlan:
+        from brainfm.crossdomain.adaptation import FineTune, SupervisedMethod
+        from brainfm.crossdomain.benchmark import BenchmarkPlan
         from brainfm.crossdomain.episodes import Shots
         from brainfm.crossdomain.methods import with_floors
         from brainfm.crossdomain.pretraining import Maml, MultiTask
@@ -152,12 +152,12 @@ class Settings:
         assert self.out is not None
         trained: dict[str, Any] = {"lr": self.lr, "max_epochs": self.max_epochs}
         splits: dict[str, Any] = {**trained, "batch": self.batch, "patience": self.patience, "augment": self.augment}
-        return Plan(
+        return BenchmarkPlan(
             root=self.root, out=self.out, methods=tuple(with_floors(self.methods)), datasets=self.datasets,
             all_tasks=self.all_tasks, learn_all_tasks=self.learn_all_tasks,
             shots=Shots(self.shots, self.queries, self.ways, self.episodes), pools=self.pools, resplits=self.resplits,
             seed=self.seed, size=self.size, axis=self.axis, device=_device(self.device),
-            fine_tune=FineTune(lr=self.lr, steps=self.steps), supervised=Supervised(**splits),
+            fine_tune=FineTune(lr=self.lr, steps=self.steps), supervised=SupervisedMethod(**splits),
             multi_task=MultiTask(**splits),
             maml=Maml(**trained, episodes=self.meta_episodes, validation=self.meta_validation,
                       patience=max(1, self.patience // 2)),
@@ -221,12 +221,12 @@ def _benchmark(settings: Settings) -> int:
 
 
 def _transfer(settings: Settings) -> int:
-    from brainfm.crossdomain.adaptation import Supervised
+    from brainfm.crossdomain.adaptation import SupervisedMethod
     from brainfm.crossdomain.transfer import Route, run
     from brainfm.crossdomain.transfer_page import write_transfer
 
     assert settings.out is not None
-    training = Supervised(
+    training = SupervisedMethod(
         settings.lr, settings.batch, settings.patience, settings.max_epochs, settings.augment, settings.size,
         _device(settings.device),
     )  # fmt: skip
@@ -247,7 +247,7 @@ def _transfer(settings: Settings) -> int:
     return 0
 
 
-def _audits(route: Route, found: Transferred) -> list[tuple[str, Audit]]:
+def _audits(route: Route, found: Transferred) -> list[tuple[str, MarkerAudit]]:
     """The first fine-tuned network, and one trained with a marker that goes with the first finding."""
     from brainfm.crossdomain.networks import build_network
     from brainfm.crossdomain.shortcut import corner_audit, trained_on_markers

@@ -49,7 +49,7 @@ def peak_mib() -> float:
 def ours(data: Path, repeats: int) -> dict[str, float]:
     from brainfm.crossdomain.adaptation import FineTune, fine_tune
     from brainfm.crossdomain.episodes import Episode, Shots, draw
-    from brainfm.crossdomain.features import Features, tensors
+    from brainfm.crossdomain.features import CachedFeatures, tensors
     from brainfm.crossdomain.heads import columns, linear, logistic
     from brainfm.crossdomain.medimeta import MedIMeta
 
@@ -67,7 +67,7 @@ def ours(data: Path, repeats: int) -> dict[str, float]:
     episodes = draw(items.places, items.task_target, shots, 0, SET)
 
     def hundred(head: Callable[..., np.ndarray]) -> None:
-        features = Features(items, network, 224)
+        features = CachedFeatures(items, network, 224)
         for episode in episodes:
             truth = columns(episode.support_y, items.task_target, 3)
             head(features.of(episode.support), truth, features.of(episode.query), 0)

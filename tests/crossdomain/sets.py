@@ -6,7 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
-from brainfm.crossdomain.additions import About, Addition, Task, write_dataset
+from brainfm.crossdomain.additions import About, AddedTask, Addition, write_dataset
 from brainfm.crossdomain.layout import TaskTarget
 
 SIDES = ("train", "train", "train", "val", "test", "test")
@@ -31,10 +31,10 @@ def write_set(root: Path, dataset_id: str = "toy", count: int = 60, edge: int = 
     images = images_of(kind, edge, channels, seed)
     signs = np.stack([kind == 1, rng.random(count) < 0.5], axis=1).astype(np.int64)
     tasks = [
-        Task("kind", TaskTarget.MULTICLASS_CLASSIFICATION, kind, {0: "round", 1: "flat", 2: "none"}),
-        Task("sick", TaskTarget.BINARY_CLASSIFICATION, (kind > 0).astype(np.int64), {0: "no", 1: "yes"}),
-        Task("signs", TaskTarget.MULTILABEL_CLASSIFICATION, signs, {0: "edge", 1: "haze"}),
-        Task("grade", TaskTarget.ORDINAL_REGRESSION, np.array([0, 1, 4])[kind], {0: "0", 1: "1", 4: "4"}),
+        AddedTask("kind", TaskTarget.MULTICLASS_CLASSIFICATION, kind, {0: "round", 1: "flat", 2: "none"}),
+        AddedTask("sick", TaskTarget.BINARY_CLASSIFICATION, (kind > 0).astype(np.int64), {0: "no", 1: "yes"}),
+        AddedTask("signs", TaskTarget.MULTILABEL_CLASSIFICATION, signs, {0: "edge", 1: "haze"}),
+        AddedTask("grade", TaskTarget.ORDINAL_REGRESSION, np.array([0, 1, 4])[kind], {0: "0", 1: "1", 4: "4"}),
     ]
     splits = [SIDES[(number // 3) % 6] for number in range(count)]
     addition = Addition(count, images.__getitem__, tasks, splits, ["train"] * count, [str(n) for n in range(count)])

@@ -13,15 +13,15 @@ import torch
 pytest.importorskip("h5py")
 
 from brainfm.cli import main
-from brainfm.crossdomain.adaptation import FineTune, Supervised, batches, fine_tune, loss_of, supervised
+from brainfm.crossdomain.adaptation import FineTune, SupervisedMethod, batches, fine_tune, loss_of, supervised
 from brainfm.crossdomain.augmentation import augmented
-from brainfm.crossdomain.benchmark import Job, answers_path, load_answers
+from brainfm.crossdomain.benchmark import BenchmarkJob, answers_path, load_answers
 from brainfm.crossdomain.episode_scores import episode_auroc
 from brainfm.crossdomain.episodes import Episode, Shots, draw
-from brainfm.crossdomain.features import Features
+from brainfm.crossdomain.features import CachedFeatures
 from brainfm.crossdomain.layout import TaskTarget, find
 from brainfm.crossdomain.medimeta import MedIMeta
-from brainfm.crossdomain.methods import Method, parse, with_floors
+from brainfm.crossdomain.methods import FewShotMethod, parse, with_floors
 from brainfm.crossdomain.networks import build_network
 from brainfm.crossdomain.pretraining import Maml, MultiTask, maml, multi_task, sources_for, tasks_of
 from brainfm.crossdomain.twins import twins
@@ -85,7 +85,9 @@ def test_several_processes_give_the_same_answers(root: Path, tmp_path: Path) -> 
     for workers in (1, 2):
         out = tmp_path / str(workers)
         assert main(command(root, out, ["prototypes@statistics"], f"workers={workers}", "datasets=[one,two]")) == 0
-        both.append(load_answers(answers_path(out, Job("two", "kind"), parse("prototypes@statistics")))[0]["few-shot"])
+        both.append(
+            load_answers(answers_path(out, BenchmarkJob("two", "kind"), parse("prototypes@statistics")))[0]["few-shot"]
+        )
     assert all(np.array_equal(a.scores, b.scores) for a, b in zip(*both))
 
 
@@ -154,7 +156,7 @@ def test_adding_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixt
 
 def test_methods_have_names() -> None:
     method = parse("finetune@resnet18:/a+b/r.pth+mmpt")
-    assert method == Method("finetune", "resnet18:/a+b/r.pth", "mmpt") and parse(str(method)) == method
+    assert method == FewShotMethod("finetune", "resnet18:/a+b/r.pth", "mmpt") and parse(str(method)) == method
     assert parse("logistic@planar:/a+b.safetensors").pretraining == ""
     assert str(with_floors(["full_logistic@resnet18"])[0]) == "full_logistic@statistics"
     assert len(with_floors(["logistic@statistics", "forest@pixels"])) == 2
@@ -166,7 +168,9 @@ def test_other_weights_under_the_same_name_are_another_method(tmp_path: Path) ->
     found = []
     for content in (b"a", b"b"):
         (tmp_path / "r.pth").write_bytes(content)
-        found.append(answers_path(tmp_path, Job("one", "kind"), parse(f"logistic@resnet18:{tmp_path / 'r.pth'}")))
+        found.append(
+            answers_path(tmp_path, BenchmarkJob("one", "kind"), parse(f"logistic@resnet18:{tmp_path / 'r.pth'}"))
+        )
     assert found[0] != found[1] and found[0].name.startswith("logistic@r.pth_")
 
 
@@ -183,15 +187,15 @@ def test_sources_share_neither_domain_nor_people(root: Path) -> None:
 
 def test_features_are_computed_once(root: Path, tmp_path: Path) -> None:
     items, network = MedIMeta(root, "one", "kind"), build_network("unet_tiny")
-    first = Features(items, network, 16, tmp_path)
+    first = CachedFeatures(items, network, 16, tmp_path)
     some = first.of([3, 1, 3])
-    again = Features(MedIMeta(root, "one", "sick"), network, 16, tmp_path)
+    again = CachedFeatures(MedIMeta(root, "one", "sick"), network, 16, tmp_path)
     calls: list[int] = []
     again._compute = lambda rows: calls.append(len(rows)) or np.zeros((len(rows), some.shape[1]))  # type: ignore[method-assign,func-returns-value]
     assert np.array_equal(again.of([3, 1, 3]), some) and not calls
     again.of([3, 5])
     assert calls == [1], "only the image that was not there"
-    other = Features(items, build_network("unet_tiny", seed=1), 16, tmp_path)
+    other = CachedFeatures(items, build_network("unet_tiny", seed=1), 16, tmp_path)
     assert other.key != first.key and not np.allclose(other.of([3]), some[:1])
 
 
@@ -200,7 +204,7 @@ def test_grey_and_coloured_images_reach_every_network(root: Path) -> None:
         items = MedIMeta(root, dataset, "kind")
         for name in ("unet_tiny", "resnet18"):
             network = build_network(name)
-            assert Features(items, network, 32).of([0, 1]).shape == (2, network.width)
+            assert CachedFeatures(items, network, 32).of([0, 1]).shape == (2, network.width)
         assert items.num_channels == items.dataset.channels
 
 
@@ -221,7 +225,7 @@ def test_supervised_training_keeps_its_best_epoch(root: Path) -> None:
     items = MedIMeta(root, "one", "kind")
     rows = np.arange(60)
     episode = Episode(rows[:36], rows[48:], items.places[:36], items.places[48:], (0, 1, 2))
-    settings = Supervised(lr=3e-3, batch=12, max_epochs=6, size=16, augment=False)
+    settings = SupervisedMethod(lr=3e-3, batch=12, max_epochs=6, size=16, augment=False)
     answers, model = supervised(build_network("unet_tiny"), items, episode, rows[36:48], settings, 0)
     assert episode_auroc(answers) > 0.7 and not model.training
 
@@ -251,7 +255,7 @@ def test_multi_task_training_helps_on_a_task_like_its_own(root: Path) -> None:
     from brainfm.crossdomain.heads import columns, prototypes
 
     def score(net: object) -> float:
-        features = Features(items, net, 16)  # type: ignore[arg-type]
+        features = CachedFeatures(items, net, 16)  # type: ignore[arg-type]
         return float(np.mean([
             episode_auroc(Answers(e.query, columns(e.query_y, items.task_target, 3),
                                   prototypes(features.of(e.support), columns(e.support_y, items.task_target, 3),

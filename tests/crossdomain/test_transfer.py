@@ -12,7 +12,7 @@ import torch
 pytest.importorskip("h5py")
 
 from brainfm.cli import main
-from brainfm.crossdomain.adaptation import Supervised
+from brainfm.crossdomain.adaptation import SupervisedMethod
 from brainfm.crossdomain.delong import delong, delong_difference
 from brainfm.crossdomain.ensembles import entropy_weighted, stacked
 from brainfm.crossdomain.medimeta import MedIMeta
@@ -167,7 +167,7 @@ def test_the_audit_exposes_a_planted_marker_and_no_other(tmp_path: Path) -> None
     np.save(folder / "task_labels" / "sick.npy", rng.permutation(np.arange(96) % 2))
     items = MedIMeta(tmp_path, "toy", "sick")
     rows = np.flatnonzero(np.isin(items.rows, np.arange(96)[np.arange(96) // 3 % 6 >= 4]))
-    network, training = build_network("unet_tiny"), Supervised(3e-3, 16, 10, 12, False, 32)
+    network, training = build_network("unet_tiny"), SupervisedMethod(3e-3, 16, 10, 12, False, 32)
     fooled = trained_on_markers(network, items, training, 0, 0)
     found = corner_audit(fooled, items, rows, 0, 32)
     assert found.exposed and found.with_it > 0.8 > 0.3 > found.against and found.moved > 0.1
