@@ -116,7 +116,7 @@ def tuned(
 
 @torch.no_grad()
 def scored(net: nn.Module, crops: Sequence[levels.Crop], groups: int) -> tuple[float, float]:
-    overlaps = levels.Overlap(groups), levels.Overlap(groups)
+    overlaps = levels.GroupOverlap(groups), levels.GroupOverlap(groups)
     for crop in crops:
         assert crop.truth is not None
         overlaps[crop.whole].add(net(crop.image)[0].argmax(dim=0), crop.truth)
