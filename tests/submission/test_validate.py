@@ -29,7 +29,8 @@ def script(folder, body):
     """A submission in a few lines; nibabel and numpy are there, the flags are read."""
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "predict.py").write_text(
-        "import argparse, sys\nimport numpy as np, nibabel as nib\n"
+        "import argparse, sys\nsys.modules['pydicom'] = None\n"  # nibabel would import it, and it requests
+        "import numpy as np, nibabel as nib\n"
         "parser = argparse.ArgumentParser()\n"
         "for flag in 'flair adc dwi t2s swi t1 t2 input output dwi_b1000'.split(): parser.add_argument('--' + flag)\n"
         "args = vars(parser.parse_args()); output = args.pop('output')\n"
