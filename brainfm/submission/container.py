@@ -49,6 +49,7 @@ _place = os.path.join(tempfile.gettempdir(), "brainfm")
 for _name, _folder in {caches}.items():
     os.environ[_name] = os.path.join(_place, _folder)
 sys.dont_write_bytecode = True
+sys.modules["pydicom"] = None  # nibabel would import it where it is installed, and with it a socket is opened
 
 from brainfm.submission.predict import main  # noqa: E402
 

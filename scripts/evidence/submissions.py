@@ -35,7 +35,7 @@ from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import save_backbone
 from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
 from brainfm.submission.cases import KINDS, made
-from brainfm.submission.challenge import ChallengeTask, names, read_challenge
+from brainfm.submission.challenge import ChallengeTask, names, read_challenge, task_of
 from brainfm.submission.container import stage
 from brainfm.tasks.bundle import write_bundle
 from brainfm.tasks.segmentation.network import SegmentationTask
@@ -47,8 +47,9 @@ SIZES = ("unet_s", "unet_b")
 # Of the fourth ventricle: mm from the middle, the back and the top of a head; widths and height of the heads.
 REGION = (-38.0, 42.0, -206.0, 34.0, 126.0, -66.0, 152.0, 180.0, 206.0)
 # The preset made small: few steps, and whole-head questions on a coarse grid; masks keep that of their scans.
-FEW = ["folds=2", "repeats=1", "trainer.max_steps=6", "baselines=[]", "report=false", "audit=false", "trainer=cpu"]
-COARSE = ["preprocess.spacing_mm=4", "task.patch_vox=[32,32,32]"]
+FEW = ["folds=2", "repeats=1", "trainer.max_steps=4", "baselines=[]", "report=false", "audit=false", "trainer=cpu",
+       "adapt.trial_steps=1"]  # fmt: skip
+COARSE, FLAT = ["preprocess.spacing_mm=4", "task.patch_vox=[32,32,32]"], ["task.patch_vox=[32,32,16]"]
 THICK, PLAIN = ((64, 80, 16), (2.8, 2.8, 7.0)), ((48, 56, 48), (3.5, 3.5, 3.5))  # shapes and spacings of the heads
 
 
@@ -62,7 +63,7 @@ def main() -> None:
     asked = parser.parse_args()
     asked.out.mkdir(parents=True, exist_ok=True)
     tasks = [task for name in names() for task in read_challenge(name).tasks]
-    tasks = [task for task in tasks if not asked.tasks or task.id in asked.tasks]
+    tasks = [task_of(name) for name in asked.tasks] if asked.tasks else tasks
     if asked.what != "times":
         backbone = asked.backbone or fresh(asked.out / "fresh.safetensors", "unet_s")
         for task in tasks:
@@ -114,7 +115,7 @@ def submission(task: ChallengeTask, folder: Path, backbone: Path, kinds: Sequenc
         run("convert", *named, f"root={data}", f"out={manifest}")
         run(
             "finetune", f"experiment={task.id}", f"root={data}", f"backbone_from={backbone}", f"run={folder / 'run'}",
-            *FEW, *([] if task.kind == "segmentation" else COARSE),
+            *FEW, *(FLAT if task.kind == "segmentation" else COARSE),
         )  # fmt: skip
         weights = [f"bundle={folder / 'run' / 'bundle'}"]
         given = [f"given={data / task.folders[0] / task.folders[0]}", "most=2"]

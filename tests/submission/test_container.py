@@ -152,3 +152,12 @@ def test_settings_survive_and_unknown_ones_are_refused(tmp_path):
     (tmp_path / "s.json").write_text('{"colour": 1}')
     with pytest.raises(ConfigError, match="unknown key 'colour'"):
         AppSettings.read(tmp_path / "s.json")
+
+
+def test_no_package_of_the_machine_is_drawn_in_that_opens_sockets(app_of, tmp_path):
+    """nibabel imports pydicom where there is one, which imports requests, which binds an IPv6 socket."""
+    app = app_of("fomo26", "task5")
+    (tmp_path / "pydicom.py").write_text("raise SystemExit('pydicom was imported')")
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    ran = subprocess.run([sys.executable, app / "predict.py"], env=environment, capture_output=True, text=True)
+    assert ran.returncode == 2 and "required: --output" in ran.stderr
