@@ -4,13 +4,15 @@
     python scripts/evidence/crossdomain.py trained --data DATA2D --work WORK
     python scripts/evidence/crossdomain.py whole --data DATA2D --work WORK --planar FILE
     python scripts/evidence/crossdomain.py transfer --data DATA2D --work WORK
+    python scripts/evidence/crossdomain.py phantoms --data DATA2D --work WORK
 
 DATA2D holds ``medimeta_mini`` and MedMNIST files (``breastmnist*.npz``, ``pneumoniamnist*.npz``); FILE is a backbone
 file of ours. Each part is a `brainfm medimeta action=benchmark`, goes on where it stopped, and prints its command.
 ``frozen``: 100 episodes of 5 support and 10 query images a class; ``trained``: pre-training on the other data sets, of
 which the table shows whether it helps; ``whole``: the training split, the fixed test split and 3 re-splits;
 ``transfer``: from 900 images of PneumoniaMNIST, without those of the small set, to the small set ``pneumonia``; both
-are of one hospital: the machinery is shown, not a change of hospital.
+are of one hospital: the machinery is shown, not a change of hospital; ``phantoms``: the same from drawn chests to drawn
+chests of another contrast, with two findings whose places are known.
 """
 
 from __future__ import annotations
@@ -20,8 +22,11 @@ import shlex
 from pathlib import Path
 
 import numpy as np
+from PIL import Image
 
 from brainfm.cli import main as brainfm
+from brainfm.crossdomain.additions import About, Addition, Task, write_dataset
+from brainfm.crossdomain.layout import TaskTarget
 from brainfm.crossdomain.medimeta import MedIMeta
 from brainfm.seeds import stream
 
@@ -68,12 +73,48 @@ def source_of(data: Path, work: Path, root: Path) -> None:
              f"medmnist={work / 'rest.npz'}", "task=pneumonia presence", "size=28"])  # fmt: skip
 
 
+def drawn_chests(root: Path, name: str, count: int, seed: int, gamma: float) -> None:
+    """ROOT/NAME: drawn chests with a nodule, an effusion, both or none, and masks of what was put in."""
+    if (root / name).exists():
+        return
+    rng = stream(seed, f"drawn chests {name}")
+    y, x = np.mgrid[-1:1:96j, -1:1:96j]
+    labels = rng.random((count, 2)) < 0.4
+    images, masks = np.zeros((count, 96, 96), np.uint8), np.zeros((count, 96, 96), bool)
+    for number, (nodule, effusion) in enumerate(labels):
+        sides = [((x - side * 0.42) / 0.33) ** 2 + (y / rng.uniform(0.62, 0.74)) ** 2 < 1 for side in (-1, 1)]
+        body = 0.72 - 0.45 * (sides[0] | sides[1]) + 0.08 * np.sin(9 * y + rng.uniform(0, 6)) * (np.abs(x) < 0.85)
+        side = int(rng.integers(2))
+        if nodule:
+            at = rng.uniform(-0.4, 0.2), (side * 2 - 1) * rng.uniform(0.3, 0.5)
+            spot = (y - at[0]) ** 2 + (x - at[1]) ** 2 < rng.uniform(0.008, 0.018)
+            body, masks[number] = body + 0.3 * spot, masks[number] | spot
+        if effusion:
+            fluid = sides[int(rng.integers(2))] & (y > rng.uniform(0.3, 0.45))
+            body, masks[number] = body + 0.35 * fluid, masks[number] | fluid
+        noisy = np.clip(body + rng.normal(0, 0.05, body.shape), 0, 1) ** gamma
+        images[number] = (255 * noisy).astype(np.uint8)
+    ends = (int(0.6 * count), int(0.8 * count))
+    sides = ["train" if n < ends[0] else "val" if n < ends[1] else "test" for n in range(count)]
+    task = Task("findings", TaskTarget.MULTILABEL_CLASSIFICATION, labels.astype(np.int64), {0: "nodule", 1: "effusion"})
+    addition = Addition(count, images.__getitem__, [task], sides, sides, [str(n) for n in range(count)])
+    about = About(name, name, f"Drawn chests, gamma {gamma}", "none", size=None, tiff=False)
+    folder = write_dataset(root, about, addition)
+    (folder / "masks").mkdir()
+    for number in np.flatnonzero(labels.any(axis=1)):
+        Image.fromarray((255 * masks[number]).astype(np.uint8)).save(folder / "masks" / f"{number:06d}.tiff")
+
+
 def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool) -> list[str]:
     """The command line of a part."""
     networks = ["unet_s", "resnet18", *([f"planar:{planar}"] if planar else []), *(["efficientnet_lite0"] * lite)]
     if part == "transfer":
         return ["medimeta", "action=transfer", f"root={root}", f"out={work / part}", "source=radiographs",
-                "target=pneumonia", "networks=[resnet18,unet_s]", "size=32", "max_epochs=5", "shortcut=true",
+                "target=pneumonia", "networks=[resnet18,unet_s]", "size=64", "max_epochs=5", "shortcut=true",
+                "device=cpu"]  # fmt: skip
+    if part == "phantoms":
+        return ["medimeta", "action=transfer", f"root={root}", f"out={work / part}", "source=far", "target=near",
+                "networks=[unet_tiny,resnet18]", "size=96", "max_epochs=6", "batch=32", "lr=2e-3", "shortcut=true",
                 "device=cpu"]  # fmt: skip
     if part == "frozen":
         methods = [f"{how}@{network}" for network in networks for how in ("logistic", "prototypes")]
@@ -93,7 +134,7 @@ def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool)
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("frozen", "trained", "whole", "transfer"))
+    parser.add_argument("part", choices=("frozen", "trained", "whole", "transfer", "phantoms"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--planar", type=Path, help="a backbone file of a 3D network")
@@ -102,6 +143,10 @@ def main() -> int:
     root = sets_of(given.data, given.work, given.part == "trained")
     if given.part == "transfer":
         source_of(given.data, given.work, root)
+    if given.part == "phantoms":
+        root = given.work / "drawn"
+        drawn_chests(root, "far", 300, 0, 1.0)
+        drawn_chests(root, "near", 250, 1, 1.8)
     words = words_of(given.part, root, given.work, given.planar, given.lite)
     print(shlex.join(["brainfm", *words]))
     return brainfm(words)
