@@ -25,7 +25,7 @@ import numpy as np
 from PIL import Image
 
 from brainfm.cli import main as brainfm
-from brainfm.crossdomain.additions import About, Addition, Task, write_dataset
+from brainfm.crossdomain.additions import About, AddedTask, Addition, write_dataset
 from brainfm.crossdomain.layout import TaskTarget
 from brainfm.crossdomain.medimeta import MedIMeta
 from brainfm.seeds import stream
@@ -96,7 +96,9 @@ def drawn_chests(root: Path, name: str, count: int, seed: int, gamma: float) -> 
         images[number] = (255 * noisy).astype(np.uint8)
     ends = (int(0.6 * count), int(0.8 * count))
     sides = ["train" if n < ends[0] else "val" if n < ends[1] else "test" for n in range(count)]
-    task = Task("findings", TaskTarget.MULTILABEL_CLASSIFICATION, labels.astype(np.int64), {0: "nodule", 1: "effusion"})
+    task = AddedTask(
+        "findings", TaskTarget.MULTILABEL_CLASSIFICATION, labels.astype(np.int64), {0: "nodule", 1: "effusion"}
+    )
     addition = Addition(count, images.__getitem__, [task], sides, sides, [str(n) for n in range(count)])
     about = About(name, name, f"Drawn chests, gamma {gamma}", "none", size=None, tiff=False)
     folder = write_dataset(root, about, addition)
