@@ -16,6 +16,8 @@ from brainfm.cli import main
 from brainfm.data.layouts import LAYOUTS, _Place
 from brainfm.data.manifest import contrast_of, read_manifest
 from brainfm.data.store import Store
+from brainfm.nets.backbone import BACKBONES
+from brainfm.objectives.settings import OBJECTIVES
 from brainfm.tasks.bundle import read_bundle
 from brainfm.tasks.registry import KINDS, kind_of
 from tests.tasks.toy_kind import table
@@ -156,3 +158,25 @@ def test_no_two_classes_share_a_name() -> None:
             if isinstance(node, ast.ClassDef) and not (node.name == "Settings" and path.parent.name == "verbs"):
                 found.setdefault(node.name, []).append(str(path.relative_to(PACKAGE)))
     assert not {name: files for name, files in found.items() if len(files) > 1}
+
+
+# modules that name an entry of a registry for a reason of their own: a default, or what another tool's weights become
+ELSEWHERE = {"training.memory", "training.settings", "crossdomain.transfer", "verbs.medimeta", "verbs.export"}
+WORDS = {"mae", "folder"}  # a score and a directory are called so, too
+
+
+@pytest.mark.parametrize(
+    ("registry", "home", "files"),
+    [(BACKBONES, "nets.backbone", 2), (OBJECTIVES, "objectives.settings", 2), (LAYOUTS, "data.layouts", 1)],
+    ids=["a backbone", "an objective", "a layout"],
+)
+def test_who_adds_a_name_touches_its_registry_and_its_own_file(registry: dict, home: str, files: int) -> None:
+    """Counted for every entry that is there: the modules in which its name stands."""
+    where: dict[str, set[str]] = {}
+    for path in MODULES:
+        for node in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+            if isinstance(node, ast.Constant) and isinstance(node.value, str) and node.value in registry:
+                where.setdefault(node.value, set()).add(name_of(path))
+    for name in registry.keys() - WORDS:
+        touched = {m for m in where[name] - ELSEWHERE if not m.startswith("nets.exchange.")}
+        assert home in touched and len(touched) <= files, f"{name} stands in {sorted(touched)}"
