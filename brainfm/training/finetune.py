@@ -300,7 +300,7 @@ def _fresh(
     # a segmenter begins with the file's decoder where it takes it; an answer for a whole head reads its features
     taken = decoder or (backbone is not None and not tuning.study.takes_decoder)
     task = swap_in(tuning.study.task(encoder, split.trained, tuning.pretrained if taken else None))
-    if backbone is not None and tuning.adapt.restore_lengths and not begun:
+    if tuning.pretrained is not None and backbone is not None and tuning.adapt.restore_lengths and not begun:
         for part in learning_parts(task, tuning.adapt, decoder):
             restore_lengths(part)
     if not begun:

@@ -46,6 +46,7 @@ SETTINGS = replace(resolve("finetune", WORDS), command="brainfm finetune x=1")
 
 def question() -> SegmentationStudy:
     found = object.__new__(SegmentationStudy)
+    found._region = ()  # type: ignore[misc]  # of a lesion, which may be anywhere
     found.cases, found.left_out = CASES, ("d/99: no lesion",)
     found.spec = TaskSpec("segmentation", "lesion", ("t1", "flair"), (0, 1), (16, 16, 16))
     found.store = SimpleNamespace(spec=PreprocessSpec(), path=Path("store"))  # type: ignore[assignment]

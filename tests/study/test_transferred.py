@@ -75,7 +75,8 @@ def scores(run: Path) -> dict[str, Any]:
 def test_a_decoder_that_is_asked_for_is_copied_to_the_bit_and_learns(
     store: Store, backbone: Path, tmp_path: Path
 ) -> None:
-    values = config(store, tmp_path / "run", backbone, "adapt.decoder=true", *SEGMENTATION)
+    more = ("adapt.decoder=true", "adapt.restore_lengths=false", *SEGMENTATION)
+    values = config(store, tmp_path / "run", backbone, *more)
     study, splits = _begin(values)
     start, loaded = _fresh(study, splits[0], study.backbone, decoder=True), load_backbone(backbone)
     assert isinstance(start, SegmentationTask) and loaded.decoder is not None
@@ -307,7 +308,8 @@ def test_a_lesion_question_begins_as_the_pathology_row(store: Store, backbone: P
 
 
 def test_an_anatomical_question_begins_as_a_linear_probe_of_the_decoder(people_store: Store, tmp_path: Path) -> None:
-    """The probe is of the training side, the same each time; with head_start=fresh, and with a fresh decoder, none."""
+    """The probe is of the training side, the same each time; of a fresh decoder's features, too; with head_start=fresh
+    there is none."""
     origin = backbone_file(tmp_path / "b.safetensors", people_store)
     more = ("task=segmentation", "task.target=tissue", "adapt.decoder=true", "folds=2")
     study, splits = _begin(config(people_store, tmp_path / "a", origin, *more))
@@ -324,7 +326,7 @@ def test_an_anatomical_question_begins_as_a_linear_probe_of_the_decoder(people_s
     with torch.no_grad():
         linear, chance = (study.study.watch(task.eval(), [case], place) for task in (one, fresh))
     assert linear > chance + 0.1, "even features that nothing was learnt with tell something"
-    assert getattr(_fresh(study, splits[0], study.backbone), "began", "") == "fresh"
+    assert getattr(_fresh(study, splits[0], study.backbone), "began", "") == one.began
     with pytest.raises(ConfigError, match=r"task\.head_start=warm: expected linear or fresh"):
         _begin(config(people_store, tmp_path / "w", origin, "task.head_start=warm", *more))
 

@@ -114,7 +114,18 @@ def test_more_memory_never_gives_less() -> None:
     assert worth == sorted(worth) and worth[0] < worth[-1]
 
 
-@pytest.mark.parametrize("name", sorted(BACKBONES))
+MEASURED = sorted(name for name in BACKBONES if name.split("_")[0] in ("unet", "resenc"))
+
+
+def test_a_family_that_was_not_measured_is_said_to_be_so() -> None:
+    spec = TrainerSettings(accelerator="cpu", precision="32-true", memory_gb=4.0)
+    made = plan(
+        meta("vit_s"), "segmentation", contrasts=1, classes=2, patch_vox=(96, 96, 96), batch_size=2, trainer=spec
+    )
+    assert made.patch_vox == (96, 96, 96) and "nothing was measured for backbone vit_s" in " ".join(made.notes)
+
+
+@pytest.mark.parametrize("name", MEASURED)
 @pytest.mark.parametrize("device", ["gpu", "cpu"])
 def test_every_backbone_has_a_prediction_that_grows(name: str, device: str) -> None:
     settings = {"unet": {"widths": [16, 32, 64]}, "resenc": {"widths": [16, 32], "depths": [1, 2]}}.get(name, {})

@@ -91,11 +91,12 @@ def test_arrays_that_were_read_as_zyx_give_the_same_features_turned(tmp_path: Pa
     held = released()
     held["nnssl_adaptation_plan"]["recommended_downstream_patchsize"] = [48, 32, 64]
     loaded = fetch(tmp_path, held)
+    torch.manual_seed(0)
     there, image = small_by_formula(), torch.randn(1, 1, 12, 8, 16)
     for ours, theirs in zip(
         loaded.backbone.features(image), there["encoder"](image.permute(0, 1, 4, 3, 2)), strict=True
     ):
-        torch.testing.assert_close(ours, theirs.permute(0, 1, 4, 3, 2), atol=1e-5, rtol=0)
+        torch.testing.assert_close(ours, theirs.permute(0, 1, 4, 3, 2), atol=2e-5, rtol=1e-5)
     assert loaded.patch_vox == (64, 32, 48)
 
 
