@@ -20,7 +20,7 @@ from typing import Any, Literal
 import numpy as np
 
 from brainfm.crossdomain.checks import check
-from brainfm.crossdomain.layout import ANNOTATIONS, IMAGES, INFO, SPLITS, TaskTarget, read_info
+from brainfm.crossdomain.layout import ANNOTATIONS, IMAGES, INFO, SPLITS, TaskTarget, check_task_name, read_info
 from brainfm.errors import ConfigError, DatasetError
 from brainfm.extras import missing
 from brainfm.files import write_table, write_text
@@ -252,6 +252,8 @@ def write_dataset(root: Path, about: About, addition: Addition, progress: Progre
         DatasetError: where an image cannot be read, or what was written contradicts itself.
     """
     target = root / about.id
+    for task in addition.tasks:
+        check_task_name(task.name)
     if not about.id or Path(about.id).name != about.id or about.id.startswith("."):
         raise ConfigError(f"id={about.id}: expected the name of a folder")
     if target.exists():

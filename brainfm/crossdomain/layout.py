@@ -184,11 +184,18 @@ def read_info(folder: Path) -> DatasetInfo:
     )
 
 
+def check_task_name(name: str) -> None:
+    """Raises: DatasetError for a name that would lead out of the folder in which a task's labels lie."""
+    if not name or Path(name).name != name:
+        raise DatasetError(f"task {name!r}: expected the name of a file, without folders")
+
+
 def _task(path: Path, raw: Any) -> TaskInfo:
     if not isinstance(raw, dict):
         raise DatasetError(f"{path}: a task is {raw!r}, expected the keys {', '.join(_TASK_KEYS)}")
     _check_keys(path, raw, _TASK_KEYS, ())
     name, target, labels = (raw[key] for key in _TASK_KEYS)
+    check_task_name(str(name))
     if target not in TaskTarget.__members__:
         legal = ", ".join(TaskTarget.__members__)
         raise DatasetError(f"{path}: task_target {target!r} of task {name!r}, expected one of {legal}")

@@ -109,7 +109,16 @@ class Adapted(Backbone):
 
     def _tried(self, size: tuple[int, ...]) -> tuple[tuple[int, ...], tuple[int, ...]]:
         """Widths and strides; the parts that no map needs are dropped."""
-        maps = self._read(torch.zeros(1, 1, *size))
+        if len(size) != 3 or min(size) < 1 or (self._tokens_vox is not None and self._tokens_vox < 1):
+            raise ConfigError(
+                f"backbone.probe_vox={list(size)}, tokens_vox={self._tokens_vox}: expected three edges and one from 1"
+            )
+        try:
+            maps = self._read(torch.zeros(1, 1, *size))
+        except (RuntimeError, ValueError, TypeError, IndexError) as error:
+            raise ConfigError(
+                f"backbone.network: it does not read [1, 1, {', '.join(map(str, size))}]: {str(error).splitlines()[0]}"
+            ) from None
         widths, strides = [], []
         for name, found in zip(self._names, maps):
             stride = size[0] // found.shape[2] if found.ndim == 5 else 0

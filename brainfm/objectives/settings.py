@@ -308,7 +308,7 @@ class DINOSettings(ObjectiveSettings):
             if not 0 < low <= high <= 1:
                 raise ConfigError(f"objective.{key}=[{low:g}, {high:g}]: expected 0 < from <= to <= 1")
         for key in ("student_temperature", "teacher_temperature_start", "teacher_temperature"):
-            if getattr(self, key) <= 0:
+            if not getattr(self, key) > 0:  # also of what is not a number
                 raise ConfigError(f"objective.{key}={getattr(self, key):g}: expected more than 0")
         for key in ("momentum", "warm", "mask_share"):
             if not 0 <= getattr(self, key) <= 1:

@@ -7,7 +7,9 @@
 from __future__ import annotations
 
 import ast
+import io
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -173,19 +175,22 @@ def stage(
     features = check_weights(task, weights)
     if scale is not None and scale.shape != (2, features):
         raise ConfigError(f"the scale has the shape {scale.shape}, expected (2, {features}) as {weights} gives")
-    shutil.rmtree(app, ignore_errors=True)
+    part = app.with_name(f".{app.name}.part")  # an interrupted staging leaves nothing in the place of a whole one
+    shutil.rmtree(part, ignore_errors=True)
     for module in reached("brainfm.submission.predict"):
-        write_whole(app / "brainfm" / module.relative_to(_PACKAGE), module.read_bytes())
-    write_whole(app / "predict.py", _SCRIPT.format(caches=CACHES).encode())
-    write_whole(app / SETTINGS, (settings or AppSettings()).to_json().encode())
+        write_whole(part / "brainfm" / module.relative_to(_PACKAGE), module.read_bytes())
+    write_whole(part / "predict.py", _SCRIPT.format(caches=CACHES).encode())
+    write_whole(part / SETTINGS, (settings or AppSettings()).to_json().encode())
     if task.kind == "embedding":
-        write_whole(app / BACKBONE, weights.read_bytes())
-        with (app / SCALE).open("wb") as file:
-            given = np.stack([np.zeros(features), np.ones(features)]) if scale is None else scale
-            np.save(file, given.astype(np.float32), allow_pickle=False)
+        write_whole(part / BACKBONE, weights.read_bytes())
+        given, held = np.stack([np.zeros(features), np.ones(features)]) if scale is None else scale, io.BytesIO()
+        np.save(held, given.astype(np.float32), allow_pickle=False)
+        write_whole(part / SCALE, held.getvalue())
     else:
-        shutil.copytree(weights, app / BUNDLE)
-    write_whole(app / TASK, task.to_json().encode())  # last: its presence says that the folder is whole
+        shutil.copytree(weights, part / BUNDLE)
+    write_whole(part / TASK, task.to_json().encode())
+    shutil.rmtree(app, ignore_errors=True)
+    os.replace(part, app)
     return app
 
 

@@ -50,6 +50,12 @@ class AppSettings:
     whole_mvox: float = 20.0
     parts: tuple[str, ...] = ()
 
+    def __post_init__(self) -> None:
+        if not 0 <= self.overlap < 1 or not 0 < self.whole_mvox < math.inf:
+            raise ConfigError(
+                f"overlap={self.overlap:g}, whole_mvox={self.whole_mvox:g}: expected 0 <= overlap < 1 and more than 0"
+            )
+
     def to_json(self) -> str:
         return json.dumps(asdict(self), indent=2) + "\n"
 

@@ -120,15 +120,20 @@ def validate(
         limit_s: how long a case may take.
         progress: called with (cases done, cases in all).
 
-    Raises: ConfigError where the submission cannot even be started.
+    Raises: ConfigError where the submission cannot even be started, there is no case, or a folder of outputs holds what
+        was not made here.
     """
     checks = preflight(launcher)
+    if not cases:
+        raise ConfigError(f"no case to run {task.id} on: expected cases=[plain,...] that the task has, or given=FOLDER")
+    for case in cases:
+        _check_free(out / case.name, cases)
     answers: dict[str, Path] = {}
     seconds: dict[str, float] = {}
     for number, case in enumerate(cases):
         progress(number, len(cases))
         output = out / case.name / "output" / f"{case.name}{task.ending}"
-        shutil.rmtree(out / case.name, ignore_errors=True)
+        shutil.rmtree(out / case.name, ignore_errors=True)  # see _check_free
         for place in (output.parent, out / case.name / _TEMPORARY):
             place.mkdir(parents=True)
         before = _digests(case)
@@ -153,6 +158,18 @@ def validate(
     rows = [[c.case, c.name, c.whose, int(c.passed), c.sentence, _seconds(seconds.get(c.case))] for c in checks]
     write_table(out / TABLE, columns, rows)
     return verdict
+
+
+def _check_free(folder: Path, cases: Sequence[Case]) -> None:
+    """Raises: ConfigError where a folder of outputs, which is emptied, holds an input or anything else of a user."""
+    where = folder.resolve()
+    within = [file for case in cases for file in case.files.values() if where in file.resolve().parents]
+    own = not folder.exists() or (folder / sandbox.HOOK).is_dir() or (folder.is_dir() and not any(folder.iterdir()))
+    if within or not own:
+        raise ConfigError(
+            f"{folder}: outputs of a case are written there, and it holds {within[0] if within else 'something else'}, "
+            "expected another out="
+        )
 
 
 def _seconds(value: float | None) -> str:

@@ -119,6 +119,16 @@ def test_tokens_are_laid_out_on_their_grid() -> None:
         ({"settings": {"depth": 3}}, "backbone.settings of .*depth"),
         ({"maps": ["fine", "end"]}, "end is not run|end answers"),
         ({"maps": ["coarse", "fine"]}, "fine to coarse"),
+        ({"probe_vox": [0, 8, 8]}, "three edges"),
+        ({"tokens_vox": 0}, "one from 1"),
+        (
+            {
+                "network": "torch.nn:Conv2d",
+                "maps": [""],
+                "settings": {"in_channels": 1, "out_channels": 2, "kernel_size": 1},
+            },
+            "it does not read",
+        ),
     ],
 )
 def test_refusals(config: dict[str, Any], words: str) -> None:

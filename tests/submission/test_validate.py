@@ -6,6 +6,7 @@ import json
 import re
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 
@@ -293,3 +294,24 @@ def test_our_own_submission_passes_in_short(app_of, tmp_path):
     launcher = Launcher("command", f"{sys.executable} {app / 'predict.py'}")
     verdict = validate(task, launcher, made(task, tmp_path / "cases", ("plain", "corrupt")), tmp_path / "out")
     assert verdict.passed, "\n".join(describe(verdict))
+
+
+def test_what_lies_where_outputs_go_is_never_removed(tmp_path: Path) -> None:
+    """An input, or a file of the user's: the folder of a case is emptied before it is run."""
+    task = read_challenge("fomo26").task("task3")
+    scan = tmp_path / "sub_1" / "t1w.nii.gz"
+    scan.parent.mkdir()
+    scan.write_bytes(b"of a person")
+    case = Case("sub_1", scan.parent, {"t1": scan})
+    with pytest.raises(ConfigError, match="expected another out="):
+        validate(task, Launcher("command", "/bin/true"), [case], tmp_path)
+    (tmp_path / "out" / "sub_1").mkdir(parents=True)
+    (tmp_path / "out" / "sub_1" / "mine.txt").write_text("notes")
+    with pytest.raises(ConfigError, match="holds something else"):
+        validate(task, Launcher("command", "/bin/true"), [case], tmp_path / "out")
+    assert scan.read_bytes() == b"of a person" and (tmp_path / "out" / "sub_1" / "mine.txt").exists()
+
+
+def test_no_case_is_no_pass(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="no case to run"):
+        validate(read_challenge("fomo26").task("task3"), Launcher("command", "/bin/true"), [], tmp_path)

@@ -70,7 +70,10 @@ def save_imported(path: Path, checkpoint: Checkpoint, found: Imported) -> str:
 
 
 def filled(network: nn.Module, tensors: Mapping[str, Tensor], checkpoint: Checkpoint) -> None:
-    """Copies a matching's tensors into the network they were matched for."""
+    """Copies a matching's tensors into the network they were matched for. Raises: WeightsError: one is not finite."""
+    for name, value in tensors.items():
+        if value.is_floating_point() and not value.isfinite().all():
+            raise WeightsError(f"{checkpoint.path}: what becomes {name} is not finite, expected trained weights")
     transfer(network, tensors, origin=str(checkpoint.path))
 
 

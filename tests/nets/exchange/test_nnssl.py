@@ -264,3 +264,13 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     torch.save({"epoch": 3}, tmp_path / "c.pth")
     with pytest.raises(WeightsError, match="no tensors under"):
         read_checkpoint(tmp_path / "c.pth")
+
+
+def test_weights_that_are_no_numbers_are_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    held = released()
+    for name in reference_names("encoder.stem.0.weight", LEVELS):
+        held["network_weights"][name].view(-1)[0] = torch.nan
+    torch.save(held, tmp_path / "c.pth")
+    assert main(["import", f"checkpoint={tmp_path / 'c.pth'}", f"out={tmp_path / 'b.safetensors'}"]) == 2
+    assert "what becomes stem.0.weight is not finite" in capsys.readouterr().err
+    assert not (tmp_path / "b.safetensors").exists()
