@@ -12,6 +12,7 @@ from __future__ import annotations
 import csv
 import os
 import shutil
+import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -140,6 +141,9 @@ def from_table(
     return Addition(len(rows), lambda i: _opened(paths[i]), made, splits, splits, origins, people)
 
 
+_MOST_CLASSES = 10_000  # above which a label is a mistake
+
+
 def from_medmnist(path: Path, task_name: str, names: Sequence[str] = ()) -> Addition:
     """A MedMNIST .npz with ``{train,val,test}_{images,labels}``; images become as large as is asked for.
 
@@ -153,7 +157,7 @@ def from_medmnist(path: Path, task_name: str, names: Sequence[str] = ()) -> Addi
             arrays = {name: file[name] for name in file.files}
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file, expected a MedMNIST .npz") from None
-    except (ValueError, OSError) as error:
+    except (ValueError, OSError, zipfile.BadZipFile) as error:
         raise DatasetError(f"{path}: cannot be read as .npz ({error})") from None
     lacking = [f"{s}_{what}" for s in SPLITS for what in ("images", "labels") if f"{s}_{what}" not in arrays]
     if lacking:
@@ -162,8 +166,15 @@ def from_medmnist(path: Path, task_name: str, names: Sequence[str] = ()) -> Addi
         images, labels = arrays[f"{split}_images"], arrays[f"{split}_labels"]
         if images.dtype != np.uint8 or images.ndim not in (3, 4) or (images.ndim == 4 and images.shape[-1] != 3):
             raise DatasetError(f"{path}: {split}_images are {images.dtype} {list(images.shape)}, expected 2D uint8")
+        if min(images.shape) < 1:
+            raise DatasetError(f"{path}: {split}_images are {list(images.shape)}, expected images with pixels")
         if len(images) != len(labels):
             raise DatasetError(f"{path}: {len(labels)} {split}_labels for {len(images)} images")
+        whole = labels.dtype.kind in "iub" and labels.min() >= 0 and labels.max() < _MOST_CLASSES
+        if not whole:
+            raise DatasetError(
+                f"{path}: {split}_labels are {labels.dtype}, expected whole numbers from 0 to {_MOST_CLASSES - 1}"
+            )
     images = np.concatenate([arrays[f"{split}_images"] for split in SPLITS])
     labels = np.concatenate([arrays[f"{split}_labels"].reshape(len(arrays[f"{split}_images"]), -1) for split in SPLITS])
     splits = [split for split in SPLITS for _ in arrays[f"{split}_images"]]

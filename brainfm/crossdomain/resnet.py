@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
-from brainfm.errors import ConfigError, WeightsError
+from brainfm.errors import ConfigError
+from brainfm.nets.exchange.checkpoint import read_checkpoint
 from brainfm.nets.transfer import TransferReport, transfer
 
 DEPTHS = {"resnet18": (2, 2, 2, 2), "resnet50": (3, 4, 6, 3)}
@@ -110,24 +110,5 @@ def load_resnet(network: ResNet, path: Path) -> TransferReport:
 
     Raises: WeightsError where the file cannot be read, or does not fit.
     """
-    return transfer(network, read_state(path), allow_unused=("fc.*",), allow_missing=("*.num_batches_tracked",),
-                    origin=str(path))  # fmt: skip
-
-
-def read_state(path: Path) -> Mapping[str, Tensor]:
-    """Tensors by name of a ``.safetensors`` or a ``.pth`` file; nothing in it is executed. Raises: WeightsError."""
-    if not path.is_file():
-        raise WeightsError(f"{path}: no such file, expected weights (*.safetensors, *.pth)")
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except Exception as error:
-        raise WeightsError(f"{path}: cannot be read as weights ({str(error).splitlines()[0]})") from None
-    if isinstance(state, Mapping) and isinstance(state.get("state_dict"), Mapping):
-        state = state["state_dict"]
-    if not isinstance(state, Mapping) or not all(isinstance(value, Tensor) for value in state.values()):
-        raise WeightsError(f"{path}: holds {type(state).__name__}, expected tensors by name")
-    return state
+    state = read_checkpoint(path).tensors
+    return transfer(network, state, allow_unused=("fc.*",), allow_missing=("*.num_batches_tracked",), origin=str(path))

@@ -263,8 +263,6 @@ def _audits(route: Route, found: Transferred) -> list[tuple[str, MarkerAudit]]:
 
 
 def _device(name: str) -> str:
-    import torch
+    from brainfm.tasks.engine import settle_device
 
-    if name != "auto":
-        return name
-    return "cuda" if torch.cuda.is_available() else "cpu"
+    return str(settle_device(name))

@@ -111,6 +111,21 @@ def test_a_medmnist_file(tmp_path: Path) -> None:
     assert np.array_equal(test.pixels(range(6))[:, 0], arrays["test_images"])
     with pytest.raises(ConfigError, match="found 3 names for the 2 labels"):
         from_medmnist(tmp_path / "m.npz", "disease", ("a", "b", "c"))
+    for wrong, words in (
+        (arrays["val_labels"] + 0.5, "val_labels are float64, expected whole numbers"),
+        (arrays["val_labels"].astype(np.int64) * 1_000_000_000, "expected whole numbers from 0 to 9999"),
+        (np.array(["ill"] * 6)[:, None], "expected whole numbers"),
+    ):
+        np.savez(tmp_path / "w.npz", **arrays | {"val_labels": wrong})
+        with pytest.raises(DatasetError, match=words):
+            from_medmnist(tmp_path / "w.npz", "disease")
+    (tmp_path / "w.npz").write_bytes((tmp_path / "m.npz").read_bytes()[:200])
+    with pytest.raises(DatasetError, match="cannot be read as"):
+        from_medmnist(tmp_path / "w.npz", "disease")
+    with pytest.raises(DatasetError, match="expected the name of a file"):
+        write_dataset(
+            tmp_path, About(id="x", name="X", domain="Toys", size=28), from_medmnist(tmp_path / "m.npz", "../x")
+        )
     del arrays["val_labels"]
     np.savez(tmp_path / "m.npz", **arrays)
     with pytest.raises(DatasetError, match="lacks val_labels"):

@@ -76,8 +76,10 @@ def _held(path: Path) -> Any:
     except Exception as error:  # torch raises pickle's errors, RuntimeError, KeyError: whatever a damaged file leads to
         found = _REFUSED.search(str(error))
         if found is None:
-            reason = (str(error).splitlines() or [type(error).__name__])[0]
-            raise WeightsError(f"{path}: cannot be read as a checkpoint ({reason})") from None
+            reason = (str(error).splitlines() or [""])[0]
+            # torch's own words for a file that is no archive of its advise to load it unsafely
+            said = f" ({reason})" if len(reason) > 3 and "Weights only load failed" not in reason else ""
+            raise WeightsError(f"{path}: cannot be read as a checkpoint{said}, expected a file of tensors") from None
         raise WeightsError(
             f"{path}: holds a {found[1]}, which is more than data and is never built here; expected a file of tensors "
             "and plain values (where it was made: torch.save({'state_dict': checkpoint['state_dict']}, ...))"
