@@ -25,7 +25,8 @@ from brainfm.crossdomain.layout import ANNOTATIONS, IMAGES, INFO, SPLITS, TaskTa
 from brainfm.errors import ConfigError, DatasetError
 from brainfm.extras import missing
 from brainfm.files import write_table, write_text
-from brainfm.seeds import stream, unit_hash
+from brainfm.scoring.folds import side
+from brainfm.seeds import stream
 
 Progress = Callable[[int, int], None]
 Uncertain = Literal["ones", "zeros", "ignore", "smooth"]
@@ -350,9 +351,9 @@ def _write_tables(part: Path, about: About, addition: Addition, size: tuple[int,
 
     names = [f"images/{number:06d}.tiff" for number in range(addition.count)]
     for folder, sides in (("splits", addition.splits), ("original_splits", addition.original_splits)):
-        for side in dict.fromkeys(sides):
-            listed = [name for name, its in zip(names, sides) if its == side]
-            write_text(part / folder / f"{side}.txt", "\n".join(listed))
+        for each in dict.fromkeys(sides):
+            listed = [name for name, its in zip(names, sides) if its == each]
+            write_text(part / folder / f"{each}.txt", "\n".join(listed))
     for task in addition.tasks:
         for place, array in (("task_labels", task.labels), ("soft_labels", task.soft)):
             if array is not None:
@@ -466,12 +467,11 @@ def _task(table: Path, name: str, kind: str, cells: Sequence[str]) -> AddedTask:
 def _splits(table: Path, given: Sequence[str] | None, people: Sequence[str], seed: int) -> list[str]:
     """Given splits, checked; else each person's by a hash, so that growth moves nobody."""
     if given is not None:
-        strange = [side for side in given if side not in SPLITS]
+        strange = [each for each in given if each not in SPLITS]
         if strange:
             raise DatasetError(f"{table}: split {strange[0]!r}, expected one of {', '.join(SPLITS)}")
         return list(given)
-    ends = np.cumsum([SHARES[split] for split in SPLITS])
-    return [SPLITS[min(int(np.searchsorted(ends, unit_hash(who, f"split {seed}"), "right")), 2)] for who in people]
+    return [side("", who, f"split {seed}", SHARES) for who in people]
 
 
 def _below(folder: Path, path: str) -> Path:
