@@ -1,6 +1,6 @@
 """Weights to nnU-Net and back, through the released packages themselves.
 
-    python scripts/evidence/nnssl_round_trip.py --work /tmp/round_trip
+    python scripts/evidence/nnssl_round_trip.py --work DIR
 
 Makes an environment of its own that sees the packages of the one it is started from and installs nnunetv2, its network
 package and what these import beside, each at a fixed version and without dependencies. timm imports names
