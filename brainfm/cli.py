@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import atexit
 import errno
 import os
 import shlex
@@ -12,13 +13,30 @@ from contextlib import contextmanager, suppress
 from dataclasses import replace
 from importlib import import_module
 from pathlib import Path
-from typing import Any, TextIO
+from typing import Any, NoReturn, TextIO
 
 from brainfm import __version__
 from brainfm import verbs as verbs_folder
 from brainfm.errors import BrainfmError, BrainfmWarning, ConfigError
 from brainfm.extras import translated
 from brainfm.settings import keys_of
+
+
+def command(arguments: Sequence[str] | None = None) -> NoReturn:
+    """What ``brainfm`` on a command line runs: :func:`main`, then the end of the process with its code.
+
+    After a run of several processes Python's own ending is left out: a thread of gloo that still lets go of a tensor
+    asks for an interpreter that is gone, and the process dies of SIGABRT, once in some hundred runs, its work done.
+    """
+    code = main(arguments)
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.distributed.is_available() and torch.distributed.is_initialized():
+        atexit._run_exitfuncs()
+        for stream in (sys.stdout, sys.stderr):
+            with suppress(OSError, ValueError, AttributeError):
+                stream.flush()
+        os._exit(code)
+    sys.exit(code)
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -187,4 +205,4 @@ def _usage() -> str:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    command()

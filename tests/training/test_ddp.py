@@ -96,7 +96,7 @@ def _rank(environment: dict[str, str], arguments: list[str], rank: int, out: Pat
     said = os.open(out / f"said{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 2)
     os.dup2(said, 1)
-    from brainfm.cli import main
+    from brainfm.cli import command
     from brainfm.data.patches import PretrainPatches
 
     one, block = PretrainPatches.__getitem__, Store.block
@@ -118,7 +118,7 @@ def _rank(environment: dict[str, str], arguments: list[str], rank: int, out: Pat
         return sample
 
     Store.block, PretrainPatches.__getitem__ = watched_block, watched  # type: ignore[method-assign]
-    sys.exit(main(["pretrain", *arguments]))
+    command(["pretrain", *arguments])
 
 
 class Ranks:

@@ -6,7 +6,6 @@ import json
 import multiprocessing
 import os
 import socket
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -43,7 +42,7 @@ def _rank(environment: dict[str, str], arguments: list[str], rank: int, out: Pat
     said = os.open(out / f"said{rank}", os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(said, 2)
     os.dup2(said, 1)
-    from brainfm.cli import main
+    from brainfm.cli import command
     from brainfm.training import finetune, memory
 
     begin = finetune._begin
@@ -56,7 +55,7 @@ def _rank(environment: dict[str, str], arguments: list[str], rank: int, out: Pat
     finetune._begin = watched
     # As on two machines, or a moment apart: each process finds another amount of memory free.
     memory.free_ram_bytes = lambda: (20.0 - 15.0 * rank) * 2**30
-    sys.exit(main(["finetune", *arguments]))
+    command(["finetune", *arguments])
 
 
 def go(arguments: list[str], out: Path, world: int) -> list[str]:

@@ -183,13 +183,13 @@ def test_collapsing_objective_stops_with_exit_2_and_keeps_the_last_good_state(
 def test_two_processes_stop_together_and_one_speaks(toy_store: Store, tmp_path: Path) -> None:
     """The second process alone meets a loss that is not finite."""
     script = (
-        "import sys\nfrom brainfm.cli import main\nfrom brainfm.objectives.mae import MAE\n"
+        "import sys\nfrom brainfm.cli import command\nfrom brainfm.objectives.mae import MAE\n"
         "from torch import distributed\nusual = MAE.forward\n"
         "def broken(self, batch, progress):\n"
         "    terms = usual(self, batch, progress)\n"
         "    late = distributed.get_rank() == 1 and progress >= 0.5\n"
         "    return type(terms)(terms.total + float('inf'), terms.parts) if late else terms\n"
-        "MAE.forward = broken\nsys.exit(main(['pretrain', *sys.argv[1:]]))\n"
+        "MAE.forward = broken\ncommand(['pretrain', *sys.argv[1:]])\n"
     )
     run, file = tmp_path / "run", tmp_path / "broken.py"
     file.write_text(script)
