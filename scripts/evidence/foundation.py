@@ -5,7 +5,8 @@
 
 A run is the unit. Each is one training at a constant rate whose moving average is tested after 60, 200, 600 and 2,000
 steps; every start has as many runs, from the same seeds: the same people to learn from, the same patches in the same
-order. Starts are fresh weights of the file's own network (scratch), the file's encoder, and its encoder and decoder.
+order. Starts are fresh weights of the file's own network (scratch), the file's encoder, and its encoder and decoder,
+each as fine-tuning begins: lengths of filters restored, the last layer of all of them a linear model of the features.
 Each has its own rate, the best of as many trials, on people of the training side who are neither trained on nor tested
 afterwards. Tests are of people of the side ``held`` of foundation/split.csv alone. Intervals are 95 %, over runs and
 people together (scoring/intervals.crossed_bootstrap).
@@ -56,6 +57,7 @@ from brainfm.tasks.segmentation.settings import SegmentationSettings
 from brainfm.tasks.segmentation.study import SegmentationStudy
 
 QUESTIONS = ("hippocampus", "lesions", "tissues", "contrast", "whole_head", "one_pass")
+STARTS = ("scratch", "encoder", "decoder", "rendered")
 FAMILY = {"hippocampus": "hippocampus", "lesions": "lesions", "tissues": "tissues", "contrast": "tissues"}
 SHOTS = {"hippocampus": (5,), "lesions": (1,), "tissues": (1, 5, 10), "contrast": (5,)}
 HEADLINE = {"hippocampus": 5, "lesions": 1, "tissues": 5}  # shots whose runs go all the way, others the first half
@@ -139,7 +141,8 @@ class Work:
         self.runs: list[Job] = []
         for question in (question for question in args.questions if question in FAMILY):
             name = FAMILY[question]
-            starts = [s for s in self.starts.values() if s.name != "rendered" or question == "contrast"]
+            asked = args.starts or list(self.starts)
+            starts = [self.starts[start] for start in asked if start != "rendered" or question == "contrast"]
             tried = self.settings[name].rates_of
             for start in starts:
                 self.trials[tried, start.name] = trials_of(tried, self.settings[tried], self.people[tried], start, args)
@@ -208,7 +211,7 @@ def _mean(values: dict[str, dict[str, float]]) -> float:
 def run(args: argparse.Namespace, loaded: LoadedBackbone) -> int:
     """Raises: ConfigError where it would take more than the budget."""
     work = Work(args, loaded)
-    starts = [start for start in work.starts.values() if start.name != "rendered"]
+    starts = [work.starts[name] for name in args.starts or work.starts if name != "rendered"]
     heads = whole_head.asks(starts, args.seeds, args.tested) if "whole_head" in args.questions else []
     todo = [ask for ask in heads if not args.tables_only and not ask.is_done(args.out)]
     if not args.tables_only and (work.runs or todo):
@@ -262,6 +265,7 @@ def arguments(words: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
     parser.add_argument("--out", type=Path, required=True, help="records, stores and tables")
     parser.add_argument("--questions", nargs="+", default=list(QUESTIONS), choices=QUESTIONS)
+    parser.add_argument("--starts", nargs="+", choices=STARTS, help="not all that the file offers; scratch serves any")
     parser.add_argument("--seeds", type=int, default=5, help="runs of every start")
     parser.add_argument("--budget-hours", type=float, default=10, help="core-hours for all of it")
     parser.add_argument("--reads", type=int, nargs="+", default=[60, 200, 600, 2000], help="steps")

@@ -30,6 +30,7 @@ from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import LoadedBackbone
 from brainfm.nets.cpu import swap_in
+from brainfm.nets.lengths import restore_lengths
 from brainfm.nets.transfer import transfer
 from brainfm.scoring.masks import dice
 from brainfm.seeds import stream
@@ -39,7 +40,7 @@ from brainfm.tasks.segmentation.cases import LabelledCase, TaskPatches
 from brainfm.tasks.segmentation.study import SegmentationStudy
 from brainfm.tasks.task import Task
 from brainfm.tasks.windows import predict_windows, window_slices
-from brainfm.training.adapt import adapted_optimizer
+from brainfm.training.adapt import adapted_optimizer, learning_parts
 from brainfm.training.loop import LoopSpec, Run, train
 from brainfm.training.optim import Wsd
 from brainfm.training.settings import AdaptSpec
@@ -290,6 +291,9 @@ def prepared(job: Job, family: Family, start: Start) -> Prepared:
         raise ConfigError(f"{family.store.path}: {len(cases)} of the people {', '.join(job.trained)} are there")
     task = swap_in(family.question.task(encoder, cases, start.file if decoder else None))
     adapt = AdaptSpec(start.name, layer_decay=LAYER_DECAY if start.file is not None else 1.0, decoder=decoder)
+    for part in learning_parts(task, adapt, decoder) if start.file is not None else ():
+        restore_lengths(part)
+    family.question.start(task, cases, torch.device("cpu"))  # of scratch too, as in fine-tuning
     steps, spec = job.reads[-1], family.question.spec
     optimizer = adapted_optimizer(task, adapt, lr=job.rate, weight_decay=3e-5, max_steps=steps)
     if start.recipe is None:
