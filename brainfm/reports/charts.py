@@ -174,13 +174,16 @@ def reliability_figure(
 
 
 def learning_curve_figure(
-    conditions: Mapping[str, Sequence[tuple[float, float | None, float | None, float | None]]], y_label: str
+    conditions: Mapping[str, Sequence[tuple[float, ...] | tuple[float, float | None, float | None, float | None]]],
+    y_label: str,
+    x_label: str = "training subjects",
 ) -> bytes:
     """Scores over the number of training subjects, with bands.
 
     Args:
         conditions: name -> (subjects, mean, low, high); a mean that is None is left out.
         y_label: of the score.
+        x_label: of what is counted instead of subjects, on an even scale: steps.
 
     Returns:
         A PNG.
@@ -200,9 +203,10 @@ def learning_curve_figure(
             color=colour, alpha=0.12 if place == 0 else 0.06, linewidth=0,
         )  # fmt: skip
         axes.plot(x, [p[1] for p in known], color=colour, linewidth=2, marker="o", markersize=5, label=plain(name))
-    axes.set_xscale("log")
+    if x_label == "training subjects":
+        axes.set_xscale("log")
     axes.set_xticks(sorted(ticks), [f"{tick:g}" for tick in sorted(ticks)])
     axes.minorticks_off()
-    _named(axes, "training subjects", y_label, grid="y")
+    _named(axes, x_label, y_label, grid="y")
     _legend(figure)
     return png(figure)

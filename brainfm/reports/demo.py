@@ -30,8 +30,11 @@ class Demo:
         subjects: of the cohort.
         summary: what summary.json holds.
         commands: that were run, in order.
-        curves: chart (``pretrain``, ``tuned``, ``dice``) -> curve -> (step, value) pairs.
+        curves: chart -> curve -> points: of ``pretrain`` (step, value), empty where weights were given; of ``tuned``
+            and ``dice`` (step, mean, lowest, highest) over the runs.
         reconstructions: column -> a slice [X, Y] for each of `reconstruction_rows`.
+        anatomy: contrast -> scan of the first test subject and its label map; empty for weights without a head for
+            regions.
     """
 
     out: Path
@@ -39,27 +42,34 @@ class Demo:
     subjects: int
     summary: Mapping[str, Any]
     commands: Sequence[str]
-    curves: Mapping[str, Mapping[str, Sequence[tuple[float, float]]]]
+    curves: Mapping[str, Mapping[str, Sequence[tuple[float, ...]]]]
     reconstructions: Mapping[str, Sequence[np.ndarray]]
     reconstruction_rows: Sequence[str]
+    anatomy: Mapping[str, tuple[Path, Path]]
+
+    @property
+    def first_run(self) -> Path:
+        """Of the arm that was pre-trained."""
+        return self.out / next(iter(self.arms)) / "run0"
 
 
 def write_demo_page(demo: Demo) -> Path:
     """Writes ``report.html`` into the demo's folder and returns it. Raises: OSError where it cannot be written."""
     summary, commands = demo.summary, "\n\n".join(f"`{command}`" for command in demo.commands)
     store, manifest = Store.open(demo.out / "store"), read_manifest(demo.out / "test.csv")
-    pretrained = demo.out / next(iter(demo.arms))
     path = demo.out / "report.html"
     write_page(
         path,
         title="brainfm demo",
         lead=f"{demo.subjects} synthetic people with T1, T2 and FLAIR scans, most of them with lesions, taken "
-        "from NIfTI files to a pre-trained network, a fine-tuned lesion segmenter, and masks on the original scans.",
+        "from NIfTI files to a network that knows heads, a fine-tuned lesion segmenter, and masks on the original "
+        "scans.",
         sections=[
             _cohort(demo, store, manifest),
-            _learning(demo),
             _reconstructions(demo, store.spec.spacing_mm),
-            _lesions(pretrained, manifest),
+            *([_anatomy(demo)] if demo.anatomy else []),
+            _learning(demo),
+            _lesions(demo.first_run, manifest),
             _comparison(demo),
             Section("How it was made", f"Each line is a command that any user can type.\n\n{commands}"),
         ],
@@ -103,32 +113,73 @@ def _cohort(demo: Demo, store: Store, manifest: Manifest) -> Section:
     )
 
 
-def _learning(demo: Demo) -> Section:
-    return Section(
-        "Learning",
-        "Pre-training never sees a label. Fine-tuning sees the same cases in the same order with and without it.",
-        figures=(
-            ("Pre-training: self and cross-reconstruction, smooth L1", charts.curves_figure(demo.curves["pretrain"])),
-            ("Fine-tuning: Dice + cross-entropy on training patches", charts.curves_figure(demo.curves["tuned"])),
-            ("Fine-tuning: Dice of the held-out labelled subjects",
-             charts.curves_figure(demo.curves["dice"], y_label="Dice")),
-        ),
-    )  # fmt: skip
-
-
 def _reconstructions(demo: Demo, spacing_mm: tuple[float, float, float]) -> Section:
     """What the pre-trained network makes of test subjects it never saw."""
     figure = pictures.reconstruction_figure(
         demo.reconstructions, demo.reconstruction_rows, (spacing_mm[0], spacing_mm[1])
     )
+    steps = demo.summary["pretrain_steps"]
+    if demo.curves["pretrain"]:
+        return Section(
+            "What the network understood",
+            f"Pre-trained here, for {steps} steps and without a label. Test subjects, never seen: the reconstruction "
+            "is made from the scan's own codes; the last column joins the anatomy code of the other scan with the "
+            "contrast code of the scan. After a run this short the answer is little more than the mean of the head; "
+            "runs that are worth their name take hours.",
+            figures=(
+                ("Axial slices through whole heads", figure),
+                ("Self and cross-reconstruction, smooth L1", charts.curves_figure(_pairs(demo.curves["pretrain"]))),
+            ),
+        )
     return Section(
-        "What the network understood",
-        "Test subjects, never seen in pre-training. The reconstruction is made from the scan's own codes; the last "
-        "column joins the anatomy code of the other scan with the contrast code of the scan. There are no skip "
-        "connections: all passes one voxel of code for 16 x 16 x 16 voxels of scan, and after a run this "
-        "short the answer is little more than the mean of the head; runs that are worth their name take hours.",
+        "What the weights know before any label",
+        f"The weights, {demo.summary['weights']}, were pre-trained for {steps} steps on other heads: nothing of this "
+        "cohort was shown to them. The reconstruction is made with blocks hidden; the last column is the scan's own "
+        "anatomy in the contrast of the other scan, of which the network got no more than a dozen numbers.",
         figures=(("Axial slices through whole heads", figure),),
     )
+
+
+def _pairs(curves: Mapping[str, Sequence[tuple[float, ...]]]) -> dict[str, list[tuple[float, float]]]:
+    return {name: [(point[0], point[1]) for point in points] for name, points in curves.items()}
+
+
+def _anatomy(demo: Demo) -> Section:
+    """Regions of one person from each contrast by itself, and how far the answers agree."""
+    contrasts = list(demo.anatomy)
+    grid = nifti.read(demo.anatomy[contrasts[0]][0])[0]
+    rows, labels = [], []
+    for name, (file, answer) in demo.anatomy.items():
+        scan, found = nifti.read(file)[0], nifti.read(answer, labels=True)[0]
+        to = (grid.shape, grid.affine_mm)
+        rows.append((name.upper(), resample(scan.voxels, scan.affine_mm, *to, order="linear", fill=0.0)))
+        labels.append(resample(found.voxels, found.affine_mm, *to, order="nearest", fill=0))
+    table = [("", *(name.upper() for name in contrasts[1:]))]
+    agreement = demo.summary["agreement"]
+    table.append((f"agreement with the {contrasts[0].upper()}, Dice", *(f"{agreement[n]:.3f}" for n in contrasts[1:])))
+    return Section(
+        "Anatomy in every contrast",
+        "The scans of one test subject, each labelled by itself with `brainfm anatomy`, without a label from this "
+        "cohort. The table says how far the regions agree with those from the "
+        f"{contrasts[0].upper()}, their mean; that is no proof that they are right.",
+        figures=(("Regions, outlined", pictures.slices_figure(rows, contours=labels, spacing_mm=grid.spacing_mm)),),
+        table=tuple(table),
+    )
+
+
+def _learning(demo: Demo) -> Section:
+    runs = demo.summary["runs"]
+    return Section(
+        "Learning from few labels",
+        f"{demo.summary['labelled_subjects']} labelled subjects, {runs} runs of each arm; both see the same cases in "
+        "the same order. Lines are means over the runs, bands reach from the lowest to the highest.",
+        figures=(
+            ("Dice + cross-entropy on training patches",
+             charts.learning_curve_figure(demo.curves["tuned"], "loss", "step")),
+            ("Dice of the held-out labelled subjects",
+             charts.learning_curve_figure(demo.curves["dice"], "Dice", "step")),
+        ),
+    )  # fmt: skip
 
 
 def _lesions(arm: Path, manifest: Manifest) -> Section:
@@ -167,7 +218,7 @@ def _comparison(demo: Demo) -> Section:
     verdict = (
         "The interval of the paired difference lies above 0: pre-training helped here." if d["low"] > 0
         else "The interval of the paired difference lies below 0: pre-training hurt here." if d["high"] < 0
-        else "The interval of the paired difference holds 0: a run this short does not show a difference either way."
+        else "The interval of the paired difference holds 0: runs this short do not show a difference either way."
     )  # fmt: skip
     table.append(
         ("difference, paired", f"{d['mean']:+.3f}", f"{d['low']:+.3f} to {d['high']:+.3f}", "", "", str(d["n"]))
@@ -175,8 +226,9 @@ def _comparison(demo: Demo) -> Section:
     return Section(
         "Pre-trained against scratch",
         f"Both arms: {summary['labelled_subjects']} labelled subjects, the same patches, steps and schedule; the "
-        f"network pre-trained for {summary['pretrain_steps']} steps or fresh. {verdict} One run "
-        "with one seed; synthetic lesions say nothing about any clinical task.",
-        figures=(("Test subjects, mean and bootstrap interval", charts.interval_figure(bars)),),
+        f"network pre-trained for {summary['pretrain_steps']} steps or fresh. {verdict} Intervals are over "
+        f"{summary['runs']} runs and {summary['n_cases']} test subjects together, n counts both; synthetic lesions say "
+        "nothing about any clinical task.",
+        figures=(("Test subjects, mean and interval", charts.interval_figure(bars)),),
         table=tuple(table),
     )

@@ -17,14 +17,16 @@ class Settings:
     """
 
     out: Annotated[Path, "folder of all that is made"]
+    backbone: Annotated[Path | None, "weights to begin with; null: a short pre-training on the cohort itself"] = None
     seed: Annotated[int, "of cohort and trainings"] = 0
-    subjects: Annotated[int, "two fifths of them are kept for the test"] = 33
-    labelled: Annotated[int, "of the others have their lesions outlined; all of them serve pre-training"] = 12
+    subjects: Annotated[int, "two fifths of them are kept for the test"] = 20
+    labelled: Annotated[int, "of the others have their lesions outlined; all of them serve pre-training"] = 5
+    runs: Annotated[int, "fine-tunings of each arm, each from its own seed"] = 3
     cohort_mm: Annotated[float, "voxels of the cohort's files"] = 2
     spacing_mm: Annotated[float, "voxels the networks see"] = 3
     patch_vox: Annotated[tuple[int, int, int], "of both trainings"] = (32, 32, 32)
-    pretrain_steps: Annotated[int, "of pre-training"] = 75
-    finetune_steps: Annotated[int, "of each fine-tuning"] = 80
+    pretrain_steps: Annotated[int, "of pre-training, where no backbone is given"] = 75
+    finetune_steps: Annotated[int, "of each fine-tuning"] = 60
     workers: Annotated[int, "processes for doctor and prepare; 0: one a core"] = 0
     debug: Annotated[bool, "a traceback in place of the sentence"] = False
 
@@ -34,10 +36,20 @@ def run(settings: Settings) -> int:
     from brainfm.demo import demo
 
     summary = demo(
-        settings.out, main, seed=settings.seed, subjects=settings.subjects, labelled=settings.labelled,
-        cohort_mm=settings.cohort_mm, spacing_mm=settings.spacing_mm, patch_vox=settings.patch_vox,
-        pretrain_steps=settings.pretrain_steps, finetune_steps=settings.finetune_steps, workers=settings.workers,
-    )  # fmt: skip
+        settings.out,
+        main,
+        backbone=settings.backbone,
+        seed=settings.seed,
+        subjects=settings.subjects,
+        labelled=settings.labelled,
+        runs=settings.runs,
+        cohort_mm=settings.cohort_mm,
+        spacing_mm=settings.spacing_mm,
+        patch_vox=settings.patch_vox,
+        pretrain_steps=settings.pretrain_steps,
+        finetune_steps=settings.finetune_steps,
+        workers=settings.workers,
+    )
     print(
         f"{settings.out / 'report.html'}: {summary['n_cases']} test subjects, "
         f"Dice {summary['dice_pretrained']:.3f} pre-trained, {summary['dice_scratch']:.3f} from scratch, "

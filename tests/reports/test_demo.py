@@ -23,8 +23,9 @@ SCORE = {"mean": 0.25, "low": 0.2, "high": 0.3, "n": 3}
 ARMS = {"pretrained": "pre-trained", "scratch": "from scratch"}
 
 
-def finished(out: Path, of: str = "", **difference: float) -> Demo:
-    """A demo of three test subjects, whose masks are those of the truth; ``of`` is part of every name."""
+def finished(out: Path, of: str = "", given: bool = False, **difference: float) -> Demo:
+    """A demo of three test subjects, whose masks are those of the truth; ``of`` is part of every name; ``given``: with
+    weights that tell regions, not with some that were pre-trained here."""
     manifest = read_manifest(write_subjects(out / "cohort", 3, ("flair", "t1"), edge=20))
     scans = [
         replace(s, subject=f"{of}{s.subject}", path=f"cohort/{s.path}",
@@ -35,12 +36,12 @@ def finished(out: Path, of: str = "", **difference: float) -> Demo:
     masks = {s.subject: out / s.columns["lesion_mask"] for s in scans}
     for arm in ARMS:
         for folder in ("scores", "predictions"):
-            (out / arm / folder).mkdir(parents=True)
-        with (out / arm / "scores" / "cases.csv").open("w", newline="") as file:
+            (out / arm / "run0" / folder).mkdir(parents=True)
+        with (out / arm / "run0" / "scores" / "cases.csv").open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(("subject", "dice", "volume_ml_true"))
             table.writerows((subject, 0.1 * n, 2.0) for n, subject in enumerate(masks))
-        with (out / arm / "predictions" / LISTING).open("w", newline="") as file:
+        with (out / arm / "run0" / "predictions" / LISTING).open("w", newline="") as file:
             table = csv.writer(file)
             table.writerow(("subject", "file"))
             table.writerows((subject, mask) for subject, mask in masks.items())
@@ -48,12 +49,16 @@ def finished(out: Path, of: str = "", **difference: float) -> Demo:
         "pretrain_parameters": 12_300_000, "dice_pretrained": 0.25, "dice_scratch": 0.2, "n_cases": 3,
         "scores": {arm: {"dice": SCORE, "surface_dice_1mm": SCORE} for arm in ARMS},
         "difference": {"mean": 0.05, "low": -0.1, "high": 0.2, "n": 3} | difference,
-        "labelled_subjects": 4, "pretrain_steps": 75, "seconds": {"in all": 90.0}, "threads": 2,
+        "labelled_subjects": 4, "pretrain_steps": 75, "runs": 2, "weights": "w.safetensors", "agreement": {"t1": 0.625},
+        "seconds": {"in all": 90.0}, "threads": 2,
     }  # fmt: skip
-    points = {f"{of}curve": [(0.0, 1.0), (1.0, 0.5)]}
-    curves = {chart: points for chart in ("pretrain", "tuned", "dice")}
+    points: dict[str, list[tuple[float, ...]]] = {f"{of}curve": [(0.0, 1.0, 0.9, 1.1), (20.0, 0.5, 0.4, 0.7)]}
+    curves = {"pretrain": {} if given else points, "tuned": points, "dice": points}
+    pair = out / "cohort" / "sub-00" / "flair.nii.gz", next(iter(masks.values()))
+    anatomy = {"flair": pair, "t1": pair} if given else {}
     slices = {f"{of}Scan": [np.eye(8), np.eye(8)]}
-    return Demo(out, ARMS, 33, summary, [f"brainfm doctor manifest={of}all.csv"], curves, slices, [f"{of}T1", of])
+    return Demo(out, ARMS, 33, summary, [f"brainfm doctor manifest={of}all.csv"], curves, slices, [f"{of}T1", of],
+                anatomy)  # fmt: skip
 
 
 def test_the_page_tells_the_whole_demo(tmp_path: Path) -> None:
@@ -65,8 +70,16 @@ def test_the_page_tells_the_whole_demo(tmp_path: Path) -> None:
                  "difference, paired +0.050 -0.100 to +0.200 3", f"brainfm demo out={tmp_path}"):  # fmt: skip
         assert said in words, said
     sections = re.findall(r"<h2><i>\d</i>([^<]+)</h2>", (tmp_path / "report.html").read_text(encoding="utf-8"))
-    assert sections == ["The cohort", "Learning", "What the network understood", "Lesions",
+    assert sections == ["The cohort", "What the network understood", "Learning from few labels", "Lesions",
                         "Pre-trained against scratch", "How it was made"]  # fmt: skip
+
+
+def test_given_weights_show_what_they_know_before_any_label(tmp_path: Path) -> None:
+    words = words_of(write_demo_page(finished(tmp_path, given=True)))
+    for said in ("What the weights know before any label", "The weights, w.safetensors, were pre-trained for 75 steps",
+                 "Anatomy in every contrast", "agreement with the FLAIR, Dice 0.625"):  # fmt: skip
+        assert said in words, said
+    assert "Pre-trained here" not in words
 
 
 @pytest.mark.parametrize(
