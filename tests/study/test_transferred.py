@@ -12,6 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from brainfm.batch import Batch
 from brainfm.cli import main
 from brainfm.data.manifest import read_manifest
 from brainfm.data.prepare import prepare
@@ -291,7 +292,8 @@ def test_every_adaptation_takes_a_decoder(adapt: str, store: Store, backbone: Pa
 
 
 def test_a_lesion_question_begins_as_the_pathology_row(store: Store, backbone: Path, tmp_path: Path) -> None:
-    study, splits = _begin(config(store, tmp_path / "run", backbone, "adapt.decoder=true", *SEGMENTATION))
+    words = ("adapt.decoder=true", "task.head_start=fresh", *SEGMENTATION)
+    study, splits = _begin(config(store, tmp_path / "run", backbone, *words))
     task, loaded = _fresh(study, splits[0], study.backbone, decoder=True).eval(), load_backbone(backbone)
     assert isinstance(task, SegmentationTask) and task.head is not None and loaded.decoder is not None
     row = loaded.heads["lesion"]
@@ -305,6 +307,34 @@ def test_a_lesion_question_begins_as_the_pathology_row(store: Store, backbone: P
         dense = loaded.decoder(loaded.backbone.features(image))
         torch.testing.assert_close(answered, torch.sigmoid(row(loaded.decoder.split(dense)["pathology"])))
     assert task.began == "a pre-trained head on part pathology"
+
+
+@pytest.mark.parametrize(("losses", "began"), [((0.4, 0.5), "pre-trained head on"), ((0.5, 0.4), "linear probe of")])
+def test_the_pathology_row_stays_where_a_linear_probe_tells_less(
+    losses: tuple[float, float],
+    began: str,
+    store: Store,
+    backbone: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    study, splits = _begin(config(store, tmp_path / "run", backbone, "adapt.decoder=true", *SEGMENTATION))
+    of_row_and_probe = iter(losses)
+    monkeypatch.setattr(SegmentationTask, "loss_of", lambda *_: next(of_row_and_probe))
+    task = _fresh(study, splits[0], study.backbone, decoder=True)
+    assert isinstance(task, SegmentationTask) and began in task.began
+
+
+def test_the_loss_of_voxels_is_that_of_their_image(store: Store, backbone: Path, tmp_path: Path) -> None:
+    study, splits = _begin(config(store, tmp_path / "run", backbone, "adapt.decoder=true", *SEGMENTATION))
+    task = _fresh(study, splits[0], study.backbone, decoder=True).eval()
+    assert isinstance(task, SegmentationTask)
+    image, there = torch.randn(1, 1, 16, 16, 16), torch.ones(1, 1, dtype=torch.bool)
+    label = (torch.rand(1, 16, 16, 16) > 0.7).long()
+    with torch.no_grad():
+        found = task.loss_of(task.climb(image, there)[-1][0].flatten(1).t(), label.flatten())
+        whole = task.loss(task(image, there), Batch(image, torch.tensor([0]), present=there, label=label)).total
+    assert found == pytest.approx(float(whole), rel=1e-4)
 
 
 def test_an_anatomical_question_begins_as_a_linear_probe_of_the_decoder(people_store: Store, tmp_path: Path) -> None:

@@ -141,6 +141,11 @@ class SegmentationTask(Task):
             return deep_loss(*output, batch.label, lambda a, target: segmentation_loss(a, target, self.loss_spec))
         return segmentation_loss(output, batch.label, self.loss_spec)
 
+    def loss_of(self, features: Tensor, classes: Tensor) -> float:
+        """The loss of the last layer's answers for voxels: their features [N, E] before it, their classes [N]."""
+        logits = self._logits(features.t()[None, :, :, None, None])
+        return float(segmentation_loss(logits.float(), classes[None, :, None, None], self.loss_spec).total)
+
     def decode(self, output: Tensor) -> Tensor:
         """Logits or probabilities [B, K, X, Y, Z] -> label values [B, X, Y, Z] uint8."""
         return self._values[output.argmax(dim=1)]  # type: ignore[index]  # a buffer

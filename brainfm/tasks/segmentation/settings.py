@@ -26,7 +26,8 @@ class SegmentationSettings(TaskSettings):
         Literal["dice_ce", "dice_focal", "focal_tversky", "tversky"], "the last three are for small lesions"
     ] = "dice_ce"
     head_start: Annotated[
-        Literal["linear", "fresh"], "how the last layer begins; linear: as a linear probe of the features before it"
+        Literal["linear", "fresh"],
+        "how the last layer begins; linear: as a linear probe of the features before it, or as a head of the file",
     ] = "linear"
     deep_supervision: Annotated[bool, "the decoder's coarser levels answer as well while training"] = False
     augment_scale: Annotated[float, "share by which heads are scaled in training"] = 0.15

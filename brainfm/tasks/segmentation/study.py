@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 import io
 from collections.abc import Callable, Sequence
@@ -124,11 +125,12 @@ class SegmentationStudy(Study):
 
     @torch.no_grad()
     def start(self, task: Task, trained: Sequence[Any], device: torch.device) -> None:
-        """The last layer begins as a linear probe of the features before it, unless it began as a head of the file:
-        what a pre-trained decoder knows would else not be heard before a hundred steps, and fresh features tell
-        something, too. Scratch gets it as well, so that both are compared on equal terms."""
+        """The last layer begins as a linear probe of the features before it: what a pre-trained decoder knows would
+        else not be heard before a hundred steps, and fresh features tell something, too. Scratch gets it as well, so
+        that both are compared on equal terms. A last layer that began as a head of the file stays so where its loss is
+        the lower one, in patches that the probe was not fitted to."""
         assert isinstance(task, SegmentationTask)
-        if self.settings.head_start == "fresh" or task.began != "fresh":
+        if self.settings.head_start == "fresh":
             return
         patches = TaskPatches(self.store, trained, self.spec.values, self.spec.patch_vox, 0, 0.5, 0.0)
         task.eval().to(device)
@@ -141,6 +143,12 @@ class SegmentationStudy(Study):
             chosen = torch.from_numpy(drawn).to(device)
             features.append(voxels[chosen])
             classes.append(batch.label[0].flatten()[chosen])
+        if task.began != "fresh":
+            half, probe = _PROBED // 2, copy.deepcopy(task)
+            probe.begin_linear(torch.cat(features[:half]), torch.cat(classes[:half]))
+            asked = torch.cat(features[half:]), torch.cat(classes[half:])
+            if task.loss_of(*asked) <= probe.loss_of(*asked):
+                return
         task.begin_linear(torch.cat(features), torch.cat(classes))
 
     def patches(self, trained: Sequence[Any], seed: int, data: FinetuneData) -> Dataset:
