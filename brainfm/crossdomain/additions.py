@@ -12,7 +12,6 @@ from __future__ import annotations
 import csv
 import os
 import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +23,7 @@ from brainfm.crossdomain.checks import check
 from brainfm.crossdomain.layout import ANNOTATIONS, IMAGES, INFO, SPLITS, TaskTarget, check_task_name, read_info
 from brainfm.errors import ConfigError, DatasetError
 from brainfm.extras import missing
-from brainfm.files import write_table, write_text
+from brainfm.files import read_arrays, write_table, write_text
 from brainfm.scoring.folds import side
 from brainfm.seeds import stream
 
@@ -153,13 +152,7 @@ def from_medmnist(path: Path, task_name: str, names: Sequence[str] = ()) -> Addi
 
     Raises: DatasetError.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file, expected a MedMNIST .npz") from None
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path}: cannot be read as .npz ({error})") from None
+    arrays = read_arrays(path, DatasetError, "a MedMNIST .npz")
     lacking = [f"{s}_{what}" for s in SPLITS for what in ("images", "labels") if f"{s}_{what}" not in arrays]
     if lacking:
         raise DatasetError(f"{path}: lacks {lacking[0]}, found {', '.join(arrays) or 'nothing'}")

@@ -7,7 +7,6 @@ alone (`tables`), so that a stopped run goes on, and a method that is added late
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
 import re
@@ -35,7 +34,7 @@ from brainfm.crossdomain.planar import Axis
 from brainfm.crossdomain.pretraining import Maml, MultiTask, maml, multi_task, sources_for, tasks_of
 from brainfm.crossdomain.twins import twins
 from brainfm.errors import ConfigError, DatasetError
-from brainfm.files import write_table, write_text, write_whole
+from brainfm.files import read_arrays, write_arrays, write_table, write_text, write_whole
 from brainfm.progress import say
 from brainfm.seeds import stream
 
@@ -208,24 +207,21 @@ def save_answers(path: Path, groups: dict[str, list[Answers]], about: dict[str, 
         arrays[f"{setting}/rows"] = np.concatenate([each.rows for each in answers])
         arrays[f"{setting}/truth"] = np.concatenate([each.truth for each in answers])
         arrays[f"{setting}/scores"] = np.concatenate([each.scores for each in answers]).astype(np.float32)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_whole(path, buffer.getvalue())
+    write_arrays(path, arrays, compressed=True)
 
 
 def load_answers(path: Path) -> tuple[dict[str, list[Answers]], dict[str, object]]:
     """Raises: DatasetError where the file is damaged."""
+    arrays = read_arrays(path, DatasetError, "answers of a benchmark, which are made anew where the file is deleted")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
         groups = {}
         for setting in {name.partition("/")[0] for name in arrays} - {"about"}:
             ends = np.cumsum(arrays[f"{setting}/sizes"])[:-1]
             cut = [np.split(arrays[f"{setting}/{what}"], ends) for what in ("rows", "truth", "scores")]
             groups[setting] = [Answers(*parts) for parts in zip(*cut)]
         return groups, json.loads(str(arrays["about"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise DatasetError(f"{path}: cannot be read as answers ({error}); delete it and run again") from None
+    except (ValueError, KeyError) as error:
+        raise DatasetError(f"{path}: holds no answers of a benchmark ({error}); delete it and run again") from None
 
 
 # ---- one method ------------------------------------------------------------------------------------------------------

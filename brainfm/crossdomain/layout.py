@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from brainfm.errors import DatasetError
+from brainfm.files import read_array
 
 INFO, IMAGES, ANNOTATIONS = "info.yaml", "images.hdf5", "annotations.csv"
 SPLITS = ("train", "val", "test")
@@ -272,10 +273,7 @@ def read_soft_labels(info: DatasetInfo, task: TaskInfo) -> np.ndarray | None:
 def _array(path: Path) -> np.ndarray:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file, expected the labels of a task")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DatasetError(f"{path}: cannot be read as an array ({str(error).splitlines()[0]})") from None
+    return read_array(path, DatasetError, "the labels of a task")
 
 
 def read_split(info: DatasetInfo, names: str | Sequence[str], original: bool = False) -> np.ndarray:
