@@ -159,13 +159,22 @@ def write_synced(path: PathLike, content: bytes) -> None:
 
 
 def write_folder(folder: PathLike, contents: Mapping[str, bytes]) -> None:
-    """A folder of files, written beside its place and swapped in.
+    """A folder of files, as `writing_folder` writes it, in place of what was there. Raises: FileError."""
+    with writing_folder(folder) as part:
+        for name, content in contents.items():
+            (part / name).write_bytes(content)
+
+
+@contextmanager
+def writing_folder(folder: PathLike) -> Iterator[Path]:
+    """A folder to fill, beside its place and hidden; at the end of the block all of it is brought onto the disk and
+    swapped in.
 
     A crash leaves the old folder or the new one in place, or, between the two renames, both whole under their
     temporary names.
 
     Raises:
-        FileError: where it cannot be written; what was there stays.
+        FileError: where it cannot be written; what was there stays, as after any other error.
     """
     folder = Path(folder)
     mark = secrets.token_hex(4)
@@ -174,8 +183,9 @@ def write_folder(folder: PathLike, contents: Mapping[str, bytes]) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
-        for name, content in contents.items():
-            write_synced(fresh / name, content)
+        yield fresh
+        for path in (path for path in fresh.rglob("*") if path.is_file()):
+            _sync(path)
         if folder.exists():
             os.replace(folder, old)
         try:
@@ -186,10 +196,21 @@ def write_folder(folder: PathLike, contents: Mapping[str, bytes]) -> None:
             raise
         if old.exists():
             shutil.rmtree(old)
+    except FileError as error:  # of a file within
+        told = str(error.filename).replace(str(fresh), str(folder))
+        raise FileError(error.errno or errno.EIO, str(error.strerror), told) from None
     except OSError as error:
         raise FileError.of(error, folder) from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(folder: PathLike) -> None:

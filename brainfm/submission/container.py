@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import ast
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -21,7 +20,7 @@ import numpy as np
 
 from brainfm import __version__
 from brainfm.errors import BundleError, ConfigError
-from brainfm.files import npy_bytes, write_whole
+from brainfm.files import npy_bytes, write_whole, writing_folder
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.specs import TaskSpec
 from brainfm.submission.challenge import ChallengeTask, with_article
@@ -176,21 +175,20 @@ def stage(
     features = check_weights(task, weights, settings.parts)
     if scale is not None and scale.shape != (2, features):
         raise ConfigError(f"the scale has the shape {scale.shape}, expected (2, {features}) as {weights} gives")
-    part = app.with_name(f".{app.name}.part")  # an interrupted staging leaves nothing in the place of a whole one
-    shutil.rmtree(part, ignore_errors=True)
-    for module in reached("brainfm.submission.predict"):
-        write_whole(part / "brainfm" / module.relative_to(_PACKAGE), module.read_bytes())
-    write_whole(part / "predict.py", _SCRIPT.format(caches=CACHES).encode())
-    write_whole(part / SETTINGS, settings.to_json().encode())
-    if task.kind == "embedding":
-        write_whole(part / BACKBONE, weights.read_bytes())
-        given = np.stack([np.zeros(features), np.ones(features)]) if scale is None else scale
-        write_whole(part / SCALE, npy_bytes(given.astype(np.float32)))
-    else:
-        shutil.copytree(weights, part / BUNDLE)
-    write_whole(part / TASK, task.to_json().encode())
-    shutil.rmtree(app, ignore_errors=True)
-    os.replace(part, app)
+    with writing_folder(app) as part:  # an interrupted staging leaves nothing in the place of a whole one
+        for module in reached("brainfm.submission.predict"):
+            place = part / "brainfm" / module.relative_to(_PACKAGE)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(module.read_bytes())
+        (part / "predict.py").write_text(_SCRIPT.format(caches=CACHES), encoding="utf-8")
+        (part / SETTINGS).write_text(settings.to_json(), encoding="utf-8")
+        if task.kind == "embedding":
+            shutil.copyfile(weights, part / BACKBONE)
+            given = np.stack([np.zeros(features), np.ones(features)]) if scale is None else scale
+            (part / SCALE).write_bytes(npy_bytes(given.astype(np.float32)))
+        else:
+            shutil.copytree(weights, part / BUNDLE)
+        (part / TASK).write_text(task.to_json(), encoding="utf-8")
     return app
 
 
