@@ -27,6 +27,7 @@ import numpy as np
 
 from brainfm.errors import BrainfmError, BrainfmWarning, BundleError, ConfigError, ScanError
 from brainfm.files import npy_bytes, read_array, write_whole
+from brainfm.progress import on_one_line
 from brainfm.submission.challenge import IMAGES, ChallengeTask, Input, input_of
 from brainfm.submission.mend import check_readable, mended
 
@@ -97,7 +98,7 @@ def main(app: str | os.PathLike[str], arguments: Sequence[str] | None = None) ->
         sentence = f"{type(error).__name__}: {error}"
         if DEBUG in os.environ:
             raise
-    print(f"predict.py: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"predict.py: {on_one_line(' '.join(sentence.split()))}", file=sys.stderr)
     return 2
 
 

@@ -144,7 +144,6 @@ def _begin(settings: FinetuneSettings) -> tuple[_Tuning, list[Split]]:
         for shots in _shots(settings):
             for split in splits if shots is not None else []:
                 with_shots(split, shots, seed, strata)  # type: ignore[arg-type]
-    run.mkdir(parents=True, exist_ok=True)
     fabric = make_fabric(settings.trainer)
     patch = study.patch(backbone, _MOST_VOXELS[fabric.device.type])
     backbone.check_patch(patch)
@@ -154,6 +153,7 @@ def _begin(settings: FinetuneSettings) -> tuple[_Tuning, list[Split]]:
         seen = transferred.tested(pretrained, splits)
         for note in (*transferred.notes(pretrained, store, study.spec), *([str(seen)] if seen is not None else [])):
             say(f"note: {note}")
+    run.mkdir(parents=True, exist_ok=True)  # what is refused leaves none
     return _Tuning(settings, store, run, fabric, study, backbone, pretrained, planned, adapt), splits
 
 

@@ -176,7 +176,7 @@ def labels(values: object) -> Callable[[Path], None]:
         (labels(np.zeros(20, int)), "has the shape [20], expected [24]"),
         (labels(np.full(24, 7)), "holds the label 7, expected one of 0, 1, 2"),
         (labels(np.zeros(24)), "holds float64, expected whole numbers"),
-        (lambda f: (f / "task_labels" / "kind.npy").write_bytes(b"no"), "labels of a task (no arrays of numbers or text)"),
+        (lambda f: (f / "task_labels" / "kind.npy").write_bytes(b"no"), "labels of a task (no arrays of numbers"),
         (edited("domain:", "domian:"), "key 'domain' is missing (found 'domian')"),
         (edited("license:", "licence:"), "unknown key 'licence'"),
         (edited("MULTICLASS_CLASSIFICATION", "MULTI_CLASS"), "task_target 'MULTI_CLASS'"),

@@ -121,6 +121,12 @@ def test_tokens_are_laid_out_on_their_grid() -> None:
         ({"maps": ["coarse", "fine"]}, "fine to coarse"),
         ({"probe_vox": [0, 8, 8]}, "three edges"),
         ({"tokens_vox": 0}, "one from 1"),
+        ({"network": 7}, "backbone.network=7: expected text"),
+        ({"maps": "model.0"}, "backbone.maps=model.0: expected a list of names"),
+        ({"maps": [1]}, "expected a list of names"),
+        ({"settings": "deep"}, "backbone.settings=deep: expected keyword arguments"),
+        ({"probe_vox": "8"}, "expected whole numbers of voxels"),
+        ({"tokens_vox": "4"}, "expected whole numbers of voxels"),
         (
             {
                 "network": "torch.nn:Conv2d",
