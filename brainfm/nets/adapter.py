@@ -46,7 +46,6 @@ class Adapted(Backbone):
         probe_vox: Sequence[int] = (64, 64, 64),
     ) -> None:
         super().__init__()
-        _check_kinds(network, maps, settings, tokens_vox, probe_vox)
         self.config = {
             "name": "adapted", "network": network, "maps": list(maps), "settings": dict(settings or {}),
             "tokens_vox": tokens_vox, "probe_vox": list(probe_vox),
@@ -160,19 +159,6 @@ def adapted(
 ) -> Adapted:
     """See Adapted."""
     return Adapted(network, maps, settings, tokens_vox, probe_vox)
-
-
-def _check_kinds(network: Any, maps: Any, settings: Any, tokens_vox: Any, probe_vox: Any) -> None:
-    """Raises: ConfigError for a value of another kind than its key has."""
-    if not isinstance(network, str):
-        raise ConfigError(f"backbone.network={network}: expected text, package.module:Class")
-    if isinstance(maps, str) or not isinstance(maps, Sequence) or not all(isinstance(name, str) for name in maps):
-        raise ConfigError(f"backbone.maps={maps}: expected a list of names, such as [stem,layer1]")
-    if settings is not None and not isinstance(settings, Mapping):
-        raise ConfigError(f"backbone.settings={settings}: expected keyword arguments of {network}")
-    edges = probe_vox if isinstance(probe_vox, Sequence) and not isinstance(probe_vox, str) else [None]
-    if any(type(edge) is not int for edge in (*edges, *([] if tokens_vox is None else [tokens_vox]))):
-        raise ConfigError(f"backbone.probe_vox={probe_vox}, tokens_vox={tokens_vox}: expected whole numbers of voxels")
 
 
 def _built(network: str, settings: dict[str, Any]) -> nn.Module:

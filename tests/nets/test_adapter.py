@@ -122,11 +122,11 @@ def test_tokens_are_laid_out_on_their_grid() -> None:
         ({"probe_vox": [0, 8, 8]}, "three edges"),
         ({"tokens_vox": 0}, "one from 1"),
         ({"network": 7}, "backbone.network=7: expected text"),
-        ({"maps": "model.0"}, "backbone.maps=model.0: expected a list of names"),
-        ({"maps": [1]}, "expected a list of names"),
-        ({"settings": "deep"}, "backbone.settings=deep: expected keyword arguments"),
-        ({"probe_vox": "8"}, "expected whole numbers of voxels"),
-        ({"tokens_vox": "4"}, "expected whole numbers of voxels"),
+        ({"maps": "model.0"}, "backbone.maps=model.0: expected a list of texts"),
+        ({"maps": [1]}, "expected a list of texts"),
+        ({"settings": "deep"}, "backbone.settings=deep: expected a mapping or null"),
+        ({"probe_vox": "8"}, "backbone.probe_vox=8: expected a list of whole numbers"),
+        ({"tokens_vox": "4"}, "backbone.tokens_vox=4: expected a whole number or null"),
         (
             {
                 "network": "torch.nn:Conv2d",

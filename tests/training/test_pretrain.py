@@ -60,7 +60,7 @@ def whole(toy_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     [
         (
             {"backbone": {"name": "adapted", "network": "torch.nn:Identity", "maps": "model.0"}},
-            "expected a list of names",
+            "expected a list of texts",
         ),
         ({"backbone": {"name": "adapted", "network": "no.place:Net", "maps": ["a"]}}, "Class that is installed"),
         ({}, "nowhere: "),
