@@ -118,7 +118,7 @@ def pretrain(settings: PretrainSettings) -> State:
     module = Augmented(objective, artefacts, seed, settings.average, data.looks)
     quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
     train_set = make_patches(data, seed, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
-    folder.mkdir(parents=True, exist_ok=True)  # what is refused leaves none
+    optimizer = build_optimizer(objective, **optim_values(settings.optim))
     if fabric.is_global_zero:
         say(
             f"{sum(p.numel() for p in objective.parameters()):,} parameters in pre-training "
@@ -133,6 +133,7 @@ def pretrain(settings: PretrainSettings) -> State:
         spec = replace(spec, probe_every=probe.spec.every)
         if fabric.is_global_zero:
             say("\n".join(probe.plan()))
+    folder.mkdir(parents=True, exist_ok=True)  # what is refused leaves none
 
     def loader_from(step: int) -> Any:
         steps = StepSampler(step, spec.max_steps, batch_size, fabric.global_rank, fabric.world_size)
@@ -145,7 +146,7 @@ def pretrain(settings: PretrainSettings) -> State:
             folder=folder,
             identity=identity,
             module=module,
-            optimizer=build_optimizer(objective, **optim_values(settings.optim)),
+            optimizer=optimizer,
             loader_from=loader_from,
             spec=spec,
             evaluate=_Validation(fabric, module, store, sides[1], sides[0], targets, settings),

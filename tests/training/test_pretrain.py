@@ -64,11 +64,16 @@ def whole(toy_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
         ),
         ({"backbone": {"name": "adapted", "network": "no.place:Net", "maps": ["a"]}}, "Class that is installed"),
         ({}, "nowhere: "),
+        ({"optim.lr": "nan"}, "expected lr > 0"),
+        ({"trainer.max_steps": "0"}, "expected at least one step"),
     ],
 )
 def test_what_is_refused_leaves_no_run(changes: dict[str, Any], said: str, toy_store: Store, tmp_path: Path) -> None:
     """A foreign network's names are looked at before the store."""
-    settings = replace(config(toy_store, tmp_path / "run"), store=tmp_path / "nowhere", **changes)
+    more = [f"{key}={value}" for key, value in changes.items() if "." in key]
+    settings = config(toy_store, tmp_path / "run", *more)
+    if not more:
+        settings = replace(settings, store=tmp_path / "nowhere", **changes)
     with pytest.raises(BrainfmError, match=said):
         pretrain(settings)
     assert not (tmp_path / "run").exists()
