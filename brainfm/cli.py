@@ -19,6 +19,7 @@ from brainfm import __version__
 from brainfm import verbs as verbs_folder
 from brainfm.errors import BrainfmError, BrainfmWarning, ConfigError
 from brainfm.extras import translated
+from brainfm.progress import on_one_line
 from brainfm.settings import keys_of
 
 
@@ -98,7 +99,7 @@ _show_warning = warnings.showwarning
 def _note(message: Warning | str, category: type[Warning], *where: Any, **more: Any) -> None:
     """Our own warnings as one sentence, those of others as ever."""
     if issubclass(category, BrainfmWarning):
-        print(f"brainfm: note: {message}", file=sys.stderr)
+        print(f"brainfm: note: {on_one_line(str(message))}", file=sys.stderr)
     else:
         _show_warning(message, category, *where, **more)
 
@@ -169,7 +170,7 @@ def _patient(name: str) -> Iterator[None]:
 
 
 def _complain(sentence: str) -> int:
-    print(f"brainfm: {sentence}", file=sys.stderr)
+    print(f"brainfm: {on_one_line(sentence)}", file=sys.stderr)
     return 2
 
 

@@ -8,12 +8,17 @@ import io
 import os
 import secrets
 import shutil
+import zipfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, TYPE_CHECKING
 
-from brainfm.errors import FileError
+from brainfm.errors import BrainfmError, FileError
+
+if TYPE_CHECKING:
+    import numpy as np
 
 PathLike = str | os.PathLike[str]
 
@@ -62,11 +67,87 @@ def write_text(path: PathLike, text: str) -> None:
 
 def write_table(path: PathLike, columns: Sequence[str], rows: Iterable[Sequence[object]], delimiter: str = ",") -> None:
     """A table with a line of names. Raises: FileError."""
+    write_text(path, table_text(columns, rows, delimiter))
+
+
+def table_text(columns: Sequence[str], rows: Iterable[Sequence[object]], delimiter: str = ",") -> str:
+    """What `write_table` writes."""
     text = io.StringIO(newline="")
     writer = csv.writer(text, delimiter=delimiter, lineterminator="\n")
     writer.writerow(columns)
     writer.writerows(rows)
-    write_text(path, text.getvalue())
+    return text.getvalue()
+
+
+def write_arrays(path: PathLike, arrays: Mapping[str, np.ndarray], compressed: bool = False) -> None:
+    """Arrays by name as .npz, without pickles. Raises: FileError."""
+    write_whole(path, npz_bytes(arrays, compressed))
+
+
+def npz_bytes(arrays: Mapping[str, np.ndarray], compressed: bool = False) -> bytes:
+    """What `write_arrays` writes. Raises: ValueError for an array of Python objects."""
+    import numpy as np  # here: nothing else in this file needs it, and help waits for nothing
+
+    strange = [name for name, array in arrays.items() if np.asarray(array).dtype.hasobject]
+    if strange:
+        raise ValueError(f"{strange[0]}: an array of Python objects would be pickled")
+    held = io.BytesIO()
+    (np.savez_compressed if compressed else np.savez)(held, **arrays)  # type: ignore[arg-type]
+    return held.getvalue()
+
+
+def npy_bytes(array: np.ndarray) -> bytes:
+    """One array as .npy, without pickles."""
+    import numpy as np
+
+    held = io.BytesIO()
+    np.save(held, array, allow_pickle=False)
+    return held.getvalue()
+
+
+# What numpy raises over files that are missing, cut short, no arrays, or hold pickles.
+_UNREADABLE = (OSError, ValueError, EOFError, RuntimeError, MemoryError, zipfile.BadZipFile, zlib.error)
+
+
+def read_arrays(path: PathLike, refused: type[BrainfmError], what: str) -> dict[str, np.ndarray]:
+    """The arrays of an .npz by name; pickles are never loaded.
+
+    Args:
+        refused: raised, in one sentence, where the file is missing, damaged or holds anything else.
+        what: that was expected, e.g. ``episodes``.
+    """
+    import numpy as np
+
+    try:
+        file = np.load(path, allow_pickle=False)
+        if isinstance(file, np.ndarray):
+            raise ValueError("it holds one array, expected several by name")
+        with file:
+            return {name: file[name] for name in file.files}
+    except _UNREADABLE as error:
+        raise refused(f"{path}: cannot be read as {what} ({_told(error)})") from None
+
+
+def read_array(path: PathLike, refused: type[BrainfmError], what: str) -> np.ndarray:
+    """The array of an .npy, as `read_arrays` reads several."""
+    import numpy as np
+
+    try:
+        found = np.load(path, allow_pickle=False)
+        if not isinstance(found, np.ndarray):
+            found.close()
+            raise ValueError("it holds arrays by name, expected one array")
+        return found
+    except _UNREADABLE as error:
+        raise refused(f"{path}: cannot be read as {what} ({_told(error)})") from None
+
+
+def _told(error: BaseException) -> str:
+    """What numpy says, in a line, without its advice to load pickles: it gives that for any file it does not know."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    line = (str(error).splitlines() or [""])[0]
+    return "no arrays of numbers or text" if "pickle" in line else line or type(error).__name__
 
 
 def write_synced(path: PathLike, content: bytes) -> None:
@@ -78,13 +159,22 @@ def write_synced(path: PathLike, content: bytes) -> None:
 
 
 def write_folder(folder: PathLike, contents: Mapping[str, bytes]) -> None:
-    """A folder of files, written beside its place and swapped in.
+    """A folder of files, as `writing_folder` writes it, in place of what was there. Raises: FileError."""
+    with writing_folder(folder) as part:
+        for name, content in contents.items():
+            (part / name).write_bytes(content)
+
+
+@contextmanager
+def writing_folder(folder: PathLike) -> Iterator[Path]:
+    """A folder to fill, beside its place and hidden; at the end of the block all of it is brought onto the disk and
+    swapped in.
 
     A crash leaves the old folder or the new one in place, or, between the two renames, both whole under their
     temporary names.
 
     Raises:
-        FileError: where it cannot be written; what was there stays.
+        FileError: where it cannot be written; what was there stays, as after any other error.
     """
     folder = Path(folder)
     mark = secrets.token_hex(4)
@@ -93,8 +183,9 @@ def write_folder(folder: PathLike, contents: Mapping[str, bytes]) -> None:
     try:
         folder.parent.mkdir(parents=True, exist_ok=True)
         fresh.mkdir()
-        for name, content in contents.items():
-            write_synced(fresh / name, content)
+        yield fresh
+        for path in (path for path in fresh.rglob("*") if path.is_file()):
+            _sync(path)
         if folder.exists():
             os.replace(folder, old)
         try:
@@ -105,10 +196,21 @@ def write_folder(folder: PathLike, contents: Mapping[str, bytes]) -> None:
             raise
         if old.exists():
             shutil.rmtree(old)
+    except FileError as error:  # of a file within
+        told = str(error.filename).replace(str(fresh), str(folder))
+        raise FileError(error.errno or errno.EIO, str(error.strerror), told) from None
     except OSError as error:
         raise FileError.of(error, folder) from None
     finally:
         shutil.rmtree(fresh, ignore_errors=True)
+
+
+def _sync(path: Path) -> None:
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
 
 def check_writable(folder: PathLike) -> None:

@@ -63,7 +63,12 @@ def speak(first: bool) -> None:
 
 
 def say(text: str) -> None:
-    """To the log, once however many processes a run has."""
+    """To the log, once however many processes a run has; what a file's words would do to a terminal is escaped."""
     ranks = [os.environ[name] for name in _RANKS if name in os.environ]
     if _speaks if _speaks is not None else ranks[:1] in ([], ["0"]):
-        print(text, file=sys.stderr, flush=True)
+        print("\n".join(map(on_one_line, text.split("\n"))), file=sys.stderr, flush=True)
+
+
+def on_one_line(text: str) -> str:
+    """The text with line breaks and control characters escaped: names in files may hold what a terminal obeys."""
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)

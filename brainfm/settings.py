@@ -220,10 +220,11 @@ def words(hint: Any) -> list[str]:
     for each in _alternatives(hint):
         if get_origin(each) is Literal:
             found += [shown(value) for value in get_args(each)]
-        elif get_origin(each) is tuple:
+        elif get_origin(each) in (tuple, Sequence):
             inner = get_args(each)
             many = ", ".join(words(inner[0])) if get_origin(inner[0]) is Literal else _MANY.get(inner[0], "values")
-            found.append(f"a list of {many}" if Ellipsis in inner else f"{_COUNTS.get(len(inner), len(inner))} {many}")
+            alike = Ellipsis in inner or get_origin(each) is Sequence
+            found.append(f"a list of {many}" if alike else f"{_COUNTS.get(len(inner), len(inner))} {many}")
         elif each is bool:
             found += ["true", "false"]
         elif is_dataclass(each) or get_origin(each) is _MAPPING:

@@ -22,6 +22,7 @@ from brainfm import cli
 from brainfm import verbs as verbs_folder
 from brainfm.cli import main, verbs
 from brainfm.errors import ConfigError
+from brainfm.progress import say
 from brainfm.settings import build, dotted, keys_of, plain
 from brainfm.training.settings import PretrainSettings
 from brainfm.verbs.compose import configs, options, recipes, resolve, settings_of
@@ -404,6 +405,13 @@ def test_names_that_the_terminal_cannot_show_are_escaped(monkeypatch: pytest.Mon
     monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(shown, encoding="ascii"))
     assert main(["doctor", "manifest=x"]) == 0
     assert shown.getvalue() == b"Z\\xfcrich M\\udcfcller\n"
+
+
+def test_what_a_terminal_would_obey_is_escaped(capsys: pytest.CaptureFixture[str]) -> None:
+    """In a sentence with names out of files or words: it stays one line, and no terminal is coloured or cleared."""
+    assert "no such \\x1b[2J\\nverb" in fails(capsys, "no such \x1b[2J\nverb")
+    say("left out: a\x1b]0;title\x07b\nM\xfcller")
+    assert capsys.readouterr().err == "left out: a\\x1b]0;title\\x07b\nM\xfcller\n"
 
 
 def test_manifest_and_doctor_say_what_was_left_out(capsys: pytest.CaptureFixture[str], tmp_path: Path) -> None:

@@ -12,7 +12,7 @@ import pytest
 from brainfm.cli import verbs
 from brainfm.settings import keys_of
 from brainfm.verbs import compose
-from tests.test_layers import MAY_IMPORT
+from tests.test_layers import MAY_IMPORT, ROOT
 
 REPOSITORY = Path(__file__).parents[1]
 PAGES = [
@@ -110,6 +110,8 @@ def test_the_layers_are_those_that_are_held() -> None:
         for package, allowed in MAY_IMPORT.items()
     )
     assert told == MAY_IMPORT, f"docs/architecture.md, Layers; expected\n{expected}"
+    (beside,) = re.findall(r"^\| `root` \|  \| the files beside the folders: (.*) \|$", text, re.M)
+    assert set(beside.split(", ")) == ROOT, "docs/architecture.md, Layers, the row of root"
 
 
 def test_every_decision_has_one_place() -> None:

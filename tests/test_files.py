@@ -7,10 +7,22 @@ import os
 import pickle
 from pathlib import Path
 
+import numpy as np
 import pytest
 
-from brainfm.errors import FileError
-from brainfm.files import check_writable, write_folder, write_table, write_whole, writing
+from brainfm.errors import DatasetError, FileError
+from brainfm.files import (
+    check_writable,
+    npy_bytes,
+    npz_bytes,
+    read_array,
+    read_arrays,
+    write_arrays,
+    write_folder,
+    write_table,
+    write_whole,
+    writing,
+)
 
 
 def test_a_name_as_long_as_the_system_allows(tmp_path: Path) -> None:
@@ -92,3 +104,40 @@ def test_folders_are_swapped_whole(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     with pytest.raises(FileError, match=f"no space left on the disk for {folder}"):
         write_folder(folder, {"a": b"4"})
     assert (folder / "a").read_bytes() == b"3" and [p.name for p in folder.parent.iterdir()] == ["bundle"]
+
+
+# ---- arrays ----------------------------------------------------------------------------------------------------------
+
+
+def test_arrays_come_back_and_equal_ones_give_equal_files(tmp_path: Path) -> None:
+    arrays = {"x": np.arange(6, dtype=np.float32).reshape(2, 3), "words": np.array(["a", "é"])}
+    for compressed in (False, True):
+        path = tmp_path / f"{compressed}.npz"
+        write_arrays(path, arrays, compressed)
+        back = read_arrays(path, DatasetError, "numbers")
+        assert set(back) == set(arrays) and all(np.array_equal(back[n], arrays[n]) for n in arrays)
+        assert path.read_bytes() == npz_bytes(arrays, compressed)
+    (tmp_path / "one.npy").write_bytes(npy_bytes(arrays["x"]))
+    assert np.array_equal(read_array(tmp_path / "one.npy", DatasetError, "a number"), arrays["x"])
+    with pytest.raises(ValueError, match="Python objects"):
+        npz_bytes({"x": np.array([{}])})
+
+
+def test_what_is_no_array_is_refused_without_advice_to_load_pickles(tmp_path: Path) -> None:
+    whole = npz_bytes({"x": np.arange(1000)}, compressed=True)
+    np.save(tmp_path / "pickled", np.array([{}]), allow_pickle=True)
+    np.savez(tmp_path / "pickled", x=np.array([{}]))
+    files = {"text.npz": b"not arrays", "short.npz": whole[:-30], "empty.npz": b"", "one.npz": npy_bytes(np.ones(2)),
+             "torn.npz": whole[:60] + bytes(40) + whole[100:]}  # fmt: skip
+    for name, content in files.items():
+        (tmp_path / name).write_bytes(content)
+    (tmp_path / "cut.npy").write_bytes(npy_bytes(np.ones(100))[:-50])
+    (tmp_path / "several.npy").write_bytes(whole)
+    for name in (*files, "pickled.npz", "gone.npz"):
+        with pytest.raises(DatasetError, match=f"{name}: cannot be read as episodes \\(") as refusal:
+            read_arrays(tmp_path / name, DatasetError, "episodes")
+        assert "pickle=" not in str(refusal.value) and "\n" not in str(refusal.value)
+    for name in ("cut.npy", "several.npy", "pickled.npy", "text.npz", "gone.npy"):
+        with pytest.raises(DatasetError, match=f"{name}: cannot be read as labels \\(") as refusal:
+            read_array(tmp_path / name, DatasetError, "labels")
+        assert "allow_pickle" not in str(refusal.value)

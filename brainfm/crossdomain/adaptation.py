@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from brainfm.crossdomain.augmentation import augmented
 from brainfm.crossdomain.episode_scores import Answers, episode_auroc
@@ -92,12 +92,7 @@ def fine_tune(network: ImageNetwork, items: MedIMeta, episode: Episode, settings
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
     model.train()
     for step in range(settings.steps):
-        loss = loss_of(model(images), y, target)
-        if not math.isfinite(loss.item()):
-            raise TrainingError(f"{items.task_identifier}: the loss is {loss.item()} at step {step + 1}")
-        optimiser.zero_grad(set_to_none=True)
-        loss.backward()
-        optimiser.step()
+        descend(optimiser, loss_of(model(images), y, target), f"{items.task_identifier}, step {step + 1}")
     scores = predicted(model, items, episode.query, settings.size, settings.device)
     return Answers(items.rows[episode.query], columns(episode.query_y, target, classes), scores)
 
@@ -136,31 +131,69 @@ def supervised(
     optimiser = torch.optim.Adam(model.parameters(), lr=settings.lr, fused=True)
     truth = columns(items.places[validation], target, classes)
     y = torch.from_numpy(_targets(items, episode))
-    best, state, since = -math.inf, copy.deepcopy(model.state_dict()), 0
-    for epoch in range(settings.max_epochs):
+
+    def learn(epoch: int) -> None:
         model.train()
         for part in batches(len(episode.support), settings.batch, seed, epoch):
             images = tensors(network, items, episode.support[part], settings.size, settings.device)
             if settings.augment:
                 images = augmented(images, torch_stream(seed, "augmentation", epoch, int(part[0])))
             loss = loss_of(model(images), y[part].to(settings.device), target)
-            if not math.isfinite(loss.item()):
-                raise TrainingError(f"{items.task_identifier}: the loss is {loss.item()} in epoch {epoch + 1}")
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            optimiser.step()
+            descend(optimiser, loss, f"{items.task_identifier}, epoch {epoch + 1}")
+
+    def check() -> float:
         scores = predicted(model, items, validation, settings.size, settings.device)
-        score = episode_auroc(Answers(validation, truth, scores))
-        since += 1
-        if score > best:
-            best, state, since = score, copy.deepcopy(model.state_dict()), 0
-        if progress is not None:
-            progress(epoch + 1, settings.max_epochs)
-        if since >= settings.patience:
-            break
-    model.load_state_dict(state)
+        return episode_auroc(Answers(validation, truth, scores))
+
+    keep_best(model, learn, check, settings.max_epochs, settings.patience, progress)
     scores = predicted(model, items, episode.query, settings.size, settings.device)
     return Answers(items.rows[episode.query], columns(episode.query_y, target, classes), scores), model
+
+
+def descend(
+    optimiser: torch.optim.Optimizer, loss: Tensor, where: str, weight: float = 1.0, clip: float | None = None
+) -> None:
+    """One step down a loss.
+
+    Args:
+        where: for the sentence, where the loss is not finite.
+        weight: that the loss counts with.
+        clip: longest gradient of all parameters together.
+
+    Raises: TrainingError where the loss is not finite.
+    """
+    if not math.isfinite(loss.item()):
+        raise TrainingError(f"{where}: the loss is {loss.item()}")
+    optimiser.zero_grad(set_to_none=True)
+    (loss if weight == 1 else loss * weight).backward()
+    if clip is not None:
+        nn.utils.clip_grad_norm_([p for group in optimiser.param_groups for p in group["params"]], clip)
+    optimiser.step()
+
+
+def keep_best(
+    module: nn.Module, learn: Callable[[int], None], check: Callable[[], float], epochs: int, patience: int,
+    progress: Callable[[int, int], None] | None = None,
+) -> None:  # fmt: skip
+    """Trains with early stopping; afterwards the module has the weights of its best epoch.
+
+    Args:
+        learn: trains the module for the epoch of this number.
+        check: the score, larger is better; NaN is never the best.
+        patience: epochs without a better score.
+    """
+    best, state, since = -math.inf, copy.deepcopy(module.state_dict()), 0
+    for epoch in range(epochs):
+        learn(epoch)
+        score = check()
+        since += 1
+        if score > best:
+            best, state, since = score, copy.deepcopy(module.state_dict()), 0
+        if progress is not None:
+            progress(epoch + 1, epochs)
+        if since >= patience:
+            break
+    module.load_state_dict(state)
 
 
 def _targets(items: MedIMeta, episode: Episode) -> np.ndarray:

@@ -10,9 +10,6 @@ Source: preparation as Woerner et al. 2024 (arXiv 2404.16000) describe it; uncer
 from __future__ import annotations
 
 import csv
-import os
-import shutil
-import zipfile
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,7 +21,7 @@ from brainfm.crossdomain.checks import check
 from brainfm.crossdomain.layout import ANNOTATIONS, IMAGES, INFO, SPLITS, TaskTarget, check_task_name, read_info
 from brainfm.errors import ConfigError, DatasetError
 from brainfm.extras import missing
-from brainfm.files import write_table, write_text
+from brainfm.files import npy_bytes, read_arrays, write_table, write_text, write_whole, writing_folder
 from brainfm.scoring.folds import side
 from brainfm.seeds import stream
 
@@ -153,13 +150,7 @@ def from_medmnist(path: Path, task_name: str, names: Sequence[str] = ()) -> Addi
 
     Raises: DatasetError.
     """
-    try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    except FileNotFoundError:
-        raise DatasetError(f"{path}: no such file, expected a MedMNIST .npz") from None
-    except (ValueError, OSError, zipfile.BadZipFile) as error:
-        raise DatasetError(f"{path}: cannot be read as .npz ({error})") from None
+    arrays = read_arrays(path, DatasetError, "a MedMNIST .npz")
     lacking = [f"{s}_{what}" for s in SPLITS for what in ("images", "labels") if f"{s}_{what}" not in arrays]
     if lacking:
         raise DatasetError(f"{path}: lacks {lacking[0]}, found {', '.join(arrays) or 'nothing'}")
@@ -270,18 +261,15 @@ def write_dataset(root: Path, about: About, addition: Addition, progress: Progre
         raise ConfigError(f"id={about.id}: expected the name of a folder")
     if target.exists():
         raise ConfigError(f"{target}: is there already, expected another id or an empty place")
-    part = root / f".{about.id}.tmp"
-    shutil.rmtree(part, ignore_errors=True)
-    try:
-        part.mkdir(parents=True)
-        size = _write_images(part, about, addition, progress)
-        _write_tables(part, about, addition, size)
-        faults = [fault for fault in check(read_info(part)) if "has not" not in fault]
+    with writing_folder(target) as part:
+        try:
+            size = _write_images(part, about, addition, progress)
+            _write_tables(part, about, addition, size)
+            faults = [fault for fault in check(read_info(part)) if "has not" not in fault]
+        except DatasetError as error:
+            faults = [str(error)]
         if faults:
-            raise DatasetError(faults[0])
-        os.replace(part, target)
-    finally:
-        shutil.rmtree(part, ignore_errors=True)
+            raise DatasetError(faults[0].replace(str(part), str(target)))
     return target
 
 
@@ -290,7 +278,7 @@ def _write_images(part: Path, about: About, addition: Addition, progress: Progre
     try:
         import h5py
     except ModuleNotFoundError:
-        raise missing("h5py", str(part)) from None
+        raise missing("h5py", f"adding {about.id}") from None
     (part / "images").mkdir()
     first = fitted(addition.image(0), about)
     size = first.shape[:2]
@@ -357,8 +345,7 @@ def _write_tables(part: Path, about: About, addition: Addition, size: tuple[int,
     for task in addition.tasks:
         for place, array in (("task_labels", task.labels), ("soft_labels", task.soft)):
             if array is not None:
-                (part / place).mkdir(exist_ok=True)
-                np.save(part / place / f"{task.name}.npy", array, allow_pickle=False)
+                write_whole(part / place / f"{task.name}.npy", npy_bytes(array))
     info: dict[str, Any] = {
         "id": about.id, "name": about.name, "summary": about.summary, "domain": about.domain,
         "tasks": [{"task_name": task.name, "task_target": task.target.name, "labels": dict(task.classes)}

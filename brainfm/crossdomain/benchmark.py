@@ -7,7 +7,6 @@ alone (`tables`), so that a stopped run goes on, and a method that is added late
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import multiprocessing
 import re
@@ -20,22 +19,22 @@ from typing import Any
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from brainfm.crossdomain.adaptation import FineTune, SupervisedMethod, fine_tune, supervised
 from brainfm.crossdomain.episode_scores import Answers
 from brainfm.crossdomain.episodes import Episode, Shots, draw, save_episodes
 from brainfm.crossdomain.features import CachedFeatures
 from brainfm.crossdomain.heads import HEADS, columns
-from brainfm.crossdomain.layout import SPLITS, DatasetInfo, find, read_split
+from brainfm.crossdomain.layout import INFO, SPLITS, DatasetInfo, absent, find, read_split
 from brainfm.crossdomain.medimeta import MedIMeta
 from brainfm.crossdomain.methods import FewShotMethod
-from brainfm.crossdomain.networks import ImageNetwork, build_network, check_network
+from brainfm.crossdomain.networks import ImageNetwork, build_network, check_network, load_kept
 from brainfm.crossdomain.planar import Axis
 from brainfm.crossdomain.pretraining import Maml, MultiTask, maml, multi_task, sources_for, tasks_of
 from brainfm.crossdomain.twins import twins
 from brainfm.errors import ConfigError, DatasetError
-from brainfm.files import write_table, write_text, write_whole
+from brainfm.files import read_arrays, write_arrays, write_table, write_text, write_whole
 from brainfm.progress import say
 from brainfm.seeds import stream
 
@@ -124,14 +123,15 @@ def run(
     for fault in faults:
         say(f"left out: {fault}")
     names = list(plan.datasets or found)
-    unknown = [name for name in names if name not in found]
-    if unknown or not names:
-        raise next(
-            (fault for fault in faults if unknown and f"{unknown[0]}/" in str(fault)),
-            DatasetError(
-                f"{plan.root}: holds no data set {(unknown or ['any'])[0]!r}, found {', '.join(found) or 'none'}"
-            ),
+    if not names:
+        raise (
+            faults[0]
+            if faults
+            else DatasetError(f"{plan.root}: holds no data set, expected one or more folders ID/{INFO}")
         )
+    for name in names:
+        if name not in found:
+            raise absent(plan.root, name, found, faults)
     _settle_identity(plan)
     plan = plan.of_size()
     jobs = [BenchmarkJob(name, task) for name in names for task in _tasks(found[name], plan.all_tasks)]
@@ -208,24 +208,21 @@ def save_answers(path: Path, groups: dict[str, list[Answers]], about: dict[str, 
         arrays[f"{setting}/rows"] = np.concatenate([each.rows for each in answers])
         arrays[f"{setting}/truth"] = np.concatenate([each.truth for each in answers])
         arrays[f"{setting}/scores"] = np.concatenate([each.scores for each in answers]).astype(np.float32)
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_whole(path, buffer.getvalue())
+    write_arrays(path, arrays, compressed=True)
 
 
 def load_answers(path: Path) -> tuple[dict[str, list[Answers]], dict[str, object]]:
     """Raises: DatasetError where the file is damaged."""
+    arrays = read_arrays(path, DatasetError, "answers of a benchmark, which are made anew where the file is deleted")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
         groups = {}
         for setting in {name.partition("/")[0] for name in arrays} - {"about"}:
             ends = np.cumsum(arrays[f"{setting}/sizes"])[:-1]
             cut = [np.split(arrays[f"{setting}/{what}"], ends) for what in ("rows", "truth", "scores")]
             groups[setting] = [Answers(*parts) for parts in zip(*cut)]
         return groups, json.loads(str(arrays["about"]))
-    except (OSError, ValueError, KeyError) as error:
-        raise DatasetError(f"{path}: cannot be read as answers ({error}); delete it and run again") from None
+    except (ValueError, KeyError) as error:
+        raise DatasetError(f"{path}: holds no answers of a benchmark ({error}); delete it and run again") from None
 
 
 # ---- one method ------------------------------------------------------------------------------------------------------
@@ -299,7 +296,7 @@ def _network(plan: BenchmarkPlan, job: BenchmarkJob, method: FewShotMethod) -> I
             settings = replace(plan.maml, second_order=method.pretraining == "mmmaml")
             network = maml(network, sources, settings, plan.seed)
         write_whole(path, save({name: value.cpu().contiguous() for name, value in network.state_dict().items()}))
-    network.load_state_dict(load_file(path))
+    load_kept(network, path)
     return network
 
 
@@ -380,8 +377,13 @@ def _settle_identity(plan: BenchmarkPlan) -> None:
     path = plan.out / "plan.json"
     identity = plan.identity()
     if path.is_file():
-        before = json.loads(path.read_text())
-        other = [key for key in identity if before.get(key) != identity[key]]
+        try:
+            before = json.loads(path.read_text(encoding="utf-8"))
+            other = [key for key in identity if before.get(key) != identity[key]]
+        except (ValueError, AttributeError) as error:
+            raise ConfigError(
+                f"{path}: cannot be read as the plan of a benchmark ({error}); give another out="
+            ) from None
         if other:
             raise ConfigError(
                 f"{path}: was made with {other[0]}={before.get(other[0])}, found {identity[other[0]]}; "

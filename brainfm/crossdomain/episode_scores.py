@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from brainfm.scoring.answers import auroc
-from brainfm.scoring.intervals import Interval
+from brainfm.scoring.intervals import Interval, crossed_counts
 from brainfm.seeds import stream
 
 RESAMPLES = 1000
@@ -54,8 +54,8 @@ def replicates(episodes: Sequence[Answers], count: int, seed: int, name: str, re
         name: of the task.
     """
     rng = stream(seed, f"bootstrap of episodes of {name}")
-    images = rng.multinomial(count, np.full(count, 1 / count), size=resamples).astype(np.float32)
-    drawn = rng.multinomial(len(episodes), np.full(len(episodes), 1 / len(episodes)), size=resamples)
+    images, drawn = crossed_counts(rng, (count, len(episodes)), resamples)
+    images = images.astype(np.float32)
     values = np.stack([_weighted(episode, images[:, episode.rows]) for episode in episodes], axis=1)
     if len(episodes) == 1:
         return values[:, 0]

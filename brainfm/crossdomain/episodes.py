@@ -9,7 +9,6 @@ Source: Woerner & Baumgartner 2024 (arXiv 2408.08058): 5 support and 10 query im
 
 from __future__ import annotations
 
-import io
 import json
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -19,7 +18,7 @@ import numpy as np
 
 from brainfm.crossdomain.layout import TaskTarget
 from brainfm.errors import ConfigError, DatasetError
-from brainfm.files import write_whole
+from brainfm.files import read_arrays, write_arrays
 from brainfm.seeds import stream
 
 _FORMAT = 1
@@ -169,23 +168,20 @@ def save_episodes(path: Path, episodes: Sequence[Episode], about: dict[str, obje
         arrays[name] = np.concatenate(parts).astype(np.int64)
         arrays[f"{name}_sizes"] = np.array([len(part) for part in parts])
     arrays["classes"] = np.array([episode.classes for episode in episodes])
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, **arrays)  # type: ignore[arg-type]
-    write_whole(path, buffer.getvalue())
+    write_arrays(path, arrays, compressed=True)
 
 
 def load_episodes(path: Path) -> tuple[list[Episode], dict[str, object]]:
     """Raises: DatasetError where the file cannot be read."""
+    arrays = read_arrays(path, DatasetError, "episodes")
     try:
-        with np.load(path, allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
         about = json.loads(str(arrays["about"]))
         cut = {
             name: np.split(arrays[name], np.cumsum(arrays[f"{name}_sizes"])[:-1])
             for name in ("support", "query", "support_y", "query_y")
         }
         classes = [tuple(map(int, row)) for row in arrays["classes"]]
-    except (OSError, ValueError, KeyError) as error:
-        raise DatasetError(f"{path}: cannot be read as episodes ({error})") from None
+    except (ValueError, KeyError) as error:
+        raise DatasetError(f"{path}: holds no episodes ({error})") from None
     parts = zip(cut["support"], cut["query"], cut["support_y"], cut["query_y"], classes)
     return [Episode(*each) for each in parts], about

@@ -6,7 +6,6 @@ Only the images that are asked for are computed, so that a large data set never 
 from __future__ import annotations
 
 import hashlib
-import io
 import json
 import time
 from collections.abc import Sequence
@@ -19,7 +18,8 @@ import torch
 from brainfm.crossdomain.medimeta import AT_ONCE, MedIMeta
 from brainfm.crossdomain.networks import ImageNetwork
 from brainfm.crossdomain.statistics import image_statistics, raw_pixels
-from brainfm.files import write_whole
+from brainfm.errors import DatasetError
+from brainfm.files import read_arrays, write_arrays
 
 FLOORS = {"statistics": image_statistics, "pixels": raw_pixels}
 
@@ -84,15 +84,14 @@ class CachedFeatures:
 
     def _load(self) -> None:
         if self._path is not None and self._path.is_file():
-            with np.load(self._path, allow_pickle=False) as file:
-                self._known, self._values = file["known"], file["values"]
-                self.seconds = float(file["seconds"])
+            file = read_arrays(self._path, DatasetError, "features, which are made anew where the file is deleted")
+            self._known, self._values = file["known"], file["values"]
+            self.seconds = float(file["seconds"])
 
     def _save(self) -> None:
         if self._path is not None and self._values is not None:
-            buffer = io.BytesIO()
-            np.savez(buffer, known=self._known, values=self._values, seconds=self.seconds)
-            write_whole(self._path, buffer.getvalue())
+            seconds = np.array(self.seconds)
+            write_arrays(self._path, {"known": self._known, "values": self._values, "seconds": seconds})
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from scipy.special import expit
 
 from brainfm.crossdomain.layout import TaskTarget
+from brainfm.scoring.folds import deal, fold_of
 from brainfm.scoring.linear import LOGISTIC, fit_logistic, rotated, row_weights
 from brainfm.seeds import stream
 
@@ -79,9 +80,7 @@ def _folds(y: np.ndarray, seed: int) -> np.ndarray | None:
     kinds = np.unique(y, axis=0, return_inverse=True)[1].ravel()
     order = stream(seed, "folds inside the support").permutation(len(y))
     order = order[np.argsort(kinds[order], kind="stable")]
-    fold = np.empty(len(y), dtype=np.int64)
-    fold[order] = np.arange(len(y)) % min(_FOLDS, len(y) // 2)
-    return fold
+    return fold_of(range(len(y)), deal(order.tolist(), min(_FOLDS, len(y) // 2)))
 
 
 def prototypes(x: np.ndarray, y: np.ndarray, other: np.ndarray, seed: int = 0) -> np.ndarray:

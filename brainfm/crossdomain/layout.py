@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 
 from brainfm.errors import DatasetError
+from brainfm.files import read_array
 
 INFO, IMAGES, ANNOTATIONS = "info.yaml", "images.hdf5", "annotations.csv"
 SPLITS = ("train", "val", "test")
@@ -115,7 +116,7 @@ def find(root: str | Path) -> tuple[dict[str, DatasetInfo], list[DatasetError]]:
         raise DatasetError(f"{root}: no such folder, expected data sets in the MedIMeta layout")
     found: dict[str, DatasetInfo] = {}
     faults: list[DatasetError] = []
-    for path in sorted(root.glob(f"*/{INFO}")):
+    for path in sorted(root.glob(f"[!.]*/{INFO}")):  # a hidden folder is one that was left half written
         try:
             info = read_info(path.parent)
             if info.id in found:
@@ -135,11 +136,18 @@ def open_dataset(root: str | Path, dataset_id: str) -> DatasetInfo:
             return info
     found, faults = find(root)
     if dataset_id not in found:
-        raise next(
-            (fault for fault in faults if str(beside) in str(fault)),
-            DatasetError(f"{root}: holds no data set {dataset_id!r}, expected one of {', '.join(found) or 'none'}"),
-        )
+        raise absent(root, dataset_id, found, faults)
     return found[dataset_id]
+
+
+def absent(
+    root: str | Path, dataset_id: str, found: Mapping[str, DatasetInfo], faults: Sequence[DatasetError]
+) -> DatasetError:
+    """Why a data set is not among those that `find` gives: its own fault, or that it is not there."""
+    beside = str(Path(root) / dataset_id / INFO)
+    own = [fault for fault in faults if str(fault).startswith(beside)]
+    there = f"expected one of {', '.join(found)}" if found else "nor any other"
+    return own[0] if own else DatasetError(f"{root}: holds no data set {dataset_id!r}, {there}")
 
 
 def read_info(folder: Path) -> DatasetInfo:
@@ -151,11 +159,14 @@ def read_info(folder: Path) -> DatasetInfo:
         raw = yaml.safe_load(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise DatasetError(f"{path}: no such file, expected the description of a data set") from None
-    except (yaml.YAMLError, UnicodeDecodeError, OSError) as error:
+    except (yaml.YAMLError, ValueError, OSError, RecursionError) as error:  # ValueError: no UTF-8, a date that is none
         raise DatasetError(f"{path}: cannot be read as YAML ({str(error).splitlines()[0]})") from None
     if not isinstance(raw, dict):
         raise DatasetError(f"{path}: holds {type(raw).__name__}, expected keys like id, name, domain and tasks")
     _check_keys(path, raw, _KEYS, _OPTIONAL)
+    for key in ("id", "name", "domain"):
+        if not _is_word(raw[key]):
+            raise DatasetError(f"{path}: {key}={_shown(raw[key])}, expected text")
     size = raw["input_size"]
     if not (isinstance(size, list) and len(size) == 3 and all(_is_count(n) for n in size) and size[0] in (1, 3)):
         raise DatasetError(f"{path}: input_size={size}, expected [1 or 3, height, width]")
@@ -169,8 +180,8 @@ def read_info(folder: Path) -> DatasetInfo:
     overlaps: set[str] = set()
     for key in ("domain_overlaps", "subject_overlaps"):
         named = raw.get(key) or []
-        if not isinstance(named, list):
-            raise DatasetError(f"{path}: {key}={named}, expected a list of ids of data sets")
+        if not isinstance(named, list) or not all(map(_is_word, named)):
+            raise DatasetError(f"{path}: {key}={_shown(named)}, expected a list of ids of data sets")
         overlaps |= {str(name) for name in named}
     return DatasetInfo(
         folder,
@@ -195,11 +206,15 @@ def _task(path: Path, raw: Any) -> TaskInfo:
         raise DatasetError(f"{path}: a task is {raw!r}, expected the keys {', '.join(_TASK_KEYS)}")
     _check_keys(path, raw, _TASK_KEYS, ())
     name, target, labels = (raw[key] for key in _TASK_KEYS)
+    if not _is_word(name):
+        raise DatasetError(f"{path}: task_name={_shown(name)}, expected text")
     check_task_name(str(name))
-    if target not in TaskTarget.__members__:
+    if not isinstance(target, str) or target not in TaskTarget.__members__:
         legal = ", ".join(TaskTarget.__members__)
         raise DatasetError(f"{path}: task_target {target!r} of task {name!r}, expected one of {legal}")
-    whole = isinstance(labels, dict) and all(isinstance(k, int) and not isinstance(k, bool) for k in labels)
+    whole = isinstance(labels, dict) and all(
+        isinstance(k, int) and not isinstance(k, bool) and isinstance(v, (str, int, float)) for k, v in labels.items()
+    )
     if not whole or len(labels) < (1 if target == TaskTarget.MULTILABEL_CLASSIFICATION.name else 2):
         raise DatasetError(f"{path}: labels of task {name!r} are {labels}, expected a name for each whole number")
     numbers = sorted(labels)
@@ -220,6 +235,15 @@ def _check_keys(path: Path, raw: Mapping[str, Any], needed: Sequence[str], optio
         )
     if unknown:
         raise DatasetError(f"{path}: unknown key {unknown[0]!r}, expected one of {', '.join((*needed, *optional))}")
+
+
+def _is_word(value: Any) -> bool:
+    """Whether it is text, or a number that YAML made of it."""
+    return (isinstance(value, (str, int, float)) and not isinstance(value, bool)) and str(value).strip() != ""
+
+
+def _shown(value: Any) -> str:
+    return "null" if value is None else repr(value)
 
 
 def _is_count(value: Any) -> bool:
@@ -272,10 +296,7 @@ def read_soft_labels(info: DatasetInfo, task: TaskInfo) -> np.ndarray | None:
 def _array(path: Path) -> np.ndarray:
     if not path.is_file():
         raise DatasetError(f"{path}: no such file, expected the labels of a task")
-    try:
-        return np.load(path, allow_pickle=False)
-    except (ValueError, OSError, EOFError) as error:
-        raise DatasetError(f"{path}: cannot be read as an array ({str(error).splitlines()[0]})") from None
+    return read_array(path, DatasetError, "the labels of a task")
 
 
 def read_split(info: DatasetInfo, names: str | Sequence[str], original: bool = False) -> np.ndarray:
@@ -290,7 +311,11 @@ def read_split(info: DatasetInfo, names: str | Sequence[str], original: bool = F
         if not path.is_file():
             there = sorted(file.stem for file in folder.glob("*.txt"))
             raise DatasetError(f"{path}: no such split, expected one of {', '.join(there) or 'none'}")
-        for line in path.read_text(encoding="utf-8").split("\n"):
+        try:
+            lines = path.read_text(encoding="utf-8").split("\n")
+        except (OSError, UnicodeDecodeError) as error:
+            raise DatasetError(f"{path}: cannot be read as text in UTF-8 ({error})") from None
+        for line in lines:
             if line.strip():
                 found.append(_number(path, line.strip(), info.total))
     twice = len(found) - len(set(found))

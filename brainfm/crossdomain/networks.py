@@ -9,12 +9,15 @@ efficientnet_lite0                ImageNet weights that come with ``brainfm-mri[
 from __future__ import annotations
 
 import copy
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 import torch.nn.functional as F
+from safetensors import SafetensorError
+from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from brainfm.crossdomain.planar import Axis, Planar
@@ -23,7 +26,7 @@ from brainfm.errors import ConfigError, WeightsError
 from brainfm.extras import demand
 from brainfm.nets.backbone import BACKBONES, build_backbone
 from brainfm.nets.backbone_file import load_backbone
-from brainfm.nets.transfer import fingerprint
+from brainfm.nets.transfer import fingerprint, transfer
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
 _DEEPEST = 3  # maps of a planar network that are pooled: mean and deviation of each
@@ -135,6 +138,20 @@ class _Lite(nn.Module):
     def forward(self, images: Tensor) -> Tensor:
         found: Tensor = self.network.extract_features(images)
         return found
+
+
+def load_kept(module: nn.Module, path: Path, apart: Sequence[str] = ()) -> dict[str, Tensor]:
+    """Fills a network with what an earlier run kept of it; returns the tensors that are kept ``apart``.
+
+    Raises: WeightsError where the file is damaged or of another network.
+    """
+    try:
+        state = load_file(path)
+        rest = {name: state.pop(name) for name in apart}
+    except (OSError, KeyError, SafetensorError) as error:
+        raise WeightsError(f"{path}: cannot be read as weights ({error}); delete it and run again") from None
+    transfer(module, state, origin=f"{path} (delete it and run again)")
+    return rest
 
 
 def check_network(name: str) -> None:

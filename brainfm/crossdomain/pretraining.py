@@ -6,7 +6,6 @@ Source: Woerner et al. 2024 (arXiv 2404.16000); MAML Finn et al. 2017 (arXiv 170
 
 from __future__ import annotations
 
-import copy
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -16,7 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from brainfm.crossdomain.adaptation import answers_of, batches, loss_of, outputs_of
+from brainfm.crossdomain.adaptation import answers_of, batches, descend, keep_best, loss_of, outputs_of, predicted
 from brainfm.crossdomain.augmentation import augmented
 from brainfm.crossdomain.episode_scores import Answers, episode_auroc
 from brainfm.crossdomain.episodes import Episode, Shots, draw
@@ -24,12 +23,13 @@ from brainfm.crossdomain.features import tensors
 from brainfm.crossdomain.heads import columns
 from brainfm.crossdomain.layout import DatasetInfo
 from brainfm.crossdomain.medimeta import MedIMeta
-from brainfm.crossdomain.networks import ImageNetwork, fresh_head
-from brainfm.errors import DatasetError, TrainingError
+from brainfm.crossdomain.networks import Classifier, ImageNetwork
+from brainfm.errors import DatasetError
 from brainfm.nets.cpu import keep_freed_memory
 from brainfm.seeds import stream, torch_stream
 
 Progress = Callable[[int, int], None]
+_LONGEST = 10.0  # gradient of all weights and rates of mm-MAML together
 
 
 @dataclass(frozen=True)
@@ -112,10 +112,6 @@ def _split(items: MedIMeta, name: str) -> np.ndarray:
     return np.flatnonzero(np.isin(items.rows, read_split(items.dataset, name)))
 
 
-def _classes(items: MedIMeta) -> int:
-    return len(items.classes)
-
-
 # ---- mm-PT -----------------------------------------------------------------------------------------------------------
 
 
@@ -127,14 +123,15 @@ def multi_task(
     keep_freed_memory()
     network = network.fresh_copy().to(settings.device, memory_format=torch.channels_last)  # type: ignore[call-overload]
     generator = torch_stream(seed, "heads of tasks")
-    heads = nn.ModuleList(
-        fresh_head(network.width, outputs_of(items.task_target, _classes(items)), generator, "zero")
+    models = [  # of one network, each with a head of its own
+        Classifier(network, outputs_of(items.task_target, len(items.classes)), generator, "zero").to(settings.device)
         for items in sources
-    ).to(settings.device)
-    optimiser = torch.optim.Adam([*network.parameters(), *heads.parameters()], lr=settings.lr, fused=True)
-    train, check = ([_split(items, side) for items in sources] for side in ("train", "val"))
-    best, state, since = -math.inf, copy.deepcopy(network.state_dict()), 0
-    for epoch in range(settings.max_epochs):
+    ]
+    heads = [parameter for model in models for parameter in model.head.parameters()]
+    optimiser = torch.optim.Adam([*network.parameters(), *heads], lr=settings.lr, fused=True)
+    train, held = ([_split(items, side) for items in sources] for side in ("train", "val"))
+
+    def learn(epoch: int) -> None:
         network.train()
         for number, (place, part) in enumerate(_dealt(train, settings.batch, seed, epoch)):
             items, rows = sources[place], train[place][part]
@@ -142,20 +139,14 @@ def multi_task(
             if settings.augment:
                 images = augmented(images, torch_stream(seed, "augmentation of tasks", epoch, number))
             y = torch.from_numpy(items.places[rows]).to(settings.device)
-            loss = loss_of(heads[place](network(images)), y, items.task_target)
-            _demand_finite(loss, items)
-            optimiser.zero_grad(set_to_none=True)
-            (loss * _weight(place, train, settings)).backward()
-            optimiser.step()
-        score = np.mean([_auroc(network, heads[n], items, check[n], settings) for n, items in enumerate(sources)])
-        since += 1
-        if score > best:
-            best, state, since = float(score), copy.deepcopy(network.state_dict()), 0
-        if progress is not None:
-            progress(epoch + 1, settings.max_epochs)
-        if since >= settings.patience:
-            break
-    network.load_state_dict(state)
+            loss = loss_of(models[place](images), y, items.task_target)
+            where = f"{items.task_identifier}, pre-training, epoch {epoch + 1}"
+            descend(optimiser, loss, where, _weight(place, train, settings))
+
+    def check() -> float:
+        return float(np.mean([_auroc(*each, settings) for each in zip(models, sources, held)]))
+
+    keep_best(network, learn, check, settings.max_epochs, settings.patience, progress)
     return network.eval()
 
 
@@ -177,16 +168,10 @@ def _weight(place: int, train: Sequence[np.ndarray], settings: MultiTask) -> flo
     return max(counts) / counts[place]
 
 
-@torch.no_grad()
-def _auroc(network: ImageNetwork, head: nn.Module, items: MedIMeta, rows: np.ndarray, settings: MultiTask) -> float:
-    network.eval()
-    parts = [
-        answers_of(head(network(tensors(network, items, rows[start : start + 64], settings.size, settings.device))),
-                   items.task_target)
-        for start in range(0, len(rows), 64)
-    ]  # fmt: skip
-    truth = columns(items.places[rows], items.task_target, _classes(items))
-    value = episode_auroc(Answers(rows, truth, np.concatenate(parts)))
+def _auroc(model: Classifier, items: MedIMeta, rows: np.ndarray, settings: MultiTask) -> float:
+    scores = predicted(model, items, rows, settings.size, settings.device)
+    truth = columns(items.places[rows], items.task_target, len(items.classes))
+    value = episode_auroc(Answers(rows, truth, scores))
     return value if math.isfinite(value) else 0.5
 
 
@@ -210,38 +195,30 @@ def maml(
     rates = {name: torch.full_like(value, settings.inner_lr).requires_grad_() for name, value in weights.items()}
     rates |= {name: torch.tensor(settings.inner_lr, requires_grad=True) for name in ("head.weight", "head.bias")}
     optimiser = torch.optim.Adam([*weights.values(), *rates.values()], lr=settings.lr)
-    train, check = ([_split(items, side) for items in sources] for side in ("train", "val"))
-    held = [
-        (items, episode)
-        for items, rows in zip(sources, check)
-        for episode in _drawn(items, rows, settings, settings.validation, seed, "validation")
-    ]
-    best, state, since = -math.inf, copy.deepcopy(network.state_dict()), 0
-    for epoch in range(settings.max_epochs):
-        network.train()
-        dealt = [
+    train, rest = ([_split(items, side) for items in sources] for side in ("train", "val"))
+
+    def drawn(sides: Sequence[np.ndarray], count: int, what: str) -> list[tuple[MedIMeta, Episode]]:
+        return [
             (items, episode)
-            for items, rows in zip(sources, train)
-            for episode in _drawn(items, rows, settings, settings.episodes, seed, f"epoch {epoch}")
+            for items, rows in zip(sources, sides)
+            for episode in _drawn(items, rows, settings, count, seed, what)
         ]
+
+    held = drawn(rest, settings.validation, "validation")
+
+    def learn(epoch: int) -> None:
+        network.train()
+        dealt = drawn(train, settings.episodes, f"epoch {epoch}")
         for number in stream(seed, "order of episodes", epoch).permutation(len(dealt)):
             items, episode = dealt[number]
             logits = _adapted(network, weights, rates, items, episode, settings, settings.second_order)
             loss = loss_of(logits, torch.from_numpy(episode.query_y).to(settings.device), items.task_target)
-            _demand_finite(loss, items)
-            optimiser.zero_grad(set_to_none=True)
-            loss.backward()
-            nn.utils.clip_grad_norm_([*weights.values(), *rates.values()], 10.0)
-            optimiser.step()
-        score = float(np.nanmean([_meta_auroc(network, weights, rates, *each, settings) for each in held]))
-        since += 1
-        if score > best:
-            best, state, since = score, copy.deepcopy(network.state_dict()), 0
-        if progress is not None:
-            progress(epoch + 1, settings.max_epochs)
-        if since >= settings.patience:
-            break
-    network.load_state_dict(state)
+            descend(optimiser, loss, f"{items.task_identifier}, pre-training, epoch {epoch + 1}", clip=_LONGEST)
+
+    def check() -> float:
+        return float(np.nanmean([_meta_auroc(network, weights, rates, *each, settings) for each in held]))
+
+    keep_best(network, learn, check, settings.max_epochs, settings.patience, progress)
     for part, momentum in moments.items():
         part.momentum = momentum
     _count_statistics(network, sources, train, settings)
@@ -319,8 +296,3 @@ def _count_statistics(
         network(tensors(network, items, rows[:64], settings.size, settings.device))
     for part, momentum in zip(norms, kept):
         part.momentum = momentum
-
-
-def _demand_finite(loss: Tensor, items: MedIMeta) -> None:
-    if not math.isfinite(loss.item()):
-        raise TrainingError(f"{items.task_identifier}: the loss of the pre-training is {loss.item()}")

@@ -20,6 +20,7 @@ from brainfm.crossdomain.episode_scores import (
     replicates,
 )
 from brainfm.crossdomain.methods import FewShotMethod
+from brainfm.errors import DatasetError
 from brainfm.files import write_table
 from brainfm.scoring.intervals import Interval
 
@@ -158,9 +159,13 @@ def write_tables(out: Path, rows: Sequence[TableRow], pairs: Sequence[Pair]) -> 
 
 def read_twins(out: Path, dataset: str) -> tuple[int, int]:
     """Images of the test split with a near-duplicate in what is learnt from, and images of the test split."""
-    with open(out / "answers" / dataset / "twins.csv", newline="") as file:
-        rows = list(csv.DictReader(file))
-    return sum(bool(row["r"]) for row in rows), int(rows[0]["test_images"])
+    path = out / "answers" / dataset / "twins.csv"
+    try:
+        with open(path, newline="", encoding="utf-8") as file:
+            rows = list(csv.DictReader(file))
+        return sum(bool(row["r"]) for row in rows), int(rows[0]["test_images"])
+    except (OSError, ValueError, KeyError, IndexError, TypeError) as error:
+        raise DatasetError(f"{path}: cannot be read as a list of twins ({error}); delete it and run again") from None
 
 
 def _cells(found: Interval) -> tuple[str, str, str]:

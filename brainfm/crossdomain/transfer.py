@@ -17,7 +17,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from safetensors.torch import load_file, save
+from safetensors.torch import save
 
 from brainfm.crossdomain.adaptation import SupervisedMethod, outputs_of, predicted, supervised
 from brainfm.crossdomain.delong import delong
@@ -26,10 +26,10 @@ from brainfm.crossdomain.episodes import Episode
 from brainfm.crossdomain.features import forward
 from brainfm.crossdomain.layout import TaskTarget, open_dataset, read_split
 from brainfm.crossdomain.medimeta import MedIMeta
-from brainfm.crossdomain.networks import Classifier, build_network, check_network
+from brainfm.crossdomain.networks import Classifier, build_network, check_network, load_kept
 from brainfm.crossdomain.planar import Axis
 from brainfm.errors import ConfigError, DatasetError
-from brainfm.files import write_whole
+from brainfm.files import check_writable, write_whole
 from brainfm.scoring.answers import auroc
 from brainfm.scoring.intervals import Interval, bootstrap
 from brainfm.seeds import torch_stream
@@ -119,8 +119,10 @@ class Transferred:
 def run(route: Route, progress: Callable[[int, int], None] | None = None) -> Transferred:
     """Trains what is not there yet (OUT/networks), and answers in every way.
 
-    Raises: ConfigError where the two sets do not ask the same, DatasetError where a split is empty.
+    Raises: ConfigError where the two sets do not ask the same, DatasetError where a split is empty, FileError where
+        nothing can be written into ``out``.
     """
+    check_writable(route.out)
     for name in route.networks:
         check_network(name)
     source, target = _items(route, route.source), _items(route, route.target)
@@ -222,11 +224,9 @@ def _trained(route: Route, name: str, items: MedIMeta, start: Classifier | None)
     network = build_network(name, route.seed, route.axis)
     outputs = outputs_of(items.task_target, len(items.classes))
     if path.is_file():
-        state = load_file(path)
-        seconds = float(state.pop("seconds"))
         model = Classifier(network, outputs, torch_stream(route.seed, "head of a split")).to(route.training.device)
-        model.load_state_dict(state)
-        return model.eval(), seconds
+        rest = load_kept(model, path, apart=("seconds",))
+        return model.eval(), float(rest["seconds"])
     began = time.process_time()
     learnt, check = _rows(items, "train"), _rows(items, "val")
     episode = Episode(learnt, check, items.places[learnt], items.places[check], tuple(range(len(items.classes))))

@@ -219,7 +219,7 @@ def write_manifest(path: str | os.PathLike[str], scans: Iterable[Scan]) -> None:
         ManifestError: for rows that ``read_manifest`` would refuse, or an ending other than .csv or .tsv.
     """
     path = Path(path).absolute()
-    delimiter = _delimiter(path)
+    delimiter = delimiter_of(path)
     prefix = f"{path.parent}{os.sep}"
     ordered = sorted(
         (_written(scan, prefix) for scan in scans), key=lambda s: (s.dataset, s.subject, s.session, s.contrast, s.path)
@@ -351,7 +351,8 @@ def session_labels(scans: Sequence[Scan]) -> dict[str, str]:
     return found
 
 
-def _delimiter(path: Path) -> str:
+def delimiter_of(path: Path) -> str:
+    """Of a manifest by its ending. Raises: ManifestError for another one; asked before long work is done."""
     found = {".csv": ",", ".tsv": "\t"}.get(path.suffix.lower())
     if found is None:
         raise ManifestError(f"a manifest ends in .csv or .tsv, found {path}")
@@ -364,7 +365,7 @@ def _table(raw: bytes, path: Path) -> tuple[list[str], list[tuple[int, list[str]
         text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise ManifestError(f"{path} is not UTF-8 (byte {error.start}), expected text saved as UTF-8") from None
-    reader = csv.reader(io.StringIO(text, newline=""), delimiter=_delimiter(path))
+    reader = csv.reader(io.StringIO(text, newline=""), delimiter=delimiter_of(path))
     rows: list[tuple[int, list[str]]] = []
     try:
         rows.extend((reader.line_num, values) for values in reader if any(value.strip() for value in values))

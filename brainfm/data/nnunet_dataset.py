@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -12,7 +13,7 @@ import numpy as np
 
 from brainfm.data.manifest import Manifest, Scan, plain_first, session_labels, write_left_out
 from brainfm.errors import ConfigError, ManifestError, ScanError
-from brainfm.files import write_text
+from brainfm.files import check_writable, write_text, writing_folder
 from brainfm.imaging import nifti
 
 _NAME = re.compile(r"Dataset\d{3}_\w+")
@@ -52,11 +53,17 @@ def write_dataset(manifest: Manifest, out: Path, target: str, contrasts: Sequenc
         contrasts: the channels, in this order.
 
     Raises:
-        ConfigError: for another name of a folder.
+        ConfigError: for another name of a folder, one that holds something, or a channel that is named twice.
+        FileError: where it cannot be written; it appears whole or not at all.
         ManifestError: where no session can be written, or two columns could be meant.
     """
     if not _NAME.fullmatch(out.name):
         raise ConfigError(f"out={out}: nnU-Net wants a folder called DatasetNNN_Name, e.g. Dataset501_{target}")
+    if not contrasts or len(set(contrasts)) < len(contrasts):
+        raise ConfigError(f"contrasts=[{', '.join(contrasts)}]: expected one or more channels, each once")
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: is there already, and cases of two data sets would mix; expected a free place")
+    check_writable(out.parent)
     column = _column(manifest, target)
     cases, left_out = _cases(manifest, column, contrasts)
     usable, values = [], set()
@@ -73,8 +80,6 @@ def write_dataset(manifest: Manifest, out: Path, target: str, contrasts: Sequenc
             f"one grid{f' (first: {left_out[0][0]}: {left_out[0][1]})' if left_out else ''}"
         )
     foreground = [1] if column.endswith("_mask") else sorted(values - {0})
-    for case in usable:
-        _write(case, out, foreground, binary=column.endswith("_mask"))
     names = [target] if column.endswith("_mask") else [f"{target}_{value}" for value in foreground]
     labels = {"background": 0} | {name: index + 1 for index, name in enumerate(names)}
     about = {
@@ -84,8 +89,11 @@ def write_dataset(manifest: Manifest, out: Path, target: str, contrasts: Sequenc
         "file_ending": ".nii.gz",
         "label_values": {name: value for name, value in zip(names, foreground, strict=True)},
     }
-    write_text(out / "dataset.json", json.dumps(about, indent=1) + "\n")
-    write_left_out(out / "dataset.csv", left_out)
+    with writing_folder(out) as part:
+        for case in usable:
+            _write(case, part, foreground, binary=column.endswith("_mask"))
+        write_text(part / "dataset.json", json.dumps(about, indent=1) + "\n")
+        write_left_out(part / "dataset.csv", left_out)
     return NnunetDataset(tuple(case.name for case in usable), labels, tuple(left_out))
 
 

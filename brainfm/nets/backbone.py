@@ -5,13 +5,15 @@ from __future__ import annotations
 import importlib
 import inspect
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from types import UnionType
+from typing import Any, Literal, Union, get_args, get_origin
 
 from torch import Tensor, nn
 
 from brainfm.errors import ConfigError
 from brainfm.nets.recompute import set_checkpointing
+from brainfm.settings import one_of, shown, words
 
 # name -> the module that holds a function of that name; imported when it is built, so an unused family costs nothing
 BACKBONES: dict[str, str] = {
@@ -112,12 +114,12 @@ class Backbone(nn.Module, ABC):
 def build_backbone(name: str, **settings: Any) -> Backbone:
     """The backbone of this name with fresh weights.
 
-    Raises: ConfigError where the name or a setting is unknown, or a value impossible.
+    Raises: ConfigError where the name or a setting is unknown, or a value of another kind or impossible.
     """
     if name not in BACKBONES:
         raise ConfigError(f"unknown backbone {name!r}, expected one of {', '.join(sorted(BACKBONES))}")
     build = getattr(importlib.import_module(BACKBONES[name]), name)
-    legal = {key: value for key, value in inspect.signature(build).parameters.items() if key != "name"}
+    legal = {key: value for key, value in inspect.signature(build, eval_str=True).parameters.items() if key != "name"}
     unknown = sorted(set(settings) - set(legal))
     if unknown:
         raise ConfigError(
@@ -126,4 +128,27 @@ def build_backbone(name: str, **settings: Any) -> Backbone:
     missing = [k for k, p in legal.items() if p.default is p.empty and k not in settings]
     if missing:
         raise ConfigError(f"backbone {name} needs the key {', '.join(missing)}")
+    wrong = [key for key, value in settings.items() if not _fits(legal[key].annotation, value)]
+    if wrong:
+        expected = one_of(words(legal[wrong[0]].annotation))
+        raise ConfigError(f"backbone.{wrong[0]}={shown(settings[wrong[0]])}: expected {expected}")
     return build(**settings)
+
+
+def _fits(hint: Any, value: Any) -> bool:
+    """Whether a plain value is of the kind that a builder's annotation names."""
+    kind, inner = get_origin(hint), get_args(hint)
+    if kind in (Union, UnionType):
+        return any(_fits(each, value) for each in inner)
+    if kind is Literal:
+        return value in inner
+    if kind in (tuple, Sequence):
+        alike = kind is Sequence or Ellipsis in inner
+        hints = [inner[0]] * len(value) if alike and isinstance(value, (list, tuple)) else inner
+        fitting = isinstance(value, (list, tuple)) and len(value) == len(hints)
+        return fitting and all(_fits(each, one) for each, one in zip(hints, value))
+    if kind is Mapping:
+        return isinstance(value, Mapping)
+    if hint in (int, float):
+        return isinstance(value, (int, float) if hint is float else int) and not isinstance(value, bool)
+    return hint in (Any, inspect.Parameter.empty) or not isinstance(hint, type) or isinstance(value, hint)

@@ -16,7 +16,7 @@ import math
 import os
 import re
 import zipfile
-from collections.abc import Callable, Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -29,7 +29,7 @@ from torch import Tensor
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError, ScanError
 from brainfm.extras import missing
-from brainfm.files import check_writable, write_whole
+from brainfm.files import check_writable, npy_bytes, npz_bytes, read_array, read_arrays, table_text, write_whole
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, spacing_note
@@ -390,21 +390,15 @@ def write(embedding: Embedding, path: PathLike) -> list[Path]:
     if file.suffix == ".parquet":
         contents[file] = _parquet(embedding, about)
     elif file.suffix == ".npz":
-        buffer = io.BytesIO()
-        np.savez(
-            buffer, features=embedding.matrix, names=np.array(embedding.names), ids=np.array(embedding.rows),
-            about=np.array(about), allow_pickle=False,
-        )  # fmt: skip
-        contents[file] = buffer.getvalue()
+        arrays = {"features": embedding.matrix, "names": np.array(embedding.names), "ids": np.array(embedding.rows)}
+        contents[file] = npz_bytes(arrays | {"about": np.array(about)})
     elif file.suffix == ".npy":
-        buffer = io.BytesIO()
-        np.save(buffer, embedding.matrix, allow_pickle=False)
-        contents[file] = buffer.getvalue()
-        contents[_beside(file, ".ids.csv")] = _csv(IDS, embedding.rows)
+        contents[file] = npy_bytes(embedding.matrix)
+        contents[_beside(file, ".ids.csv")] = table_text(IDS, embedding.rows).encode()
     else:
         cells = ([f"{v:.9g}" for v in row] for row in embedding.matrix)  # nine digits are every float32 exactly
         rows = ([*ids, *values] for ids, values in zip(embedding.rows, cells))
-        contents[file] = _csv([*IDS, *embedding.names], rows)
+        contents[file] = table_text([*IDS, *embedding.names], rows).encode()
     if file.suffix in (".csv", ".npy"):
         contents[_beside(file, ".about.json")] = about.encode()
     for name, content in contents.items():
@@ -420,9 +414,9 @@ def read(path: PathLike) -> Embedding:
     """
     file = Path(path)
     if file.suffix not in FORMATS:
-        raise ConfigError(f"features={file}: expected a file that ends in {', '.join(FORMATS)}")
+        raise ConfigError(f"{file}: expected features in a file that ends in {', '.join(FORMATS)}")
     if not file.is_file():
-        raise ConfigError(f"features={file}: no such file")
+        raise ConfigError(f"{file}: no such file, expected features as `brainfm embed` leaves them")
     try:
         ids, names, matrix, about = _READERS[file.suffix](file)
     except (ValueError, KeyError, OSError, StopIteration, zipfile.BadZipFile) as error:
@@ -475,14 +469,14 @@ def _read_csv(file: Path) -> Contents:
 
 
 def _read_npz(file: Path) -> Contents:
-    with np.load(file, allow_pickle=False) as arrays:
-        ids = [tuple(map(str, row)) for row in arrays["ids"]]
-        about = json.loads(str(arrays["about"])) if "about" in arrays else {}
-        return ids, [str(name) for name in arrays["names"]], arrays["features"], about
+    arrays = read_arrays(file, ConfigError, "features with ids")
+    ids = [tuple(map(str, row)) for row in arrays["ids"]]
+    about = json.loads(str(arrays["about"])) if "about" in arrays else {}
+    return ids, [str(name) for name in arrays["names"]], arrays["features"], about
 
 
 def _read_npy(file: Path) -> Contents:
-    matrix = np.load(file, allow_pickle=False)
+    matrix = read_array(file, ConfigError, "features")
     with _beside(file, ".ids.csv").open(newline="", encoding="utf-8") as text:
         rows = [tuple(row) for row in csv.reader(text)][1:]
     about = _about(file)
@@ -504,14 +498,6 @@ def _about(file: Path) -> dict[str, Any]:
 
 def _beside(file: Path, ending: str) -> Path:
     return file.with_name(file.stem + ending)
-
-
-def _csv(header: Sequence[str], rows: Iterable[Sequence[str]]) -> bytes:
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(header)
-    writer.writerows(rows)
-    return text.getvalue().encode()
 
 
 def _pyarrow() -> tuple[Any, Any]:

@@ -8,12 +8,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
+from typing import TypeVar
 
 import numpy as np
 
 from brainfm.errors import ConfigError
 from brainfm.seeds import unit_hash
 
+_Key = TypeVar("_Key", str, int)
 _BINS = 5  # kinds of values that a fold gets its share of
 
 
@@ -79,8 +81,8 @@ def folds(subjects: Iterable[str], k: int, seed: int, fewer: bool = False) -> li
     return deal(unique, k)
 
 
-def deal(ordered: Sequence[str], k: int) -> list[list[str]]:
-    """Subjects one after the other to ``k`` folds in turn, each fold in sorted order: where their order tells how alike
+def deal(ordered: Sequence[_Key], k: int) -> list[list[_Key]]:
+    """Subjects, or rows, to ``k`` folds in turn, each fold in sorted order: where their order tells how alike
     they are, each fold gets its share of every kind."""
     return [sorted(ordered[i::k]) for i in range(k)]
 
@@ -105,7 +107,7 @@ def folds_by_answer(groups: Iterable[str], y: Sequence[float] | np.ndarray, k: i
     return deal(ordered, min(k, len(ordered)))
 
 
-def fold_of(groups: Sequence[str], dealt: Sequence[Sequence[str]]) -> np.ndarray:
+def fold_of(groups: Sequence[_Key], dealt: Sequence[Sequence[_Key]]) -> np.ndarray:
     """[N]: the number of the fold that each row's subject is in."""
     number = {subject: place for place, fold in enumerate(dealt) for subject in fold}
     return np.array([number[group] for group in groups])

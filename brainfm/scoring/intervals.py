@@ -90,10 +90,8 @@ def bootstrap(
         within = np.arange(lengths.sum()) - np.repeat(np.cumsum(lengths) - lengths, lengths)
         picked = order[np.repeat(starts[drawn], lengths) + within]
         values[i] = metric(*(column[picked] for column in columns))
-    defined = values[np.isfinite(values)]
-    tail = _tail(len(rows))
-    low, high = np.quantile(defined, [tail, 1 - tail]) if 2 * defined.size >= resamples else (math.nan, math.nan)
-    return Interval(float(metric(*columns)), float(low), float(high), len(order))
+    low, high = ends(values, len(rows))
+    return Interval(float(metric(*columns)), low, high, len(order))
 
 
 def paired_bootstrap(
@@ -202,10 +200,31 @@ def crossed_bootstrap(scores: np.ndarray, seed: int, resamples: int = 20_000) ->
         raise ValueError(f"expected finite scores of trainings by subjects, found {scores.shape}: {scores}")
     levels = [number for number in scores.shape if number > 1]
     generator = stream(seed, "crossed bootstrap")
-    rows, columns = (generator.multinomial(n, np.full(n, 1 / n), size=resamples) / n for n in scores.shape)
-    tail = _tail(min(levels, default=1))
-    low, high = np.quantile(((rows @ scores) * columns).sum(axis=1), [tail, 1 - tail])
-    return Interval(float(scores.mean()), float(low), float(high), scores.size)
+    rows, columns = (drawn / n for drawn, n in zip(crossed_counts(generator, scores.shape, resamples), scores.shape))
+    low, high = ends(((rows @ scores) * columns).sum(axis=1), min(levels, default=1))
+    return Interval(float(scores.mean()), low, high, scores.size)
+
+
+def crossed_counts(generator: np.random.Generator, sizes: Sequence[int], resamples: int) -> list[np.ndarray]:
+    """For each of several things that are drawn apart, int64 [resamples, n]: how often each of its n is drawn.
+
+    Source: the pigeonhole bootstrap, as `crossed_bootstrap`, of statistics that are no plain mean as well.
+    """
+    return [generator.multinomial(n, np.full(n, 1 / n), size=resamples) for n in sizes]
+
+
+def ends(drawn: np.ndarray, subjects: int) -> tuple[float, float]:
+    """Of a 95 % interval: percentiles of a resampled statistic, moved outwards for few subjects, as in `bootstrap`.
+
+    Args:
+        drawn: [B]; NaN where it is undefined. Where more than half is, the ends are NaN.
+        subjects: that were drawn with replacement.
+    """
+    defined, tail = drawn[np.isfinite(drawn)], _tail(subjects)
+    if 2 * defined.size < len(drawn) or not defined.size:
+        return math.nan, math.nan
+    low, high = np.quantile(defined, [tail, 1 - tail])
+    return float(low), float(high)
 
 
 def shuffles(groups: Sequence[str], rounds: int, seed: int, strata: np.ndarray | None = None) -> np.ndarray:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import json
 import math
 from collections import Counter
@@ -14,7 +12,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from brainfm.curves import read_curves
-from brainfm.files import write_whole
+from brainfm.files import write_table
 from brainfm.scoring.intervals import Interval
 from brainfm.settings import plain
 from brainfm.study import transferred
@@ -225,16 +223,14 @@ def point(
 
 def write_curve(file: Path, points: Sequence[Mapping[str, Any]]) -> None:
     """learning_curve.csv: a row for each number of shots and condition."""
-    text = io.StringIO(newline="")
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(["shots", "training_subjects", "condition", "score", "low", "high", "cases"])
+    rows: list[list[object]] = []
     for found in points:
         tried = {f"candidate {n}": c["outer"] for n, c in ((found.get("candidates") or {}).get("table") or {}).items()}
         for name, score in (found["scores"] | tried).items():
             shots = "all" if found["shots"] is None else found["shots"]
             numbers = ["" if score[k] is None else f"{score[k]:.6g}" for k in ("mean", "low", "high")]
-            writer.writerow([shots, f"{found['subjects']:g}", name, *numbers, score["n"]])
-    write_whole(file, text.getvalue().encode())
+            rows.append([shots, f"{found['subjects']:g}", name, *numbers, score["n"]])
+    write_table(file, ["shots", "training_subjects", "condition", "score", "low", "high", "cases"], rows)
 
 
 def headline(document: Mapping[str, Any]) -> dict[str, Any]:

@@ -18,7 +18,7 @@ import numpy as np
 from brainfm.data.store import SessionEntry, Store
 from brainfm.errors import ConfigError
 from brainfm.scoring.answers import aurocs
-from brainfm.scoring.intervals import Interval, holm, permutation_p, resampled_counts, shuffles
+from brainfm.scoring.intervals import Interval, ends, holm, permutation_p, resampled_counts, shuffles
 from brainfm.scoring.linear import logistic
 from brainfm.scoring.permuted_ridge import permuted_ridge
 from brainfm.specs import TaskSpec
@@ -368,11 +368,11 @@ class _Values:
     def __init__(self, column: _Column, groups: Sequence[str], seed: int, rounds: int) -> None:
         self.truth, self.answers = column.truth[:, 0], column.answers[:, 0]
         self.order = shuffles(groups, rounds, seed)
-        self.counts = resampled_counts(groups, rounds, seed)
+        self.counts, self.subjects = resampled_counts(groups, rounds, seed), len(set(groups))
         self.model, self.model_p, self.slope = Interval(np.nan, np.nan, np.nan, len(groups)), 1.0, np.nan
         if column.possible:
             reference = self.truth - self.truth.mean()
-            self.model = _skill_interval(self.truth - self.answers, reference, self.counts)
+            self.model = _skill_interval(self.truth - self.answers, reference, self.counts, self.subjects)
             observed = _correlations(self.truth[:, None], self.answers)[0]
             self.model_p = permutation_p(observed, _correlations(self.truth[self.order].T, self.answers))
             self.slope = _slope(self.truth, self.answers)
@@ -382,7 +382,7 @@ class _Values:
         error = permuted - fit.answers(permuted)
         plain = permuted - fit.baseline(permuted)
         skills = 1 - np.abs(error).mean(axis=0) / np.abs(plain).mean(axis=0)
-        alone = _skill_interval(error[:, 0], plain[:, 0], self.counts)
+        alone = _skill_interval(error[:, 0], plain[:, 0], self.counts, self.subjects)
         found: dict[str, Any] = {"score": alone}
         found |= {"p": permutation_p(skills[0], skills[1:]), "noticed_from": float(np.quantile(skills[1:], 1 - ALPHA))}
         found |= _explained(self.truth[:, None], self.answers[:, None], fit)
@@ -390,7 +390,7 @@ class _Values:
             return found
         # What the shortcut tells is taken out of both.
         true, answer = error[:, 0], self.answers - fit.answers(self.answers[:, None])[:, 0]
-        left = _skill_interval(true - answer, true, self.counts)
+        left = _skill_interval(true - answer, true, self.counts, self.subjects)
         same = _correlations(true[:, None], answer)[0]
         null = _correlations(true[self.order].T, answer)
         return found | {
@@ -407,10 +407,10 @@ def _slope(truth: np.ndarray, answers: np.ndarray) -> float:
     return float((centred * answers).sum() / (centred**2).sum())
 
 
-def _skill_interval(error: np.ndarray, reference: np.ndarray, counts: np.ndarray) -> Interval:
+def _skill_interval(error: np.ndarray, reference: np.ndarray, counts: np.ndarray, subjects: int) -> Interval:
     drawn = 1 - _ratio(counts @ np.abs(error), counts @ np.abs(reference))
-    low, high = np.nanpercentile(drawn, [2.5, 97.5])
-    return Interval(float(1 - np.abs(error).sum() / np.abs(reference).sum()), float(low), float(high), len(error))
+    low, high = ends(drawn, subjects)
+    return Interval(float(1 - np.abs(error).sum() / np.abs(reference).sum()), low, high, len(error))
 
 
 def _correlations(columns: np.ndarray, other: np.ndarray) -> np.ndarray:
@@ -427,7 +427,7 @@ class _Classes:
         self.truth, self.answers, self.groups, self.seed, self.rounds = (
             column.truth, column.answers, groups, seed, rounds,
         )  # fmt: skip
-        self.counts = resampled_counts(groups, rounds, seed)
+        self.counts, self.subjects = resampled_counts(groups, rounds, seed), len(set(groups))
         self.order = shuffles(groups, rounds, seed)
         self.above = [_wins(self.answers[:, q]) for q in range(self.answers.shape[1])]
         everywhere = np.zeros(len(groups), int)
@@ -495,10 +495,8 @@ class _Classes:
             points.append(_ratio(won.sum(), compared.sum()))
             c = self.counts
             drawn.append(_ratio(((c @ won) * c).sum(axis=1), ((c @ compared) * c).sum(axis=1)))
-        means = np.mean(drawn, axis=0)
-        means = means[np.isfinite(means)]
-        low, high = np.percentile(means, [2.5, 97.5]) if 2 * len(means) > self.rounds else (np.nan, np.nan)
-        return Interval(float(np.mean(points)), float(low), float(high), len(self.groups))
+        low, high = ends(np.mean(drawn, axis=0), self.subjects)
+        return Interval(float(np.mean(points)), low, high, len(self.groups))
 
 
 def _ratio(a: np.ndarray | float, b: np.ndarray | float) -> np.ndarray:

@@ -65,11 +65,16 @@ def made(task: ChallengeTask, folder: Path, kinds: Sequence[str] = KINDS) -> lis
 
     Raises: ConfigError for an unknown kind.
     """
+    return [_made(task, kind, call, folder / kind) for kind, call in calls_of(task, kinds).items()]
+
+
+def calls_of(task: ChallengeTask, kinds: Sequence[str] = KINDS) -> dict[str, tuple[Input, ...]]:
+    """The kinds that a task can have, each with the scans that are passed. Raises: ConfigError for an unknown kind."""
     unknown = [kind for kind in kinds if kind not in KINDS]
     if unknown:
         raise ConfigError(f"cases={unknown[0]}: expected of {', '.join(KINDS)}")
     calls = task.calls()
-    found = []
+    found = {}
     for kind in kinds:
         call = calls[-1] if kind == "alternative" else calls[0]
         if kind == "few":
@@ -78,7 +83,7 @@ def made(task: ChallengeTask, folder: Path, kinds: Sequence[str] = KINDS) -> lis
             continue
         if kind == "one_blank" and len(call) < 2:
             continue
-        found.append(_made(task, kind, call, folder / kind))
+        found[kind] = call
     return found
 
 

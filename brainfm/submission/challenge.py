@@ -87,7 +87,8 @@ class ChallengeTask:
         if self.kind not in KINDS:
             raise ConfigError(f"{where}: kind {self.kind!r}, expected one of {', '.join(KINDS)}")
         if self.ending != ENDINGS[self.kind]:
-            raise ConfigError(f"{where}: ending {self.ending!r}, expected {ENDINGS[self.kind]} of a {self.kind}")
+            kind = with_article(self.kind)
+            raise ConfigError(f"{where}: ending {self.ending!r}, expected {ENDINGS[self.kind]} of {kind}")
         strange = [name for name in self.metrics if name not in METRICS]
         if strange or not self.metrics:
             raise ConfigError(f"{where}: metric {strange[0] if strange else 'none'}, expected of {', '.join(METRICS)}")
@@ -201,6 +202,11 @@ def read_challenge(name: str) -> Challenge:
         return Challenge(str(values["name"]), str(values["title"]), float(values["limit_s"]), tasks)
     except (KeyError, TypeError, AttributeError) as error:
         raise ConfigError(f"{path}: incomplete ({error})") from None
+
+
+def with_article(kind: str) -> str:
+    """A kind of task in a sentence: ``a segmentation``, ``an embedding``."""
+    return f"{'an' if kind[:1] in tuple('aeiou') else 'a'} {kind}"
 
 
 def task_of(name: str) -> ChallengeTask:

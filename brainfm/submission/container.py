@@ -7,9 +7,7 @@
 from __future__ import annotations
 
 import ast
-import io
 import json
-import os
 import shutil
 import subprocess
 import sys
@@ -22,11 +20,12 @@ import numpy as np
 
 from brainfm import __version__
 from brainfm.errors import BundleError, ConfigError
-from brainfm.files import write_whole
+from brainfm.files import npy_bytes, write_whole, writing_folder
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.specs import TaskSpec
-from brainfm.submission.challenge import ChallengeTask
+from brainfm.submission.challenge import ChallengeTask, with_article
 from brainfm.submission.predict import BACKBONE, BUNDLE, SCALE, SETTINGS, TASK, AppSettings
+from brainfm.submission.sandbox import succeeds
 from brainfm.tasks.bundle import read_bundle
 
 PACKAGES = ("torch", "numpy", "scipy", "nibabel", "safetensors")
@@ -172,45 +171,49 @@ def stage(
     """Writes the folder that becomes ``/app``. Returns it. Raises: as container."""
     if app.exists() and not (app / TASK).is_file() and any(app.iterdir()):
         raise ConfigError(f"{app} holds something else than a staged submission, expected a free place")
-    features = check_weights(task, weights)
+    settings = settings or AppSettings()
+    features = check_weights(task, weights, settings.parts)
     if scale is not None and scale.shape != (2, features):
         raise ConfigError(f"the scale has the shape {scale.shape}, expected (2, {features}) as {weights} gives")
-    part = app.with_name(f".{app.name}.part")  # an interrupted staging leaves nothing in the place of a whole one
-    shutil.rmtree(part, ignore_errors=True)
-    for module in reached("brainfm.submission.predict"):
-        write_whole(part / "brainfm" / module.relative_to(_PACKAGE), module.read_bytes())
-    write_whole(part / "predict.py", _SCRIPT.format(caches=CACHES).encode())
-    write_whole(part / SETTINGS, (settings or AppSettings()).to_json().encode())
-    if task.kind == "embedding":
-        write_whole(part / BACKBONE, weights.read_bytes())
-        given, held = np.stack([np.zeros(features), np.ones(features)]) if scale is None else scale, io.BytesIO()
-        np.save(held, given.astype(np.float32), allow_pickle=False)
-        write_whole(part / SCALE, held.getvalue())
-    else:
-        shutil.copytree(weights, part / BUNDLE)
-    write_whole(part / TASK, task.to_json().encode())
-    shutil.rmtree(app, ignore_errors=True)
-    os.replace(part, app)
+    with writing_folder(app) as part:  # an interrupted staging leaves nothing in the place of a whole one
+        for module in reached("brainfm.submission.predict"):
+            place = part / "brainfm" / module.relative_to(_PACKAGE)
+            place.parent.mkdir(parents=True, exist_ok=True)
+            place.write_bytes(module.read_bytes())
+        (part / "predict.py").write_text(_SCRIPT.format(caches=CACHES), encoding="utf-8")
+        (part / SETTINGS).write_text(settings.to_json(), encoding="utf-8")
+        if task.kind == "embedding":
+            shutil.copyfile(weights, part / BACKBONE)
+            given = np.stack([np.zeros(features), np.ones(features)]) if scale is None else scale
+            (part / SCALE).write_bytes(npy_bytes(given.astype(np.float32)))
+        else:
+            shutil.copytree(weights, part / BUNDLE)
+        (part / TASK).write_text(task.to_json(), encoding="utf-8")
     return app
 
 
-def check_weights(task: ChallengeTask, weights: Path) -> int:
+def check_weights(task: ChallengeTask, weights: Path, parts: Sequence[str] = ()) -> int:
     """Whether the weights answer the task's question. Returns the length of an embedding, else 0.
+
+    Args:
+        parts: of a backbone that are embedded; none: all there are.
 
     Raises:
         BundleError, WeightsError: they cannot be read.
-        ConfigError: they answer another question.
+        ConfigError: they answer another question, or have no such part.
     """
     if task.kind == "embedding":
         from brainfm.probing.features import Encoder
 
-        encoder = Encoder.load(load_backbone(weights))
+        encoder = Encoder.load(load_backbone(weights), parts or None)
         sizes = encoder.latents.sizes if encoder.latents is not None else {}
         return 2 * sum(sizes.get(part, encoder.backbone.widths[-1]) for part in encoder.parts)
+    if parts:
+        raise ConfigError(f"parts={', '.join(parts)}: {task.id} is {with_article(task.kind)}, expected none")
     try:
         found = read_bundle(weights).task
     except BundleError as error:
-        raise BundleError(f"{error}; {task.id} needs the bundle of a {task.kind}") from None
+        raise BundleError(f"{error}; {task.id} needs the bundle of {with_article(task.kind)}") from None
     reason = _misfit(task, found)
     if reason:
         raise ConfigError(f"{weights} does not fit {task.id}: {reason}")
@@ -221,7 +224,7 @@ def _misfit(task: ChallengeTask, found: TaskSpec) -> str:
     """Why a bundle's task is not the challenge's; empty where it is."""
     asked = [one.contrast for one in task.inputs]
     if found.kind != task.kind:
-        return f"it is a {found.kind}, expected a {task.kind}"
+        return f"it is {with_article(found.kind)}, expected {with_article(task.kind)}"
     if not set(asked) & set(found.contrasts):
         return f"it was trained on {', '.join(found.contrasts)}, expected one of {', '.join(asked)}"
     if found.kind == "segmentation" and not set(found.values) <= set(range(int(task.high) + 1)):
@@ -339,11 +342,9 @@ def engine() -> tuple[str, str]:
         return "apptainer", ""
     if not shutil.which("docker"):
         return "", "neither apptainer nor docker is installed"
-    try:
-        answered = subprocess.run(["docker", "info"], capture_output=True, timeout=20).returncode == 0
-    except (OSError, subprocess.TimeoutExpired):
-        answered = False
-    return ("docker", "") if answered else ("", "docker is installed but its daemon does not answer, and no apptainer")
+    if succeeds(["docker", "info"]):
+        return "docker", ""
+    return "", "docker is installed but its daemon does not answer, and no apptainer"
 
 
 def _build(name: str, folder: Path, how: str) -> tuple[str, str]:

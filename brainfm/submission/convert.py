@@ -13,8 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from brainfm.data.manifest import Scan, write_left_out, write_manifest
+from brainfm.data.manifest import Scan, delimiter_of, write_left_out, write_manifest
 from brainfm.errors import ManifestError, ScanError
+from brainfm.files import check_writable
 from brainfm.imaging import nifti
 from brainfm.imaging.nifti import FileGrid
 from brainfm.submission.challenge import IMAGES, ChallengeTask, input_of
@@ -45,6 +46,22 @@ class _Answer:
     columns: Mapping[str, str]
     notes: Sequence[str]
     left_out: Sequence[tuple[str, str]]
+    copies: Sequence[_Copy]
+
+
+@dataclass(frozen=True)
+class _Copy:
+    """A mask that gets the grid of a scan of its own shape."""
+
+    path: Path
+    mask: Path
+    scan: Path
+
+    def write(self) -> None:
+        volume, grid = nifti.read(self.mask, labels=True)
+        stored = grid.from_ras(volume.voxels)  # in the file's own order, which is what the scan's header describes
+        other = nifti.read_header(self.scan).grid
+        nifti.write_labels(self.path, other.to_ras(stored).astype(np.uint16), self.scan)
 
 
 def convert(task: ChallengeTask, root: Path, out: Path, repair: bool = False) -> Converted:
@@ -59,12 +76,16 @@ def convert(task: ChallengeTask, root: Path, out: Path, repair: bool = False) ->
             scan's header is written into ``<out>_masks/``.
 
     Raises:
-        ManifestError: no scan of the task is there, or no session has an answer.
+        ManifestError: another ending, no scan of the task is there, or no session has an answer.
+        FileError: where the manifest cannot be written.
     """
+    delimiter_of(out)
+    check_writable(out.parent)
     folder = task_folder(task, root)
     rows: list[Scan] = []
     notes: list[str] = []
     left_out: list[tuple[str, str]] = []
+    copies: list[_Copy] = []
     answered = sessions = 0
     for subject, session, place in _sessions(folder / SCANS):
         name = f"{subject}/{session}" if session else subject
@@ -78,6 +99,7 @@ def convert(task: ChallengeTask, root: Path, out: Path, repair: bool = False) ->
         answer = _answer(task, labels or [folder / LABELS / subject], found, _copies(out, name) if repair else None)
         notes += [f"{name}: {said}" for said in answer.notes]
         left_out += answer.left_out
+        copies += answer.copies
         sessions += 1
         answered += _target_column(task) in answer.columns
         rows += [
@@ -85,10 +107,17 @@ def convert(task: ChallengeTask, root: Path, out: Path, repair: bool = False) ->
             for contrast, path in found.items()
         ]
     if not rows:
-        raise ManifestError(f"{folder / SCANS}: no scan of {task.id} ({_expected(task)}) in sub_N/ses_M folders")
+        raise ManifestError(
+            f"{folder / SCANS}: no scan of {task.id} ({_expected(task)}) in sub_N/ses_M folders{_first_of(left_out)}"
+        )
     if not answered:
         expected = " or ".join([*task.answers, *([task.mask] if task.kind == "segmentation" else [])])
-        raise ManifestError(f"{folder / LABELS}: no answer for any of {sessions} sessions, expected {expected} in each")
+        raise ManifestError(
+            f"{folder / LABELS}: no answer for any of {sessions} sessions, expected {expected} in each"
+            f"{_first_of(left_out)}"
+        )
+    for copy in copies:
+        copy.write()
     write_manifest(out, rows)
     write_left_out(out, left_out)
     if sessions != task.cases:
@@ -145,6 +174,14 @@ def _expected(task: ChallengeTask) -> str:
     return ", ".join(f"{one.file}.nii.gz" for one in task.inputs)
 
 
+def _first_of(left_out: Sequence[tuple[str, str]]) -> str:
+    """Why the first file was left out, and how many were: for a sentence about nothing that is left."""
+    if not left_out:
+        return ""
+    file, reason = left_out[0]
+    return f" ({len(left_out)} left out, first {file}: {reason})"
+
+
 def _copies(out: Path, name: str) -> Path:
     return out.with_name(f"{out.stem}_masks") / f"{name.replace('/', '_')}.nii.gz"
 
@@ -165,6 +202,7 @@ def _answer(task: ChallengeTask, folders: Sequence[Path], scans: Mapping[str, Pa
     columns: dict[str, str] = {}
     notes: list[str] = []
     left_out: list[tuple[str, str]] = []
+    copies: list[_Copy] = []
     if task.answers:
         file = _first(folders, task.answers)
         try:
@@ -177,15 +215,16 @@ def _answer(task: ChallengeTask, folders: Sequence[Path], scans: Mapping[str, Pa
     if task.mask:
         file = _first(folders, [task.mask])
         if file is not None:
-            path, said, reason = _mask(task, file, scans, copy)
+            path, twin, said, reason = _mask(task, file, scans, copy)
             notes += said
+            copies += [] if twin is None else [twin]
             if path is not None:
                 columns[_mask_column(task)] = str(path.absolute())
             else:
                 left_out.append((str(file), reason))
         elif task.kind == "segmentation":
             notes.append(f"no {task.mask}")
-    return _Answer(columns, notes, left_out)
+    return _Answer(columns, notes, left_out, copies)
 
 
 def _first(folders: Sequence[Path], names: Sequence[str]) -> Path | None:
@@ -208,28 +247,27 @@ def _value(task: ChallengeTask, path: Path) -> str:
 
 def _mask(
     task: ChallengeTask, path: Path, scans: Mapping[str, Path], copy: Path | None
-) -> tuple[Path | None, list[str], str]:
-    """The mask to use, what is to be said of it, and where there is none to use the reason."""
+) -> tuple[Path | None, _Copy | None, list[str], str]:
+    """The mask to use, the copy that is still to be written where it is one, what is to be said of it, and the reason
+    where there is none to use."""
     try:
         volume, grid = nifti.read(path, labels=True)
         grids = {contrast: nifti.read_header(scan).grid for contrast, scan in scans.items()}
     except ScanError as error:
-        return None, [f"{task.mask} cannot be read"], str(error)
+        return None, None, [f"{task.mask} cannot be read"], str(error)
     top = int(volume.voxels.max())
     said = [f"{task.mask} holds the label {top}, expected {task.low:g} to {task.high:g}"] if top > task.high else []
     if top == 0:
         said.append(f"{task.mask} is empty")
     if any(grid.same_place(other) for other in grids.values()):
-        return path, said, ""
+        return path, None, said, ""
     twin = next((contrast for contrast, other in grids.items() if other.shape_vox == grid.shape_vox), None)
     apart = "" if twin is None else f", {_apart(grid, grids[twin])} off {scans[twin].name} of the same shape"
     said.append(f"{task.mask} lies on another grid than every scan{apart}")
     if twin is None or copy is None:
-        return None, said, f"lies on another grid than every scan of its session{apart}"
-    stored = grid.from_ras(volume.voxels)  # in the file's own order, which is what the scan's header describes
-    nifti.write_labels(copy, grids[twin].to_ras(stored).astype(np.uint16), scans[twin])
+        return None, None, said, f"lies on another grid than every scan of its session{apart}"
     said.append(f"its voxels were taken as those of {scans[twin].name}")
-    return copy, said, ""
+    return copy, _Copy(copy, path, scans[twin]), said, ""
 
 
 def _apart(grid: FileGrid, other: FileGrid) -> str:

@@ -14,6 +14,7 @@ import nibabel as nib
 import numpy as np
 
 from brainfm.errors import ConfigError
+from brainfm.files import read_array
 from brainfm.submission.challenge import ChallengeTask
 
 ORGANISERS, STRICTER = "organisers", "stricter"
@@ -67,7 +68,9 @@ def value_of(task: ChallengeTask, output: Path) -> Any:
     """The number, the label values or the embedding of a file that passed `check_output`."""
     if task.ending == ".txt":
         return float(output.read_text())
-    return np.load(output, allow_pickle=False) if task.ending == ".npy" else np.asarray(_loaded(output).dataobj)
+    if task.ending == ".npy":
+        return read_array(output, ConfigError, "one array without pickle")
+    return np.asarray(_loaded(output).dataobj)
 
 
 def labels_of(path: Path) -> tuple[np.ndarray, list[float]]:
@@ -187,11 +190,9 @@ def _placed(task: ChallengeTask, case: str, image: Any, values: np.ndarray, inpu
 
 def _array(task: ChallengeTask, case: str, output: Path, inputs: Sequence[Path]) -> list[Check]:
     try:
-        values = np.load(output, allow_pickle=False)
-    except Exception as error:  # numpy raises whatever the bytes suggest
-        return [Check.of("array", case, False, f"{output.name} cannot be read without pickle ({error})")]
-    if not isinstance(values, np.ndarray):
-        return [Check.of("array", case, False, f"{type(values).__name__}, expected one array in {output.name}")]
+        values = read_array(output, ConfigError, "one array without pickle")
+    except ConfigError as error:
+        return [Check.of("array", case, False, str(error))]
     checks = [
         Check.of("array", case, True, "an array without pickle"),
         Check.of("floats", case, np.issubdtype(values.dtype, np.floating), f"{values.dtype}, expected a floating type"),

@@ -11,10 +11,10 @@ refused: one sentence, exit code 2.
 from __future__ import annotations
 
 import argparse
-import io
 import json
 import math
 import os
+import re
 import sys
 import tempfile
 import warnings
@@ -26,11 +26,14 @@ from typing import Any, NoReturn
 import numpy as np
 
 from brainfm.errors import BrainfmError, BrainfmWarning, BundleError, ConfigError, ScanError
+from brainfm.files import npy_bytes, read_array, write_whole
+from brainfm.progress import on_one_line
 from brainfm.submission.challenge import IMAGES, ChallengeTask, Input, input_of
 from brainfm.submission.mend import check_readable, mended
 
 TASK, SETTINGS, BUNDLE, BACKBONE, SCALE = "task.json", "settings.json", "bundle", "backbone.safetensors", "scale.npy"
 DEBUG = "BRAINFM_DEBUG"  # set: a fault shows its traceback
+_DEVICE = re.compile(r"auto|cpu|cuda(:\d+)?")
 
 
 @dataclass(frozen=True)
@@ -38,7 +41,7 @@ class AppSettings:
     """How a container answers.
 
     Attributes:
-        device: ``auto``, ``cpu`` or ``cuda``.
+        device: ``auto``, ``cpu``, ``cuda`` or ``cuda:N``, there.
         precision, overlap: of ``brainfm predict``.
         whole_mvox: of ``brainfm embed``: million voxels up to which a head passes in one piece.
         parts: of a backbone that are embedded; empty: all there are.
@@ -51,6 +54,8 @@ class AppSettings:
     parts: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
+        if not _DEVICE.fullmatch(str(self.device)):
+            raise ConfigError(f"device={self.device}: expected auto, cpu, cuda or cuda:N")
         if not 0 <= self.overlap < 1 or not 0 < self.whole_mvox < math.inf:
             raise ConfigError(
                 f"overlap={self.overlap:g}, whole_mvox={self.whole_mvox:g}: expected 0 <= overlap < 1 and more than 0"
@@ -93,7 +98,7 @@ def main(app: str | os.PathLike[str], arguments: Sequence[str] | None = None) ->
         sentence = f"{type(error).__name__}: {error}"
         if DEBUG in os.environ:
             raise
-    print(f"predict.py: {' '.join(sentence.split())}", file=sys.stderr)
+    print(f"predict.py: {on_one_line(' '.join(sentence.split()))}", file=sys.stderr)
     return 2
 
 
@@ -267,10 +272,7 @@ def _write_blank(task: ChallengeTask, like: Path, output: Path) -> None:
 
 
 def _write_embedding(app: Path, settings: AppSettings, file: Path, output: Path) -> None:
-    try:
-        scale = np.load(app / SCALE, allow_pickle=False)
-    except (OSError, ValueError) as error:
-        raise ConfigError(f"{app / SCALE}: cannot be read ({error})") from None
+    scale = read_array(app / SCALE, ConfigError, "the scale of an embedding")
     try:
         raw = embedding(app / BACKBONE, settings, file)
     except ScanError as error:
@@ -280,9 +282,7 @@ def _write_embedding(app: Path, settings: AppSettings, file: Path, output: Path)
         raw = scale[0] if found is None else found  # the middle of all heads
     if scale.ndim != 2 or scale.shape != (2, len(raw)):
         raise ConfigError(f"{app / SCALE} has the shape {scale.shape}, expected (2, {len(raw)}) as the embedding needs")
-    buffer = io.BytesIO()
-    np.save(buffer, scaled(raw, scale), allow_pickle=False)
-    _write_whole(output, buffer.getvalue())
+    _write_whole(output, npy_bytes(scaled(raw, scale)))
 
 
 def _embedding_all_the_same(
@@ -379,8 +379,6 @@ def _write_text(path: Path, text: str) -> None:
 
 
 def _write_whole(path: Path, content: bytes) -> None:
-    from brainfm.files import write_whole
-
     try:
         write_whole(path, content)
     except OSError as error:

@@ -94,10 +94,13 @@ class Ran:
 @functools.cache
 def network_is_cut() -> bool:
     """Whether this machine lets a process have a network namespace of its own."""
-    if shutil.which("unshare") is None:
-        return False
+    return shutil.which("unshare") is not None and succeeds([*_CUT, "true"])
+
+
+def succeeds(words: Sequence[str], limit_s: float = 20.0) -> bool:
+    """Whether a program is there, ends in time, and with 0; what it prints is dropped."""
     try:
-        return subprocess.run([*_CUT, "true"], capture_output=True, timeout=20).returncode == 0
+        return subprocess.run(words, capture_output=True, timeout=limit_s).returncode == 0
     except (OSError, subprocess.TimeoutExpired):
         return False
 

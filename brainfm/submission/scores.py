@@ -21,7 +21,7 @@ from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import write_table, write_text
 from brainfm.scoring.intervals import bootstrap
 from brainfm.submission import linear_probe, metrics
-from brainfm.submission.challenge import ChallengeTask
+from brainfm.submission.challenge import ChallengeTask, with_article
 from brainfm.submission.convert import LABELS, SCANS, convert
 from brainfm.submission.outputs import check_output, labels_of, value_of
 
@@ -149,7 +149,8 @@ def predicted(
 
     engine = load_engine(bundle, **how)
     if engine.task.kind != task.kind:
-        raise ConfigError(f"{bundle} is a {engine.task.kind}, expected a {task.kind} for {task.id}")
+        its, wanted = with_article(engine.task.kind), with_article(task.kind)
+        raise ConfigError(f"{bundle} is {its}, expected {wanted} for {task.id}")
     predict_manifest(engine, manifest, out, sessions=[case.key for case in cases], progress=progress)
     found = {}
     for case in cases:

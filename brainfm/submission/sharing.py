@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import math
+import os
+import re
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -12,11 +15,14 @@ from torch import Tensor, nn
 
 from brainfm import __version__
 from brainfm.errors import ConfigError
-from brainfm.files import write_folder, write_text
+from brainfm.files import write_folder, write_text, writing_folder
 from brainfm.nets.backbone_file import LoadedBackbone
 from brainfm.nets.cpu import swap_out
 from brainfm.nets.exchange.graphs import write_graph
 from brainfm.tasks.bundle import Bundle
+
+_YAML_WORDS = ("yes", "no", "on", "off", "y", "n", "true", "false", "null")  # what YAML takes for other than text
+_MOST_VOXELS = 512**3  # of a graph's windows: more than any scanner gives, and a first map that still fits a memory
 
 
 class MeanProbabilities(nn.Module):
@@ -57,6 +63,11 @@ def backbone_graph(
     """The same of an encoder: one channel in, its maps out. Raises: ConfigError for a patch that does not fit."""
     backbone, patch = loaded.backbone, patch_vox or loaded.patch_vox
     backbone.check_patch(patch)
+    if math.prod(patch) > _MOST_VOXELS:
+        raise ConfigError(
+            f"patch_vox={list(patch)}: a window of {math.prod(patch) / 1e6:,.0f} million voxels, expected at most "
+            f"{_MOST_VOXELS / 1e6:.0f} million"
+        )
     about = {
         "brainfm": __version__, "fingerprint": loaded.fingerprint, "backbone": backbone.config,
         "preprocess": loaded.preprocess.to_dict(), "strides": list(backbone.strides), "widths": list(backbone.widths),
@@ -81,19 +92,38 @@ def write_hub_folder(out: Path, source: Path, about: Mapping[str, Any], card: st
 
     Raises: ConfigError where the folder holds something; FileError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={out}: is there already; expected a free place for a folder")
-    front = ["---", f"license: {licence}", "library_name: brainfm", "tags: [mri, brain, medical-imaging]", "---", ""]
+    _check_free(out)
+    front = [
+        "---",
+        f"license: {_yaml(licence)}",
+        "library_name: brainfm",
+        "tags: [mri, brain, medical-imaging]",
+        "---",
+        "",
+    ]
     contents = {
         "config.json": (json.dumps(dict(about), indent=2) + "\n").encode(),
         "README.md": ("\n".join(front) + card).encode(),
     }
-    if source.is_dir():
-        write_folder(out / "bundle", {path.name: path.read_bytes() for path in sorted(source.iterdir())})
+    with writing_folder(out) as part:
         for name, content in contents.items():
-            write_text(out / name, content.decode())
-    else:
-        write_folder(out, contents | {"model.safetensors": source.read_bytes()})
+            (part / name).write_bytes(content)
+        if source.is_dir():
+            write_folder(part / "bundle", {path.name: path.read_bytes() for path in sorted(source.iterdir())})
+        else:
+            (part / "model.safetensors").write_bytes(source.read_bytes())
+
+
+def _check_free(out: Path) -> None:
+    """Raises: ConfigError where the folder holds something."""
+    if os.path.lexists(out) and (not out.is_dir() or any(out.iterdir())):
+        raise ConfigError(f"out={out}: is there already; expected a free place for a folder")
+
+
+def _yaml(text: str) -> str:
+    """A text as a value of YAML: as it stands where it is a plain word, else quoted."""
+    plain = re.fullmatch(r"[A-Za-z][\w.+-]*", text) and text.lower() not in _YAML_WORDS
+    return text if plain else json.dumps(text)
 
 
 def backbone_card(loaded: LoadedBackbone) -> str:
@@ -137,14 +167,14 @@ def write_monai_bundle(out: Path, bundle: Bundle, licence: str) -> None:
 
     Raises: ConfigError where the folder holds something, or the bundle answers for a whole head; FileError.
     """
-    if out.exists() and (not out.is_dir() or any(out.iterdir())):
-        raise ConfigError(f"out={out}: is there already; expected a free place for a folder")
+    _check_free(out)
     network, example, names, about = bundle_graph(bundle)
-    write_text(out / "configs" / "metadata.json", json.dumps(_metadata(bundle, licence), indent=2) + "\n")
-    write_text(out / "configs" / "inference.json", json.dumps(_inference(bundle), indent=2) + "\n")
-    write_text(out / "docs" / "README.md", (bundle.path / "README.md").read_text(encoding="utf-8") + _DIFFERS)
-    write_graph(out / "models" / "model.pt", "torchscript", network, example, names, about)
-    (out / "models" / "model.pt").replace(out / "models" / "model.ts")
+    with writing_folder(out) as part:
+        write_text(part / "configs" / "metadata.json", json.dumps(_metadata(bundle, licence), indent=2) + "\n")
+        write_text(part / "configs" / "inference.json", json.dumps(_inference(bundle), indent=2) + "\n")
+        write_text(part / "docs" / "README.md", (bundle.path / "README.md").read_text(encoding="utf-8") + _DIFFERS)
+        write_graph(part / "models" / "model.pt", "torchscript", network, example, names, about)
+        (part / "models" / "model.pt").replace(part / "models" / "model.ts")
 
 
 _DIFFERS = """

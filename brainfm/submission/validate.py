@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import shlex
 import shutil
 import tempfile
@@ -18,7 +19,7 @@ from pathlib import Path
 import numpy as np
 
 from brainfm.errors import ConfigError
-from brainfm.files import write_table, write_whole
+from brainfm.files import check_writable, write_table, write_whole
 from brainfm.submission import sandbox
 from brainfm.submission.cases import Case
 from brainfm.submission.challenge import ChallengeTask
@@ -120,14 +121,10 @@ def validate(
         limit_s: how long a case may take.
         progress: called with (cases done, cases in all).
 
-    Raises: ConfigError where the submission cannot even be started, there is no case, or a folder of outputs holds what
-        was not made here.
+    Raises: as check_start.
     """
-    checks = preflight(launcher)
-    if not cases:
-        raise ConfigError(f"no case to run {task.id} on: expected cases=[plain,...] that the task has, or given=FOLDER")
-    for case in cases:
-        _check_free(out / case.name, cases)
+    check_start(task, launcher, out, [case.name for case in cases], cases, limit_s)
+    checks = structure(launcher)
     answers: dict[str, Path] = {}
     seconds: dict[str, float] = {}
     for number, case in enumerate(cases):
@@ -160,6 +157,30 @@ def validate(
     return verdict
 
 
+def check_start(
+    task: ChallengeTask, launcher: Launcher, out: Path, names: Sequence[str], cases: Sequence[Case], limit_s: float
+) -> None:
+    """For callers who want to know before they make cases.
+
+    Args:
+        names: of all cases.
+        cases: those that are there already; their files must not lie where outputs go.
+
+    Raises:
+        ConfigError: where the submission cannot even be started, there is no case, a case gets no time, or a folder of
+            outputs holds what was not made here.
+        FileError: where nothing can be written into ``out``.
+    """
+    if not 0 < limit_s < math.inf:
+        raise ConfigError(f"limit_s={limit_s:g}: expected seconds above 0 that a case may take")
+    check_launcher(launcher)
+    if not names:
+        raise ConfigError(f"no case to run {task.id} on: expected cases=[plain,...] that the task has, or given=FOLDER")
+    for name in names:
+        _check_free(out / name, cases)
+    check_writable(out)
+
+
 def _check_free(folder: Path, cases: Sequence[Case]) -> None:
     """Raises: ConfigError where a folder of outputs, which is emptied, holds an input or anything else of a user."""
     where = folder.resolve()
@@ -176,17 +197,22 @@ def _seconds(value: float | None) -> str:
     return "" if value is None else f"{value:.2f}"
 
 
-def preflight(launcher: Launcher) -> list[Check]:
-    """Whether the submission is there at all. Raises: ConfigError where nothing could be run."""
+def check_launcher(launcher: Launcher) -> None:
+    """Raises: ConfigError where nothing could be run: no such program, engine, daemon or image."""
     if launcher.kind == "command":
-        words = shlex.split(launcher.what)
+        try:
+            words = shlex.split(launcher.what)
+        except ValueError as error:
+            raise ConfigError(
+                f"command={launcher.what}: cannot be split into words ({str(error).lower()}), expected closed quotes"
+            ) from None
         if not words or shutil.which(words[0]) is None:
             raise ConfigError(f"command={launcher.what}: {words[0] if words else 'nothing'} is no program here")
         scripts = [word for word in words[1:] if word.endswith(".py")]
         missing = [word for word in scripts if not Path(word).is_file()]
         if missing:
             raise ConfigError(f"command={launcher.what}: {missing[0]} is no file")
-        return []
+        return
     engine = "apptainer" if launcher.kind == "sif" else "docker"
     if shutil.which(engine) is None:
         raise ConfigError(f"{launcher.kind}={launcher.what}: {engine} is not installed, expected command= instead")
@@ -194,7 +220,15 @@ def preflight(launcher: Launcher) -> list[Check]:
         path = Path(launcher.what)
         if not path.is_file() or path.suffix != ".sif":
             raise ConfigError(f"sif={path}: expected an Apptainer image, a file that ends in .sif")
-    return [_inside(launcher, name, words) for name, words in _STRUCTURE]
+    elif not sandbox.succeeds(["docker", "info"]):
+        raise ConfigError(f"image={launcher.what}: docker is installed but its daemon does not answer, expected one")
+    elif not sandbox.succeeds(["docker", "image", "inspect", launcher.what]):
+        raise ConfigError(f"image={launcher.what}: docker has no such image, expected one that is built or loaded")
+
+
+def structure(launcher: Launcher) -> list[Check]:
+    """Whether what the organisers look for is in a container; nothing of a program on this machine."""
+    return [] if launcher.kind == "command" else [_inside(launcher, name, words) for name, words in _STRUCTURE]
 
 
 _STRUCTURE = [

@@ -9,6 +9,7 @@ from torch import nn
 
 from brainfm.errors import ConfigError
 from brainfm.tasks.task import Task
+from brainfm.training.optim import check_rates
 from brainfm.training.settings import AdaptSpec
 
 
@@ -35,8 +36,7 @@ def parameter_groups(
     Raises:
         ConfigError: where more blocks are to learn than the backbone has, or the rates are impossible.
     """
-    if lr <= 0 or weight_decay < 0:
-        raise ConfigError(f"optim.lr={lr}, optim.weight_decay={weight_decay}: expected lr > 0 and weight_decay >= 0")
+    check_rates(lr, weight_decay)
     blocks = task.backbone.blocks()
     if adapt.last_blocks is not None and adapt.last_blocks > len(blocks):
         name = task.backbone.config["name"]

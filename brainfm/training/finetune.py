@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import csv
 import hashlib
-import io
 import json
 import math
 import time
@@ -22,7 +20,7 @@ from brainfm.data.loader import StepSampler, make_loader
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
-from brainfm.files import write_whole
+from brainfm.files import write_table, write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import swap_in
@@ -146,7 +144,6 @@ def _begin(settings: FinetuneSettings) -> tuple[_Tuning, list[Split]]:
         for shots in _shots(settings):
             for split in splits if shots is not None else []:
                 with_shots(split, shots, seed, strata)  # type: ignore[arg-type]
-    run.mkdir(parents=True, exist_ok=True)
     fabric = make_fabric(settings.trainer)
     patch = study.patch(backbone, _MOST_VOXELS[fabric.device.type])
     backbone.check_patch(patch)
@@ -156,6 +153,7 @@ def _begin(settings: FinetuneSettings) -> tuple[_Tuning, list[Split]]:
         seen = transferred.tested(pretrained, splits)
         for note in (*transferred.notes(pretrained, store, study.spec), *([str(seen)] if seen is not None else [])):
             say(f"note: {note}")
+    run.mkdir(parents=True, exist_ok=True)  # what is refused leaves none
     return _Tuning(settings, store, run, fabric, study, backbone, pretrained, planned, adapt), splits
 
 
@@ -642,12 +640,8 @@ def _summed(receipts: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def _write_cases(file: Path, rows: Sequence[Row]) -> None:
-    text = io.StringIO(newline="")
     names = list(dict.fromkeys(name for row in rows for name in row if name not in ("file", "decisions", "candidates")))
-    writer = csv.writer(text, lineterminator="\n")
-    writer.writerow(names)
-    writer.writerows([[_cell(row.get(name)) for name in names] for row in rows])
-    write_whole(file, text.getvalue().encode())
+    write_table(file, names, [[_cell(row.get(name)) for name in names] for row in rows])
 
 
 def _cell(value: Any) -> Any:

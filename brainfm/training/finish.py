@@ -76,6 +76,7 @@ def _begin(fabric: Fabric, source: Path, folder: Path, identity: Mapping[str, An
     finish = Finish(steps, shape, int(json.loads(content["state"])["step"]), fingerprint(content["module"]))
     if not fabric.is_global_zero:
         return
+    folder.mkdir(parents=True, exist_ok=True)
     if (source / _CURVES).exists():  # rows after the checkpoint are dropped when the copy opens them
         shutil.copyfile(source / _CURVES, folder / _CURVES)
     content["identity"] = json.dumps(_identity(identity, finish), sort_keys=True)

@@ -28,14 +28,19 @@ def build_optimizer(
         lr: peak learning rate, > 0.
         weight_decay: decoupled, >= 0.
     """
-    if lr <= 0 or weight_decay < 0:
-        raise ConfigError(f"optim.lr={lr}, optim.weight_decay={weight_decay}: expected lr > 0 and weight_decay >= 0")
+    check_rates(lr, weight_decay)
     trained = [p for p in module.parameters() if p.requires_grad]
     groups = [
         {"params": [p for p in trained if p.ndim > 1], "weight_decay": weight_decay},
         {"params": [p for p in trained if p.ndim <= 1], "weight_decay": 0.0},
     ]
     return torch.optim.AdamW([g for g in groups if g["params"]], lr=lr, betas=betas, fused=True)
+
+
+def check_rates(lr: float, weight_decay: float) -> None:
+    """Raises: ConfigError for a rate or a decay that leads nowhere, NaN among them."""
+    if not (0 < lr < math.inf and 0 <= weight_decay < math.inf):
+        raise ConfigError(f"optim.lr={lr}, optim.weight_decay={weight_decay}: expected lr > 0 and weight_decay >= 0")
 
 
 def lr_factor(step: int, max_steps: int, warmup_steps: int, warmup_from: float = 1e-3) -> float:

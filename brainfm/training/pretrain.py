@@ -103,13 +103,13 @@ def pretrain(settings: PretrainSettings) -> State:
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
     """
-    store, folder, seed = Store.open(settings.store), settings.run, settings.seed
+    folder, seed = settings.run, settings.seed
     settings = replace(settings, trainer=settled(settings.trainer))
     trainer, data = settings.trainer, settings.data
-    folder.mkdir(parents=True, exist_ok=True)
     fabric = make_fabric(trainer)
     torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
     backbone = build_backbone(**settings.backbone)
+    store = Store.open(settings.store)
     sides = sides_of(store, data)
     asked, targets = _with_targets(settings, store, sides[0])
     objective = make_objective(asked, backbone, patch_vox=data.patch_vox, seed=seed)
@@ -118,6 +118,7 @@ def pretrain(settings: PretrainSettings) -> State:
     module = Augmented(objective, artefacts, seed, settings.average, data.looks)
     quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
     train_set = make_patches(data, seed, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
+    optimizer = build_optimizer(objective, **optim_values(settings.optim))
     if fabric.is_global_zero:
         say(
             f"{sum(p.numel() for p in objective.parameters()):,} parameters in pre-training "
@@ -132,6 +133,7 @@ def pretrain(settings: PretrainSettings) -> State:
         spec = replace(spec, probe_every=probe.spec.every)
         if fabric.is_global_zero:
             say("\n".join(probe.plan()))
+    folder.mkdir(parents=True, exist_ok=True)  # what is refused leaves none
 
     def loader_from(step: int) -> Any:
         steps = StepSampler(step, spec.max_steps, batch_size, fabric.global_rank, fabric.world_size)
@@ -144,7 +146,7 @@ def pretrain(settings: PretrainSettings) -> State:
             folder=folder,
             identity=identity,
             module=module,
-            optimizer=build_optimizer(objective, **optim_values(settings.optim)),
+            optimizer=optimizer,
             loader_from=loader_from,
             spec=spec,
             evaluate=_Validation(fabric, module, store, sides[1], sides[0], targets, settings),

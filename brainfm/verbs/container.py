@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal
@@ -42,9 +43,15 @@ class Settings:
     whole_mvox: Annotated[float, "of an embedding: million voxels up to which a head passes in one piece"] = 20.0
     debug: Annotated[bool, "a traceback in place of the sentence"] = False
 
+    def __post_init__(self) -> None:
+        if not 0 < self.spread < math.inf:
+            raise ConfigError(f"spread={self.spread:g}: expected a standard deviation above 0")
+        if self.parts == ():
+            raise ConfigError("parts=[]: expected one or more parts of the backbone, or null for all there are")
+
 
 def run(settings: Settings) -> int:
-    from brainfm.submission.challenge import read_challenge
+    from brainfm.submission.challenge import read_challenge, with_article
     from brainfm.submission.container import container, describe
     from brainfm.submission.predict import AppSettings
 
@@ -52,7 +59,7 @@ def run(settings: Settings) -> int:
     wanted, other = ("backbone", "bundle") if task.kind == "embedding" else ("bundle", "backbone")
     weights = getattr(settings, wanted)
     if weights is None or getattr(settings, other) is not None:
-        raise ConfigError(f"{task.id} is a {task.kind}: expected {wanted}= and no {other}=")
+        raise ConfigError(f"{task.id} is {with_article(task.kind)}: expected {wanted}= and no {other}=")
     if settings.scale is not None and task.kind != "embedding":
         raise ConfigError(f"scale={settings.scale}: {task.id} is no embedding, expected no scale")
     app = AppSettings(

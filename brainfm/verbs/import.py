@@ -50,8 +50,8 @@ def run(settings: Settings) -> int:
         write_rows(table, error.rows)
         print(f"{summary(error.rows)}\n{table}")
         raise
+    write_rows(table, found.rows)  # first: where it cannot be written there is no backbone either
     mark = save_imported(settings.out, checkpoint, found)
-    write_rows(table, found.rows)
     print(summary(found.rows))
     for note in found.notes:
         print(f"note: {note}")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -18,6 +19,10 @@ if TYPE_CHECKING:
     from brainfm.crossdomain.transfer import Route, Transferred
 
 PLACE = 14
+_LEAST = {
+    "shots": 1, "queries": 0, "episodes": 1, "size": 8, "workers": 1, "steps": 1, "batch": 2, "resplits": 0, "seed": 0,
+    "max_epochs": 1, "patience": 0, "meta_episodes": 1, "meta_validation": 1,
+}  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -117,19 +122,17 @@ class Settings:
             raise ConfigError("brainfm medimeta action=add: expected id, domain, and one of table, medmnist, chexpert")
         if self.table and not self.tasks:
             raise ConfigError("brainfm medimeta action=add table=...: expected tasks.COLUMN=multiclass or another kind")
-        least = {
-            "shots": 1,
-            "queries": 0,
-            "episodes": 1,
-            "size": 8,
-            "workers": 1,
-            "steps": 1,
-            "batch": 2,
-            "resplits": 0,
-        }
-        for key, value in least.items():
+        for key, value in _LEAST.items():
             if getattr(self, key) < value:
                 raise ConfigError(f"{key}={getattr(self, key)}: expected at least {value}")
+        if self.ways is not None and self.ways < 1:
+            raise ConfigError(f"ways={self.ways}: expected 1 or more classes, or null for all")
+        if not 0 < self.lr < math.inf:
+            raise ConfigError(f"lr={self.lr:g}: expected a rate above 0")
+        for key, action in (("methods", "benchmark"), ("networks", "transfer")):
+            given = getattr(self, key)
+            if self.action == action and (not given or len(set(given)) < len(given)):
+                raise ConfigError(f"{key}=[{', '.join(given)}]: expected one or more, each once")
 
     def addition(self) -> Addition:
         from brainfm.crossdomain import additions

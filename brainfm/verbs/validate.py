@@ -52,21 +52,22 @@ class Settings:
 
 
 def run(settings: Settings) -> int:
-    from brainfm.submission.cases import KINDS, given, made
+    from brainfm.submission.cases import KINDS, calls_of, given, made
     from brainfm.submission.challenge import read_challenge
     from brainfm.submission.scores import describe_given, score_given
-    from brainfm.submission.validate import Launcher, describe, validate
+    from brainfm.submission.validate import Launcher, check_start, describe, validate
 
     challenge = read_challenge(settings.challenge)
     task = challenge.task(settings.task)
     kind = "command" if settings.command is not None else "sif" if settings.sif is not None else "image"
     launcher = Launcher(kind, str(getattr(settings, kind)), settings.gpu)
+    limit_s = challenge.limit_s if settings.limit_s is None else settings.limit_s
+    kinds = KINDS if settings.cases is None else settings.cases
     cases = given(task, settings.given, settings.most) if settings.given is not None else []
-    cases += made(task, settings.out / "cases", KINDS if settings.cases is None else settings.cases)
+    check_start(task, launcher, settings.out, [*(case.name for case in cases), *calls_of(task, kinds)], cases, limit_s)
+    cases += made(task, settings.out / "cases", kinds)
     with bar("validate", len(cases)) as move:
-        verdict = validate(
-            task, launcher, cases, settings.out, limit_s=settings.limit_s or challenge.limit_s, progress=move
-        )
+        verdict = validate(task, launcher, cases, settings.out, limit_s=limit_s, progress=move)
     print("\n".join(describe(verdict)))
     if settings.given is not None:
         print("\n".join(describe_given(task, score_given(task, settings.given, settings.out))))

@@ -1,6 +1,8 @@
 """Networks across 2D domains: frozen, trained on other data sets, and the floors, with intervals.
 
     python scripts/evidence/crossdomain.py frozen --data DATA2D --work WORK --planar FILE
+    python scripts/evidence/crossdomain.py frozen --pools test --episodes 20 --data DATA2D --work WORK --planar FILE
+    python scripts/evidence/crossdomain.py tuned --data DATA2D --work WORK --lite
     python scripts/evidence/crossdomain.py trained --data DATA2D --work WORK
     python scripts/evidence/crossdomain.py whole --data DATA2D --work WORK --planar FILE
     python scripts/evidence/crossdomain.py transfer --data DATA2D --work WORK
@@ -8,8 +10,10 @@
 
 DATA2D holds ``medimeta_mini`` and MedMNIST files (``breastmnist*.npz``, ``pneumoniamnist*.npz``); FILE is a backbone
 file of ours. Each part is a `brainfm medimeta action=benchmark`, goes on where it stopped, and prints its command.
-``frozen``: 100 episodes of 5 support and 10 query images a class; ``trained``: pre-training on the other data sets, of
-which the table shows whether it helps; ``whole``: the training split, the fixed test split and 3 re-splits;
+``frozen``: 100 episodes of 5 support and 10 query images a class; with ``--pools test`` the queries come from the test
+splits alone; ``tuned``: fine-tuning at the published length, 50 steps, of 12 episodes of ``pneumonia``; ``trained``:
+pre-training on the other data sets, of which the table shows whether it helps; ``whole``: the training split, the fixed
+test split and 3 re-splits;
 ``transfer``: from 900 images of PneumoniaMNIST, without those of the small set, to the small set ``pneumonia``; both
 are of one hospital: the machinery is shown, not a change of hospital; ``phantoms``: the same from drawn chests to drawn
 chests of another contrast, with two findings whose places are known.
@@ -107,8 +111,9 @@ def drawn_chests(root: Path, name: str, count: int, seed: int, gamma: float) -> 
         Image.fromarray((255 * masks[number]).astype(np.uint8)).save(folder / "masks" / f"{number:06d}.tiff")
 
 
-def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool) -> list[str]:
+def words_of(given: argparse.Namespace, root: Path) -> list[str]:
     """The command line of a part."""
+    part, work, planar, lite = given.part, given.work, given.planar, given.lite
     networks = ["unet_s", "resnet18", *([f"planar:{planar}"] if planar else []), *(["efficientnet_lite0"] * lite)]
     if part == "transfer":
         return ["medimeta", "action=transfer", f"root={root}", f"out={work / part}", "source=radiographs",
@@ -118,10 +123,15 @@ def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool)
         return ["medimeta", "action=transfer", f"root={root}", f"out={work / part}", "source=far", "target=near",
                 "networks=[unet_tiny,resnet18]", "size=96", "max_epochs=6", "batch=32", "lr=2e-3", "shortcut=true",
                 "device=cpu"]  # fmt: skip
-    if part == "frozen":
+    if part == "tuned":
+        pretrained = ["efficientnet_lite0"] * lite
+        methods = [f"{how}@{network}" for network in ("resnet18", *pretrained) for how in ("finetune", "logistic")]
+        more = ["size=224", "steps=50", f"episodes={given.episodes or 12}", "datasets=[pneumonia]"]
+    elif part == "frozen":
         methods = [f"{how}@{network}" for network in networks for how in ("logistic", "prototypes")]
         methods.append("linear@resnet18")
-        more = ["size=128", "episodes=100"]
+        sets = given.datasets or ",".join((*SMALL, *ADDED))
+        more = ["size=128", f"episodes={given.episodes or 100}", f"pools={given.pools}", f"datasets=[{sets}]"]
     elif part == "trained":
         methods = [f"logistic@unet_tiny+{learnt}" for learnt in ("mmpt", "mmmaml", "mmmaml1")]
         more = ["size=64", "episodes=50", "max_epochs=6", "meta_episodes=2", "meta_validation=2", "lr=3e-3",
@@ -130,17 +140,21 @@ def words_of(part: str, root: Path, work: Path, planar: Path | None, lite: bool)
         methods = [f"full_logistic@{network}" for network in networks]
         more = ["size=128", "resplits=3", f"datasets=[{','.join((*SMALL, 'breast'))}]"]
     listed = ",".join(f"'{method}'" for method in methods)
-    return ["medimeta", "action=benchmark", f"root={root}", f"out={work / part}", f"methods=[{listed}]", "device=cpu",
+    place = work / (f"{part}_test" if given.pools == "test" else part)
+    return ["medimeta", "action=benchmark", f"root={root}", f"out={place}", f"methods=[{listed}]", "device=cpu",
             *more]  # fmt: skip
 
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=("frozen", "trained", "whole", "transfer", "phantoms"))
+    parser.add_argument("part", choices=("frozen", "tuned", "trained", "whole", "transfer", "phantoms"))
     parser.add_argument("--data", type=Path, required=True)
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--planar", type=Path, help="a backbone file of a 3D network")
     parser.add_argument("--lite", action="store_true", help="with efficientnet_lite0, of brainfm-mri[imagenet]")
+    parser.add_argument("--pools", choices=("all", "test"), default="all", help="of frozen: where queries come from")
+    parser.add_argument("--episodes", type=int, help="of frozen and tuned")
+    parser.add_argument("--datasets", help="of frozen: ids, joined by commas; else all")
     given = parser.parse_args()
     root = sets_of(given.data, given.work, given.part == "trained")
     if given.part == "transfer":
@@ -149,7 +163,7 @@ def main() -> int:
         root = given.work / "drawn"
         drawn_chests(root, "far", 300, 0, 1.0)
         drawn_chests(root, "near", 250, 1, 1.8)
-    words = words_of(given.part, root, given.work, given.planar, given.lite)
+    words = words_of(given, root)
     print(shlex.join(["brainfm", *words]))
     return brainfm(words)
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -23,7 +24,7 @@ from brainfm.crossdomain.additions import (
 from brainfm.crossdomain.checks import check
 from brainfm.crossdomain.layout import open_dataset, read_split
 from brainfm.crossdomain.medimeta import MedIMeta
-from brainfm.errors import BrainfmError, ConfigError, DatasetError
+from brainfm.errors import BrainfmError, ConfigError, DatasetError, FileError
 
 ABOUT = About(id="own", name="Own", domain="Toys", size=16)
 
@@ -193,3 +194,14 @@ def test_nothing_half_written_remains(tmp_path: Path) -> None:
     with pytest.raises(DatasetError, match=r"9\.png: cannot be read as an image"):
         write_dataset(tmp_path / "sets", ABOUT, addition)
     assert not list((tmp_path / "sets").iterdir())
+
+
+def test_a_fault_names_the_data_set_and_no_hidden_folder(tmp_path: Path) -> None:
+    addition = from_table(tmp_path / "in", table_of(tmp_path / "in"), TASKS)
+    about = replace(ABOUT, name="")
+    with pytest.raises(DatasetError) as refused:
+        write_dataset(tmp_path / "sets", about, addition)
+    assert str(refused.value) == f"{tmp_path / 'sets' / 'own' / 'info.yaml'}: name='', expected text"
+    (tmp_path / "full").write_text("x")
+    with pytest.raises(FileError, match=f"{tmp_path / 'full' / 'own'}: cannot be written"):
+        write_dataset(tmp_path / "full", ABOUT, addition)

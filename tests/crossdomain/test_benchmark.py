@@ -97,10 +97,19 @@ def test_several_processes_give_the_same_answers(root: Path, tmp_path: Path) -> 
         (["methods=[guess@unet_tiny]"], "begins with 'guess', expected one of logistic"),
         (["methods=[finetune@statistics]"], "statistics cannot be trained"),
         (["methods=[logistic@vgg]"], "unknown network 'vgg', expected one of resnet18"),
-        (["datasets=[none]"], "holds no data set 'none', found one, three, two"),
+        (["datasets=[none]"], "holds no data set 'none', expected one of one, three, two"),
         (["shots=18"], "20 images of class 0 for the support, expected at least 28 for 18-shot"),
         (["ways=9"], "ways=9: one: kind has 3 classes"),
         (["episodes=0"], "episodes=0: expected at least 1"),
+        (["seed=-1"], "seed=-1: expected at least 0"),
+        (["max_epochs=0"], "max_epochs=0: expected at least 1"),
+        (["patience=-1"], "patience=-1: expected at least 0"),
+        (["meta_episodes=0"], "meta_episodes=0: expected at least 1"),
+        (["meta_validation=0"], "meta_validation=0: expected at least 1"),
+        (["lr=nan"], "lr=nan: expected a rate above 0"),
+        (["lr=-1"], "lr=-1: expected a rate above 0"),
+        (["ways=0"], "ways=0: expected 1 or more classes"),
+        (["methods=[]"], "methods=[]: expected one or more, each once"),
         (["methods=[logistic@planar:none.safetensors]"], "none.safetensors: no such file"),
     ],
 )
@@ -118,6 +127,39 @@ def test_a_wrong_word_is_one_sentence(
     assert main([*given, *words, *more]) == 2
     found = capsys.readouterr().err.strip().splitlines()
     assert said in found[-1] and found[-1].startswith("brainfm: ")
+
+
+def test_what_a_stopped_run_left_damaged_is_one_sentence(
+    root: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Whatever lies in OUT and is read again."""
+    pytest.importorskip("matplotlib")
+    words = command(root, tmp_path, ["prototypes@unet_tiny+mmpt"], "datasets=[one]", "learn_all_tasks=false")
+    assert main(words) == 0
+    kept = {"plan.json": "give another out=", "answers/one/twins.csv": "delete it and run again"}
+    kept |= {str(p.relative_to(tmp_path)): "delete" for p in (tmp_path / "pretrained").iterdir()}
+    kept |= {str(next((tmp_path / "answers" / "one" / "kind").glob("prototypes*")).relative_to(tmp_path)): "deleted"}
+    for name, said in kept.items():
+        path = tmp_path / name
+        whole = path.read_bytes()
+        path.write_bytes(whole[: len(whole) // 3] if name != "answers/one/twins.csv" else b"")
+        if name.startswith("pretrained"):
+            for answers in (tmp_path / "answers" / "one" / "kind").glob("*mmpt*"):
+                answers.unlink()
+        capsys.readouterr()
+        assert main(words) == 2, name
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("brainfm: ") and str(path) in last and said in last
+        path.write_bytes(whole)
+    assert main(words) == 0
+
+
+def test_an_empty_root_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    (tmp_path / "sets" / ".half.tmp").mkdir(parents=True)
+    (tmp_path / "sets" / ".half.tmp" / "info.yaml").write_text("id: [")
+    assert main(command(tmp_path / "sets", tmp_path / "out", ["logistic@statistics"])) == 2
+    assert "sets: holds no data set, expected one or more folders ID/info.yaml" in capsys.readouterr().err
 
 
 def test_a_class_that_a_split_lacks_is_refused(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

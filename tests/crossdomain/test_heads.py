@@ -13,7 +13,7 @@ from brainfm.crossdomain.episode_scores import (
     over_episodes,
     replicates,
 )
-from brainfm.crossdomain.heads import HEADS, centred, columns, forest, logistic, prototypes
+from brainfm.crossdomain.heads import HEADS, _folds, centred, columns, forest, logistic, prototypes
 from brainfm.crossdomain.layout import TaskTarget
 from brainfm.crossdomain.statistics import image_statistics, raw_pixels, shrunk
 
@@ -155,3 +155,12 @@ def test_shrinking_keeps_the_mean() -> None:
         assert small.shape == (2, edge, edge)
         assert np.allclose(small.mean((1, 2)), images.mean((1, 2)), atol=1e-5)
     assert np.allclose(shrunk(images[:, :, :30], 15)[0, 0, 0], images[0, :2, :2].mean(), atol=1e-6)
+
+
+def test_folds_inside_the_support_have_their_share_of_every_kind() -> None:
+    y = np.repeat(np.eye(3, dtype=bool), 7, axis=0)
+    fold = _folds(y, 0)
+    assert fold is not None and fold.max() == 4
+    counts = np.array([[(y[fold == k].sum(axis=0))] for k in range(5)]).reshape(5, 3)
+    assert counts.min() >= 1 and counts.max() <= 2 and np.ptp(counts.sum(axis=1)) <= 1
+    assert _folds(np.eye(3, dtype=bool), 0) is None

@@ -176,7 +176,7 @@ def labels(values: object) -> Callable[[Path], None]:
         (labels(np.zeros(20, int)), "has the shape [20], expected [24]"),
         (labels(np.full(24, 7)), "holds the label 7, expected one of 0, 1, 2"),
         (labels(np.zeros(24)), "holds float64, expected whole numbers"),
-        (lambda f: (f / "task_labels" / "kind.npy").write_bytes(b"no"), "cannot be read as an array"),
+        (lambda f: (f / "task_labels" / "kind.npy").write_bytes(b"no"), "labels of a task (no arrays of numbers"),
         (edited("domain:", "domian:"), "key 'domain' is missing (found 'domian')"),
         (edited("license:", "licence:"), "unknown key 'licence'"),
         (edited("MULTICLASS_CLASSIFICATION", "MULTI_CLASS"), "task_target 'MULTI_CLASS'"),
@@ -184,6 +184,14 @@ def labels(values: object) -> Callable[[Path], None]:
         (edited("total_num_samples: 24", "total_num_samples: 30"), "has the shape [24], expected [30]"),
         (edited("- 16\n- 16", "- 8\n- 16"), "images are uint8 [24, 16, 16], expected uint8 [24, 8, 16]"),
         (edited("total_num_samples: 24", "total_num_samples: [24"), "cannot be read as YAML"),
+        (edited("id: grey", "id: null"), "id=null, expected text"),
+        (edited("name: Grey", "name: []"), "name=[], expected text"),
+        (edited("domain: Toys of grey", "domain: 2020-13-45"), "cannot be read as YAML"),
+        (edited("task_name: kind", "task_name: [kind]"), "task_name=['kind'], expected text"),
+        (edited("task_target: MULTICLASS_CLASSIFICATION", "task_target: [a]"), "task_target ['a'] of task 'kind'"),
+        (edited("    2: none\n", "    2: null\n"), "2: None}, expected a name for each whole number"),
+        (edited("domain_overlaps: []", "domain_overlaps: [null]"), "domain_overlaps=[None], expected a list of ids"),
+        (lambda f: (f / "splits" / "train.txt").write_bytes(b"images/\xff.tiff"), "cannot be read as text in UTF-8"),
     ],
 )  # fmt: skip
 def test_what_contradicts_itself_is_one_sentence(damage: Callable[[Path], None], said: str, tmp_path: Path) -> None:

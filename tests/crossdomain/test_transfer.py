@@ -48,6 +48,24 @@ def test_every_way_from_one_command(tmp_path: Path, capsys: pytest.CaptureFixtur
     assert len(before) == 4
 
 
+def test_a_place_that_cannot_be_written_is_said_before_any_training(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pytest.importorskip("matplotlib")
+    for number, name in enumerate(("far", "near")):
+        write_set(tmp_path, name, 60, 16, 1, number)
+    (tmp_path / "file").write_text("x")
+    trained: list[str] = []
+    monkeypatch.setattr("brainfm.crossdomain.transfer.supervised", lambda *a, **k: trained.append("yes"))
+    words = ["medimeta", "action=transfer", f"root={tmp_path}", "source=far", "target=near", "task=signs",
+             "device=cpu"]  # fmt: skip
+    assert main([*words, f"out={tmp_path / 'file' / 'out'}"]) == 2
+    assert "nothing can be written there" in capsys.readouterr().err and not trained
+    for networks in ("[]", "[unet_tiny,unet_tiny]"):
+        assert main([*words, f"out={tmp_path / 'out'}", f"networks={networks}"]) == 2
+        assert "expected one or more, each once" in capsys.readouterr().err
+
+
 # ---- intervals -------------------------------------------------------------------------------------------------------
 
 

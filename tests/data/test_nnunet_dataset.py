@@ -11,7 +11,7 @@ import pytest
 
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.nnunet_dataset import write_dataset
-from brainfm.errors import ConfigError, ManifestError
+from brainfm.errors import ConfigError, FileError, ManifestError
 from tests import phantoms
 
 SHAPE = (10, 12, 8)
@@ -86,3 +86,12 @@ def test_refusals(tmp_path: Path) -> None:
         write_dataset(manifest, tmp_path / "Dataset001_x", "tumour", ("t1",))
     with pytest.raises(ManifestError, match="none of 4 sessions"):
         write_dataset(manifest, tmp_path / "Dataset001_x", "lesion", ("swi",))
+    for contrasts in ((), ("flair", "flair")):
+        with pytest.raises(ConfigError, match="expected one or more channels, each once"):
+            write_dataset(manifest, tmp_path / "Dataset001_x", "lesion", contrasts)
+    with pytest.raises(FileError, match="nothing can be written there"):
+        write_dataset(manifest, tmp_path / "manifest.csv" / "Dataset001_x", "lesion", ("t1",))
+    assert not (tmp_path / "Dataset001_x").exists()
+    (tmp_path / "Dataset002_x" / "labelsTr").mkdir(parents=True)
+    with pytest.raises(ConfigError, match="cases of two data sets would mix; expected a free place"):
+        write_dataset(manifest, tmp_path / "Dataset002_x", "lesion", ("t1",))

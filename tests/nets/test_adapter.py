@@ -121,6 +121,12 @@ def test_tokens_are_laid_out_on_their_grid() -> None:
         ({"maps": ["coarse", "fine"]}, "fine to coarse"),
         ({"probe_vox": [0, 8, 8]}, "three edges"),
         ({"tokens_vox": 0}, "one from 1"),
+        ({"network": 7}, "backbone.network=7: expected text"),
+        ({"maps": "model.0"}, "backbone.maps=model.0: expected a list of texts"),
+        ({"maps": [1]}, "expected a list of texts"),
+        ({"settings": "deep"}, "backbone.settings=deep: expected a mapping or null"),
+        ({"probe_vox": "8"}, "backbone.probe_vox=8: expected a list of whole numbers"),
+        ({"tokens_vox": "4"}, "backbone.tokens_vox=4: expected a whole number or null"),
         (
             {
                 "network": "torch.nn:Conv2d",

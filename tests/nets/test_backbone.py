@@ -5,11 +5,13 @@ The large ones are built without memory (the meta device): shapes, blocks and gr
 
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 import yaml
 
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import BACKBONES, Backbone, build_backbone
 
 YAMLS = sorted((Path(__file__).parents[2] / "configs" / "backbone").glob("*.yaml"))
@@ -105,3 +107,19 @@ def test_hidden_voxels_are_not_seen(name: str) -> None:
         for one, two in zip(masked, backbone.features_masked(other, hidden), strict=True):
             assert torch.equal(one, two)
         assert not torch.equal(backbone(image)[0], masked[0])
+
+
+@pytest.mark.parametrize(
+    ("config", "said"),
+    [
+        ({"name": "unet", "widths": 7}, "backbone.widths=7: expected a list of whole numbers"),
+        ({"name": "unet", "widths": [16, "a"]}, "backbone.widths=.*: expected a list of whole numbers"),
+        ({"name": "vit_s", "patch_vox": "x"}, "backbone.patch_vox=x: expected a whole number"),
+        ({"name": "vit_s", "drop_path": "much"}, "backbone.drop_path=much: expected a number"),
+        ({"name": "vit_s", "taps": 2.5}, "backbone.taps=2.5: expected a whole number"),
+        ({"name": "primus_s", "grid_vox": 7}, "backbone.grid_vox=7: expected "),
+    ],
+)
+def test_a_value_of_another_kind_is_refused(config: dict[str, Any], said: str) -> None:
+    with pytest.raises(ConfigError, match=said):
+        build_backbone(**config)

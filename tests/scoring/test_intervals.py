@@ -12,7 +12,14 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from brainfm.scoring.answers import auroc
-from brainfm.scoring.intervals import bootstrap, crossed_bootstrap, mean_score, paired_bootstrap, paired_permutation
+from brainfm.scoring.intervals import (
+    bootstrap,
+    crossed_bootstrap,
+    ends,
+    mean_score,
+    paired_bootstrap,
+    paired_permutation,
+)
 from brainfm.seeds import stream
 
 
@@ -263,3 +270,13 @@ def test_the_crossed_interval_holds_the_truth_where_subjects_alone_do_not() -> N
         half = student.ppf(0.975, 9) * means.std(ddof=1) / math.sqrt(10)
         subjects += abs(means.mean()) <= half
     assert crossed >= 0.92 * 300 and subjects <= 0.75 * 300
+
+
+def test_ends_move_outwards_for_few_subjects_and_leave_undefined_resamples_out() -> None:
+    drawn = np.random.default_rng(0).normal(size=20_000)
+    plain = np.quantile(drawn, [0.025, 0.975])
+    few, many = ends(drawn, 6), ends(drawn, 2000)
+    assert few[0] < plain[0] - 0.3 and few[1] > plain[1] + 0.3
+    assert np.allclose(many, plain, atol=0.02)
+    assert ends(np.concatenate([drawn, np.full(1000, np.nan)]), 6) == few
+    assert np.isnan(ends(np.array([1.0, np.nan, np.nan]), 6)).all() and np.isnan(ends(np.full(3, np.nan), 6)).all()

@@ -10,7 +10,7 @@ import pytest
 from brainfm.cli import main
 from brainfm.data.manifest import read_left_out, read_manifest, session_labels
 from brainfm.data.store import Store
-from brainfm.errors import ManifestError
+from brainfm.errors import FileError, ManifestError
 from brainfm.imaging import nifti
 from brainfm.submission.challenge import names, read_challenge
 from brainfm.submission.convert import convert
@@ -137,6 +137,32 @@ def test_refusals(tmp_path):
     (root / "labels" / "sub_1" / "ses_1" / "seg.nii.gz").unlink()
     with pytest.raises(ManifestError, match=r"no answer for any of 1 sessions, expected seg.nii.gz in each"):
         convert(task, root, tmp_path / "m.csv")
+
+
+def test_nothing_that_is_left_is_said_with_its_reason(tmp_path):
+    task = task_of("fomo25", "task3")
+    root = write_task(task, tmp_path / "d", 2)
+    for number in (1, 2):
+        (root / "labels" / f"sub_{number}" / "ses_1" / "label.txt").write_text("old")
+    with pytest.raises(ManifestError, match=r"no answer .* \(2 left out, first .*label.txt: holds 'old', expected one"):
+        convert(task, root, tmp_path / "m.csv")
+    for path in (root / "preprocessed").rglob("*.nii.gz"):
+        path.rename(path.with_name("strange.nii.gz"))
+    with pytest.raises(ManifestError, match=r"no scan of fomo25_task3 .*left out, first .*strange.nii.gz: no scan of"):
+        convert(task, root, tmp_path / "m.csv")
+
+
+def test_nothing_is_left_behind_where_no_manifest_can_be_written(tmp_path):
+    task = task_of("fomo26", "task2")
+    root = write_task(task, tmp_path / "d", 1)
+    path = root / "labels" / "sub_1" / "ses_1" / "seg.nii.gz"
+    nifti.write(path, Volume(nifti.read(path, labels=True)[0].voxels, np.eye(4)))
+    with pytest.raises(ManifestError, match=r"ends in .csv or .tsv, found .*nan.xlsx"):
+        convert(task, root, tmp_path / "nan.xlsx", repair=True)
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(FileError, match="nothing can be written there"):
+        convert(task, root, tmp_path / "file" / "m.csv", repair=True)
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "file"]
 
 
 def test_labels_may_lie_beside_the_sessions(tmp_path):

@@ -9,6 +9,7 @@ import nibabel as nib
 import numpy as np
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
 import brainfm
@@ -154,4 +155,17 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "expected a file *.pt for" in said("format=torchscript", f"bundle={LESIONS}", f"out={tmp_path / 'a.onnx'}")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "x").touch()
-    assert "expected a free place" in said("format=hub", f"bundle={LESIONS}", f"out={tmp_path / 'full'}")
+    for format in ("hub", "monai"):
+        assert "expected a free place" in said(f"format={format}", f"bundle={LESIONS}", f"out={tmp_path / 'full'}")
+    words = ("format=torchscript", f"backbone={BACKBONE}", f"out={tmp_path / 'a.pt'}")
+    assert "a window of 1,000,000,000,000 million voxels, expected at most 134 million" in said(
+        *words, "patch_vox=[1000000,1000000,1000000]"
+    )
+
+
+@pytest.mark.parametrize("licence", ["cc-by-4.0", "other: see the card", "yes", 'a "quoted" one', "# none", ""])
+def test_a_licence_in_any_words_is_one_value_of_the_front_matter(licence: str, tmp_path: Path) -> None:
+    words = ["export", "format=hub", f"backbone={BACKBONE}", f"out={tmp_path / 'hub'}", f"licence={licence}"]
+    assert main(words) == 0
+    front = (tmp_path / "hub" / "README.md").read_text().split("---\n")[1]
+    assert yaml.safe_load(front)["license"] == licence

@@ -96,7 +96,11 @@ BROKEN = {
     "no affine": ("task2", mask() + NO_AFFINE, "the affine has NaN or is zero"),
     "no NIfTI": ("task2", "open(output, 'w').write('mask')\n", "plain.nii.gz cannot be read"),
     "3-D npy": ("task6", ARRAY.format("np.ones((2, 3, 4), np.float32)"), r"the shape \(2, 3, 4\), expected one axis"),
-    "pickled npy": ("task6", ARRAY.format("np.array({'a': 1})"), "cannot be read without pickle"),
+    "pickled npy": (
+        "task6",
+        ARRAY.format("np.array({'a': 1})"),
+        "cannot be read as one array without pickle .no arrays of numbers",
+    ),
     "whole npy": ("task6", ARRAY.format("np.ones(8, np.int64)"), "int64, expected a floating type"),
     "inf npy": ("task7", ARRAY.format("np.full(8, np.inf, np.float32)"), "the embedding holds NaN or infinite"),
     "no file": ("task1", "pass\n", "nothing was written, expected plain.txt"),

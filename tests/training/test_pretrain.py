@@ -8,7 +8,9 @@ import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,7 +19,7 @@ from brainfm.cli import main
 from brainfm.curves import read_curves
 from brainfm.data.patches import PretrainPatches
 from brainfm.data.store import Store
-from brainfm.errors import TrainingError
+from brainfm.errors import BrainfmError, TrainingError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.nets.decoders import DenseDecoder, DenseHead
@@ -51,6 +53,30 @@ def whole(toy_store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
     run = tmp_path_factory.mktemp("runs") / "whole"
     assert pretrain(config(toy_store, run)).step == STEPS
     return run
+
+
+@pytest.mark.parametrize(
+    ("changes", "said"),
+    [
+        (
+            {"backbone": {"name": "adapted", "network": "torch.nn:Identity", "maps": "model.0"}},
+            "expected a list of texts",
+        ),
+        ({"backbone": {"name": "adapted", "network": "no.place:Net", "maps": ["a"]}}, "Class that is installed"),
+        ({}, "nowhere: "),
+        ({"optim.lr": "nan"}, "expected lr > 0"),
+        ({"trainer.max_steps": "0"}, "expected at least one step"),
+    ],
+)
+def test_what_is_refused_leaves_no_run(changes: dict[str, Any], said: str, toy_store: Store, tmp_path: Path) -> None:
+    """A foreign network's names are looked at before the store."""
+    more = [f"{key}={value}" for key, value in changes.items() if "." in key]
+    settings = config(toy_store, tmp_path / "run", *more)
+    if not more:
+        settings = replace(settings, store=tmp_path / "nowhere", **changes)
+    with pytest.raises(BrainfmError, match=said):
+        pretrain(settings)
+    assert not (tmp_path / "run").exists()
 
 
 def same_weights(one: Path, other: Path) -> bool:

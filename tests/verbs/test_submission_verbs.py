@@ -74,6 +74,50 @@ def test_validate_refuses_what_it_cannot_try(tmp_path, capsys):
     assert "expected 1 or more" in fails(capsys, "validate", *TASK5, out, "command=x", "most=0")
 
 
+def test_validate_refuses_before_it_makes_anything(tmp_path, capsys, monkeypatch):
+    out = tmp_path / "v"
+    words = ["validate", *TASK5, f"out={out}", "cases=[plain]"]
+    command = f"command={sys.executable}"
+    assert "cannot be split into words (no closing quotation)" in fails(capsys, *words, "command=python 'unbalanced")
+    for limit in ("nan", "-3", "0", "inf"):
+        assert "expected seconds above 0" in fails(capsys, *words, command, f"limit_s={limit}")
+    assert "nowhere is no program" in fails(capsys, *words, "command=nowhere")
+    monkeypatch.setattr("brainfm.submission.validate.shutil.which", lambda name: f"/bin/{name}")
+    monkeypatch.setattr("brainfm.submission.sandbox.succeeds", lambda words: False)
+    assert "its daemon does not answer" in fails(capsys, *words, "image=team/x")
+    monkeypatch.setattr("brainfm.submission.sandbox.succeeds", lambda words: words[1] == "info")
+    assert "docker has no such image" in fails(capsys, *words, "image=team/x")
+    assert not out.exists(), "no cases were made"
+    (out / "plain").mkdir(parents=True)
+    (out / "plain" / "mine.txt").write_text("notes")
+    assert "holds something else" in fails(capsys, *words, command)
+    assert not (out / "cases").exists()
+
+
+def test_container_refuses_settings_that_no_container_could_use(tmp_path, capsys):
+    """Before anything is staged: the fault would show at the organisers'."""
+    bundle, backbone = bundle_for(task_of("fomo26_task5"), tmp_path / "b"), backbone_file(tmp_path / "b.safetensors")
+    six = ["container", "challenge=fomo26", "task=task6", f"backbone={backbone}", f"out={tmp_path / 's'}", "build=none"]
+    five = ["container", *TASK5, f"bundle={bundle}", f"out={tmp_path / 's'}", "build=none"]
+    assert "unknown part 'zz', expected one or more of backbone" in fails(capsys, *six, "parts=[zz]")
+    assert "parts=[]: expected one or more" in fails(capsys, *six, "parts=[]")
+    assert "is a classification, expected none" in fails(capsys, *five, "parts=[backbone]")
+    for words in (five, six):
+        assert "device=warp: expected auto, cpu, cuda or cuda:N" in fails(capsys, *words, "device=warp")
+    for spread in ("-1", "0", "nan", "inf"):
+        assert "expected a standard deviation above 0" in fails(capsys, *six, f"spread={spread}")
+    assert f"{tmp_path / 'no.npz'}: no such file" in fails(capsys, *six, f"scale={tmp_path / 'no.npz'}")
+    assert "expected backbone= and no bundle=" in fails(capsys, *six[:3], f"bundle={bundle}", six[4])
+    assert not (tmp_path / "s").exists()
+    assert main([*six, "parts=[backbone]", "device=cuda:1"]) == 0, "the machine that it will run on may have two"
+
+
+def test_a_task_is_called_with_its_article(tmp_path, capsys):
+    bundle = bundle_for(task_of("fomo26_task5"), tmp_path / "b")
+    said = fails(capsys, "container", "challenge=fomo26", "task=task6", f"bundle={bundle}", f"out={tmp_path / 's'}")
+    assert "fomo26_task6 is an embedding: expected backbone=" in said
+
+
 def test_container_wants_the_weights_that_a_task_needs(tmp_path, capsys):
     bundle, backbone = bundle_for(task_of("fomo26_task5"), tmp_path / "b"), backbone_file(tmp_path / "b.safetensors")
     out, six = f"out={tmp_path / 's'}", ["challenge=fomo26", "task=task6"]

@@ -116,6 +116,14 @@ def _tensors(path: Path, state: Mapping[Any, Any]) -> dict[str, Tensor]:
     strange = [str(name) for name, value in state.items() if not isinstance(value, Tensor)]
     if strange:
         raise WeightsError(f"{path}: {listed(strange, ', ')} among its tensors is none")
+    empty = [str(name) for name, value in state.items() if value.is_meta]
+    if empty:
+        raise WeightsError(f"{path}: {listed(empty, ', ')} has a shape and no values, expected trained weights")
+    packed = [str(n) for n, value in state.items() if value.layout != torch.strided or value.is_quantized]
+    if packed:
+        raise WeightsError(
+            f"{path}: {listed(packed, ', ')} is sparse or quantised, expected tensors as they are trained"
+        )
     return {str(name): value for name, value in state.items()}
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import hashlib
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 from functools import cached_property
@@ -21,7 +20,7 @@ from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.data.targets import LESION_NAME
 from brainfm.errors import ConfigError, ManifestError
-from brainfm.files import write_whole
+from brainfm.files import write_arrays
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.backbone_file import LoadedBackbone
 from brainfm.nets.decoders import DenseHead
@@ -381,7 +380,4 @@ def _values_of(store: Store, cases: Sequence[LabelledCase], given: Sequence[int]
 
 
 def _save_array(file: Path, array: np.ndarray) -> None:
-    buffer = io.BytesIO()
-    np.savez_compressed(buffer, indices=array)
-    file.parent.mkdir(parents=True, exist_ok=True)
-    write_whole(file, buffer.getvalue())
+    write_arrays(file, {"indices": array}, compressed=True)
