@@ -25,8 +25,8 @@ class Settings:
     format: Annotated[
         Literal["nnssl", "onnx", "torch_export", "torchscript", "hub", "monai", "nnunet"],
         "nnssl: a checkpoint for nnssl and nnU-Net's fine-tuning, of a residual U-Net or a Primus; onnx, torch_export, "
-        "torchscript: the graph of a backbone or of a segmenting bundle, for windows; hub: a folder for a model hub; "
-        "monai: a bundle of MONAI's; nnunet: a data set for nnU-Net",
+        "torchscript: the graph of a backbone, of a segmenting bundle (for windows) or of a whole-head bundle (for "
+        "views); hub: a folder for a model hub; monai: a bundle of MONAI's; nnunet: a data set for nnU-Net",
     ]
     out: Annotated[Path, "what is written; the ending of a graph is .onnx, .pt2 or .pt"]
     backbone: Annotated[Path | None, "of nnssl, graphs and hub: a backbone file"] = None
@@ -100,13 +100,13 @@ def _graph(settings: Settings) -> int:
 
     _one_of(settings)
     if settings.bundle is not None:
-        network, example, names, about = bundle_graph(read_bundle(settings.bundle))
+        graph = bundle_graph(read_bundle(settings.bundle))
     else:
         assert settings.backbone is not None
-        network, example, names, about = backbone_graph(load_backbone(settings.backbone), settings.patch_vox)
-    write_graph(settings.out, settings.format, network, example, names, about)
-    shape = ", ".join(map(str, example.shape[1:]))
-    print(f"{settings.out}: image [cases, {shape}] -> {', '.join(names)}")
+        graph = backbone_graph(load_backbone(settings.backbone), settings.patch_vox)
+    write_graph(settings.out, settings.format, graph)
+    given = (f"{name} [cases, {', '.join(map(str, value.shape[1:]))}]" for name, value in graph.inputs.items())
+    print(f"{settings.out}: {', '.join(given)} -> {', '.join(graph.outputs)}")
     return 0
 
 

@@ -17,7 +17,7 @@ from brainfm.nets.decoders import DenseDecoder, DenseHead, decoder_for
 from brainfm.nets.heads import Fusion, GatedAttention, LinearHead, Standardise, fused_features
 from brainfm.specs import TaskSpec
 from brainfm.tasks.task import Task
-from brainfm.tasks.whole_head.reads import PARTS, Reads, dense_numbers, dense_width, log_head_volume
+from brainfm.tasks.whole_head.reads import PARTS, Reads, averaged, dense_numbers, dense_width, log_head_volume
 from brainfm.tasks.whole_head.sorts import MODES, linear_head, sort_of
 
 _LEVELS = 3  # deepest maps that are pooled
@@ -151,10 +151,9 @@ class WholeHeadTask(Task):
         if self.reads is None:
             return WholeHeadOutput(self.out(self.dropout(self.norm(pooled))), weights)
         parts = self.parts(pooled, volumes)
-        there = torch.zeros(len(pooled), dtype=torch.bool, device=pooled.device)
+        shares = self.mix[1:].expand_as(parts[:, :, 0].t())  # [B, P]
         if self.volume_head is not None and volumes is not None:
-            there = torch.isfinite(volumes).all(dim=1)
-        shares = self.mix[torch.where(there, 0, 1)]  # [B, P]
+            shares = self.mix[torch.where(torch.isfinite(volumes).all(dim=1), 0, 1)]
         return WholeHeadOutput(torch.einsum("bp,pbk->bk", shares, parts), weights)
 
     def parts(self, pooled: Tensor, volumes: Tensor | None = None) -> Tensor:
@@ -171,7 +170,8 @@ class WholeHeadTask(Task):
             found["volumes"] = self.volume_head(torch.nan_to_num(volumes))
         if self.region_head is not None:
             found["regions"] = self.region_head(pooled[:, self.region_columns])
-        return torch.stack([found.get(name, torch.zeros_like(network)) for name in PARTS])
+        lacking = torch.zeros_like(self.prior).expand_as(network)  # of as many cases in a trace, too
+        return torch.stack([found.get(name, lacking) for name in PARTS])
 
     @property
     def region_columns(self) -> slice:
@@ -233,9 +233,9 @@ class WholeHeadTask(Task):
         """[B, V, M, X, Y, Z] -> means and mean squares of all levels on the coarsest grid, [B, V, x, y, z, E]."""
         there = None if present is None else present.repeat_interleave(image.shape[1], dim=0)
         maps = [level.float() for level in fused_features(self.backbone, self.fusion, image.flatten(0, 1), there)]
-        x, y, z = maps[-1].shape[2:]
-        means = torch.cat([F.adaptive_avg_pool3d(level, (x, y, z)) for level in maps], dim=1)
-        squares = torch.cat([F.adaptive_avg_pool3d(level.square(), (x, y, z)) for level in maps], dim=1)
+        grid = maps[-1].shape[2:]
+        means = torch.cat([averaged(level, grid) for level in maps], dim=1)
+        squares = torch.cat([averaged(level.square(), grid) for level in maps], dim=1)
         means, squares = (m.movedim(1, -1).unflatten(0, image.shape[:2]) for m in (means, squares))
         return means, squares
 

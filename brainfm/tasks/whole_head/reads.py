@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,16 @@ def log_head_volume(scans: Tensor, voxel_ml: float) -> Tensor:
     return torch.log(head_voxels(scans).sum(dim=(2, 3, 4)) * voxel_ml + _LEAST_ML)
 
 
+def averaged(values: Tensor, grid: Sequence[int]) -> Tensor:
+    """Means over the boxes of a coarser grid, [B, E, X, Y, Z] -> [B, E, x, y, z]; in a trace by a layer that every
+    runtime knows."""
+    x, y, z = (int(edge) for edge in grid)
+    if not torch.jit.is_tracing():
+        return F.adaptive_avg_pool3d(values, (x, y, z))
+    i, j, k = (int(edge) // n for edge, n in zip(values.shape[2:], (x, y, z), strict=True))
+    return F.avg_pool3d(values, (i, j, k))
+
+
 def dense_width(reads: Reads, decoder: DenseDecoder | None) -> int:
     """F of `dense_numbers`; 0 without a decoder."""
     if decoder is None:
@@ -131,8 +141,7 @@ def dense_numbers(
         weight = shares[:, inside] / shares[:, inside].sum(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
         over = [torch.einsum("bkxyz,bexyz->bke", weight, levels[-1].float()).flatten(1)]
     for level in levels[-_DENSE_LEVELS:]:
-        x, y, z = level.shape[2:]
-        inside_head = F.adaptive_avg_pool3d(head, (x, y, z))
+        inside_head = averaged(head, level.shape[2:])
         inside_head = inside_head / inside_head.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
         mean = (inside_head * level.float()).sum(dim=(2, 3, 4))
         square = (inside_head * level.float().square()).sum(dim=(2, 3, 4))
