@@ -61,11 +61,16 @@ class HeadAnswers(nn.Module):
 
 
 def head_graph(members: Sequence[Any], task: TaskSpec, decisions: Decisions) -> Graph:
-    """See Kind.graph. Raises: ConfigError for a bundle that looks at windows."""
+    """See Kind.graph. Raises: ConfigError for a bundle that looks at windows or measures the scan."""
     if task.crops or not task.view_mm:
         raise ConfigError(
             "answers for a whole head from windows, as many as cover it, which no graph of fixed shape holds; expected "
             "a bundle of the whole-head view alone (task.crops=0)"
+        )
+    if any(member.asks_measurements for member in members):
+        raise ConfigError(
+            "answers for a whole head from simple measurements of the scan, which no graph makes; expected a bundle "
+            "without them (task.candidates=[mean,volumes,regions,features,tuned])"
         )
     examples = {"image": torch.randn(2, len(task.contrasts), *task.patch_vox)}
     edge = f"{task.view_mm:g} mm"
