@@ -252,4 +252,4 @@ def test_slack_spares_the_windows_that_a_few_voxels_would_cost() -> None:
     for axis, size in enumerate(shape):
         starts = sorted({window[axis].start for window in windows})
         assert starts[0] == 0 and starts[-1] + 96 == size
-        assert max(b - a for a, b in zip(starts, starts[1:])) <= 96 * 0.525 + 1
+        assert max(b - a for a, b in itertools.pairwise(starts)) <= 96 * 0.525 + 1
