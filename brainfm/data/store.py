@@ -65,6 +65,7 @@ from brainfm.data.manifest import LABEL_ENDINGS, Scan, scan_names, session_label
 from brainfm.data.sources import SourceFile
 from brainfm.errors import ConfigError, StoreError
 from brainfm.files import write_synced, write_whole
+from brainfm.imaging.intensity import half_precision
 from brainfm.specs import PreprocessSpec
 
 if TYPE_CHECKING:
@@ -73,7 +74,6 @@ if TYPE_CHECKING:
     from brainfm.imaging.preprocess import Prepared, Recipe
 
 FORMAT = 1
-STEP = 2.0**-7  # images are rounded to multiples of this many standard deviations
 _CHUNK, _BLOCK = 64, 16
 _HANDLES = 256  # open files a process keeps; a mapped file costs address space, not memory
 _POINTS = 4096
@@ -324,7 +324,7 @@ class Store:
         for name, voxels in sorted(prepared.scans.items()):
             contrast = names[name].contrast
             volumes.append({"name": name, "kind": "scan", "contrast": contrast, "file": f"{_slug(name)}.b2nd"})
-            half = _half(voxels)
+            half = half_precision(voxels)
             files |= _packed(f"{_slug(name)}.b2nd", half, float(half.min()), kept)
         for name, voxels in sorted(prepared.labels.items()):
             volumes.append({"name": name, "kind": "label", "contrast": "", "file": f"{_slug(name)}.b2nd"})
@@ -722,19 +722,9 @@ def _damaged(file: Path, why: str) -> StoreError:
     return StoreError(f"{file}: the file is damaged ({why}); delete its folder and run prepare again")
 
 
-def _half(voxels: np.ndarray) -> np.ndarray:
-    """float16 in the steps that compress well."""
-    rounded = np.rint(voxels * np.float32(1 / STEP))
-    rounded *= np.float32(STEP)
-    half = rounded.astype(np.float16)
-    if not np.isfinite(half).all():
-        raise ValueError("a prepared scan holds voxels that are not finite or beyond float16")
-    return half
-
-
 def _coarse(voxels: np.ndarray, level: int) -> np.ndarray:
     """A level of a volume as it is stored; scans are told from labels by their dtype."""
-    return _half(coarse_image(voxels, level)) if voxels.dtype.kind == "f" else coarse_labels(voxels, level)
+    return half_precision(coarse_image(voxels, level)) if voxels.dtype.kind == "f" else coarse_labels(voxels, level)
 
 
 def _packed(file: str, voxels: np.ndarray, background: float, levels: int) -> dict[str, bytes]:

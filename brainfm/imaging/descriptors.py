@@ -52,6 +52,29 @@ def head_mask(scans: Mapping[str, np.ndarray]) -> np.ndarray:
     return scipy.ndimage.binary_fill_holes(found)
 
 
+def content_descriptors(scans: Mapping[str, np.ndarray], head: np.ndarray, spacing_mm: Sequence[float]) -> Numbers:
+    """Of what a session shows of the patient: the outline's numbers but for its silhouette as ``head/...``, and those
+    of each contrast's intensities inside it as ``<contrast>/...``.
+
+    Args:
+        scans: contrast -> standardised voxels.
+        head: of `head_mask`.
+    """
+    outline = shape_descriptors(head, spacing_mm)
+    numbers = {f"head/{k}": v for k, v in outline.items() if not k.startswith("block")}
+    for contrast, voxels in scans.items():
+        inside = intensity_descriptors(voxels, head, spacing_mm)
+        numbers |= {f"{contrast}/{k}": v for k, v in inside.items()}
+    return numbers
+
+
+def content_names(contrasts: Sequence[str]) -> tuple[str, ...]:
+    """Names of `content_descriptors` of a session that has all contrasts, sorted."""
+    cube = np.arange(8.0, dtype=np.float32).reshape(2, 2, 2)
+    found = content_descriptors(dict.fromkeys(contrasts, cube), np.ones((2, 2, 2), dtype=bool), (1.0, 1.0, 1.0))
+    return tuple(sorted(found))
+
+
 def intensity_descriptors(voxels: np.ndarray, head: np.ndarray, spacing_mm: Sequence[float]) -> Numbers:
     """Of one contrast inside the head: percentiles, moments, histogram, three tissue-like volumes, asymmetry.
 

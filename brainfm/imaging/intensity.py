@@ -11,6 +11,7 @@ import scipy.ndimage
 from brainfm.errors import ScanError
 from brainfm.volume import Volume
 
+STEP = 2.0**-7  # standard deviations; stored scans are rounded to multiples of it
 _MOST_FOREGROUND = 0.6  # above this share, "differs from the background" tells nothing
 _MOST_DIM = 0.35  # of the differing voxels; above, they are air noise and not tissue
 _BORDER_SHARE = 0.5  # of the border that must hold the background value
@@ -253,3 +254,13 @@ def _above_threshold(voxels: np.ndarray, threshold: float, spacing_mm: tuple[flo
             kept = np.repeat(kept, factor, axis=axis)
     kept = kept[tuple(slice(size) for size in voxels.shape)]
     return np.logical_and(kept, voxels > threshold)
+
+
+def half_precision(voxels: np.ndarray) -> np.ndarray:
+    """float16 in the steps that compress well: a prepared scan as a store keeps it. Raises: ValueError."""
+    rounded = np.rint(voxels * np.float32(1 / STEP))
+    rounded *= np.float32(STEP)
+    half = rounded.astype(np.float16)
+    if not np.isfinite(half).all():
+        raise ValueError("a prepared scan holds voxels that are not finite or beyond float16")
+    return half

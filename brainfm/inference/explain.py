@@ -277,10 +277,15 @@ def _note_unseen(networks: Sequence[Any], method: str, mapped: bool) -> None:
     reads = getattr(networks[0], "reads", None)
     if reads is None:
         return
+    unseen = []
+    if any(getattr(network, "asks_measurements", False) for network in networks):
+        unseen.append("not the simple measurements that the answer is also made of")
+    if reads.decoder is not None:
+        unseen.append("not what the decoder sees")
     if method == "occlusion" and mapped:
         text = "occlusion covers the scans, not the label map: what its volumes add to the answer is not shown"
-    elif method != "occlusion" and reads.decoder is not None:
-        text = f"method={method} shows the encoder's maps, not what the decoder sees; method=occlusion shows both"
+    elif method != "occlusion" and unseen:
+        text = f"method={method} shows the encoder's maps, {' and '.join(unseen)}; method=occlusion shows both"
     else:
         return
     warnings.warn(text, BrainfmWarning, stacklevel=3)

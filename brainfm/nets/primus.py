@@ -42,7 +42,7 @@ class Primus(TokenEncoder):
         heads: int,
         patch_vox: int = 8,
         grid_vox: Sequence[int] = (96, 96, 96),
-        layer_scale: float = 0.1,
+        layer_scale: float | None = 0.1,
         drop_path: float = 0.0,
         taps: int = 1,
         name: str = "primus",

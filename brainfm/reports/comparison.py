@@ -27,6 +27,7 @@ _CANDIDATES = {
     "mean": "training mean or class shares",
     "volumes": "linear on volumes of label maps or a table",
     "regions": "linear on volumes of the regions that the backbone sees",
+    "measurements": "linear on simple measurements of intensities and outline",
     "features": "linear on features of the frozen network",
     "stacked": "mixture of the linear ones",
     "tuned": "tuned network",

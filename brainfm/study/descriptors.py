@@ -77,11 +77,10 @@ def _describe(store: Store, session: SessionEntry, names: Mapping[str, str]) -> 
     spacing = store.spec.spacing_mm
     numbers: dict[str, dict[str, float]] = {group: {} for group in GROUPS}
     numbers["mask"] = descriptors.shape_descriptors(head, spacing)
-    numbers["content"] |= {f"head/{k}": v for k, v in numbers["mask"].items() if not k.startswith("block")}
+    numbers["content"] |= descriptors.content_descriptors(voxels, head, spacing)
     for contrast, name in names.items():
         recipe = store.recipe(session, name)
         found = {
-            "content": descriptors.intensity_descriptors(voxels[contrast], head, spacing),
             "background": descriptors.background_descriptors(voxels[contrast], head),
             "position": descriptors.position_descriptors(recipe, head),
             "grid": descriptors.grid_descriptors(recipe.file),

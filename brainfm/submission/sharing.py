@@ -6,60 +6,40 @@ import json
 import math
 import os
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
 
 from brainfm import __version__
 from brainfm.errors import ConfigError
 from brainfm.files import write_folder, write_text, writing_folder
 from brainfm.nets.backbone_file import LoadedBackbone
-from brainfm.nets.cpu import swap_out
-from brainfm.nets.exchange.graphs import write_graph
+from brainfm.nets.exchange.graphs import Graph, write_graph
 from brainfm.tasks.bundle import Bundle
+from brainfm.tasks.registry import kind_of
 
 _YAML_WORDS = ("yes", "no", "on", "off", "y", "n", "true", "false", "null")  # what YAML takes for other than text
 _MOST_VOXELS = 512**3  # of a graph's windows: more than any scanner gives, and a first map that still fits a memory
 
 
-class MeanProbabilities(nn.Module):
-    """A segmenting bundle on one window: [B, M, X, Y, Z] standardised voxels of all its contrasts, in its order ->
-    [B, K, X, Y, Z] probabilities, the mean over its members."""
-
-    def __init__(self, members: Sequence[nn.Module]) -> None:
-        super().__init__()
-        self.members = nn.ModuleList(members)
-
-    def forward(self, image: Tensor) -> Tensor:
-        answers = [torch.softmax(member(image), dim=1) for member in self.members]
-        return torch.stack(answers).mean(0)
-
-
-def bundle_graph(bundle: Bundle) -> tuple[nn.Module, Tensor, tuple[str, ...], dict[str, Any]]:
-    """Network, example of two windows, names of what it gives, and what is to be said of it.
-
-    Raises: ConfigError for a bundle that answers for a whole head: its views are made by predict alone.
-    """
+def bundle_graph(bundle: Bundle) -> Graph:
+    """A bundle as one network, for graphs. Raises: ConfigError for what no graph can hold, in one sentence."""
     task = bundle.task
-    if task.kind != "segmentation":
-        raise ConfigError(
-            f"{bundle.path}: answers for a whole head from views that brainfm makes; expected a segmentation's bundle"
-        )
-    example = torch.randn(2, len(task.contrasts), *task.patch_vox)
+    try:
+        graph = kind_of(task.kind).graph(bundle.networks, task, bundle.decisions)
+    except ConfigError as error:
+        raise ConfigError(f"{bundle.path}: {error}") from None
     about = {
         "brainfm": __version__, "fingerprint": bundle.fingerprint, "task": task.to_dict(),
-        "preprocess": bundle.preprocess.to_dict(), "decisions": bundle.decisions.to_dict(),
-        "input": f"image: [cases, {', '.join(task.contrasts)}, X, Y, Z], RAS+, prepared as `preprocess` says",
+        "preprocess": bundle.preprocess.to_dict(), "decisions": bundle.decisions.to_dict(), **graph.about,
     }  # fmt: skip
-    return swap_out(MeanProbabilities(bundle.networks).eval()), example, ("probabilities",), about
+    return replace(graph, about=about)
 
 
-def backbone_graph(
-    loaded: LoadedBackbone, patch_vox: tuple[int, int, int] | None = None
-) -> tuple[nn.Module, Tensor, tuple[str, ...], dict[str, Any]]:
+def backbone_graph(loaded: LoadedBackbone, patch_vox: tuple[int, int, int] | None = None) -> Graph:
     """The same of an encoder: one channel in, its maps out. Raises: ConfigError for a patch that does not fit."""
     backbone, patch = loaded.backbone, patch_vox or loaded.patch_vox
     backbone.check_patch(patch)
@@ -74,7 +54,7 @@ def backbone_graph(
         "input": "image: [cases, 1, X, Y, Z], RAS+, prepared as `preprocess` says",
     }  # fmt: skip
     names = tuple(f"map_{stride}" for stride in backbone.strides)
-    return swap_out(backbone), torch.randn(2, 1, *patch), names, about
+    return Graph(backbone, {"image": torch.randn(2, 1, *patch)}, names, about)
 
 
 # ---- a folder for a hub ----------------------------------------------------------------------------------------------
@@ -168,12 +148,17 @@ def write_monai_bundle(out: Path, bundle: Bundle, licence: str) -> None:
     Raises: ConfigError where the folder holds something, or the bundle answers for a whole head; FileError.
     """
     _check_free(out)
-    network, example, names, about = bundle_graph(bundle)
+    if bundle.task.kind != "segmentation":
+        raise ConfigError(
+            f"{bundle.path}: answers for a whole head, whose view MONAI has no transform for; expected a "
+            "segmentation's bundle, or format=onnx"
+        )
+    graph = bundle_graph(bundle)
     with writing_folder(out) as part:
         write_text(part / "configs" / "metadata.json", json.dumps(_metadata(bundle, licence), indent=2) + "\n")
         write_text(part / "configs" / "inference.json", json.dumps(_inference(bundle), indent=2) + "\n")
         write_text(part / "docs" / "README.md", (bundle.path / "README.md").read_text(encoding="utf-8") + _DIFFERS)
-        write_graph(part / "models" / "model.pt", "torchscript", network, example, names, about)
+        write_graph(part / "models" / "model.pt", "torchscript", graph)
         (part / "models" / "model.pt").replace(part / "models" / "model.ts")
 
 

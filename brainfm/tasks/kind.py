@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from brainfm.data.manifest import Manifest, Scan
     from brainfm.data.store import Store
     from brainfm.nets.backbone import Backbone
+    from brainfm.nets.exchange.graphs import Graph
     from brainfm.scoring.answers import Score
     from brainfm.tasks.answers import Label
     from brainfm.tasks.engine import Engine
@@ -135,6 +136,10 @@ class Kind(ABC):
         Raises:
             ScanError: where any file cannot be used: what the user gave is used or refused, never dropped in silence.
         """
+
+    def graph(self, members: Sequence[nn.Module], spec: TaskSpec, decisions: Decisions) -> Graph:
+        """The members as one network of tensors (nets/exchange/graphs.py). Raises: ConfigError where that cannot be."""
+        raise ConfigError(f"a {self.name} is answered by no graph")
 
     @abstractmethod
     def write(self, path: Path, found: Any, like: Path) -> None:

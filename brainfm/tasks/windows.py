@@ -35,6 +35,7 @@ def predict_windows(
     autocast: torch.dtype | None = None,
     mirror: Collection[int] = (),
     at_once: int | None = None,
+    slack: float = 0.0,
 ) -> Tensor:
     """Class probabilities of a whole volume: the Gaussian-weighted mean over overlapping windows.
 
@@ -58,6 +59,7 @@ def predict_windows(
         mirror: axes (0 is X) along which each window is also shown mirrored; probabilities are averaged over all
             combinations, which are 2 ** axes passes.
         at_once: groups of windows in work at once; None: as above.
+        slack: see window_slices.
 
     Returns:
         [K, X, Y, Z] float32 in main memory; sums to 1 over K.
@@ -89,7 +91,7 @@ def predict_windows(
             probabilities = _mirrored(network, patches, given.expand(len(windows), -1), mirror)
         return probabilities.mul_(on_device).cpu()
 
-    groups = list(_batched(window_slices(tuple(padded.shape[1:]), patch_vox, overlap), batch))
+    groups = list(_batched(window_slices(tuple(padded.shape[1:]), patch_vox, overlap, slack), batch))
     if at_once is None:
         at_once = min(_AT_ONCE, torch.get_num_threads(), len(groups)) if target.type == "cpu" else 1
     total: Tensor | None = None
@@ -155,16 +157,22 @@ def gaussian_weight(patch_vox: tuple[int, int, int], sigma: float = 0.125) -> Te
     return weight.clamp_min(max(float(weight.min()), 1e-3))
 
 
-def window_slices(shape: tuple[int, ...], patch_vox: tuple[int, int, int], overlap: float) -> Iterator[Window]:
+def window_slices(
+    shape: tuple[int, ...], patch_vox: tuple[int, int, int], overlap: float, slack: float = 0.0
+) -> Iterator[Window]:
     """Windows that cover a volume which is nowhere thinner than the patch: the fewest that overlap by at least this
     share, evenly spread from one end to the other, so that none of them repeats nearly all of another.
+
+    Args:
+        slack: share by which windows may be farther apart than the overlap has it: two voxels too many along an axis
+            then cost no further window.
 
     Source: Isensee et al. 2021 (nnU-Net, arXiv:1809.10486), its inference.
     """
     starts = []
     for size, patch in zip(shape, patch_vox):
         step = max(1, int(patch * (1 - overlap)))
-        gaps = math.ceil((size - patch) / step)
+        gaps = math.ceil((size - patch) / (step * (1 + slack)))
         starts.append([round(i * (size - patch) / gaps) for i in range(gaps + 1)] if gaps else [0])
     for corner in itertools.product(*starts):
         x, y, z = (slice(c, c + p) for c, p in zip(corner, patch_vox))

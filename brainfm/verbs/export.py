@@ -24,9 +24,9 @@ class Settings:
 
     format: Annotated[
         Literal["nnssl", "onnx", "torch_export", "torchscript", "hub", "monai", "nnunet"],
-        "nnssl: a checkpoint for nnssl and nnU-Net's fine-tuning, of a residual U-Net; onnx, torch_export, "
-        "torchscript: the graph of a backbone or of a segmenting bundle, for windows; hub: a folder for a model hub; "
-        "monai: a bundle of MONAI's; nnunet: a data set for nnU-Net",
+        "nnssl: a checkpoint for nnssl and nnU-Net's fine-tuning, of a residual U-Net or a Primus; onnx, torch_export, "
+        "torchscript: the graph of a backbone, of a segmenting bundle (for windows) or of a whole-head bundle (for "
+        "views); hub: a folder for a model hub; monai: a bundle of MONAI's; nnunet: a data set for nnU-Net",
     ]
     out: Annotated[Path, "what is written; the ending of a graph is .onnx, .pt2 or .pt"]
     backbone: Annotated[Path | None, "of nnssl, graphs and hub: a backbone file"] = None
@@ -42,6 +42,10 @@ class Settings:
     axes: Annotated[
         Literal["zyx", "xyz"], "of nnssl: order of the arrays' axes there; zyx: read by SimpleITK, xyz: by nibabel"
     ] = "zyx"
+    order: Annotated[
+        Literal["whd", "hwd"],
+        "of nnssl: how the tokens of a Primus follow each other; whd: as today's nnU-Net has it, hwd: as nnssl",
+    ] = "whd"
     debug: Annotated[bool, "a traceback in place of the sentence"] = False
 
     def __post_init__(self) -> None:
@@ -63,19 +67,27 @@ def _needed(settings: Settings, *keys: str) -> None:
 
 def _nnssl(settings: Settings) -> int:
     from brainfm.nets.backbone_file import load_backbone
-    from brainfm.nets.exchange.nnssl import adaptation_plan, network_weights, residual, write_checkpoint
+    from brainfm.nets.exchange import nnssl, primus
+    from brainfm.nets.exchange.plans import write_checkpoint
+    from brainfm.nets.primus import Primus
 
     _needed(settings, "backbone")
     assert settings.backbone is not None
     loaded = load_backbone(settings.backbone)
-    encoder = residual(loaded.backbone, str(settings.backbone))
-    channels, axes = settings.channels, settings.axes
-    weights = network_weights(encoder, loaded.decoder, channels=channels, axes=axes)
-    plan = adaptation_plan(encoder, loaded.preprocess, loaded.patch_vox, channels=channels, axes=axes)
+    encoder, channels, axes = loaded.backbone, settings.channels, settings.axes
     about = {"fingerprint": loaded.fingerprint, "objective": loaded.objective["name"], "axes": axes}
-    about["decoder"] = loaded.decoder is not None
+    if isinstance(encoder, Primus):
+        weights = primus.network_weights(encoder, channels=channels, axes=axes, order=settings.order)
+        plan = primus.adaptation_plan(encoder, loaded.preprocess, loaded.patch_vox, channels=channels, axes=axes)
+        about |= {"decoder": False, "order": settings.order}
+        came = f"a fresh way up to voxels, tokens in the order {settings.order}"
+    else:
+        residual = nnssl.residual(encoder, str(settings.backbone))
+        weights = nnssl.network_weights(residual, loaded.decoder, channels=channels, axes=axes)
+        plan = nnssl.adaptation_plan(residual, loaded.preprocess, loaded.patch_vox, channels=channels, axes=axes)
+        about["decoder"] = loaded.decoder is not None
+        came = "its decoder" if loaded.decoder is not None else "a fresh decoder (the file has none)"
     write_checkpoint(settings.out, weights, plan, about)
-    came = "its decoder" if loaded.decoder is not None else "a fresh decoder (the file has none)"
     print(f"{settings.out}: {len(weights)} tensors, {plan['architecture_plans']['arch_class_name']}, with {came}")
     return 0
 
@@ -88,13 +100,13 @@ def _graph(settings: Settings) -> int:
 
     _one_of(settings)
     if settings.bundle is not None:
-        network, example, names, about = bundle_graph(read_bundle(settings.bundle))
+        graph = bundle_graph(read_bundle(settings.bundle))
     else:
         assert settings.backbone is not None
-        network, example, names, about = backbone_graph(load_backbone(settings.backbone), settings.patch_vox)
-    write_graph(settings.out, settings.format, network, example, names, about)
-    shape = ", ".join(map(str, example.shape[1:]))
-    print(f"{settings.out}: image [cases, {shape}] -> {', '.join(names)}")
+        graph = backbone_graph(load_backbone(settings.backbone), settings.patch_vox)
+    write_graph(settings.out, settings.format, graph)
+    given = (f"{name} [cases, {', '.join(map(str, value.shape[1:]))}]" for name, value in graph.inputs.items())
+    print(f"{settings.out}: {', '.join(given)} -> {', '.join(graph.outputs)}")
     return 0
 
 

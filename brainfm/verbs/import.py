@@ -24,11 +24,16 @@ class Settings:
     out: Annotated[Path, "the backbone file, .safetensors; beside it NAME.transfer.csv, a row a tensor"]
     format: Annotated[
         Literal["auto", "nnssl", "fomo"],
-        "nnssl: residual U-Nets of nnssl and nnU-Net; fomo: baselines of FOMO25 and FOMO26, FOMO2JOMO",
+        "nnssl: residual U-Nets and Primus of nnssl and nnU-Net; fomo: baselines of FOMO25 and FOMO26, FOMO2JOMO",
     ] = "auto"
     axes: Annotated[
         Literal["zyx", "xyz"], "of nnssl: order of its arrays' axes; zyx: read by SimpleITK, xyz: by nibabel"
     ] = "zyx"
+    order: Annotated[
+        Literal["auto", "whd", "hwd"],
+        "of a Primus: how its tokens follow each other; hwd: the array's first two axes exchanged, as nnssl trains it; "
+        "auto: by what the file says of its maker",
+    ] = "auto"
     debug: Annotated[bool, "a traceback in place of the sentence"] = False
 
     def __post_init__(self) -> None:
@@ -45,7 +50,7 @@ def run(settings: Settings) -> int:
     table = settings.out.with_suffix(".transfer.csv")
     checkpoint = read_checkpoint(settings.checkpoint)
     try:
-        found = imported(checkpoint, settings.format, settings.axes)
+        found = imported(checkpoint, settings.format, settings.axes, settings.order)
     except MisfitError as error:
         write_rows(table, error.rows)
         print(f"{summary(error.rows)}\n{table}")

@@ -9,7 +9,8 @@ stands in for it.
 
 Then, each step a process of that environment:
   load      `brainfm export` of resenc_l fills the published network, strictly, and gives brainfm's features
-  primus    the change of token order is exact on the published transformer
+  primus    the change of token order is exact on the published transformer; `brainfm export` of a Primus fills it,
+            strictly, and gives brainfm's features; `brainfm import` of its weights in nnssl's order gives them again
   dataset   `brainfm export format=nnunet` of generated heads; nnU-Net plans and prepares it
   released  `nnUNetv2_train -pretrained_weights`, one short epoch from our file, and nnUNetv2_predict with what it left
   encoder   the same epoch as fine-tuning of nnssl's checkpoints has it (encoder and stem found by the plan's keys,
@@ -239,7 +240,7 @@ def step_load(work: Path, _steps: int) -> None:
             print(f"> the decoder's answers: {apart_most:.1e} apart")
 
 
-def step_primus(_work: Path, _steps: int) -> None:
+def step_primus(work: Path, _steps: int) -> None:
     """Released weights in the network of before June 2025, and changed ones in today's."""
     import torch
     from dynamic_network_architectures.architectures.primus import Primus
@@ -277,6 +278,52 @@ def step_primus(_work: Path, _steps: int) -> None:
         apart = {name: float((answer("w h d", weights) - trained).abs().max()) for name, weights in found.items()}
     print("> largest difference of tokens: " + ", ".join(f"{name} {value:.1e}" for name, value in apart.items()))
     assert apart["changed"] < 1e-4 < apart["positions alone"]
+    _primus_there_and_back(work)
+
+
+def _primus_there_and_back(work: Path) -> None:
+    """A Primus of ours in the published network, whose array is read as Z, Y, X, and back from nnssl's order."""
+    import torch
+    from dynamic_network_architectures.architectures.primus import Primus
+
+    from brainfm.cli import main as brainfm
+    from brainfm.nets.backbone import build_backbone
+    from brainfm.nets.backbone_file import load_backbone, save_backbone
+    from brainfm.specs import PreprocessSpec, Provenance
+
+    edges = (16, 24, 24)
+    ours = build_backbone("primus", width=144, depth=3, heads=2, grid_vox=list(edges)).eval()
+    with torch.no_grad():
+        for value in ours.parameters():
+            value += 0.1 * torch.randn_like(value)
+    save_backbone(
+        work / "primus.safetensors", ours, objective={"name": "none", "config": {}}, objective_state={},
+        preprocess=PreprocessSpec(), patch_vox=edges, provenance=Provenance("0", "", ""),
+    )  # fmt: skip
+    words = ["export", "format=nnssl", f"backbone={work / 'primus.safetensors'}"]
+    assert brainfm([*words, f"out={work / 'primus.pth'}"]) == 0
+    held = torch.load(work / "primus.pth", weights_only=True)
+    told = dict(held["nnssl_adaptation_plan"]["architecture_plans"]["arch_kwargs"])
+    told = {name: tuple(value) if isinstance(value, list) else value for name, value in told.items()}
+    theirs = Primus(1, num_classes=1, **told)
+    theirs.load_state_dict(held["network_weights"], strict=True)
+    image = torch.randn(1, 1, *edges)
+    with torch.no_grad():
+        map_ = theirs.eval().down_projection(image.permute(0, 1, 4, 3, 2))
+        tokens, _ = theirs.eva(map_.flatten(2).transpose(1, 2))
+        turned = tokens.transpose(1, 2).reshape(map_.shape).permute(0, 1, 4, 3, 2)
+        apart = float((turned - ours(image)[-1]).abs().max())
+    print(
+        f"> {len(held['network_weights'])} tensors loaded strictly by the plan's arguments; features {apart:.1e} apart"
+    )
+    assert apart < 1e-4
+    assert brainfm([*words, f"out={work / 'primus_hwd.pth'}", "order=hwd"]) == 0
+    back = work / "primus_back.safetensors"
+    assert brainfm(["import", f"checkpoint={work / 'primus_hwd.pth'}", f"out={back}"]) == 0
+    with torch.no_grad():
+        again = float((load_backbone(back).backbone(image)[-1] - ours(image)[-1]).abs().max())
+    print(f"> back from nnssl's order of tokens: {again:.1e} apart")
+    assert again < 1e-5
 
 
 def step_dataset(work: Path, _steps: int) -> None:

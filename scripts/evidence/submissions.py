@@ -57,7 +57,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("out", type=Path)
     parser.add_argument("--backbone", type=Path, help="a pre-trained one; without it a fresh unet_s")
-    parser.add_argument("--tasks", nargs="*", help="e.g. fomo26_task2; all where none is named")
+    parser.add_argument("--tasks", "--task", nargs="*", help="e.g. fomo26_task2; all where none is named")
     parser.add_argument("--what", choices=["all", "submissions", "times"], default="all")
     parser.add_argument("--cases", nargs="*", default=[kind for kind in KINDS if kind != "typical"])
     asked = parser.parse_args()

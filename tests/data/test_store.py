@@ -16,8 +16,9 @@ from brainfm.data import store as store_module
 from brainfm.data.levels import coarse_image, coarse_labels
 from brainfm.data.manifest import Scan
 from brainfm.data.sources import SourceFile
-from brainfm.data.store import STEP, Store
+from brainfm.data.store import Store
 from brainfm.errors import FileError, StoreError
+from brainfm.imaging.intensity import STEP
 from brainfm.specs import PreprocessSpec
 
 SPEC = PreprocessSpec()

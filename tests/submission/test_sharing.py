@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import nibabel as nib
@@ -14,9 +15,17 @@ from torch import Tensor
 
 import brainfm
 from brainfm.cli import main
+from brainfm.errors import ConfigError
+from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.nets.cpu import swap_out
-from brainfm.tasks.bundle import read_bundle
+from brainfm.specs import Decisions, PreprocessSpec, Provenance, TaskSpec
+from brainfm.tasks.bundle import load_engine, read_bundle, write_bundle
+from brainfm.tasks.registry import kind_of
+from brainfm.tasks.whole_head.answer import joined, raw_answers
+from brainfm.tasks.whole_head.label_maps import decisions_for
+from brainfm.tasks.whole_head.network import WholeHeadTask
+from brainfm.tasks.whole_head.reads import Reads
 from tests import phantoms
 
 OLD = Path(__file__).parents[1] / "fixtures" / "format_9328027"
@@ -80,6 +89,67 @@ def test_onnx_gives_a_backbones_maps(tmp_path: Path) -> None:
     found = runtime.InferenceSession(path, providers=["CPUExecutionProvider"]).run(None, {"image": image.numpy()})
     for ours, theirs in zip(brainfm.load(BACKBONE)(image), found, strict=True):
         np.testing.assert_allclose(theirs, ours.numpy(), atol=1e-4)
+
+
+@torch.no_grad()
+def test_onnx_answers_for_whole_heads_as_an_old_bundle_does(tmp_path: Path) -> None:
+    path = exported("onnx", tmp_path / "age.onnx", f"bundle={AGE}")
+    engine = load_engine(AGE, "cpu")
+    views = torch.randn(3, len(engine.task.contrasts), *engine.task.patch_vox)
+    session = pytest.importorskip("onnxruntime").InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {"image": views.numpy()})[0]
+    want = [joined(raw_answers(engine, view[None]), engine.task, engine.decisions) for view in views]
+    np.testing.assert_allclose(found, np.stack(want), rtol=1e-5, atol=1e-4)
+
+
+REGIONS = {"part": "a", "channels": 3, "names": ["background", "csf", "grey"]}
+READS = Reads(
+    "dseg_labels", "sum", ("total", "csf"), decoder={"parts": {"a": 3}}, regions=REGIONS, outside=("background",)
+)
+SORTS = [
+    ("exclusive", ("f", "m")),
+    ("", ()),
+    pytest.param("ordinal", (0, 1, 2, 3), marks=pytest.mark.slow),
+    pytest.param("multilabel", ("a", "b"), marks=pytest.mark.slow),
+]
+
+
+@pytest.mark.parametrize(("mode", "values"), SORTS)
+@torch.no_grad()
+def test_onnx_answers_for_whole_heads_with_and_without_label_maps(
+    tmp_path: Path, mode: str, values: tuple[str, ...]
+) -> None:
+    """Every part of the mixture, members, attention between contrasts, and what cross-validation decided."""
+    pytest.importorskip("onnx")
+    runtime = pytest.importorskip("onnxruntime")
+    kind = "classification" if mode else "regression"
+    task = TaskSpec(kind, "it", ("t1", "t2"), values, (16, 16, 16), mode=mode, view_mm=4.0, fusion="attention")
+    members = []
+    for seed in (0, 1) if mode == "exclusive" else (0,):
+        torch.manual_seed(seed)
+        member = WholeHeadTask(task, build_backbone("unet_tiny"), reads=READS)
+        for value in member.parameters():
+            value += 0.05 * torch.randn_like(value)
+        member.mix.copy_(torch.tensor([[0.1, 0.3, 0.2, 0.4], [0.2, 0.0, 0.5, 0.3]]))
+        members.append(member.bundle_state())
+    decisions = Decisions(temperature=1.7) if mode else Decisions(bias=(2.0, 0.9))
+    write_bundle(
+        tmp_path / "bundle", task=task, backbone_config={"name": "unet_tiny"}, members=members, decisions=decisions,
+        preprocess=PreprocessSpec(), provenance=Provenance("0", "", ""), reads=READS.to_dict(),
+    )  # fmt: skip
+    path = exported("onnx", tmp_path / "it.onnx", f"bundle={tmp_path / 'bundle'}")
+    views, volumes = torch.randn(3, 2, 16, 16, 16), torch.randn(3, 2)
+    volumes[1] = torch.nan
+    session = runtime.InferenceSession(path, providers=["CPUExecutionProvider"])
+    found = session.run(None, {"image": views.numpy(), "volumes": volumes.numpy()})[0]
+    engine = load_engine(tmp_path / "bundle", "cpu")
+    for answer, view, of_map in zip(found, views, volumes, strict=True):
+        known = None if of_map.isnan().any() else of_map[None]
+        decided = decisions_for(engine.networks, engine.decisions, known is not None)
+        want = joined(raw_answers(engine, view[None], known), task, decided)
+        np.testing.assert_allclose(answer, want, rtol=1e-4, atol=1e-4)
+    held = json.loads(session.get_modelmeta().custom_metadata_map["brainfm"])
+    assert held["volumes"]["names"] == ["total", "csf"] and held["task"]["view_mm"] == 4.0
 
 
 def test_without_onnx_one_sentence_names_the_extra(
@@ -149,7 +219,10 @@ def test_refusals(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
         assert main(["export", *words]) == 2
         return capsys.readouterr().err
 
-    assert "answers for a whole head" in said("format=onnx", f"bundle={AGE}", f"out={tmp_path / 'a.onnx'}")
+    assert "answers for a whole head" in said("format=monai", f"bundle={AGE}", f"out={tmp_path / 'a'}")
+    windows = replace(read_bundle(AGE).task, crops=True)
+    with pytest.raises(ConfigError, match="as many as cover it"):
+        kind_of("regression").graph(read_bundle(AGE).networks, windows, Decisions())
     assert "either backbone=FILE or bundle=DIR" in said("format=hub", f"out={tmp_path / 'a'}")
     assert "bundle must be given" in said("format=monai", f"out={tmp_path / 'a'}")
     assert "expected a file *.pt for" in said("format=torchscript", f"bundle={LESIONS}", f"out={tmp_path / 'a.onnx'}")

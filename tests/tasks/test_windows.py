@@ -241,3 +241,15 @@ def test_what_a_network_raises_is_raised_and_threads_are_as_before(network, two_
         predict_windows(broken, torch.randn(2, 60, 20, 16), torch.tensor([True, True]), PATCH, batch=1)
     assert len(calls) <= 6  # of 81: it stops
     assert torch.get_num_threads() == 2 and threading.active_count() == threads
+
+
+def test_slack_spares_the_windows_that_a_few_voxels_would_cost() -> None:
+    """The region of a real task: 30 windows for 54, which still cover it and overlap by .475."""
+    shape, edges = (146, 174, 289), (96, 96, 96)
+    assert len(list(window_slices(shape, edges, 0.5))) == 54
+    windows = list(window_slices(shape, edges, 0.5, slack=0.05))
+    assert len(windows) == 30
+    for axis, size in enumerate(shape):
+        starts = sorted({window[axis].start for window in windows})
+        assert starts[0] == 0 and starts[-1] + 96 == size
+        assert max(b - a for a, b in itertools.pairwise(starts)) <= 96 * 0.525 + 1

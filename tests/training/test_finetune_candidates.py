@@ -27,9 +27,11 @@ from brainfm.nets.backbone_file import load_backbone, save_backbone
 from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.reports.finetuning import write_finetuning_page
 from brainfm.specs import PreprocessSpec, Provenance
+from brainfm.submission.sharing import bundle_graph
 from brainfm.tasks.bundle import READS, read_bundle
 from brainfm.tasks.study import CHOICE
 from brainfm.tasks.whole_head.cases import SessionCase, views_of
+from brainfm.tasks.whole_head.measured import measurements_of
 from brainfm.tasks.whole_head.network import WholeHeadTask
 from brainfm.tasks.whole_head.reads import PARTS, dense_numbers
 from brainfm.tasks.whole_head.study import WholeHeadStudy
@@ -112,13 +114,16 @@ def member_answer(network: Any, store: Store, subject: str) -> float:
     """What a member of a bundle answers for the voxels of a store, without a label map."""
     entry = next(s for s in store.sessions if s.subject == subject)
     image, present = views_of(store, SessionCase(entry, (("t1",),), np.zeros(1, np.float32), None), network.spec)
+    measured = measurements_of([network], {"t1": store.volume(entry, "t1")}, store.spec.spacing_mm)
     with torch.no_grad():
-        return float(network.decode(network(torch.from_numpy(image)[None], torch.from_numpy(present)[None])))
+        return float(
+            network.decode(network(torch.from_numpy(image)[None], torch.from_numpy(present)[None], measured=measured))
+        )
 
 
 def test_every_candidate_is_scored_outside_and_one_is_shipped(aged: Path) -> None:
     scores = json.loads((aged / "scores.json").read_text())
-    assert list(scores["candidates"]) == ["mean", "volumes", "features", "stacked"], "too few to tune"
+    assert list(scores["candidates"]) == ["mean", "volumes", "measurements", "features", "stacked"], "too few to tune"
     found = scores["candidates"]
     assert found["volumes"]["folds_that_ship_it"] == 2 and found["volumes"]["outer"] < 4 < found["mean"]["outer"]
     assert scores["mae"] <= min(c["outer"] for c in found.values()) + 0.5
@@ -205,6 +210,29 @@ def test_the_map_of_an_answer_from_volumes_lies_on_its_regions(
         predict(aged / "bundle", inputs, labels={"lesion": labels["seg"]})
 
 
+def test_simple_measurements_are_shipped_where_they_tell_most(store: Store, manifest: Path, tmp_path: Path) -> None:
+    """And the bundle measures a new file as the study measured its case: the same answer, whatever is missing."""
+    more = ("task.volumes=none", "task.candidates=[measurements]", "baselines=[]")
+    run = tmp_path / "run"
+    assert main(["finetune", *words(store, run, "regression", "age", *more)]) == 0
+    reads = json.loads((run / "bundle" / READS).read_text())
+    assert {"head/volume_ml", "t1/p50", "t1/dark_ml"} < set(reads["measurements"])
+    bundle = read_bundle(run / "bundle")
+    for fold, network in enumerate(bundle.networks):
+        assert isinstance(network, WholeHeadTask) and network.asks_measurements
+        alone = replace(bundle, networks=(network,), decisions=type(bundle.decisions)())
+        for row in held(run, f"fold{fold}")[:3]:
+            assert row["chosen"] == "measurements" and row["candidates"]["measurements"] == row["raw"]
+            found = predict(alone, {"t1": manifest.parent / f"{row['subject']}.nii.gz"})
+            assert found.answer == pytest.approx(row["raw"][0], abs=1e-3)
+    with pytest.raises(ValueError, match="answers from measurements"), torch.no_grad():
+        network(torch.zeros(1, 1, 1, 32, 32, 32))
+    with pytest.warns(BrainfmWarning, match="simple measurements that the answer is also made of"):
+        explain(bundle, {"t1": manifest.parent / "03.nii.gz"}, tmp_path / "why.nii.gz")
+    with pytest.raises(ConfigError, match="from simple measurements of the scan, which no graph makes"):
+        bundle_graph(bundle)
+
+
 def test_scored_cases_have_no_say(store: Store, aged: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Answers of held-out cases are poisoned: what is chosen and shipped stays, to the bit."""
     import brainfm.tasks.whole_head.cases as module
@@ -279,7 +307,7 @@ def test_a_backbone_s_own_regions_answer_without_a_label_map(
     run = tmp_path / "run"
     assert main(["finetune", *words(store, run, "regression", "age", "baselines=[scratch]", *more)]) == 0
     found = json.loads((run / "scores.json").read_text())["candidates"]
-    assert list(found) == ["mean", "regions", "features", "stacked"]
+    assert list(found) == ["mean", "regions", "features", "stacked"], "measurements are a part of the mixture alone"
     reads = json.loads((run / "bundle" / READS).read_text())
     assert reads["outside"] == ["background", "head"] and not reads["volumes"]
     report = json.loads((run / "fold0" / "transfer.json").read_text())

@@ -15,17 +15,22 @@ from brainfm.nets.transfer import listed
 FORMATS = ("nnssl", "fomo")
 
 
-def imported(checkpoint: Checkpoint, format: str = "auto", axes: str = "zyx") -> Imported:
+def imported(checkpoint: Checkpoint, format: str = "auto", axes: str = "zyx", order: str = "auto") -> Imported:
     """A checkpoint as networks of ours.
 
     Args:
         format: one of FORMATS, or ``auto``: told by the names in the file.
         axes: order of the axes of the arrays that nnssl read, see nnssl.network_weights; the other tools have ours.
+        order: in which the tokens of a Primus follow each other, see primus.imported.
 
     Raises: WeightsError in one sentence for what cannot become a backbone of ours, with what is missing.
     """
     named = format_of(checkpoint) if format == "auto" else format
-    return nnssl.imported(checkpoint, axes) if named == "nnssl" else fomo.imported(checkpoint)
+    if named == "fomo":
+        return fomo.imported(checkpoint)
+    if primus.is_primus(checkpoint.tensors):
+        return primus.imported(checkpoint, axes, order)
+    return nnssl.imported(checkpoint, axes)
 
 
 def format_of(checkpoint: Checkpoint) -> str:

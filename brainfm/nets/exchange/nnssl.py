@@ -4,19 +4,17 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from brainfm.errors import ConfigError, WeightsError
-from brainfm.files import writing
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.decoders import SkipDecoder, decoder_for
-from brainfm.nets.exchange import primus
+from brainfm.nets.exchange import plans
 from brainfm.nets.exchange.checkpoint import Checkpoint
-from brainfm.nets.exchange.imported import Imported, filled, on_meta, patch_of, spec_of
+from brainfm.nets.exchange.imported import Imported, filled, on_meta, patch_of
 from brainfm.nets.exchange.matching import axes_reversed, match, with_channels
 from brainfm.nets.resenc import ResEncDecoder, ResEncEncoder
 from brainfm.nets.transfer import listed
@@ -72,8 +70,9 @@ def _with_aliases(place: str, kind: str) -> tuple[str, ...]:
 
 # ---- out -------------------------------------------------------------------------------------------------------------
 
-AXES = ("zyx", "xyz")
-_SPACING_STYLES = {(1.0, 1.0, 1.0): "onemmiso"}
+PLACES = plans.Places(
+    "encoder.stages", "encoder.stem", ("encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0")
+)
 
 
 def residual(backbone: Backbone, origin: str) -> ResEncEncoder:
@@ -81,7 +80,7 @@ def residual(backbone: Backbone, origin: str) -> ResEncEncoder:
     if not isinstance(backbone, ResEncEncoder):
         raise WeightsError(
             f"{origin}: holds {backbone.config['name']}, which no network of nnssl or nnU-Net is like (theirs halve a "
-            "map by strides where ours pools); expected a residual U-Net: resenc_l, resenc_s, resenc"
+            "map by strides where ours pools); expected a residual U-Net (resenc_l, resenc_s, resenc) or a Primus"
         )
     return backbone
 
@@ -125,43 +124,9 @@ def adaptation_plan(
     channels: int = 1,
     axes: str = "zyx",
 ) -> dict[str, Any]:
-    """What their fine-tuning reads beside the weights: the network, how scans were prepared, where the weights lie."""
-    turned = slice(None, None, -1 if axes == "zyx" else 1)
-    spacing, patch = list(preprocess.spacing_mm)[turned], [int(edge) for edge in patch_vox][turned]
-    style = _SPACING_STYLES.get(preprocess.spacing_mm, "brainfm")
-    resampling = {"is_seg": False, "order": 3, "order_z": 0, "force_separate_z": None}
-    configuration = {
-        "data_identifier": f"brainfm_{style}",
-        "preprocessor_name": "DefaultPreprocessor",
-        "spacing_style": style,
-        "normalization_schemes": ["ZScoreNormalization"] * channels,
-        "use_mask_for_norm": [False] * channels,
-        "resampling_fn_data": "resample_data_or_seg_to_shape",
-        "resampling_fn_data_kwargs": resampling,
-        "resampling_fn_mask": "resample_data_or_seg_to_shape",
-        "resampling_fn_mask_kwargs": resampling | {"is_seg": True, "order": 1},
-        "spacing": spacing,
-        "patch_size": patch,
-    }
-    return {
-        "architecture_plans": _architecture(encoder),
-        "pretrain_plan": {
-            "dataset_name": "brainfm",
-            "plans_name": "brainfm",
-            "original_median_spacing_after_transp": spacing,
-            "image_reader_writer": "SimpleITKIO" if axes == "zyx" else "NibabelIO",
-            "transpose_forward": [0, 1, 2],
-            "transpose_backward": [0, 1, 2],
-            "configurations": {style: configuration},
-            "experiment_planner_used": "brainfm",
-        },
-        "pretrain_num_input_channels": channels,
-        "recommended_downstream_patchsize": patch,
-        "key_to_encoder": "encoder.stages",
-        "key_to_stem": "encoder.stem",
-        "keys_to_in_proj": ["encoder.stem.convs.0.conv", "encoder.stem.convs.0.all_modules.0"],
-        "key_to_lpe": None,
-    }
+    """See plans.adaptation_plan."""
+    architecture = _architecture(encoder)
+    return plans.adaptation_plan(architecture, PLACES, preprocess, patch_vox, channels=channels, axes=axes)
 
 
 def _architecture(encoder: ResEncEncoder) -> dict[str, Any]:
@@ -194,22 +159,6 @@ def _depths(encoder: ResEncEncoder) -> list[int]:
     return [sum(1 for _ in stage.children()) for stage in encoder.stages]
 
 
-def write_checkpoint(
-    path: Path, weights: Mapping[str, Tensor], plan: Mapping[str, Any], about: Mapping[str, Any]
-) -> None:
-    """A ``.pth`` as their tools expect it, of tensors and plain values alone. Raises: FileError."""
-    held = {
-        "network_weights": dict(weights),
-        "nnssl_adaptation_plan": dict(plan),
-        "trainer_name": "brainfm",
-        "init_args": {},
-        "citations": [],
-        "brainfm": dict(about),
-    }
-    with writing(path) as file:
-        torch.save(held, file)
-
-
 # ---- in --------------------------------------------------------------------------------------------------------------
 
 
@@ -222,8 +171,6 @@ def imported(checkpoint: Checkpoint, axes: str = "zyx") -> Imported:
     Raises: WeightsError where its encoder does not fit completely.
     """
     tensors = checkpoint.tensors
-    if primus.is_primus(tensors):
-        raise WeightsError(f"{checkpoint.path}: {primus.refusal(tensors)}")
     encoder = encoder_of(checkpoint)
     levels = len(encoder.widths)
     stems = [name for name in reference_names("encoder.stem.0.weight", levels) if name in tensors]
@@ -239,25 +186,19 @@ def imported(checkpoint: Checkpoint, axes: str = "zyx") -> Imported:
     both = own | {f"decoder.{name}": value for name, value in on_meta(decoder).items()}
     taken = match(both, names, turned, _unused(turned))
     wrong = [row for row in taken.rows if row.state in ("missing", "misfit") and row.ours.startswith("decoder.")]
-    apart = bool(wrong) or _is_fresh(checkpoint)
+    apart = bool(wrong) or plans.said_of_ours(checkpoint).get("decoder") is False  # then it was never trained
     if apart:
         taken = match(own, names, turned, [name for name in turned if not name.startswith("encoder.")])
     taken.check(str(checkpoint.path), str(encoder.config["name"]))
     filled(encoder, _part(taken.tensors, "encoder."), checkpoint)
     if not apart:
         filled(decoder, _part(taken.tensors, "decoder."), checkpoint)
-    spec, patch = _prepared(checkpoint, axes)
+    spec, patch = plans.prepared(checkpoint, axes)
     return Imported(
         encoder.eval(), spec, patch_of(encoder, patch), taken.rows, None if apart else decoder.eval(),
         {"name": str(checkpoint.about.get("trainer_name", "unknown")), "config": {}},
         notes=tuple(_notes(channels, apart)),
     )  # fmt: skip
-
-
-def _is_fresh(checkpoint: Checkpoint) -> bool:
-    """Whether the decoder of a file that we wrote was never trained."""
-    ours = checkpoint.about.get("brainfm")
-    return isinstance(ours, Mapping) and ours.get("decoder") is False
 
 
 def encoder_of(checkpoint: Checkpoint) -> ResEncEncoder:
@@ -299,24 +240,8 @@ def _part(tensors: Mapping[str, Tensor], prefix: str) -> dict[str, Tensor]:
     return {name.removeprefix(prefix): value for name, value in tensors.items() if name.startswith(prefix)}
 
 
-def _prepared(checkpoint: Checkpoint, axes: str) -> tuple[PreprocessSpec, Any]:
-    """Spacing and patch of the plan in a file, in our order; S3D's files have none."""
-    plan = checkpoint.about.get("nnssl_adaptation_plan")
-    plan = plan if isinstance(plan, Mapping) else {}
-    inner = plan.get("pretrain_plan")
-    named = inner.get("configurations") if isinstance(inner, Mapping) else None
-    configuration: Mapping[str, Any] = next(iter(named.values()), {}) if isinstance(named, Mapping) else {}
-    spacing, patch = configuration.get("spacing"), plan.get("recommended_downstream_patchsize")
-    if axes == "zyx":
-        spacing, patch = (v[::-1] if isinstance(v, (list, tuple)) else v for v in (spacing, patch))
-    return spec_of(spacing, (0.0, 100.0)), patch
-
-
 def _notes(channels: int, without_decoder: bool) -> Iterator[str]:
-    yield (
-        "nnU-Net standardises over all voxels of a scan cropped to what is not 0, brainfm over the head: features of "
-        "one scan differ by that"
-    )
+    yield plans.INTENSITIES
     if channels > 1:
         yield f"the first convolution read {channels} channels; it now reads one, as if all were that one"
     if without_decoder:

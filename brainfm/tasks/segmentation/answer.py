@@ -16,6 +16,8 @@ from brainfm.tasks.engine import Engine, in_order
 from brainfm.tasks.segmentation import cleanup
 from brainfm.tasks.windows import predict_windows
 
+_SLACK = 0.05  # of windows in a region, whose edges are where its margin ends: an overlap of .5 is at least .475
+
 
 def answer(engine: Engine, files: Mapping[str, Path], reference: str, grid: FileGrid | None = None) -> np.ndarray:
     """Label values of one session, uint8, in the shape and axis order of a file.
@@ -57,6 +59,7 @@ def _mean_probabilities(engine: Engine, image: torch.Tensor, present: torch.Tens
             device=engine.device,
             autocast=engine.autocast,
             mirror=engine.decisions.mirror,
+            slack=_SLACK if engine.decisions.region else 0.0,
         )
         total = probabilities if total is None else total.add_(probabilities)
     if total is None:

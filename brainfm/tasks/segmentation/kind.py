@@ -17,6 +17,7 @@ if TYPE_CHECKING:
     from brainfm.data.manifest import Manifest, Scan
     from brainfm.data.store import Store
     from brainfm.nets.backbone import Backbone
+    from brainfm.nets.exchange.graphs import Graph
     from brainfm.tasks.answers import Label
     from brainfm.tasks.engine import Engine
     from brainfm.tasks.evaluator import Evaluator
@@ -68,6 +69,10 @@ class Segmentation(Kind):
         from brainfm.tasks.segmentation import answer
 
         return answer.answer(engine, files, reference, None if like is None else nifti.read_header(like).grid)
+
+    def graph(self, members: Sequence[nn.Module], spec: TaskSpec, decisions: Decisions) -> Graph:
+        made: Graph = self._part("graph", "window_graph")(members, spec)
+        return made
 
     def write(self, path: Path, found: Any, like: Path) -> None:
         from brainfm.imaging.nifti import write_mask

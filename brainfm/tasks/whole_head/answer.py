@@ -17,6 +17,7 @@ from brainfm.specs import Decisions, TaskSpec
 from brainfm.tasks.answers import SessionAnswer
 from brainfm.tasks.engine import Engine, in_order
 from brainfm.tasks.whole_head.label_maps import decisions_for, volumes_of
+from brainfm.tasks.whole_head.measured import measurements_of
 from brainfm.tasks.whole_head.sorts import sort_of
 from brainfm.tasks.whole_head.views import views_of_volumes
 
@@ -44,21 +45,25 @@ def answer_session(
     views = torch.from_numpy(views_of_volumes(image, engine.preprocess.spacing_mm, engine.task))
     name, path = next(iter((labels or {}).items()), ("", Path()))
     volumes = volumes_of(engine.networks, prepared.labels.get(name), engine.preprocess.spacing_mm, str(path))
+    measured = measurements_of(engine.networks, prepared.scans, engine.preprocess.spacing_mm)
     decisions = decisions_for(engine.networks, engine.decisions, volumes is not None)
-    return decided(replace(engine, decisions=decisions), raw_answers(engine, views, volumes), tuple(files))
+    return decided(replace(engine, decisions=decisions), raw_answers(engine, views, volumes, measured), tuple(files))
 
 
 @torch.no_grad()
-def raw_answers(engine: Engine, views: torch.Tensor, volumes: torch.Tensor | None = None) -> np.ndarray:
-    """[members, K] probabilities or [members, 1] values, of views [V, M, x, y, z] of contrasts that are all there, and
-    of the volumes [1, F] of a label map, where there is one."""
+def raw_answers(
+    engine: Engine, views: torch.Tensor, volumes: torch.Tensor | None = None, measured: torch.Tensor | None = None
+) -> np.ndarray:
+    """[members, K] probabilities or [members, 1] values, of views [V, M, x, y, z] of contrasts that are all there, of
+    the volumes [1, F] of a label map, where there is one, and of measurements [1, F], where members ask for them."""
     present = torch.ones(1, views.shape[1], dtype=torch.bool, device=engine.device)
     found = []
-    given = () if volumes is None else (volumes.to(engine.device),)
+    asked = {"volumes": volumes, "measured": measured}
+    given = {name: value.to(engine.device) for name, value in asked.items() if value is not None}
     network: Any
     for network in engine.networks:
         with torch.autocast(engine.device.type, dtype=engine.autocast, enabled=engine.autocast is not None):
-            output = network(views[None].to(engine.device), present, *given)
+            output = network(views[None].to(engine.device), present, **given)
         found.append(network.decode(output)[0].float().cpu().numpy().reshape(-1))
     return np.stack(found).astype(np.float64)
 

@@ -19,13 +19,13 @@ from brainfm.specs import TaskSpec
 from brainfm.tasks.whole_head.reads import PARTS
 from brainfm.tasks.whole_head.sorts import decode_logits, linear_head, sort_of
 
-CANDIDATES = ("mean", "volumes", "regions", "features", "stacked", "tuned")
+CANDIDATES = ("mean", "volumes", "regions", "measurements", "features", "stacked", "tuned")
 """Simplest first: the training mean or class shares; linear on volumes of a label map; linear on volumes of the regions
-that the backbone's own decoder sees; linear on features of the frozen network; the best mixture of these; the network
-with the encoder tuned."""
+that the backbone's own decoder sees; linear on simple measurements of intensities and outline; linear on features of
+the frozen network; the best mixture of these; the network with the encoder tuned."""
 
-BLOCKS = ("volumes", "regions", "features")  # what is linear, and stacked
-_PART = {"mean": "mean", "volumes": "volumes", "regions": "regions", "features": "network", "tuned": "network"}
+BLOCKS = ("volumes", "regions", "measurements", "features")  # what is linear, and stacked
+_PART = {name: name for name in ("mean", *BLOCKS)} | {"features": "network", "tuned": "network"}
 _FOLDS = 5
 _TELLING = 5  # subjects, before a difference between candidates is believed
 _STEP = 0.1  # of the shares of a mixture
@@ -35,7 +35,7 @@ _FLOOR = 0.1  # of the median deviation of features: the least that one is divid
 
 @dataclass(frozen=True)
 class Fitted:
-    """A linear model of numbers as they are: logits [N, T'] of x [N, F]."""
+    """A linear model of numbers as they are: logits [N, T'] of x [N, F]; an unknown number counts as the mean."""
 
     mean: np.ndarray
     scale: np.ndarray
@@ -43,7 +43,7 @@ class Fitted:
     bias: np.ndarray
 
     def logits(self, x: np.ndarray) -> np.ndarray:
-        return bent((x - self.mean) / self.scale) @ self.weight.T + self.bias
+        return bent(np.nan_to_num((x - self.mean) / self.scale)) @ self.weight.T + self.bias
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class Side:
         spec: a classification or regression.
         answers: [N, T], NaN where unknown.
         groups: [N] subjects.
-        blocks: name (of BLOCKS) -> [N, F] numbers.
+        blocks: name (of BLOCKS) -> [N, F] numbers, NaN where one is unknown.
         names: of the numbers of a block, where they have names.
         mean, std: of a regression's values; logits are standardised values.
         balanced: whether every class counts alike.
@@ -116,12 +116,23 @@ def fit(side: Side, block: str, rows: np.ndarray) -> Fitted:
     x, groups = side.blocks[block][rows], [side.groups[r] for r in rows]
     kept = _kept(side, block)
     x = x[:, kept]
-    mean, std = x.mean(axis=0), x.std(axis=0)
-    scale = np.maximum(std, max(_FLOOR * float(np.median(std)), 1e-6))
+    mean = _mean_of_known(x)
+    x = np.where(np.isfinite(x), x, mean)
+    std = x.std(axis=0)
+    floor = np.maximum(1e-3 * np.abs(mean), 1e-6) if block == "measurements" else _FLOOR * float(np.median(std))
+    scale = np.maximum(std, np.maximum(floor, 1e-6))
     weight, bias = linear_head(
         bent((x - mean) / scale), side.answers[rows], side.spec, side.mean, side.std, side.balanced, groups, side.seed
     )
     return _on_all(Fitted(mean, scale, weight, bias), kept)
+
+
+def _mean_of_known(x: np.ndarray) -> np.ndarray:
+    """[F] means of what is known; 0 of what is never known."""
+    known = np.isfinite(x)
+    if known.all():
+        return x.mean(axis=0)
+    return np.where(known, x, 0).sum(axis=0) / np.maximum(known.sum(axis=0), 1)
 
 
 def _kept(side: Side, block: str) -> np.ndarray:

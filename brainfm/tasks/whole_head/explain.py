@@ -15,6 +15,7 @@ from brainfm.specs import Decisions
 from brainfm.tasks.explained import ExplainedAnswer, ExplainedCase, Triple
 from brainfm.tasks.whole_head.answer import joined
 from brainfm.tasks.whole_head.label_maps import decisions_for, reads_of, volumes_of
+from brainfm.tasks.whole_head.measured import measurements_of
 from brainfm.tasks.whole_head.sorts import sort_of
 from brainfm.tasks.whole_head.views import covering_corners, views_of_volumes, whole_view_to_volume
 
@@ -40,7 +41,8 @@ class ExplainedHead(ExplainedAnswer):
         signed = not self.sort.probable
         with watched(network, layer) as leaves:
             volumes = None if self.volumes is None else self.volumes.to(case.device).requires_grad_(True)
-            logits = self._output(network, self._views(case.image), volumes).logits.float()[0]
+            measured = self._measured(case.image)
+            logits = self._output(network, self._views(case.image), volumes, measured).logits.float()[0]
             score = self.sort.asked(logits, self.index)
             *slopes, slope = gradients(score, [*leaves, torch.zeros(1) if volumes is None else volumes])
             heats = upsampled(cams(leaves, slopes, how, signed), spec.patch_vox).numpy()
@@ -87,13 +89,23 @@ class ExplainedHead(ExplainedAnswer):
         views = self._views(image)
         with torch.no_grad():
             volumes = None if self.volumes is None else self.volumes.to(self.case.device)
-            found = [member.decode(self._output(member, views, volumes)).float().cpu()[0] for member in self.members]  # type: ignore[operator]
+            measured = self._measured(image)
+            outputs = [self._output(member, views, volumes, measured) for member in self.members]
+            found = [member.decode(output).float().cpu()[0] for member, output in zip(self.members, outputs)]  # type: ignore[operator]
         raw = torch.stack(found).reshape(len(found), -1).numpy().astype(np.float64)
         return joined(raw, self.case.spec, self.decisions)
 
     def _views(self, image: Tensor) -> Tensor:
         return torch.from_numpy(views_of_volumes(image.numpy(), self.case.spacing_mm, self.case.spec))
 
-    def _output(self, network: nn.Module, views: Tensor, volumes: Tensor | None) -> Any:
-        given = () if volumes is None else (volumes,)
-        return network(views[None].to(self.case.device), self.case.present[None].to(self.case.device), *given)
+    def _measured(self, image: Tensor) -> Tensor | None:
+        """[1, F] where members ask for measurements."""
+        here = zip(self.case.spec.contrasts, image.numpy(), self.case.present.tolist())  # the task's own come first
+        scans = {contrast: scan for contrast, scan, there in here if there}
+        found = measurements_of(self.members, scans, self.case.spacing_mm)
+        return None if found is None else found.to(self.case.device)
+
+    def _output(self, network: nn.Module, views: Tensor, volumes: Tensor | None, measured: Tensor | None) -> Any:
+        asked = {"volumes": volumes, "measured": measured}
+        given = {name: value for name, value in asked.items() if value is not None}
+        return network(views[None].to(self.case.device), self.case.present[None].to(self.case.device), **given)

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from brainfm.data.manifest import Manifest
     from brainfm.data.store import Store
     from brainfm.nets.backbone import Backbone
+    from brainfm.nets.exchange.graphs import Graph
     from brainfm.scoring.answers import Score
     from brainfm.tasks.engine import Engine
     from brainfm.tasks.evaluator import Evaluator
@@ -81,6 +82,10 @@ class WholeHead(Kind):
         from brainfm.tasks.whole_head.answer import answer_session
 
         return answer_session(engine, files, reference, labels)
+
+    def graph(self, members: Sequence[nn.Module], spec: TaskSpec, decisions: Decisions) -> Graph:
+        made: Graph = self._part("graph", "head_graph")(members, spec, decisions)
+        return made
 
     def write(self, path: Path, found: Any, like: Path) -> None:
         from brainfm.tasks.whole_head.answer import write_answer

@@ -53,7 +53,10 @@ def note_missing(networks: Sequence[Any], which: str) -> None:
     if not asking or reads is None:
         return
     name = reads.labels.removesuffix("_labels")
-    others = {"network": "the network's features", "regions": "the regions that the decoder sees", "mean": "the mean"}
+    others = {
+        "network": "the network's features", "regions": "the regions that the decoder sees", "mean": "the mean",
+        "measurements": "simple measurements of the scan",
+    }  # fmt: skip
     instead = sorted({others[PARTS[int(n.mix[1].argmax())]] for n in asking})
     warnings.warn(
         f"{which}: no label map {name}; {len(asking)} of {len(networks)} members answer from {' or '.join(instead)} "

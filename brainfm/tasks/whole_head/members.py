@@ -12,10 +12,12 @@ import torch
 
 from brainfm.data.region_volumes import RegionVolumes
 from brainfm.data.store import Store
+from brainfm.errors import ScanError
 from brainfm.files import write_whole
 from brainfm.nets.transfer import fingerprint
+from brainfm.study.descriptors import describe
 from brainfm.tasks.study import CHOICE, Place, Row, Split, identity
-from brainfm.tasks.whole_head.candidates import Chosen, Side, TunedAnswers, choose, inner_folds
+from brainfm.tasks.whole_head.candidates import BLOCKS, Chosen, Side, TunedAnswers, choose, inner_folds
 from brainfm.tasks.whole_head.cases import views_of
 from brainfm.tasks.whole_head.network import WholeHeadTask
 from brainfm.tasks.whole_head.reads import PARTS
@@ -31,6 +33,7 @@ class Members:
 
     def __init__(self, store: Store, volumes: RegionVolumes | None) -> None:
         self.store, self.volumes = store, volumes
+        self._measurements: dict[Any, np.ndarray] = {}  # by session
         self._features: tuple[str, dict[Any, np.ndarray]] = ("", {})  # of one frozen network, by session
 
     @torch.no_grad()
@@ -76,13 +79,16 @@ class Members:
         if task.region_head is not None and task.reads is not None:
             blocks["regions"] = features[:, task.region_columns]
             named["regions"] = task.reads.region_names
+        if task.reads is not None and task.reads.measurements:
+            names = task.reads.measurements
+            blocks["measurements"] = np.stack([self._measured(case, names, task.spec.contrasts) for case in cases])
         if self.volumes is not None:
             blocks["volumes"] = np.stack([self.volumes.values[case.session.key] for case in cases])
             named["volumes"] = self.volumes.names
         return Side(
             task.spec, np.stack([case.answer for case in cases]).astype(np.float64),
             tuple(case.session.subject_key for case in cases),
-            {name: blocks[name] for name in ("volumes", "regions", "features") if name in blocks}, named,
+            {name: blocks[name] for name in BLOCKS if name in blocks}, named,
             float(task.mean), float(task.std), task.balanced, seed,
         )  # fmt: skip
 
@@ -118,6 +124,8 @@ class Members:
             heads["volumes"] = (task.volume_head.norm, task.volume_head.out)
         if task.region_head is not None:
             heads["regions"] = (task.region_head.norm, task.region_head.out)
+        if task.measure_head is not None:
+            heads["measurements"] = (task.measure_head.norm, task.measure_head.out)
         if also_network:
             heads["features"] = (task.norm, task.out)
         for block, (norm, out) in heads.items():
@@ -128,7 +136,7 @@ class Members:
                 out.bias.copy_(torch.from_numpy(model.bias))
         task.prior.copy_(torch.from_numpy(chosen.prior))
         mixes = [chosen.mixes[name] for name in (chosen.name, chosen.fallback)]
-        task.mix.copy_(torch.from_numpy(np.stack(mixes)))
+        task.mix.copy_(torch.from_numpy(np.stack(mixes)[:, : task.mix.shape[1]]))
 
     def _row(
         self, case: Any, split: Split, task: WholeHeadTask, tuned: WholeHeadTask | None, chosen: Chosen, place: Place
@@ -136,7 +144,8 @@ class Members:
         """A held-out case, answered by every candidate."""
         seen = torch.from_numpy(self._seen(task, case, place)).float()[None].to(place.device)
         volumes = self._volumes(case, place.device)
-        parts = task.parts(seen, volumes)
+        measured = self._given(case, task, place.device)
+        parts = task.parts(seen, volumes, measured)
         if volumes is not None and task.volume_head is None:  # of a table: no bundle reads them
             given = chosen.models["volumes"].logits(volumes.double().cpu().numpy())
             parts[PARTS.index("volumes")] = torch.from_numpy(given).to(parts)
@@ -145,11 +154,29 @@ class Members:
             own = parts
             if name == "tuned":
                 assert tuned is not None
-                own = tuned.parts(pooled(self.store, tuned, case, place), volumes)
-            logits = torch.einsum("p,pbk->bk", torch.from_numpy(mix).to(own), own)
+                own = tuned.parts(pooled(self.store, tuned, case, place), volumes, measured)
+            logits = torch.einsum("p,pbk->bk", torch.from_numpy(mix[: len(own)]).to(own), own)
             answers[name] = _listed(np.atleast_1d(task.decode_logits(logits)[0].cpu().numpy()))
         row = identity(case.session, split) | {"truth": _listed(case.answer), "raw": answers[chosen.name]}
         return row | {"chosen": chosen.name, "fallback": chosen.fallback, "candidates": answers}
+
+    def _measured(self, case: Any, names: Sequence[str], contrasts: Sequence[str]) -> np.ndarray:
+        """[F] float64, NaN where a session lacks what is measured."""
+        key = case.session.key
+        if key not in self._measurements:
+            try:
+                told = describe(self.store, case.session, contrasts, case.scans).numbers["content"]
+            except ScanError:  # no head is seen
+                told = {}
+            self._measurements[key] = np.array([told.get(name, np.nan) for name in names], dtype=np.float64)
+        return self._measurements[key]
+
+    def _given(self, case: Any, task: WholeHeadTask, device: torch.device) -> torch.Tensor | None:
+        """The same, [1, F] float32, for a network's ``parts``."""
+        if task.reads is None or not task.reads.measurements:
+            return None
+        found = self._measured(case, task.reads.measurements, task.spec.contrasts)
+        return torch.from_numpy(found).float()[None].to(device)
 
     def _volumes(self, case: Any, device: torch.device) -> torch.Tensor | None:
         """[1, F] float32."""

@@ -17,7 +17,7 @@ from brainfm.nets.decoders import DenseDecoder, DenseHead, decoder_for
 from brainfm.nets.heads import Fusion, GatedAttention, LinearHead, Standardise, fused_features
 from brainfm.specs import TaskSpec
 from brainfm.tasks.task import Task
-from brainfm.tasks.whole_head.reads import PARTS, Reads, dense_numbers, dense_width, log_head_volume
+from brainfm.tasks.whole_head.reads import PARTS, Reads, averaged, dense_numbers, dense_width, log_head_volume
 from brainfm.tasks.whole_head.sorts import MODES, linear_head, sort_of
 
 _LEVELS = 3  # deepest maps that are pooled
@@ -105,6 +105,11 @@ class WholeHeadTask(Task):
         self.out = nn.Linear(seen, self.sort.outputs(spec))
         nn.init.normal_(self.out.weight, std=0.01)  # a fresh network is undecided, or answers the training mean
         nn.init.zeros_(self.out.bias)
+        self.measure_head: LinearHead | None = None
+        if self.reads is not None and self.reads.measurements:
+            with torch.random.fork_rng(devices=[]):  # what else is drawn stays as it was without it
+                head = LinearHead(len(self.reads.measurements), self.sort.outputs(spec))
+            self.measure_head = head.requires_grad_(False)
         self.register_buffer("class_weights", torch.ones(max(1, spec.classes)))
         self.register_buffer("mean", torch.zeros(()))
         self.register_buffer("std", torch.ones(()))
@@ -119,7 +124,7 @@ class WholeHeadTask(Task):
         if reads is None:
             return 0
         self.register_buffer("prior", torch.zeros(outputs))
-        self.register_buffer("mix", torch.zeros(2, len(PARTS)))
+        self.register_buffer("mix", torch.zeros(2, len(reads.parts)))
         self.mix[:, PARTS.index("network")] = 1
         if reads.volumes:
             self.volume_head = LinearHead(len(reads.volumes), outputs).requires_grad_(False)
@@ -135,7 +140,13 @@ class WholeHeadTask(Task):
             self.region_head = LinearHead(len(reads.region_names), outputs).requires_grad_(False)
         return 1 + dense_width(reads, self.dense)
 
-    def forward(self, image: Tensor, present: Tensor | None = None, volumes: Tensor | None = None) -> WholeHeadOutput:
+    def forward(
+        self,
+        image: Tensor,
+        present: Tensor | None = None,
+        volumes: Tensor | None = None,
+        measured: Tensor | None = None,
+    ) -> WholeHeadOutput:
         """Without gradients the views pass one by one, so that a head of many windows takes the memory of one.
 
         Args:
@@ -143,26 +154,29 @@ class WholeHeadTask(Task):
                 in any order.
             present: [B, M] bool, at least one contrast a case; None: all of them.
             volumes: [B, F] numbers of a label map, as ``reads`` names them; NaN for a case without, None for all.
+            measured: [B, F] measurements, as ``reads`` names them; NaN where one is unknown.
 
         Raises:
-            ValueError: where the shapes do not fit or a case has no contrast.
+            ValueError: where the shapes do not fit, a case has no contrast, or lacks measurements that are asked for.
         """
+        if measured is None and self.asks_measurements:
+            raise ValueError("this member answers from measurements of the scan, expected them as `measured`")
         pooled, weights = self.pooled(image, present)
         if self.reads is None:
             return WholeHeadOutput(self.out(self.dropout(self.norm(pooled))), weights)
-        parts = self.parts(pooled, volumes)
-        there = torch.zeros(len(pooled), dtype=torch.bool, device=pooled.device)
+        parts = self.parts(pooled, volumes, measured)
+        shares = self.mix[1:].expand_as(parts[:, :, 0].t())  # [B, P]
         if self.volume_head is not None and volumes is not None:
-            there = torch.isfinite(volumes).all(dim=1)
-        shares = self.mix[torch.where(there, 0, 1)]  # [B, P]
+            shares = self.mix[torch.where(torch.isfinite(volumes).all(dim=1), 0, 1)]
         return WholeHeadOutput(torch.einsum("bp,pbk->bk", shares, parts), weights)
 
-    def parts(self, pooled: Tensor, volumes: Tensor | None = None) -> Tensor:
+    def parts(self, pooled: Tensor, volumes: Tensor | None = None, measured: Tensor | None = None) -> Tensor:
         """[P, B, T'] float32: the logits of each of PARTS; 0 of one that this member lacks.
 
         Args:
             pooled: of `pooled`.
             volumes: as for ``forward``; NaN counts as 0.
+            measured: as for ``forward``; NaN counts as the training cases' mean.
         """
         with torch.autocast(pooled.device.type, enabled=False):
             network = self.out(self.dropout(self.norm(pooled.float())))
@@ -171,7 +185,17 @@ class WholeHeadTask(Task):
             found["volumes"] = self.volume_head(torch.nan_to_num(volumes))
         if self.region_head is not None:
             found["regions"] = self.region_head(pooled[:, self.region_columns])
-        return torch.stack([found.get(name, torch.zeros_like(network)) for name in PARTS])
+        if self.measure_head is not None and measured is not None:
+            usual = self.measure_head.norm.mean.expand_as(measured)
+            found["measurements"] = self.measure_head(torch.where(torch.isfinite(measured), measured, usual))
+        lacking = torch.zeros_like(self.prior).expand_as(network)  # of as many cases in a trace, too
+        names = PARTS[:4] if self.reads is None else self.reads.parts
+        return torch.stack([found.get(name, lacking) for name in names])
+
+    @property
+    def asks_measurements(self) -> bool:
+        """Whether any share of the answer is that of simple measurements."""
+        return self.measure_head is not None and bool(self.mix[:, PARTS.index("measurements")].any())
 
     @property
     def region_columns(self) -> slice:
@@ -233,9 +257,9 @@ class WholeHeadTask(Task):
         """[B, V, M, X, Y, Z] -> means and mean squares of all levels on the coarsest grid, [B, V, x, y, z, E]."""
         there = None if present is None else present.repeat_interleave(image.shape[1], dim=0)
         maps = [level.float() for level in fused_features(self.backbone, self.fusion, image.flatten(0, 1), there)]
-        x, y, z = maps[-1].shape[2:]
-        means = torch.cat([F.adaptive_avg_pool3d(level, (x, y, z)) for level in maps], dim=1)
-        squares = torch.cat([F.adaptive_avg_pool3d(level.square(), (x, y, z)) for level in maps], dim=1)
+        grid = maps[-1].shape[2:]
+        means = torch.cat([averaged(level, grid) for level in maps], dim=1)
+        squares = torch.cat([averaged(level.square(), grid) for level in maps], dim=1)
         means, squares = (m.movedim(1, -1).unflatten(0, image.shape[:2]) for m in (means, squares))
         return means, squares
 

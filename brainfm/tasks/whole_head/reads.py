@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,9 +14,10 @@ from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import DenseDecoder, DenseHead
 
-PARTS = ("mean", "volumes", "regions", "network")
+PARTS = ("mean", "volumes", "regions", "network", "measurements")
 """What a member can answer from: nothing but the training cases' mean or class shares; volumes of a label map; volumes
-of the regions that its own decoder sees; the network's features. The answer is a mixture of their logits."""
+of the regions that its own decoder sees; the network's features; simple measurements of intensities and outline. The
+answer is a mixture of their logits. Members of before have the first four."""
 
 _LEAST_ML = 0.1  # of a region in a logarithm, as in data/region_volumes.py
 _DENSE_LEVELS = 2  # of the decoder, finest
@@ -34,6 +35,7 @@ class Reads:
         regions: ``DenseHead.config`` of what tells the regions from the decoder's maps.
         outside: of its classes those that are not inside the skull.
         tissues: sums of its classes by name, e.g. ``grey``: few numbers, for few cases.
+        measurements: names of numbers about intensities and outline (imaging/descriptors.content_descriptors).
     """
 
     labels: str = ""
@@ -43,6 +45,7 @@ class Reads:
     regions: Mapping[str, Any] | None = None
     outside: tuple[str, ...] = ()
     tissues: Mapping[str, tuple[str, ...]] = field(default_factory=dict)
+    measurements: tuple[str, ...] = ()
 
     def __post_init__(self) -> None:
         if self.regions is not None and self.decoder is None:
@@ -51,6 +54,11 @@ class Reads:
         strange = {*self.outside, *(name for names in self.tissues.values() for name in names)} - known
         if strange:
             raise ConfigError(f"region {min(strange)!r}: the head that tells regions has no such class")
+
+    @property
+    def parts(self) -> tuple[str, ...]:
+        """Of PARTS, those that a member has a share for."""
+        return PARTS if self.measurements else PARTS[:-1]
 
     @property
     def inside(self) -> tuple[str, ...]:
@@ -72,12 +80,13 @@ class Reads:
             "decoder": None if self.decoder is None else dict(self.decoder),
             "regions": None if self.regions is None else dict(self.regions), "outside": list(self.outside),
             "tissues": {name: list(names) for name, names in self.tissues.items()},
+            "measurements": list(self.measurements),
         }  # fmt: skip
 
     @classmethod
     def from_dict(cls, values: Mapping[str, Any]) -> Reads:
         tissues = {name: tuple(names) for name, names in values["tissues"].items()}
-        tuples = {name: tuple(values[name]) for name in ("volumes", "outside")}
+        tuples = {name: tuple(values.get(name, ())) for name in ("volumes", "outside", "measurements")}
         return cls(**{**values, **tuples, "tissues": tissues})
 
 
@@ -92,6 +101,16 @@ def head_voxels(scans: Tensor) -> Tensor:
 def log_head_volume(scans: Tensor, voxel_ml: float) -> Tensor:
     """[B, 1] log ml of the head in whole-head views [B, 1, X, Y, Z]."""
     return torch.log(head_voxels(scans).sum(dim=(2, 3, 4)) * voxel_ml + _LEAST_ML)
+
+
+def averaged(values: Tensor, grid: Sequence[int]) -> Tensor:
+    """Means over the boxes of a coarser grid, [B, E, X, Y, Z] -> [B, E, x, y, z]; in a trace by a layer that every
+    runtime knows."""
+    x, y, z = (int(edge) for edge in grid)
+    if not torch.jit.is_tracing():
+        return F.adaptive_avg_pool3d(values, (x, y, z))
+    i, j, k = (int(edge) // n for edge, n in zip(values.shape[2:], (x, y, z), strict=True))
+    return F.avg_pool3d(values, (i, j, k))
 
 
 def dense_width(reads: Reads, decoder: DenseDecoder | None) -> int:
@@ -131,8 +150,7 @@ def dense_numbers(
         weight = shares[:, inside] / shares[:, inside].sum(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
         over = [torch.einsum("bkxyz,bexyz->bke", weight, levels[-1].float()).flatten(1)]
     for level in levels[-_DENSE_LEVELS:]:
-        x, y, z = level.shape[2:]
-        inside_head = F.adaptive_avg_pool3d(head, (x, y, z))
+        inside_head = averaged(head, level.shape[2:])
         inside_head = inside_head / inside_head.sum(dim=(2, 3, 4), keepdim=True).clamp(min=1e-6)
         mean = (inside_head * level.float()).sum(dim=(2, 3, 4))
         square = (inside_head * level.float().square()).sum(dim=(2, 3, 4))

@@ -33,8 +33,8 @@ class WholeHeadSettings(TaskSettings):
     ] = "linear"
     candidates: Annotated[
         Literal["auto"] | tuple[str, ...],
-        "of [mean, volumes, regions, features, stacked, tuned]: inner folds choose, the simpler where they cannot tell;"
-        " auto: all there are, tuned from tune_from on",
+        "of [mean, volumes, regions, measurements, features, stacked, tuned]: inner folds choose, the simpler where "
+        "they cannot tell; auto: all there are, tuned from tune_from on",
     ] = "auto"
     tune_from: Annotated[int, "training subjects from which auto also tunes the encoder"] = 100
     volumes: Annotated[

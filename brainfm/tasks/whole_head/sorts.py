@@ -356,7 +356,11 @@ class OrderedClass(OneClass):
         return F.binary_cross_entropy_with_logits(logits, target, reduction="none").sum(dim=1)
 
     def decode(self, logits: Tensor, mean: Tensor | float, std: Tensor | float) -> Tensor:
-        beyond = torch.cummin(torch.sigmoid(logits), dim=1).values
+        p = torch.sigmoid(logits)
+        steps = [p[:, k : k + 1] for k in range(int(p.shape[1]))]
+        for k in range(1, len(steps)):  # a cumulated minimum, which ONNX does not know
+            steps[k] = torch.minimum(steps[k - 1], steps[k])
+        beyond = torch.cat(steps, dim=1)
         ones, zeros = torch.ones_like(beyond[:, :1]), torch.zeros_like(beyond[:, :1])
         return torch.cat([ones, beyond], dim=1) - torch.cat([beyond, zeros], dim=1)
 

@@ -16,6 +16,7 @@ from brainfm.data import regions
 from brainfm.data.region_volumes import find_volumes
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
+from brainfm.imaging.descriptors import content_names
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.backbone_file import LoadedBackbone
 from brainfm.nets.transfer import transfer
@@ -57,6 +58,7 @@ class WholeHeadStudy(Study):
     """
 
     settings: WholeHeadSettings
+    measurements: tuple[str, ...] = ()  # names of those that are a candidate's
 
     def __init__(self, store: Store, settings: WholeHeadSettings) -> None:
         self.store, self.settings = store, settings
@@ -83,6 +85,8 @@ class WholeHeadStudy(Study):
             raise ConfigError(f"task.candidates: found {what}, expected auto or some of {', '.join(CANDIDATES)}")
         if "volumes" in (CANDIDATES if asked == "auto" else asked) and self.volumes is None:
             self.notes.append("no region volumes of every session: they are no candidate")
+        if asked == "auto" or {"measurements", "stacked"} & set(asked):
+            self.measurements = content_names(self.spec.contrasts)
         self.members = Members(store, self.volumes)
 
     @property
@@ -136,9 +140,9 @@ class WholeHeadStudy(Study):
 
     def reads(self, loaded: LoadedBackbone | None) -> Reads:
         """What answers are made of beside the encoder's maps: what the store and the backbone's file have."""
-        made = Reads()
+        made = Reads(measurements=self.measurements)
         if self.volumes is not None and self.volumes.of_labels:
-            made = Reads(labels=self.volumes.source, scheme=self.volumes.scheme, volumes=self.volumes.names)
+            made = replace(made, labels=self.volumes.source, scheme=self.volumes.scheme, volumes=self.volumes.names)
         if loaded is None or loaded.decoder is None or not self.spec.view_mm:
             return made
         head = loaded.heads.get("regions")

@@ -104,7 +104,7 @@ def test_the_baseline_of_fomo26_gives_the_features_of_its_own_network(tmp_path: 
         ({"conv1.weight": (64, 1, 7, 7, 7), "layer1.0.conv1.weight": (64, 64, 3, 3, 3)}, "a ResNet as MONAI"),
         ({"model.0.weight": (16, 1, 3, 3, 3), "model.1.running_mean": (16,)}, "as anatomix is"),
         ({"swinViT.patch_embed.proj.weight": (48, 1, 2, 2, 2)}, "Swin transformer"),
-        ({"encoder.eva.blocks.0.norm1.weight": (864,), "encoder.eva.pos_embed": (1, 512, 864)}, "a Primus of 864"),
+        ({"encoder.eva.blocks.0.norm1.weight": (864,), "encoder.eva.pos_embed": (1, 8, 864)}, "does not fit primus"),
         ({"fc.weight": (2, 3)}, "tensors of no known format, e.g. fc.weight"),
     ],
 )

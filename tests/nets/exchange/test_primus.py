@@ -1,6 +1,6 @@
 """Primus: its token grid, and the exact change of weights where the order of the grid's axes changed.
 
-The network has no home here yet: a block of its attention stands in the test, with learnt positions, rotary angles and
+A block of its attention stands in the test, with learnt positions, rotary angles and
 the axis-major order of a head's channels.
 """
 
