@@ -65,19 +65,23 @@ def write_scan(path: Path, grid: str, gain: float = 1.0) -> Path:
     return path
 
 
-def save(path: Path, *, names: tuple[str, ...] = tuple(REGIONS), head: bool = True, **options: object) -> Path:
+def save(
+    path: Path, *, names: tuple[str, ...] = tuple(REGIONS), head: bool = True, bias: float = 0, **options: object
+) -> Path:
     """A file with fresh weights."""
     backbone = build_backbone("unet_tiny")
     decoder = DenseDecoder(backbone.widths, backbone.strides, {"anatomy": 4, "free": 2})
     heads = {"regions": DenseHead("anatomy", 4, names)} if head else {"lesion": DenseHead("free", 2, ("lesion",))}
+    with torch.no_grad():
+        next(iter(heads.values())).bias += bias
     return _write(path, backbone, decoder, heads, **options)
 
 
-def _write(path: Path, backbone, decoder, heads, *, voxel_mm=(0.8, 5.0)) -> Path:
+def _write(path: Path, backbone, decoder, heads, *, voxel_mm=(0.8, 5.0), **options: object) -> Path:
     save_backbone(
         path, backbone, objective={"name": "dense_split", "config": {}}, objective_state={},
         preprocess=PreprocessSpec(), patch_vox=(16, 16, 16), decoder=decoder, heads=heads, voxel_mm=voxel_mm,
-        provenance=Provenance(version="0", commit="abc", data="d", config={}, parents=()),
+        provenance=Provenance(version="0", commit="abc", data="d", config={}, parents=()), **options,
     )  # fmt: skip
     return path
 
