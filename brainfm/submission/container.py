@@ -24,6 +24,7 @@ from brainfm import __version__
 from brainfm.errors import BundleError, ConfigError
 from brainfm.files import write_whole
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.nets.shipped import located
 from brainfm.specs import TaskSpec
 from brainfm.submission.challenge import ChallengeTask
 from brainfm.submission.predict import BACKBONE, BUNDLE, SCALE, SETTINGS, TASK, AppSettings
@@ -182,7 +183,7 @@ def stage(
     write_whole(part / "predict.py", _SCRIPT.format(caches=CACHES).encode())
     write_whole(part / SETTINGS, (settings or AppSettings()).to_json().encode())
     if task.kind == "embedding":
-        write_whole(part / BACKBONE, weights.read_bytes())
+        write_whole(part / BACKBONE, located(weights).read_bytes())
         given, held = np.stack([np.zeros(features), np.ones(features)]) if scale is None else scale, io.BytesIO()
         np.save(held, given.astype(np.float32), allow_pickle=False)
         write_whole(part / SCALE, held.getvalue())
