@@ -30,9 +30,10 @@ from brainfm.data.labelling import (
     write_volumes,
 )
 from brainfm.data.manifest import CONTRASTS, Manifest, Scan
-from brainfm.data.regions import REGIONS
+from brainfm.data.regions import REGIONS, TISSUE_OF, TISSUES
 from brainfm.errors import BrainfmWarning, ConfigError, ScanError, WeightsError
 from brainfm.files import check_writable, write_table
+from brainfm.imaging import nifti
 from brainfm.imaging.components import largest_component
 from brainfm.imaging.endings import strip_ending
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
@@ -43,6 +44,7 @@ from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.specs import PreprocessSpec
 from brainfm.tasks.engine import PathLike, settle_device, settle_precision
 from brainfm.tasks.windows import predict_windows
+from brainfm.volume import spacing_of
 
 COLUMN, MASK_COLUMN = "regions_labels", "brain_mask"
 OUTSIDE = ("background", "head")  # all other regions are within the skull
@@ -50,6 +52,7 @@ VOLUMES = (*(name for name in REGIONS if name not in OUTSIDE), "icv")
 VERSION = 1  # raised when the same weights would give other labels
 # In every whole head: the ids by which data/schemes.py tells such a map.
 _ALWAYS = ("frontal_white", "superior_frontal", "thalamus")
+_OWN_MM = (1.5, 2.0)  # voxels that the network sees of a finer and of a coarser scan
 _AROUND_MM = 3.0  # of the largest connected part within the skull, in which what it nearly touches is kept
 _SHARE = 1e-6  # of a voxel: less is nothing
 _WHOLE_VOXELS, _WINDOW_VOX = 4_000_000, 128  # a larger head passes in windows: unet_s takes 4 GB at this size
@@ -96,6 +99,8 @@ class Labeller:
         patch_vox: edge lengths of its windows; None: a head passes in one piece, where memory allows.
         overlap: share of a window that its neighbour repeats, in [0, 1).
         fingerprint: of the backbone file.
+        own_mm: smallest and largest edge of the voxels that the network sees, where those are the scan's own; None: as
+            ``preprocess`` says.
     """
 
     network: RegionNetwork
@@ -106,13 +111,14 @@ class Labeller:
     patch_vox: tuple[int, int, int] | None
     overlap: float
     fingerprint: str
+    own_mm: tuple[float, float] | None = None
 
     @classmethod
     def load(
         cls,
         backbone: PathLike | None,
         *,
-        spacing_mm: float = 1.5,
+        spacing_mm: float | None = None,
         patch_vox: int | Sequence[int] | None = None,
         overlap: float = 0.5,
         device: str = "auto",
@@ -121,7 +127,8 @@ class Labeller:
         """From a backbone file with a decoder and a head ``regions``; other voxels than it saw are warned of.
 
         Args:
-            spacing_mm: edge of the voxels that the network sees.
+            spacing_mm: edge of the voxels that the network sees; None: the scan's own, from 1.5 to 2 mm as far as the
+                file was trained on those: a scan is not made finer than it is, nor seen finer than is quick.
             patch_vox: of windows, one length or three; None: a head passes in one piece up to 4 million voxels.
 
         Raises:
@@ -138,6 +145,10 @@ class Labeller:
         decoder, head = _what_tells_regions(backbone, loaded)
         patch = _settled_patch(patch_vox, loaded.backbone)
         low, high = loaded.voxel_mm or (min(loaded.preprocess.spacing_mm), max(loaded.preprocess.spacing_mm))
+        own_mm = None
+        if spacing_mm is None:
+            own_mm = (min(max(_OWN_MM[0], low), high), min(max(_OWN_MM[1], low), high))
+            spacing_mm = own_mm[0]
         if not low - 1e-6 <= spacing_mm <= high + 1e-6:
             warnings.warn(
                 f"spacing_mm={spacing_mm:g}: {backbone} was trained on voxels of {low:g} to {high:g} mm; its answer "
@@ -149,12 +160,13 @@ class Labeller:
             keep_freed_memory()
         network = RegionNetwork(loaded.backbone, decoder, head).to(place).eval()
         preprocess = replace(loaded.preprocess, spacing_mm=(spacing_mm,) * 3)
-        return cls(network, head.names, preprocess, place, dtype, patch, overlap, loaded.fingerprint)
+        return cls(network, head.names, preprocess, place, dtype, patch, overlap, loaded.fingerprint, own_mm)
 
     def method(self, fuse: bool) -> Method:
         """What a run over a manifest leaves behind, and what would make it anew."""
         identity = {
-            "version": VERSION, "backbone": self.fingerprint, "spacing_mm": self.preprocess.spacing_mm[0],
+            "version": VERSION, "backbone": self.fingerprint,
+            "spacing_mm": list(self.own_mm) if self.own_mm else self.preprocess.spacing_mm[0],
             "patch_vox": list(self.patch_vox) if self.patch_vox else None, "overlap": self.overlap,
         }  # fmt: skip
         return Method(COLUMN, "dseg", VOLUMES, identity, MASK_COLUMN, together=fuse)
@@ -185,15 +197,16 @@ class Labeller:
         Raises: ScanError where any of them cannot be used.
         """
         first = next(iter(files))
-        prepared = prepare_session(files, {}, self.preprocess, reference=first)
+        spec = self.spec_for(files[first])
+        prepared = prepare_session(files, {}, spec, reference=first)
         if prepared.failures:
             raise ScanError(next(iter(prepared.failures.values())))
         image = torch.stack([torch.from_numpy(prepared.scans.pop(name)) for name in files])
         recipe = prepared.recipes[first]
         probabilities = self.probabilities(image).numpy()
         outside = [place for place, name in enumerate(self.names) if name in OUTSIDE]
-        keep_one_head(probabilities, outside, self.preprocess.spacing_mm[0])
-        volumes_ml = self._volumes_ml(probabilities)
+        keep_one_head(probabilities, outside, spec.spacing_mm[0])
+        volumes_ml = self._volumes_ml(probabilities, spec.spacing_mm[0])
         sure = probabilities.max(axis=0)[~np.isin(probabilities.argmax(axis=0), outside)]
         classes = recipe.file.to_ras(restore_probabilities(probabilities, recipe, shares=True))
         seen = {self.names[place] for place in np.unique(classes)}
@@ -205,9 +218,17 @@ class Labeller:
             ndimage.binary_fill_holes(~np.isin(classes, outside)),
         )  # fmt: skip
 
-    def _volumes_ml(self, probabilities: np.ndarray) -> dict[str, float]:
+    def spec_for(self, scan: Path) -> PreprocessSpec:
+        """How a scan is prepared: on voxels of its own size (the cube of the same volume) where those are asked for."""
+        if self.own_mm is None:
+            return self.preprocess
+        low, high = self.own_mm
+        own = float(np.prod(spacing_of(nifti.read_header(scan).grid.ras_affine()))) ** (1 / 3)
+        return replace(self.preprocess, spacing_mm=(min(max(own, low), high),) * 3)
+
+    def _volumes_ml(self, probabilities: np.ndarray, spacing_mm: float) -> dict[str, float]:
         """Soft: a voxel that is half of a region counts by half. ``icv`` is all within the skull."""
-        voxel_ml = float(np.prod(self.preprocess.spacing_mm)) / 1000
+        voxel_ml = spacing_mm**3 / 1000
         sums = probabilities.sum(axis=(1, 2, 3), dtype=np.float64) * voxel_ml
         found = {name: float(ml) for name, ml in zip(self.names, sums, strict=True) if name not in OUTSIDE}
         return found | {"icv": math.fsum(found.values())}
@@ -319,8 +340,10 @@ class Written:
     """What was found of one session, and the files that tell it."""
 
     found: FoundLabels
+    like: Path
     labels: Path
     mask: Path
+    tissues: Path
     volumes: Path
     legend: Path
 
@@ -337,8 +360,9 @@ def label_files(
 
     Args:
         inputs: file by contrast; several only where their answers are averaged.
-        out: a folder, which gets ``CONTRAST_dseg.nii.gz``, ``CONTRAST_brain_mask.nii.gz``, ``volumes.csv`` and
-            ``dseg.tsv``; or the label map's own name, after which the other files are named.
+        out: a folder, which gets ``CONTRAST_dseg.nii.gz``, ``CONTRAST_brain_mask.nii.gz``, ``CONTRAST_tissues.nii.gz``
+            (1 fluid, 2 grey, 3 white matter), ``volumes.csv`` and ``dseg.tsv``; or the label map's own name, after
+            which the other files are named.
         contrasts: the first of these that is among the inputs gives the grid.
 
     Raises:
@@ -352,8 +376,8 @@ def label_files(
         raise ConfigError(f"input.{next(iter(files))}: none of contrasts={', '.join(contrasts)}, expected one of them")
     ordered = {scan.contrast: files[scan.contrast] for scan in ranked}
     scan, like = replace(ranked[0], subject=strip_ending(Path(ranked[0].path).name)), Path(ranked[0].path)
-    labels, mask, volumes, legend = _places(Path(out), scan.contrast)
-    if any(path.exists() and path.samefile(file) for file in files.values() for path in (labels, mask)):
+    labels, mask, tissues, volumes, legend = _places(Path(out), scan.contrast)
+    if any(path.exists() and path.samefile(file) for file in files.values() for path in (labels, mask, tissues)):
         raise ConfigError(f"out={out} would replace one of the inputs, expected another place")
     found = labeller.find(ordered)
     if found.reason:
@@ -361,8 +385,18 @@ def label_files(
     labels.parent.mkdir(parents=True, exist_ok=True)
     write_legend(legend, labeller.names)
     write_found(found, (labels, mask), like)
+    nifti.write_labels(tissues, tissues_of(found.labels), like=like)
     write_volumes(volumes, VOLUMES, [(scan, like, record_of(found))])
-    return Written(found, labels, mask, volumes, legend)
+    return Written(found, like, labels, mask, tissues, volumes, legend)
+
+
+def tissues_of(labels: np.ndarray) -> np.ndarray:
+    """Fluid (1), grey (2) and white matter (3) of a map of regions; 0 elsewhere."""
+    table = np.zeros(1 + max(REGIONS.values()), np.uint8)
+    for name, tissue in TISSUE_OF.items():
+        table[REGIONS[name]] = TISSUES[tissue]
+    found: np.ndarray = table[labels]
+    return found
 
 
 def describe(written: Written) -> str:
@@ -370,7 +404,7 @@ def describe(written: Written) -> str:
     found, regions = written.found, int(written.found.checks["regions"])
     return (
         f"{written.labels}: {regions} labels, {found.volumes_ml['icv']:.0f} ml within the skull; beside it "
-        f"{written.mask.name}, {written.volumes.name}, {written.legend.name}"
+        f"{written.mask.name}, {written.tissues.name}, {written.volumes.name}, {written.legend.name}"
     )
 
 
@@ -389,16 +423,17 @@ def _checked_inputs(inputs: Mapping[str, PathLike], fuse: bool) -> dict[str, Pat
     return files
 
 
-def _places(out: Path, contrast: str) -> tuple[Path, Path, Path, Path]:
-    """Label map, brain mask, volumes and legend."""
+def _places(out: Path, contrast: str) -> tuple[Path, Path, Path, Path, Path]:
+    """Label map, brain mask, tissues, volumes and legend."""
     ending = next((e for e in _ENDINGS if out.name.endswith(e) and out.name != e), None)
     if ending is None:
         check_writable(out)
-        named = (f"{contrast}_dseg.nii.gz", f"{contrast}_brain_mask.nii.gz", "volumes.csv", "dseg.tsv")
-        return out / named[0], out / named[1], out / named[2], out / named[3]
+        labels, mask, tissues = (out / f"{contrast}_{what}.nii.gz" for what in ("dseg", "brain_mask", "tissues"))
+        return labels, mask, tissues, out / "volumes.csv", out / "dseg.tsv"
     if out.is_dir():
         raise ConfigError(f"out={out} is a folder with the name of a file, expected a folder or a file")
     check_writable(out.parent)
     stem = out.name.removesuffix(ending)
-    beside = (f"{stem.removesuffix('_dseg')}_brain_mask{ending}", f"{stem.removesuffix('_dseg')}_volumes.csv")
-    return out, out.with_name(beside[0]), out.with_name(beside[1]), out.with_name(f"{stem}.tsv")
+    short = stem.removesuffix("_dseg")
+    mask, tissues = (out.with_name(f"{short}_{what}{ending}") for what in ("brain_mask", "tissues"))
+    return out, mask, tissues, out.with_name(f"{short}_volumes.csv"), out.with_name(f"{stem}.tsv")
