@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,7 @@ from brainfm.imaging import nifti
 from brainfm.imaging.components import largest_component
 from brainfm.imaging.endings import strip_ending
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
+from brainfm.inference.scope import of_answer, of_scan
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import keep_freed_memory
@@ -49,7 +50,7 @@ from brainfm.volume import spacing_of
 COLUMN, MASK_COLUMN = "regions_labels", "brain_mask"
 OUTSIDE = ("background", "head")  # all other regions are within the skull
 VOLUMES = (*(name for name in REGIONS if name not in OUTSIDE), "icv")
-VERSION = 1  # raised when the same weights would give other labels
+VERSION = 2  # raised when the same weights would give other labels
 # In every whole head: the ids by which data/schemes.py tells such a map.
 _ALWAYS = ("frontal_white", "superior_frontal", "thalamus")
 _OWN_MM = (1.5, 2.0)  # voxels that the network sees of a finer and of a coarser scan
@@ -101,6 +102,7 @@ class Labeller:
         fingerprint: of the backbone file.
         own_mm: smallest and largest edge of the voxels that the network sees, where those are the scan's own; None: as
             ``preprocess`` says.
+        release: what the weights say of themselves; tells what is out of their scope.
     """
 
     network: RegionNetwork
@@ -112,6 +114,7 @@ class Labeller:
     overlap: float
     fingerprint: str
     own_mm: tuple[float, float] | None = None
+    release: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(
@@ -147,7 +150,8 @@ class Labeller:
         low, high = loaded.voxel_mm or (min(loaded.preprocess.spacing_mm), max(loaded.preprocess.spacing_mm))
         own_mm = None
         if spacing_mm is None:
-            own_mm = (min(max(_OWN_MM[0], low), high), min(max(_OWN_MM[1], low), high))
+            fine, coarse = loaded.release.get("look_mm", _OWN_MM)
+            own_mm = (min(max(fine, low), high), min(max(coarse, low), high))
             spacing_mm = own_mm[0]
         if not low - 1e-6 <= spacing_mm <= high + 1e-6:
             warnings.warn(
@@ -160,7 +164,9 @@ class Labeller:
             keep_freed_memory()
         network = RegionNetwork(loaded.backbone, decoder, head).to(place).eval()
         preprocess = replace(loaded.preprocess, spacing_mm=(spacing_mm,) * 3)
-        return cls(network, head.names, preprocess, place, dtype, patch, overlap, loaded.fingerprint, own_mm)
+        return cls(
+            network, head.names, preprocess, place, dtype, patch, overlap, loaded.fingerprint, own_mm, loaded.release
+        )  # fmt: skip
 
     def method(self, fuse: bool) -> Method:
         """What a run over a manifest leaves behind, and what would make it anew."""
@@ -188,11 +194,12 @@ class Labeller:
         edge = math.ceil(_WINDOW_VOX / stride) * stride
         return edge, edge, edge
 
-    def find(self, files: Mapping[str, Path]) -> FoundLabels:
+    def find(self, files: Mapping[str, Path], scan: Scan | None = None) -> FoundLabels:
         """Regions of one head, on the grid of the first file.
 
         Args:
             files: by the name of the scan; of several the probabilities are averaged.
+            scan: the first file's row of a manifest, for what is known of it.
 
         Raises: ScanError where any of them cannot be used.
         """
@@ -213,10 +220,13 @@ class Labeller:
         ids = np.array([REGIONS[name] for name in self.names], np.uint16)
         lacking = [name for name in _ALWAYS if name in self.names and name not in seen]
         reason = doubt(volumes_ml["icv"]) or (f"found no {lacking[0].replace('_', ' ')}" if lacking else "")
-        return FoundLabels(
+        found = FoundLabels(
             ids[classes], volumes_ml, float(sure.mean()) if sure.size else 0.0, {"regions": float(len(seen))}, reason,
             ndimage.binary_fill_holes(~np.isin(classes, outside)),
         )  # fmt: skip
+        contrast, age = (scan.contrast, scan.columns.get("age")) if scan is not None else ("unknown", None)
+        said = [*of_scan(files[first]), *of_answer(found, self.release, [contrast], age)]
+        return replace(found, out_of_scope="; ".join(said))
 
     def spec_for(self, scan: Path) -> PreprocessSpec:
         """How a scan is prepared: on voxels of its own size (the cube of the same volume) where those are asked for."""
@@ -320,7 +330,7 @@ def label_regions(
     def work(todo: Sequence[LabelJob]) -> Generator[Any, None, None]:
         write_legend(folder / "dseg.tsv", labeller.names)
         for job in todo:
-            settle(job, lambda job: labeller.find(job.files))
+            settle(job, lambda job: labeller.find(job.files, job.scan))
             yield job
 
     return label_manifest(manifest, folder, labeller.method(fuse), contrasts, work, progress)
@@ -379,9 +389,11 @@ def label_files(
     labels, mask, tissues, volumes, legend = _places(Path(out), scan.contrast)
     if any(path.exists() and path.samefile(file) for file in files.values() for path in (labels, mask, tissues)):
         raise ConfigError(f"out={out} would replace one of the inputs, expected another place")
-    found = labeller.find(ordered)
+    found = labeller.find(ordered, scan)
     if found.reason:
         warnings.warn(f"{like}: its labels are not to be trusted: {found.reason}", BrainfmWarning, stacklevel=2)
+    if found.out_of_scope:
+        warnings.warn(f"{like}: out of scope: {found.out_of_scope}", BrainfmWarning, stacklevel=2)
     labels.parent.mkdir(parents=True, exist_ok=True)
     write_legend(legend, labeller.names)
     write_found(found, (labels, mask), like)

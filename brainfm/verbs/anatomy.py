@@ -111,6 +111,8 @@ def run(settings: Settings) -> int:
             report = label_regions(labeller, manifest, out, contrasts, fuse=fuse, progress=move)
     for flagged in report.flagged:
         print(f"not trusted: {flagged.path}: {flagged.reason}")
+    for strange in report.strange:
+        print(f"out of scope: {strange.path}: {strange.reason}")
     none = f", {report.without} sessions without a scan of {', '.join(contrasts)}" if report.without else ""
     print(
         f"{out / 'manifest.csv'}: {report.done} scans segmented, {report.skipped} were there, "
