@@ -5,8 +5,9 @@
 Writes OUT/NAME.safetensors (OUT: brainfm/weights). Kept are encoder, decoder and the heads `regions` and `lesion`; the
 objective's own tensors are not: neither fine-tuning nor `anatomy` reads them. Beside the tensors stand how scans are
 prepared, provenance (steps, hours, commit, seed; paths are cut to their last name), the voxel sizes seen, salted hashes
-of the people, and the release: sources with licences and attributions, people, ages, curves, and what half precision
-costs on one held head.
+of the people, and the release: sources with licences and attributions, people, ages, curves, what half precision costs
+on one held head, and what the answers to ordinary heads measure: N scans of the training side (--ordinary N) are
+labelled, and beyond the ranges of their answers `anatomy` calls another one out of scope (inference/scope.py).
 
 Refused: a file of more than 11 MB; a person of foundation/split.csv's side `held` among those seen; a source without
 an attribution; answers of the half file that are not those of the whole one within _LEAST_COSINE and _LEAST_DICE.
@@ -33,6 +34,9 @@ from brainfm.data.manifest import read_manifest
 from brainfm.errors import BrainfmError, WeightsError
 from brainfm.files import write_whole
 from brainfm.imaging.preprocess import prepare_session
+from brainfm.imaging.scope import widened
+from brainfm.inference.anatomy import Labeller
+from brainfm.inference.scope import answer_measures
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backbone
 from brainfm.nets.lengths import restore_lengths
 from brainfm.nets.shipped import FOLDER, MOST_BYTES
@@ -145,8 +149,30 @@ def curves_of(path: Path) -> dict[str, list[list[float]]]:
     return {name: [points[i] for i in _spread(len(points))] for name, points in found.items()}
 
 
-def _spread(count: int) -> list[int]:
-    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, _MOST_POINTS))})
+def _spread(count: int, most: int = _MOST_POINTS) -> list[int]:
+    return sorted({round(i) for i in np.linspace(0, count - 1, min(count, most))})
+
+
+def ordinary_of(file: Path, manifest: Path, count: int) -> dict[str, Any]:
+    """Ranges of what the answers to ordinary heads measure, widened: of people of the training side, T1s and others.
+
+    Args:
+        file: the finished weights.
+        count: of scans at most, spread over the manifest; scans that a backbone calls wrong are left out.
+    """
+    read = read_manifest(manifest)
+    scans = [s for s in read.scans if s.columns.get("side") != "held" and s.contrast != "rendered"]
+    labeller = Labeller.load(file)
+    rows = []
+    for scan in (scans[place] for place in _spread(len(scans), count)):
+        found = labeller.find({scan.contrast: read.resolve(scan.path)})
+        rows += [answer_measures(found)] if not found.reason else []
+        print(f"{scan.subject} {scan.contrast} {found.reason}", flush=True)
+    if not rows:
+        raise WeightsError(f"{file}: labels no ordinary head of {manifest} in a way that can be trusted")
+    columns = {name: [row[name] for row in rows] for name in rows[0]}
+    ranges = {name: [round(edge, 5) for edge in widened(min(v), max(v))] for name, v in columns.items()}
+    return {"heads": len(rows), "ranges": ranges}
 
 
 def without_paths(value: Any) -> Any:
@@ -255,14 +281,23 @@ def make(given: argparse.Namespace) -> dict[str, Any]:
     )  # fmt: skip
     if not provenance.commit:
         raise WeightsError(f"{source}: does not say by which commit it was trained, expected --commit")
+    if given.look_mm:
+        release["look_mm"] = list(given.look_mm)
     out = given.out / f"{given.name}.safetensors"
     with tempfile.TemporaryDirectory() as folder:
         made = Path(folder) / out.name
-        save_backbone(
-            made, half.backbone, objective=loaded.objective, objective_state={}, preprocess=loaded.preprocess,
-            patch_vox=loaded.patch_vox, provenance=provenance, decoder=half.decoder, heads=half.heads,
-            voxel_mm=loaded.voxel_mm, subjects=loaded.subjects, half=True, release=release,
-        )  # fmt: skip
+
+        def save() -> None:
+            save_backbone(
+                made, half.backbone, objective=loaded.objective, objective_state={}, preprocess=loaded.preprocess,
+                patch_vox=loaded.patch_vox, provenance=provenance, decoder=half.decoder, heads=half.heads,
+                voxel_mm=loaded.voxel_mm, subjects=loaded.subjects, half=True, release=release,
+            )  # fmt: skip
+
+        save()
+        if given.ordinary:
+            release["ordinary"] = ordinary_of(made, manifest, given.ordinary)
+            save()
         size = made.stat().st_size
         if size > MOST_BYTES:
             raise WeightsError(f"{out.name} would have {size} bytes, expected at most {MOST_BYTES}")
@@ -282,6 +317,8 @@ def main() -> int:
     parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
     parser.add_argument("--manifest", type=Path, help="of scripts/foundation_data.py; else beside the run's store")
     parser.add_argument("--commit", help="of the code that trained, where the file does not say")
+    parser.add_argument("--ordinary", type=int, default=40, help="scans of the training side to label; 0: none")
+    parser.add_argument("--look-mm", type=float, nargs=2, metavar=("LOW", "HIGH"), help="voxels that anatomy sees")
     parser.add_argument("--out", type=Path, default=FOLDER)
     try:
         make(parser.parse_args())

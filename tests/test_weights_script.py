@@ -97,8 +97,9 @@ def asked(tmp_path: Path, lists: Path) -> argparse.Namespace:
     scans = [replace(scan, path=f"{scan.path}?{k}") for k, scan in enumerate(scans)]
     write_manifest(tmp_path / "manifest.csv", scans)
     return argparse.Namespace(
-        source=run, name="brainfm_x", data=tmp_path / "data", manifest=None, commit="c0ffee", out=tmp_path / "out"
-    )
+        source=run, name="brainfm_x", data=tmp_path / "data", manifest=None, commit="c0ffee", out=tmp_path / "out",
+        ordinary=0, look_mm=(1.5, 2.5),
+    )  # fmt: skip
 
 
 def test_the_file_holds_halves_of_what_is_of_use_and_says_where_it_comes_from(asked: argparse.Namespace) -> None:
@@ -114,7 +115,7 @@ def test_the_file_holds_halves_of_what_is_of_use_and_says_where_it_comes_from(as
         assert torch.equal(value.half().float(), half.backbone.state_dict()[name])  # read into float32
     assert half.provenance.commit == "c0ffee" and half.provenance.parents == (whole.fingerprint,)
     assert half.provenance.config == {"store": "store", "lr": 1, "x": ["b"]} and half.voxel_mm == (0.8, 5)
-    assert half.release == json.loads(json.dumps(release))
+    assert half.release == json.loads(json.dumps(release)) and release["look_mm"] == [1.5, 2.5]
     assert release["half_precision"]["head"] == "ixi2mm/h" and min(release["half_precision"]["cosine"]) > 0.999
     assert release["licence"]["name"] == "CC-BY-SA-4.0"
     assert release["licence"]["terms"] == {"SBIA Software License 1.1": ["ixi2mm"]}
