@@ -23,7 +23,7 @@ def write_picture(written: Written) -> Path:
     tissues = tissues_of(found.labels)
     picture = written.labels.with_name(written.labels.name.removesuffix(".gz").removesuffix(".nii") + ".png")
     figure = overlay_figure(
-        volume.voxels, found.mask, tissues, ("Within the skull", "Fluid, grey and white matter"), volume.spacing_mm
+        volume.voxels, tissues, found.mask, ("Fluid, grey and white matter", "Within the skull"), volume.spacing_mm
     )
     write_whole(picture, figure)
     return picture
