@@ -48,6 +48,7 @@ NEEDED = {
     "container": ["challenge=fomo26", "task=task2", "bundle=x", "out=y"],
     "validate": ["challenge=fomo26", "task=task2", "command=x", "out=y"],
     "medimeta": ["action=check", "root=x"],
+    "weights": [],
 }
 
 

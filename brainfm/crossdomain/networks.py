@@ -26,6 +26,7 @@ from brainfm.errors import ConfigError, WeightsError
 from brainfm.extras import demand
 from brainfm.nets.backbone import BACKBONES, build_backbone
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.nets.shipped import located
 from brainfm.nets.transfer import fingerprint, transfer
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
@@ -166,7 +167,9 @@ def check_network(name: str) -> None:
         raise ConfigError(f"unknown network {name!r}, expected one of {legal}")
     if (colon or kind == "planar") and not file:
         raise ConfigError(f"{kind} needs a file: {kind}:FILE")
-    if file and not Path(file).is_file():
+    if kind == "planar":
+        located(file)
+    elif file and not Path(file).is_file():
         raise WeightsError(f"{file}: no such file, expected the weights of {kind}")
     if kind == "efficientnet_lite0":
         demand("efficientnet_lite_pytorch", kind)
@@ -183,7 +186,7 @@ def build_network(name: str, seed: int = 0, axis: Axis = "mean") -> ImageNetwork
     check_network(name)
     kind, _, file = name.partition(":")
     if kind == "planar":
-        return _planar(load_backbone(Path(file)).backbone, name, axis)
+        return _planar(load_backbone(file).backbone, name, axis)
     if kind in DEPTHS:
         generator = torch.Generator().manual_seed(seed)
         network = ResNet(kind, generator)

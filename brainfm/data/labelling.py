@@ -60,6 +60,8 @@ class FoundLabels:
         checks: the figures behind the reason.
         reason: why the labels are not to be trusted; empty where they are.
         mask: [X, Y, Z] bool, the brain, on the same grid; None where it is not asked for.
+        out_of_scope: why they may not be relied on though nothing is wrong with them as such; empty where nothing
+            speaks against it.
     """
 
     labels: np.ndarray
@@ -68,6 +70,7 @@ class FoundLabels:
     checks: Mapping[str, float]
     reason: str
     mask: np.ndarray | None = None
+    out_of_scope: str = ""
 
 
 @dataclass(frozen=True)
@@ -87,12 +90,14 @@ class LabellingReport:
         skipped: scans that were there already.
         flagged: whichever run found it.
         without: sessions that have no scan of the contrasts asked for.
+        strange: labels that were written and are out of scope.
     """
 
     done: int
     skipped: int
     flagged: tuple[Flagged, ...]
     without: int
+    strange: tuple[Flagged, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -156,7 +161,12 @@ def label_manifest(
     write_volumes(out / "volumes.csv", method.volumes, rows)
     _write_manifest(manifest, out, method, records)
     flagged = tuple(Flagged(str(job.file), record["reason"]) for job, record in records if record["reason"])
-    return LabellingReport(len(todo), skipped, flagged, without)
+    strange = tuple(
+        Flagged(str(job.file), record["out_of_scope"])
+        for job, record in records
+        if record.get("out_of_scope") and not record["reason"]
+    )
+    return LabellingReport(len(todo), skipped, flagged, without, strange)
 
 
 def check_contrasts(contrasts: Sequence[str]) -> None:
@@ -259,7 +269,7 @@ def record_of(found: FoundLabels) -> dict[str, Any]:
     """What is kept of it beside the label map, JSON-able."""
     return {
         "volumes_ml": dict(found.volumes_ml), "quality": found.quality, "checks": dict(found.checks),
-        "reason": found.reason,
+        "reason": found.reason, "out_of_scope": found.out_of_scope,
     }  # fmt: skip
 
 
@@ -305,8 +315,10 @@ def write_volumes(path: Path, volumes: Sequence[str], rows: Iterable[tuple[Scan,
     for scan, file, record in rows:
         found = record["volumes_ml"]
         cells = [f"{found[name]:.2f}" if name in found else "" for name in volumes]
-        lines.append([*scan.key, scan.contrast, str(file), *cells, f"{record['quality']:.3f}", record["reason"]])
-    write_table(path, ["dataset", "subject", "session", "contrast", "path", *names, "quality", "flag"], lines)
+        said = [f"{record['quality']:.3f}", record["reason"], record.get("out_of_scope", "")]
+        lines.append([*scan.key, scan.contrast, str(file), *cells, *said])
+    header = ["dataset", "subject", "session", "contrast", "path", *names, "quality", "flag", "out_of_scope"]
+    write_table(path, header, lines)
 
 
 def _write_manifest(

@@ -28,6 +28,7 @@ REGIONS: dict[str, int] = {
     "parahippocampal": 1016, "lateral_occipital": 1011, "cuneus": 1005, "lingual": 1013,
 }  # fmt: skip
 CORTEX = tuple(REGIONS)[22:]
+TISSUES = {"csf": 1, "grey": 2, "white": 3}  # as `anatomy method=atlas` numbers them
 WHITE = ("corpus_callosum", "frontal_white", "occipital_white", "temporal_white", "parietal_white")
 VENTRICLES = ("lateral_ventricle", "third_ventricle", "fourth_ventricle")
 DEEP = ("thalamus", "caudate", "putamen", "pallidum", "accumbens", "hippocampus", "amygdala")
@@ -41,6 +42,8 @@ MERGED: dict[str, tuple[str, ...]] = {
     "any_grey": (*CORTEX, *DEEP, "cerebellar_cortex"),
     "any_white_matter": (*WHITE, "cerebellar_white", "brainstem", "ventral_dc"),
 }
+_TISSUE_OF = {"any_csf": "csf", "any_grey": "grey", "any_white_matter": "white"}
+TISSUE_OF: dict[str, str] = {name: _TISSUE_OF[merged] for merged in _TISSUE_OF for name in MERGED[merged]}
 TARGETS = (*REGIONS, *MERGED)
 IGNORE = -1
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import warnings
 from collections.abc import Callable, Generator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -30,12 +30,14 @@ from brainfm.data.labelling import (
     write_volumes,
 )
 from brainfm.data.manifest import CONTRASTS, Manifest, Scan
-from brainfm.data.regions import REGIONS
+from brainfm.data.regions import REGIONS, TISSUE_OF, TISSUES
 from brainfm.errors import BrainfmWarning, ConfigError, ScanError, WeightsError
 from brainfm.files import check_writable, write_table
+from brainfm.imaging import nifti
 from brainfm.imaging.components import largest_component
 from brainfm.imaging.endings import strip_ending
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
+from brainfm.inference.scope import of_answer, of_scan
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import keep_freed_memory
@@ -43,13 +45,15 @@ from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.specs import PreprocessSpec
 from brainfm.tasks.engine import PathLike, settle_device, settle_precision
 from brainfm.tasks.windows import predict_windows
+from brainfm.volume import spacing_of
 
 COLUMN, MASK_COLUMN = "regions_labels", "brain_mask"
 OUTSIDE = ("background", "head")  # all other regions are within the skull
 VOLUMES = (*(name for name in REGIONS if name not in OUTSIDE), "icv")
-VERSION = 1  # raised when the same weights would give other labels
+VERSION = 2  # raised when the same weights would give other labels
 # In every whole head: the ids by which data/schemes.py tells such a map.
 _ALWAYS = ("frontal_white", "superior_frontal", "thalamus")
+_OWN_MM = (1.5, 2.0)  # voxels that the network sees of a finer and of a coarser scan
 _AROUND_MM = 3.0  # of the largest connected part within the skull, in which what it nearly touches is kept
 _SHARE = 1e-6  # of a voxel: less is nothing
 _WHOLE_VOXELS, _WINDOW_VOX = 4_000_000, 128  # a larger head passes in windows: unet_s takes 4 GB at this size
@@ -96,6 +100,9 @@ class Labeller:
         patch_vox: edge lengths of its windows; None: a head passes in one piece, where memory allows.
         overlap: share of a window that its neighbour repeats, in [0, 1).
         fingerprint: of the backbone file.
+        own_mm: smallest and largest edge of the voxels that the network sees, where those are the scan's own; None: as
+            ``preprocess`` says.
+        release: what the weights say of themselves; tells what is out of their scope.
     """
 
     network: RegionNetwork
@@ -106,13 +113,15 @@ class Labeller:
     patch_vox: tuple[int, int, int] | None
     overlap: float
     fingerprint: str
+    own_mm: tuple[float, float] | None = None
+    release: Mapping[str, Any] = field(default_factory=dict)
 
     @classmethod
     def load(
         cls,
         backbone: PathLike | None,
         *,
-        spacing_mm: float = 1.5,
+        spacing_mm: float | None = None,
         patch_vox: int | Sequence[int] | None = None,
         overlap: float = 0.5,
         device: str = "auto",
@@ -121,7 +130,8 @@ class Labeller:
         """From a backbone file with a decoder and a head ``regions``; other voxels than it saw are warned of.
 
         Args:
-            spacing_mm: edge of the voxels that the network sees.
+            spacing_mm: edge of the voxels that the network sees; None: the scan's own, from 1.5 to 2 mm as far as the
+                file was trained on those: a scan is not made finer than it is, nor seen finer than is quick.
             patch_vox: of windows, one length or three; None: a head passes in one piece up to 4 million voxels.
 
         Raises:
@@ -138,6 +148,11 @@ class Labeller:
         decoder, head = _what_tells_regions(backbone, loaded)
         patch = _settled_patch(patch_vox, loaded.backbone)
         low, high = loaded.voxel_mm or (min(loaded.preprocess.spacing_mm), max(loaded.preprocess.spacing_mm))
+        own_mm = None
+        if spacing_mm is None:
+            fine, coarse = loaded.release.get("look_mm", _OWN_MM)
+            own_mm = (min(max(fine, low), high), min(max(coarse, low), high))
+            spacing_mm = own_mm[0]
         if not low - 1e-6 <= spacing_mm <= high + 1e-6:
             warnings.warn(
                 f"spacing_mm={spacing_mm:g}: {backbone} was trained on voxels of {low:g} to {high:g} mm; its answer "
@@ -149,12 +164,15 @@ class Labeller:
             keep_freed_memory()
         network = RegionNetwork(loaded.backbone, decoder, head).to(place).eval()
         preprocess = replace(loaded.preprocess, spacing_mm=(spacing_mm,) * 3)
-        return cls(network, head.names, preprocess, place, dtype, patch, overlap, loaded.fingerprint)
+        return cls(
+            network, head.names, preprocess, place, dtype, patch, overlap, loaded.fingerprint, own_mm, loaded.release
+        )  # fmt: skip
 
     def method(self, fuse: bool) -> Method:
         """What a run over a manifest leaves behind, and what would make it anew."""
         identity = {
-            "version": VERSION, "backbone": self.fingerprint, "spacing_mm": self.preprocess.spacing_mm[0],
+            "version": VERSION, "backbone": self.fingerprint,
+            "spacing_mm": list(self.own_mm) if self.own_mm else self.preprocess.spacing_mm[0],
             "patch_vox": list(self.patch_vox) if self.patch_vox else None, "overlap": self.overlap,
         }  # fmt: skip
         return Method(COLUMN, "dseg", VOLUMES, identity, MASK_COLUMN, together=fuse)
@@ -176,38 +194,51 @@ class Labeller:
         edge = math.ceil(_WINDOW_VOX / stride) * stride
         return edge, edge, edge
 
-    def find(self, files: Mapping[str, Path]) -> FoundLabels:
+    def find(self, files: Mapping[str, Path], scan: Scan | None = None) -> FoundLabels:
         """Regions of one head, on the grid of the first file.
 
         Args:
             files: by the name of the scan; of several the probabilities are averaged.
+            scan: the first file's row of a manifest, for what is known of it.
 
         Raises: ScanError where any of them cannot be used.
         """
         first = next(iter(files))
-        prepared = prepare_session(files, {}, self.preprocess, reference=first)
+        spec = self.spec_for(files[first])
+        prepared = prepare_session(files, {}, spec, reference=first)
         if prepared.failures:
             raise ScanError(next(iter(prepared.failures.values())))
         image = torch.stack([torch.from_numpy(prepared.scans.pop(name)) for name in files])
         recipe = prepared.recipes[first]
         probabilities = self.probabilities(image).numpy()
         outside = [place for place, name in enumerate(self.names) if name in OUTSIDE]
-        keep_one_head(probabilities, outside, self.preprocess.spacing_mm[0])
-        volumes_ml = self._volumes_ml(probabilities)
+        keep_one_head(probabilities, outside, spec.spacing_mm[0])
+        volumes_ml = self._volumes_ml(probabilities, spec.spacing_mm[0])
         sure = probabilities.max(axis=0)[~np.isin(probabilities.argmax(axis=0), outside)]
         classes = recipe.file.to_ras(restore_probabilities(probabilities, recipe, shares=True))
         seen = {self.names[place] for place in np.unique(classes)}
         ids = np.array([REGIONS[name] for name in self.names], np.uint16)
         lacking = [name for name in _ALWAYS if name in self.names and name not in seen]
         reason = doubt(volumes_ml["icv"]) or (f"found no {lacking[0].replace('_', ' ')}" if lacking else "")
-        return FoundLabels(
+        found = FoundLabels(
             ids[classes], volumes_ml, float(sure.mean()) if sure.size else 0.0, {"regions": float(len(seen))}, reason,
             ndimage.binary_fill_holes(~np.isin(classes, outside)),
         )  # fmt: skip
+        contrast, age = (scan.contrast, scan.columns.get("age")) if scan is not None else ("unknown", None)
+        said = [*of_scan(files[first]), *of_answer(found, self.release, [contrast], age)]
+        return replace(found, out_of_scope="; ".join(said))
 
-    def _volumes_ml(self, probabilities: np.ndarray) -> dict[str, float]:
+    def spec_for(self, scan: Path) -> PreprocessSpec:
+        """How a scan is prepared: on voxels of its own size (the cube of the same volume) where those are asked for."""
+        if self.own_mm is None:
+            return self.preprocess
+        low, high = self.own_mm
+        own = float(np.prod(spacing_of(nifti.read_header(scan).grid.ras_affine()))) ** (1 / 3)
+        return replace(self.preprocess, spacing_mm=(min(max(own, low), high),) * 3)
+
+    def _volumes_ml(self, probabilities: np.ndarray, spacing_mm: float) -> dict[str, float]:
         """Soft: a voxel that is half of a region counts by half. ``icv`` is all within the skull."""
-        voxel_ml = float(np.prod(self.preprocess.spacing_mm)) / 1000
+        voxel_ml = spacing_mm**3 / 1000
         sums = probabilities.sum(axis=(1, 2, 3), dtype=np.float64) * voxel_ml
         found = {name: float(ml) for name, ml in zip(self.names, sums, strict=True) if name not in OUTSIDE}
         return found | {"icv": math.fsum(found.values())}
@@ -299,7 +330,7 @@ def label_regions(
     def work(todo: Sequence[LabelJob]) -> Generator[Any, None, None]:
         write_legend(folder / "dseg.tsv", labeller.names)
         for job in todo:
-            settle(job, lambda job: labeller.find(job.files))
+            settle(job, lambda job: labeller.find(job.files, job.scan))
             yield job
 
     return label_manifest(manifest, folder, labeller.method(fuse), contrasts, work, progress)
@@ -319,8 +350,10 @@ class Written:
     """What was found of one session, and the files that tell it."""
 
     found: FoundLabels
+    like: Path
     labels: Path
     mask: Path
+    tissues: Path
     volumes: Path
     legend: Path
 
@@ -337,8 +370,9 @@ def label_files(
 
     Args:
         inputs: file by contrast; several only where their answers are averaged.
-        out: a folder, which gets ``CONTRAST_dseg.nii.gz``, ``CONTRAST_brain_mask.nii.gz``, ``volumes.csv`` and
-            ``dseg.tsv``; or the label map's own name, after which the other files are named.
+        out: a folder, which gets ``CONTRAST_dseg.nii.gz``, ``CONTRAST_brain_mask.nii.gz``, ``CONTRAST_tissues.nii.gz``
+            (1 fluid, 2 grey, 3 white matter), ``volumes.csv`` and ``dseg.tsv``; or the label map's own name, after
+            which the other files are named.
         contrasts: the first of these that is among the inputs gives the grid.
 
     Raises:
@@ -352,17 +386,29 @@ def label_files(
         raise ConfigError(f"input.{next(iter(files))}: none of contrasts={', '.join(contrasts)}, expected one of them")
     ordered = {scan.contrast: files[scan.contrast] for scan in ranked}
     scan, like = replace(ranked[0], subject=strip_ending(Path(ranked[0].path).name)), Path(ranked[0].path)
-    labels, mask, volumes, legend = _places(Path(out), scan.contrast)
-    if any(path.exists() and path.samefile(file) for file in files.values() for path in (labels, mask)):
+    labels, mask, tissues, volumes, legend = _places(Path(out), scan.contrast)
+    if any(path.exists() and path.samefile(file) for file in files.values() for path in (labels, mask, tissues)):
         raise ConfigError(f"out={out} would replace one of the inputs, expected another place")
-    found = labeller.find(ordered)
+    found = labeller.find(ordered, scan)
     if found.reason:
         warnings.warn(f"{like}: its labels are not to be trusted: {found.reason}", BrainfmWarning, stacklevel=2)
+    if found.out_of_scope:
+        warnings.warn(f"{like}: out of scope: {found.out_of_scope}", BrainfmWarning, stacklevel=2)
     labels.parent.mkdir(parents=True, exist_ok=True)
     write_legend(legend, labeller.names)
     write_found(found, (labels, mask), like)
+    nifti.write_labels(tissues, tissues_of(found.labels), like=like)
     write_volumes(volumes, VOLUMES, [(scan, like, record_of(found))])
-    return Written(found, labels, mask, volumes, legend)
+    return Written(found, like, labels, mask, tissues, volumes, legend)
+
+
+def tissues_of(labels: np.ndarray) -> np.ndarray:
+    """Fluid (1), grey (2) and white matter (3) of a map of regions; 0 elsewhere."""
+    table = np.zeros(1 + max(REGIONS.values()), np.uint8)
+    for name, tissue in TISSUE_OF.items():
+        table[REGIONS[name]] = TISSUES[tissue]
+    found: np.ndarray = table[labels]
+    return found
 
 
 def describe(written: Written) -> str:
@@ -370,7 +416,7 @@ def describe(written: Written) -> str:
     found, regions = written.found, int(written.found.checks["regions"])
     return (
         f"{written.labels}: {regions} labels, {found.volumes_ml['icv']:.0f} ml within the skull; beside it "
-        f"{written.mask.name}, {written.volumes.name}, {written.legend.name}"
+        f"{written.mask.name}, {written.tissues.name}, {written.volumes.name}, {written.legend.name}"
     )
 
 
@@ -389,16 +435,17 @@ def _checked_inputs(inputs: Mapping[str, PathLike], fuse: bool) -> dict[str, Pat
     return files
 
 
-def _places(out: Path, contrast: str) -> tuple[Path, Path, Path, Path]:
-    """Label map, brain mask, volumes and legend."""
+def _places(out: Path, contrast: str) -> tuple[Path, Path, Path, Path, Path]:
+    """Label map, brain mask, tissues, volumes and legend."""
     ending = next((e for e in _ENDINGS if out.name.endswith(e) and out.name != e), None)
     if ending is None:
         check_writable(out)
-        named = (f"{contrast}_dseg.nii.gz", f"{contrast}_brain_mask.nii.gz", "volumes.csv", "dseg.tsv")
-        return out / named[0], out / named[1], out / named[2], out / named[3]
+        labels, mask, tissues = (out / f"{contrast}_{what}.nii.gz" for what in ("dseg", "brain_mask", "tissues"))
+        return labels, mask, tissues, out / "volumes.csv", out / "dseg.tsv"
     if out.is_dir():
         raise ConfigError(f"out={out} is a folder with the name of a file, expected a folder or a file")
     check_writable(out.parent)
     stem = out.name.removesuffix(ending)
-    beside = (f"{stem.removesuffix('_dseg')}_brain_mask{ending}", f"{stem.removesuffix('_dseg')}_volumes.csv")
-    return out, out.with_name(beside[0]), out.with_name(beside[1]), out.with_name(f"{stem}.tsv")
+    short = stem.removesuffix("_dseg")
+    mask, tissues = (out.with_name(f"{short}_{what}{ending}") for what in ("brain_mask", "tissues"))
+    return out, mask, tissues, out.with_name(f"{short}_volumes.csv"), out.with_name(f"{stem}.tsv")

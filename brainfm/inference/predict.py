@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
+import csv
 import json
 import os
 import warnings
 from collections.abc import Callable, Collection, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,7 @@ from brainfm.data.sources import SourceFile
 from brainfm.errors import BrainfmWarning, BundleError, ConfigError, FileError, ManifestError, ScanError
 from brainfm.files import check_writable, write_table, write_text
 from brainfm.imaging.endings import companions
+from brainfm.inference.scope import of_scan
 from brainfm.specs import TaskSpec
 from brainfm.tasks.answers import LISTING, Key, SessionAnswer, grid_owner, strange_grid
 from brainfm.tasks.bundle import Bundle, load_engine
@@ -26,6 +28,7 @@ from brainfm.tasks.registry import answer_name, kind_of
 
 CLAIM = "predictions.json"
 FAILURES = "failures.csv"
+STRANGE = "out_of_scope.csv"
 SOURCES = "sources.jsonl"  # a line an answer: what it was made from, so that a corrected scan is answered again
 
 
@@ -75,9 +78,22 @@ def predict(
     if not maps:
         kind.note_missing(engine.networks, str(files[on]))
     found: np.ndarray | SessionAnswer = kind.answer(engine, files, on, maps)
+    strange = _strange(files)
+    if strange:
+        warnings.warn(f"{files[on]}: out of scope: {'; '.join(strange)}", BrainfmWarning, stacklevel=2)
+    found = _with_scope(found, strange)
     if place is not None:
         kind.write(place, found, files[on])
     return found
+
+
+def _strange(files: Mapping[str, Path]) -> list[str]:
+    """Why the scans of a session are out of scope of any brain MRI network, by contrast."""
+    return [f"{contrast}: {reason}" for contrast, path in files.items() for reason in of_scan(path)]
+
+
+def _with_scope(found: np.ndarray | SessionAnswer, strange: Sequence[str]) -> np.ndarray | SessionAnswer:
+    return replace(found, out_of_scope=tuple(strange)) if isinstance(found, SessionAnswer) else found
 
 
 # ---- what the user gave ----------------------------------------------------------------------------------------------
@@ -126,12 +142,14 @@ class PredictionReport:
         done, kept: sessions predicted now, and found finished.
         failures: key -> reason.
         again: of those predicted now, the ones that were there but whose files had changed.
+        strange: of those answered, why the scans are out of scope.
     """
 
     done: int
     kept: int
     failures: dict[Key, str]
     again: tuple[Key, ...] = ()
+    strange: dict[Key, str] = field(default_factory=dict)
 
 
 def predict_manifest(
@@ -150,7 +168,8 @@ def predict_manifest(
 
     A mask lies on the grid of the session's label for the target, where it has one, so that both can be compared; else
     on that of the first contrast of the task that the session has. A session that fails, in whatever way, is listed in
-    ``failures.csv`` and the rest is done; ``predictions.csv`` lists the masks, or the answers themselves.
+    ``failures.csv`` and the rest is done; ``predictions.csv`` lists the masks, or the answers themselves, and
+    ``out_of_scope.csv`` the sessions whose scans do not look like ordinary MRI of heads.
 
     Args:
         out: a folder of its own; masks of this bundle that are already there are kept, unless the files that they were
@@ -176,6 +195,8 @@ def predict_manifest(
     again: list[Key] = []
     kept = 0
     made_from = _read_sources(folder)
+    noted = _read_strange(folder)
+    strange: dict[Key, str] = {}
     for number, (key, scans) in enumerate(wanted.items()):
         progress(number, len(wanted))
         name = answer_name(key, engine.task)
@@ -187,10 +208,13 @@ def predict_manifest(
                 there = False
             if there:
                 kept += 1
+                strange |= {key: noted[key]} if key in noted else {}
                 cells = kind.kept_cells(folder / name, engine.task, plan[2])
             else:
                 stamps = {str(path): SourceFile.of(path).stamp() for path in _files_of(plan, maps.get(key))}
-                cells = _answered(engine, kind, plan, folder / name, maps.get(key))
+                said = _strange(plan[0])
+                strange |= {key: "; ".join(said)} if said else {}
+                cells = _answered(engine, kind, plan, folder / name, maps.get(key), said)
                 _note_sources(folder, name, stamps)
             listed.append([*key, *cells, name])
         except (ScanError, ManifestError) as error:
@@ -202,16 +226,20 @@ def predict_manifest(
     progress(len(wanted), len(wanted))
     write_table(folder / LISTING, ["dataset", "subject", "session", *columns, "file"], listed)
     write_table(folder / FAILURES, ["dataset", "subject", "session", "reason"], [[*k, r] for k, r in failures.items()])
-    return PredictionReport(len(listed) - kept, kept, failures, tuple(again))
+    rows = [[*key, reason] for key, reason in strange.items() if key not in failures]
+    write_table(folder / STRANGE, ["dataset", "subject", "session", "reason"], rows)
+    return PredictionReport(len(listed) - kept, kept, failures, tuple(again), strange)
 
 
 _Plan = tuple[dict[str, Path], str, Path]  # input files by contrast, the reference contrast, whose grid is answered on
 
 
-def _answered(engine: Engine, kind: Kind, plan: _Plan, path: Path, maps: Mapping[str, Path] | None) -> list[object]:
+def _answered(
+    engine: Engine, kind: Kind, plan: _Plan, path: Path, maps: Mapping[str, Path] | None, strange: Sequence[str]
+) -> list[object]:
     """Answers one session and writes it; returns its cells of the table."""
     files, reference, like = plan
-    found = kind.answer(engine, files, reference, maps, like)
+    found = _with_scope(kind.answer(engine, files, reference, maps, like), strange)
     kind.write(path, found, like)
     return kind.cells(found, engine.task, like)
 
@@ -248,6 +276,16 @@ def _read_sources(folder: Path) -> dict[str, dict[str, Any]]:
         except (ValueError, KeyError, TypeError):
             continue
     return found
+
+
+def _read_strange(folder: Path) -> dict[Key, str]:
+    """What an earlier run said of the sessions whose answers are kept."""
+    path = folder / STRANGE
+    if not path.is_file():
+        return {}
+    with path.open(newline="", encoding="utf-8") as file:
+        rows = csv.DictReader(file)
+        return {(r["dataset"], r["subject"], r["session"]): r["reason"] for r in rows if r.get("reason")}
 
 
 def _label_maps(

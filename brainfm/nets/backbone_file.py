@@ -2,7 +2,8 @@
 
 A backbone file is safetensors: tensors ``backbone.*``, ``objective.*`` and, since format 2, ``decoder.*`` and
 ``heads.NAME.*`` of what was trained with the backbone, and one JSON text under the metadata key ``brainfm``. Nothing in
-it is ever executed.
+it is ever executed. Weights that ship (nets/shipped.py) are in half precision and bring a ``release``: what their card
+says.
 """
 
 from __future__ import annotations
@@ -10,7 +11,8 @@ from __future__ import annotations
 import json
 import math
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
@@ -26,6 +28,7 @@ from brainfm.files import write_whole
 from brainfm.nets.backbone import Backbone, build_backbone
 from brainfm.nets.cpu import swap_in
 from brainfm.nets.decoders import DenseDecoder, DenseHead, decoder_for
+from brainfm.nets.shipped import located
 from brainfm.nets.transfer import TransferReport, fingerprint, listed, misfits, transfer
 from brainfm.seen import SeenSubjects
 from brainfm.specs import PreprocessSpec, Provenance
@@ -55,6 +58,7 @@ class LoadedBackbone:
         voxel_mm: smallest and largest edge length of a voxel that was trained on, or None where only that of
             ``preprocess`` was.
         subjects: whom it was trained on, or None where the file does not say.
+        release: what weights that ship say of themselves (scripts/weights.py); empty of others.
     """
 
     backbone: Backbone
@@ -69,6 +73,7 @@ class LoadedBackbone:
     heads: dict[str, DenseHead] = field(default_factory=dict)
     voxel_mm: tuple[float, float] | None = None
     subjects: SeenSubjects | None = None
+    release: dict[str, Any] = field(default_factory=dict)
 
 
 def save_backbone(
@@ -84,6 +89,8 @@ def save_backbone(
     heads: nn.ModuleDict | Mapping[str, nn.Module] | None = None,
     voxel_mm: tuple[float, float] | None = None,
     subjects: SeenSubjects | None = None,
+    half: bool = False,
+    release: Mapping[str, Any] | None = None,
 ) -> str:
     """Write a backbone file in one step: the old file or the new one, never half of one. Returns its fingerprint.
 
@@ -91,9 +98,12 @@ def save_backbone(
         objective: ``{"name": ..., "config": {...}}``, JSON-able.
         objective_state: the objective's tensors without the backbone's (Objective.state_for_file()).
         decoder, heads: what was trained with the backbone; each head a DenseHead on a part of the decoder.
-        voxel_mm, subjects: see LoadedBackbone.
+        voxel_mm, subjects, release: see LoadedBackbone.
+        half: whether the tensors are written in half precision; they are read into float32 networks all the same.
 
-    Raises: ConfigError for heads that do not fit the decoder.
+    Raises:
+        ConfigError: heads that do not fit the decoder.
+        WeightsError: a value that half precision cannot hold.
     """
     named: dict[str, Any] = dict(heads.items()) if heads is not None else {}
     tensors = {f"backbone.{name}": value for name, value in backbone.state_dict().items()}
@@ -104,6 +114,8 @@ def save_backbone(
         tensors |= {f"heads.{key}.{name}": value for name, value in head.state_dict().items()}
     # clone: tied weights share storage, which safetensors refuses
     tensors = {name: value.detach().cpu().clone().contiguous() for name, value in tensors.items()}
+    if half:
+        tensors = {name: _halved(name, value) for name, value in tensors.items()}
     mark = fingerprint(tensors)
     about = {
         "format": FORMAT,
@@ -118,6 +130,8 @@ def save_backbone(
         "voxel_mm": list(voxel_mm) if voxel_mm is not None else None,
         "subjects": subjects.to_dict() if subjects is not None else None,
     }
+    if release is not None:
+        about["release"] = dict(release)
     _check_heads(about["decoder"], about["heads"])
     # keys are not sorted: the order of a decoder's parts is that of its channels
     write_whole(path, save(tensors, metadata={_KEY: json.dumps(about)}))
@@ -128,11 +142,12 @@ def load_backbone(path: str | os.PathLike[str], *, needs_decoder: bool = False) 
     """Rebuild a backbone, and what was trained with it, from its file alone.
 
     Args:
+        path: a file, or the name of weights that ship.
         needs_decoder: whether a file without a decoder is refused.
 
     Raises: WeightsError where the file is missing, foreign, damaged, or its tensors do not fit the network it names.
     """
-    path = Path(path)
+    path = located(path)
     tensors, about = _read(path)
     groups = _grouped(path, tensors)
     try:
@@ -162,7 +177,21 @@ def load_backbone(path: str | os.PathLike[str], *, needs_decoder: bool = False) 
         heads=heads,
         voxel_mm=voxel_mm,
         subjects=subjects,
+        release=about.get("release", {}),
     )
+
+
+def read_description(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """What a backbone file says of itself; its tensors are not read.
+
+    Args:
+        path: a file, or the name of weights that ship.
+
+    Raises: WeightsError where it is missing, foreign or says too little.
+    """
+    path = located(path)
+    with _opened(path) as file:
+        return _description(path, file.metadata() or {})
 
 
 def spacing_note(spacing_mm: Sequence[float], voxel_mm: Sequence[float] | None) -> str | None:
@@ -183,6 +212,9 @@ def spacing_note(spacing_mm: Sequence[float], voxel_mm: Sequence[float] | None) 
 
 def load(path: str | os.PathLike[str]) -> Backbone:
     """The pre-trained network of a backbone file, in eval mode: [B, 1, X, Y, Z] -> feature maps, fine to coarse.
+
+    Args:
+        path: a file, or the name of weights that ship: ``load("brainfm_s")``.
 
     Raises: WeightsError (see load_backbone).
     """
@@ -266,26 +298,44 @@ def _range_of(value: Any) -> tuple[float, float] | None:
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors and description of a backbone file, checked against its fingerprint."""
+    with _opened(path) as file:
+        about = _description(path, file.metadata() or {})
+        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+    if fingerprint(tensors) != about["fingerprint"]:
+        raise WeightsError(f"{path}: its tensors do not match their checksum; the file is damaged or was edited")
+    return tensors, about
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[Any]:
+    """Raises: WeightsError for a file that is missing or no safetensors, on opening or on reading from it."""
     if not path.is_file():
         raise WeightsError(f"{path}: no such file, expected a backbone file (*.safetensors)")
     try:
         with safe_open(path, framework="pt") as file:
-            metadata = file.metadata() or {}
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
+            yield file
     except (SafetensorError, OSError, ValueError) as error:
         raise WeightsError(
             f"{path}: cannot be read as safetensors ({error}); expected a backbone file that brainfm wrote{_hint(path)}"
         ) from None
+
+
+def _description(path: Path, metadata: Mapping[str, str]) -> dict[str, Any]:
     if _KEY not in metadata:
         raise WeightsError(f"{path}: holds tensors but no description under {_KEY!r}; expected a file brainfm wrote")
     try:
-        about = json.loads(metadata[_KEY])
+        about: dict[str, Any] = json.loads(metadata[_KEY])
     except (ValueError, RecursionError) as error:
         raise WeightsError(f"{path}: its description is not JSON ({error})") from None
     _check_description(path, about)
-    if fingerprint(tensors) != about["fingerprint"]:
-        raise WeightsError(f"{path}: its tensors do not match their checksum; the file is damaged or was edited")
-    return tensors, about
+    return about
+
+
+def _halved(name: str, value: Tensor) -> Tensor:
+    half = value.half() if value.is_floating_point() else value
+    if value.is_floating_point() and not half.isfinite().all():
+        raise WeightsError(f"{name} holds {float(value.abs().max()):g}, more than half precision can")
+    return half
 
 
 def _hint(path: Path) -> str:
@@ -304,5 +354,7 @@ def _check_description(path: Path, about: Any) -> None:
     wrong = [k for k, kind in kinds.items() if not (isinstance(about, dict) and isinstance(about.get(k), kind))]
     if wrong:
         raise WeightsError(f"{path}: its description lacks a usable {', '.join(wrong)}")
+    if not isinstance(about.get("release", {}), dict):
+        raise WeightsError(f"{path}: its description has a release that is no table")
     if not isinstance(about["backbone"].get("name"), str):
         raise WeightsError(f"{path}: its description does not name a backbone")

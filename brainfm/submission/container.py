@@ -22,6 +22,7 @@ from brainfm import __version__
 from brainfm.errors import BundleError, ConfigError
 from brainfm.files import npy_bytes, write_whole, writing_folder
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.nets.shipped import located
 from brainfm.specs import TaskSpec
 from brainfm.submission.challenge import ChallengeTask, with_article
 from brainfm.submission.predict import BACKBONE, BUNDLE, SCALE, SETTINGS, TASK, AppSettings
@@ -183,7 +184,7 @@ def stage(
         (part / "predict.py").write_text(_SCRIPT.format(caches=CACHES), encoding="utf-8")
         (part / SETTINGS).write_text(settings.to_json(), encoding="utf-8")
         if task.kind == "embedding":
-            shutil.copyfile(weights, part / BACKBONE)
+            shutil.copyfile(located(weights), part / BACKBONE)
             given = np.stack([np.zeros(features), np.ones(features)]) if scale is None else scale
             (part / SCALE).write_bytes(npy_bytes(given.astype(np.float32)))
         else:

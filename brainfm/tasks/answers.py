@@ -33,6 +33,7 @@ class SessionAnswer:
         unit: of a value.
         low, high: prediction interval of a value, at 90 %; None where the bundle saw too few cases to give one.
         contrasts: that were looked at.
+        out_of_scope: why it may not be relied on, a phrase a reason.
     """
 
     target: str
@@ -42,9 +43,13 @@ class SessionAnswer:
     low: float | None
     high: float | None
     contrasts: tuple[str, ...]
+    out_of_scope: tuple[str, ...] = ()
 
     def to_json(self) -> str:
-        return json.dumps(asdict(self), indent=2) + "\n"
+        values = asdict(self)
+        if not self.out_of_scope:
+            del values["out_of_scope"]
+        return json.dumps(values, indent=2) + "\n"
 
     def to_text(self) -> str:
         """One number a line: the value; the probability of the second of two classes; else of each class or label."""
@@ -66,7 +71,8 @@ def read_answer(path: Path) -> SessionAnswer:
     """Of a file that ``predict`` wrote. Raises: ConfigError where it did not."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        return replace(SessionAnswer(**values), contrasts=tuple(values["contrasts"]))
+        strange = tuple(values.get("out_of_scope", ()))
+        return replace(SessionAnswer(**values), contrasts=tuple(values["contrasts"]), out_of_scope=strange)
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is not an answer that brainfm predict wrote ({error})") from None
 

@@ -287,7 +287,9 @@ class FinetuneSettings:
 
     store: Annotated[Path, "prepared scans", FREE]
     run: Annotated[Path, "folder of this run", FREE]
-    backbone_from: Annotated[str, "a backbone file, or none: the same schedule from scratch", VERBATIM]
+    backbone_from: Annotated[
+        str, "a backbone file, the name of weights that ship, or none: the same schedule from scratch", VERBATIM
+    ]
     seed: Annotated[int, "of weights, folds and samples"] = 0
     protocol: Annotated[
         Literal["cv", "fewshot"], "fewshot: a learning curve over task.shots training subjects", FREE

@@ -8,10 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from brainfm.errors import ConfigError
+from brainfm.nets.shipped import USUAL, names
 from brainfm.verbs.running import bar, processes
 
 if TYPE_CHECKING:
-    from brainfm.inference.anatomy import Labeller
+    from brainfm.inference.anatomy import Labeller, Written
 
 PLACE = 4
 
@@ -19,24 +20,27 @@ PLACE = 4
 @dataclass(frozen=True, kw_only=True)
 class Settings:
     """Label and measure where a user has no labels. Interrupted, the same command goes on.
-    method=network: 45 brain regions of a scan of any contrast, by a backbone file that was pre-trained with them
-    (objective=dense_split). Leaves DIR/labels (*_dseg.nii.gz, FreeSurfer ids, both sides under the left one's, and
-    *_brain_mask.nii.gz), dseg.tsv, volumes.csv, and manifest.csv with the columns regions_labels and brain_mask.
+    method=network: 45 brain regions of a scan of any contrast, by weights that were pre-trained with them
+    (objective=dense_split): brainfm_s where it ships, or backbone=. Leaves DIR/labels (*_dseg.nii.gz, FreeSurfer ids,
+    both sides under the left one's, and *_brain_mask.nii.gz), dseg.tsv, volumes.csv, and manifest.csv with the columns
+    regions_labels and brain_mask; of one session also *_tissues.nii.gz and a picture.
 
+      brainfm anatomy input.t1=t1.nii.gz out=anatomy     (or out=t1_dseg.nii.gz)
       brainfm anatomy manifest=manifest.csv out=anatomy backbone=backbone.safetensors
-      brainfm anatomy input.t1=t1.nii.gz out=anatomy backbone=backbone.safetensors     (or out=t1_dseg.nii.gz)
 
     method=atlas: CSF (1), grey (2) and white matter (3), without a network. Needs brainfm-mri[anatomy]. Leaves labels,
     volumes.csv, and manifest.csv with the column tissue_labels.
 
-      brainfm anatomy manifest=manifest.csv out=anatomy
+      brainfm anatomy manifest=manifest.csv out=anatomy method=atlas
     """
 
     manifest: Annotated[Path | None, "what to label: this, or one session as input.CONTRAST=FILE"] = None
     input: Annotated[Mapping[str, Path], "input.CONTRAST=FILE of one session"] = field(default_factory=dict)
     out: Annotated[Path, "folder of what is made; of one session also the label map itself"]
-    method: Annotated[Literal["network", "atlas"] | None, "null: network where a backbone is given"] = None
-    backbone: Annotated[Path | None, "file with a regions head"] = None
+    method: Annotated[Literal["network", "atlas"] | None, "null: network where a backbone is given or ships"] = None
+    backbone: Annotated[
+        Path | None, "a file with a regions head, or a name; null: brainfm_s"
+    ] = None  # fmt: skip
     contrasts: Annotated[
         tuple[str, ...], "the scan of a session that is labelled is the first of these"
     ] = ("t1", "t2", "flair", "pd", "others")  # fmt: skip
@@ -44,14 +48,15 @@ class Settings:
         False
     )
     spacing_mm: Annotated[
-        float, "network: edge of the voxels it sees; those it was trained on are in the backbone file"
-    ] = 1.5
+        float | None, "network: edge of the voxels it sees; null: the scan's own, from 1.5 to 2"
+    ] = None  # fmt: skip
     patch_vox: Annotated[
         int | None, "network: edge of its windows; null: a head in one pass, above 4 million voxels windows of 128"
     ] = None
     overlap: Annotated[float, "network: share of a window that the next one repeats"] = 0.5
     device: Annotated[str, "network: auto | cpu | cuda | cuda:N"] = "auto"
     precision: Annotated[Literal["auto", "32-true", "bf16-mixed", "16-mixed"], "network"] = "auto"
+    picture: Annotated[bool, "network, one session: a picture of it beside; needs brainfm-mri[report]"] = True
     workers: Annotated[int, "atlas: processes; 0: one a core"] = 0
     debug: Annotated[bool, "a traceback in place of the sentence"] = False
 
@@ -66,13 +71,18 @@ class Settings:
     @property
     def way(self) -> str:
         """network or atlas."""
-        return self.method or ("network" if self.backbone else "atlas")
+        return self.method or ("network" if self.weights else "atlas")
+
+    @property
+    def weights(self) -> Path | None:
+        """What is to label: the file or name given, else the weights that ship, if they do."""
+        return self.backbone or (Path(USUAL) if USUAL in names() else None)
 
     def labeller(self) -> Labeller:
         from brainfm.inference.anatomy import Labeller
 
         return Labeller.load(
-            self.backbone, spacing_mm=self.spacing_mm, patch_vox=self.patch_vox, overlap=self.overlap,
+            self.weights, spacing_mm=self.spacing_mm, patch_vox=self.patch_vox, overlap=self.overlap,
             device=self.device, precision=self.precision,
         )  # fmt: skip
 
@@ -84,8 +94,13 @@ def run(settings: Settings) -> int:
 
     out, contrasts, fuse = settings.out, settings.contrasts, settings.fuse
     if settings.manifest is None:
-        print(describe(label_files(settings.labeller(), settings.input, out, contrasts, fuse=fuse)))
+        written = label_files(settings.labeller(), settings.input, out, contrasts, fuse=fuse)
+        print(describe(written))
+        if settings.picture:
+            _draw(written)
         return 0
+    if settings.method is None and settings.way == "atlas":
+        print(f"note: no weights named {USUAL} ship with this copy and no backbone= was given: method=atlas")
     manifest = read_manifest(settings.manifest)
     labeller = settings.labeller() if settings.way == "network" else None
     with bar("anatomy", len(manifest.sessions())) as move:
@@ -96,9 +111,24 @@ def run(settings: Settings) -> int:
             report = label_regions(labeller, manifest, out, contrasts, fuse=fuse, progress=move)
     for flagged in report.flagged:
         print(f"not trusted: {flagged.path}: {flagged.reason}")
+    for strange in report.strange:
+        print(f"out of scope: {strange.path}: {strange.reason}")
     none = f", {report.without} sessions without a scan of {', '.join(contrasts)}" if report.without else ""
     print(
         f"{out / 'manifest.csv'}: {report.done} scans segmented, {report.skipped} were there, "
         f"{len(report.flagged)} of them not trusted{none}"
     )
     return 0
+
+
+def _draw(written: Written) -> None:
+    """The picture beside the label map, where what it takes is installed."""
+    from brainfm.extras import demand
+    from brainfm.reports.anatomy import write_picture
+
+    try:
+        demand("matplotlib", "a picture")
+    except ConfigError as error:
+        print(f"note: {error}")
+        return
+    print(write_picture(written))

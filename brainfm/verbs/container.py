@@ -24,7 +24,7 @@ class Settings:
     challenge: Annotated[str, "fomo25 | fomo26"]
     task: Annotated[str, "task1, task2, ..."]
     bundle: Annotated[Path | None, "a finished model, as `finetune` leaves it"] = None
-    backbone: Annotated[Path | None, "of an embedding, in place of bundle: a backbone file"] = None
+    backbone: Annotated[Path | None, "of an embedding, in place of bundle: a backbone file or name"] = None
     out: Annotated[Path, "a folder of its own; what was staged there before is replaced"]
     torch: Annotated[Literal["cpu", "cu126", "cu128", "cu130"], "wheels of the image"] = "cpu"
     build: Annotated[

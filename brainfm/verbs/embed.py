@@ -22,7 +22,7 @@ class Settings:
       brainfm embed backbone=runs/a/backbone.safetensors input.t1=t1.nii.gz out=features.csv
     """
 
-    backbone: Annotated[Path, "a backbone file"]
+    backbone: Annotated[Path, "a backbone file, or the name of weights that ship (`brainfm weights`)"]
     store: Annotated[Path | None, "every scan of a prepared store"] = None
     input: Annotated[
         Mapping[str, Path], "or input.CONTRAST=FILE of one visit, prepared here as the backbone's scans were"

@@ -29,7 +29,7 @@ class Settings:
         "views); hub: a folder for a model hub; monai: a bundle of MONAI's; nnunet: a data set for nnU-Net",
     ]
     out: Annotated[Path, "what is written; the ending of a graph is .onnx, .pt2 or .pt"]
-    backbone: Annotated[Path | None, "of nnssl, graphs and hub: a backbone file"] = None
+    backbone: Annotated[Path | None, "of nnssl, graphs and hub: a backbone file or name"] = None
     bundle: Annotated[Path | None, "of graphs, hub and monai: a bundle"] = None
     patch_vox: Annotated[
         tuple[int, int, int] | None, "of a backbone's graph: edges of its windows; null: as it was trained"
@@ -112,6 +112,7 @@ def _graph(settings: Settings) -> int:
 
 def _hub(settings: Settings) -> int:
     from brainfm.nets.backbone_file import load_backbone
+    from brainfm.nets.shipped import located
     from brainfm.submission.sharing import backbone_card, write_hub_folder
     from brainfm.tasks.bundle import read_bundle
 
@@ -123,7 +124,7 @@ def _hub(settings: Settings) -> int:
         about |= {"preprocess": bundle.preprocess.to_dict(), "provenance": bundle.provenance.to_dict()}
     else:
         assert settings.backbone is not None
-        loaded, source = load_backbone(settings.backbone), settings.backbone
+        loaded, source = load_backbone(settings.backbone), located(settings.backbone)
         card = backbone_card(loaded)
         about = {"kind": "backbone", "fingerprint": loaded.fingerprint, "backbone": loaded.backbone.config}
         about |= {"preprocess": loaded.preprocess.to_dict(), "provenance": loaded.provenance.to_dict()}

@@ -68,6 +68,8 @@ def run(settings: Settings) -> int:
         )
     if report.again:
         print(f"made again, for their files have changed: {len(report.again)} of those that were there")
+    for key, reason in report.strange.items():
+        print(f"out of scope: {'/'.join(key)}: {reason}")
     for key, reason in report.failures.items():
         print(f"left out: {'/'.join(key)}: {reason}")
     print(f"{out}: {report.done} masks made, {report.kept} were there, {len(report.failures)} failed")

@@ -21,7 +21,7 @@ class Settings:
       brainfm probe features=features.parquet store=store target=sex out=probe_sex
     """
 
-    backbone: Annotated[Path | None, "a backbone file"] = None
+    backbone: Annotated[Path | None, "a backbone file, or the name of weights that ship"] = None
     features: Annotated[Path | None, "or what `brainfm embed` left"] = None
     store: Annotated[Path, "whose sessions have the column; with backbone= also the scans"]
     target: Annotated[str, "a column of the manifest", VERBATIM]

@@ -29,8 +29,9 @@ from brainfm.errors import BrainfmWarning, ConfigError, FileError, ScanError, We
 from brainfm.imaging.preprocess import prepare_session
 from brainfm.inference import anatomy as module
 from brainfm.inference.anatomy import Labeller, RegionNetwork, keep_one_head, label_files, label_regions
+from brainfm.nets import shipped
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.backbone_file import save_backbone
+from brainfm.nets.backbone_file import load_backbone, save_backbone
 from brainfm.nets.decoders import DenseDecoder, DenseHead
 from brainfm.nets.unet import ConvNormAct
 from brainfm.specs import PreprocessSpec, Provenance
@@ -65,19 +66,23 @@ def write_scan(path: Path, grid: str, gain: float = 1.0) -> Path:
     return path
 
 
-def save(path: Path, *, names: tuple[str, ...] = tuple(REGIONS), head: bool = True, **options: object) -> Path:
+def save(
+    path: Path, *, names: tuple[str, ...] = tuple(REGIONS), head: bool = True, bias: float = 0, **options: object
+) -> Path:
     """A file with fresh weights."""
     backbone = build_backbone("unet_tiny")
     decoder = DenseDecoder(backbone.widths, backbone.strides, {"anatomy": 4, "free": 2})
     heads = {"regions": DenseHead("anatomy", 4, names)} if head else {"lesion": DenseHead("free", 2, ("lesion",))}
+    with torch.no_grad():
+        next(iter(heads.values())).bias += bias
     return _write(path, backbone, decoder, heads, **options)
 
 
-def _write(path: Path, backbone, decoder, heads, *, voxel_mm=(0.8, 5.0)) -> Path:
+def _write(path: Path, backbone, decoder, heads, *, voxel_mm=(0.8, 5.0), **options: object) -> Path:
     save_backbone(
         path, backbone, objective={"name": "dense_split", "config": {}}, objective_state={},
         preprocess=PreprocessSpec(), patch_vox=(16, 16, 16), decoder=decoder, heads=heads, voxel_mm=voxel_mm,
-        provenance=Provenance(version="0", commit="abc", data="d", config={}, parents=()),
+        provenance=Provenance(version="0", commit="abc", data="d", config={}, parents=()), **options,
     )  # fmt: skip
     return path
 
@@ -174,6 +179,7 @@ def test_a_label_map_may_be_named(known: Path, tmp_path: Path) -> None:
     scan = write_scan(tmp_path / "scan.nii.gz", "RAS")
     label_files(labeller_of(known), {"t1": scan}, tmp_path / "new" / "sub-1_dseg.nii.gz")
     made = {"sub-1_dseg.nii.gz", "sub-1_brain_mask.nii.gz", "sub-1_volumes.csv", "sub-1_dseg.tsv"}
+    made |= {"sub-1_tissues.nii.gz"}
     assert {path.name for path in (tmp_path / "new").iterdir()} == made
     with pytest.raises(ConfigError, match="would replace one of the inputs"):
         label_files(labeller_of(known), {"t1": scan}, scan)
@@ -422,7 +428,10 @@ def test_inputs_that_cannot_be(known: Path, tmp_path: Path) -> None:
     assert not (tmp_path / "out").exists()
 
 
-def test_the_command(known: Path, manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command(
+    known: Path, manifest: Manifest, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "nothing ships")
     given = [f"manifest={manifest.path}", f"out={tmp_path / 'out'}"]
     network = [f"backbone={known}", f"spacing_mm={SPACING_MM}", "device=cpu"]
     for words, said in (
@@ -446,6 +455,45 @@ def test_the_command(known: Path, manifest: Manifest, tmp_path: Path, capsys: py
     assert (tmp_path / "one" / "t1_dseg.nii.gz").read_bytes() == next(
         (tmp_path / "out").rglob("a/1/t1_dseg.nii.gz")
     ).read_bytes()
+
+
+def test_tissues_are_merged_regions() -> None:
+    labels = np.array([0, *(REGIONS[n] for n in ("head", "fourth_ventricle", "insula", "brainstem", "temporal_white"))])
+    assert module.tissues_of(labels).tolist() == [0, 0, 1, 2, 3, 3]
+
+
+def test_voxels_are_the_scans_own_where_none_are_asked_for(known: Path, tmp_path: Path) -> None:
+    for mm, seen in ((1.0, 1.5), (1.75, 1.75), (3.0, 2.0)):
+        affine = phantoms.centred(np.eye(3), (mm, mm, mm), (8, 8, 8))
+        phantoms.write(tmp_path / "scan.nii.gz", np.ones((8, 8, 8)), affine)
+        spec = Labeller.load(known, device="cpu").spec_for(tmp_path / "scan.nii.gz")
+        assert spec.spacing_mm == pytest.approx((seen,) * 3)
+        assert labeller_of(known).spec_for(tmp_path / "scan.nii.gz").spacing_mm == (SPACING_MM,) * 3
+    narrow = _write(tmp_path / "n.safetensors", *_parts_of(known), voxel_mm=(0.9, 1.2))
+    assert Labeller.load(narrow, device="cpu").own_mm == (1.2, 1.2)  # never beyond what it was trained on
+
+
+def _parts_of(path: Path) -> tuple[object, object, object]:
+    loaded = load_backbone(path)
+    return loaded.backbone, loaded.decoder, loaded.heads
+
+
+def test_what_ships_labels_unasked_and_a_picture_lies_beside(
+    known: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shipped, "FOLDER", tmp_path / "ships")
+    scan, out = write_scan(tmp_path / "scan.nii.gz", "LPS"), tmp_path / "out"
+    words = ["anatomy", f"input.t2={scan}", f"out={out}", f"spacing_mm={SPACING_MM}", "device=cpu"]
+    assert main(words) == 2 and "found input.CONTRAST=" in capsys.readouterr().err  # nothing ships: the atlas
+    (tmp_path / "ships").mkdir()
+    (tmp_path / "ships" / "brainfm_s.safetensors").write_bytes(known.read_bytes())
+    assert main(words) == 0
+    assert "t2_tissues.nii.gz" in capsys.readouterr().out
+    tissues, labels = (nib.load(out / f"t2_{what}.nii.gz") for what in ("tissues", "dseg"))
+    assert np.array_equal(tissues.affine, labels.affine)
+    assert np.array_equal(tissues.dataobj, module.tissues_of(np.asarray(labels.dataobj)))
+    assert set(np.unique(tissues.dataobj)) == {0, 2, 3}
+    assert (out / "t2_dseg.png").read_bytes()[:4] == b"\x89PNG"
 
 
 def test_it_starts_without_the_training_stack() -> None:
