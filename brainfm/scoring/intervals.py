@@ -208,6 +208,56 @@ def crossed_bootstrap(scores: np.ndarray, seed: int, resamples: int = 20_000) ->
     return Interval(float(scores.mean()), float(low), float(high), scores.size)
 
 
+def crossed_score(
+    metric: Callable[[np.ndarray, np.ndarray], float],
+    truth: np.ndarray,
+    answers: np.ndarray,
+    groups: Sequence[str],
+    seed: int,
+    other: np.ndarray | None = None,
+    resamples: int = 2000,
+) -> Interval:
+    """`crossed_bootstrap` of a score that looks at all cases at once, as AUROC does: the mean over trainings, with its
+    95 % interval over trainings and subjects.
+
+    Args:
+        metric: of the truth and the answers of one training, or their scores (`mean_score`).
+        truth: [S, ...] of each case.
+        answers: [R, S, ...], a row a training.
+        groups: the subject of each case.
+        seed: >= 0; the same seed and values give the same interval.
+        other: [R, S, ...] of another model: the interval is of the difference ``answers`` - ``other``, whose trainings
+            and cases are pairs.
+
+    Returns:
+        The mean, NaN where it is undefined, and R * S as ``n``. Cohorts in which the score is undefined are left out;
+        the ends are NaN where they are more than half.
+
+    Raises:
+        ValueError: where lengths differ, or there is nothing.
+    """
+    runs, cases = len(answers), len(groups)
+    if not runs or not cases or len(truth) != cases or any(len(row) != cases for row in answers):
+        raise ValueError(f"expected answers of trainings by cases, found {answers.shape} for {cases} subjects' cases")
+
+    def each(picked: np.ndarray) -> np.ndarray:
+        found = np.array([metric(truth[picked], row[picked]) for row in answers])
+        return found if other is None else found - [metric(truth[picked], row[picked]) for row in other]
+
+    rows = list(_rows(groups).values())
+    generator = stream(seed, "crossed score")
+    weights = generator.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
+    values = np.empty(resamples)
+    for i in range(resamples):
+        drawn = generator.integers(len(rows), size=len(rows))
+        used = weights[i] > 0
+        values[i] = (each(np.concatenate([rows[n] for n in drawn]))[used] * weights[i][used]).sum()
+    defined = values[np.isfinite(values)]
+    tail = _tail(min([number for number in (runs, len(rows)) if number > 1], default=1))
+    low, high = np.quantile(defined, [tail, 1 - tail]) if 2 * defined.size >= resamples else (math.nan, math.nan)
+    return Interval(float(each(np.arange(cases)).mean()), float(low), float(high), runs * cases)
+
+
 def shuffles(groups: Sequence[str], rounds: int, seed: int, strata: np.ndarray | None = None) -> np.ndarray:
     """[rounds, N] indices that deal the rows of each subject to another subject with as many rows.
 

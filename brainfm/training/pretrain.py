@@ -103,21 +103,15 @@ def pretrain(settings: PretrainSettings) -> State:
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
     """
-    store, folder, seed = Store.open(settings.store), settings.run, settings.seed
+    store, folder = Store.open(settings.store), settings.run
     settings = replace(settings, trainer=settled(settings.trainer))
-    trainer, data = settings.trainer, settings.data
+    trainer = settings.trainer
     folder.mkdir(parents=True, exist_ok=True)
     fabric = make_fabric(trainer)
-    torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
-    backbone = build_backbone(**settings.backbone)
-    sides = sides_of(store, data)
-    asked, targets = _with_targets(settings, store, sides[0])
-    objective = make_objective(asked, backbone, patch_vox=data.patch_vox, seed=seed)
-    batch_size = trainer.batch_size
-    artefacts = _artefacts(data.augment, objective.views)
-    module = Augmented(objective, artefacts, seed, settings.average, data.looks)
+    made = assembled(settings, store, fabric.world_size)
+    module, train_set, sides, targets = made.module, made.train_set, made.sides, made.targets
+    objective, backbone, batch_size = module.question, module.question.backbone, trainer.batch_size
     quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
-    train_set = make_patches(data, seed, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
     if fabric.is_global_zero:
         say(
             f"{sum(p.numel() for p in objective.parameters()):,} parameters in pre-training "
@@ -165,6 +159,36 @@ def pretrain(settings: PretrainSettings) -> State:
         else:
             say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
     return state
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A pre-training before its first step.
+
+    Attributes:
+        sides: sessions to train on, and held out.
+        targets: of the data, for whoever is trained on.
+    """
+
+    module: Augmented
+    train_set: PretrainPatches | WindowPatches
+    sides: tuple[list[SessionEntry], list[SessionEntry]]
+    targets: Targets
+
+
+def assembled(settings: PretrainSettings, store: Store, processes: int = 1) -> Assembled:
+    """What the settings describe, with fresh weights, on the CPU. Raises: BrainfmError for what cannot be."""
+    data, seed = settings.data, settings.seed
+    torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
+    backbone = build_backbone(**settings.backbone)
+    sides = sides_of(store, data)
+    asked, targets = _with_targets(settings, store, sides[0])
+    objective = make_objective(asked, backbone, patch_vox=data.patch_vox, seed=seed)
+    module = Augmented(objective, _artefacts(data.augment, objective.views), seed, settings.average, data.looks)
+    samples = settings.trainer.batch_size * processes
+    return Assembled(
+        module, make_patches(data, seed, store, sides[0], objective.views, targets, samples), sides, targets
+    )
 
 
 def _online_probe(
