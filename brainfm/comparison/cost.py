@@ -1,4 +1,4 @@
-"""Cost of a model: parameters and arithmetic, counted before it is trained; time, memory and energy from its receipt."""
+"""Cost of a model: parameters and arithmetic, counted before it is trained; time, memory, energy from its receipt."""
 
 from __future__ import annotations
 
@@ -90,4 +90,3 @@ def seconds_a_step(settings: PretrainSettings, run: Callable[[PretrainSettings],
             return None
         times.append(state.seconds)
     return max((times[1] - times[0]) / (_STEPS[1] - _STEPS[0]), 1e-6)
-

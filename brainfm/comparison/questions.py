@@ -121,7 +121,7 @@ class Question:
             place = folder / "fold0" / name
             shutil.rmtree(place, ignore_errors=True) if place.is_dir() else place.unlink(missing_ok=True)
         score = studies[0].primary
-        return [told(row, row[score] if score in row else None) for row in decided]
+        return [told(row, row.get(score)) for row in decided]
 
     def _split(self, study: Study, trained: Collection[str], held: Collection[str]) -> Split:
         of = [tuple(case for case in study.cases if case.session.subject_key in who) for who in (trained, held)]
@@ -211,4 +211,3 @@ def arrays(question: Question, rows: Sequence[Row]) -> tuple[np.ndarray | None, 
     truth = np.array([row["truth"][0] for row in rows], np.float64)
     answers = np.array([row["answer"] for row in rows], np.float64)
     return (truth, answers[:, 0]) if values else (truth.astype(np.int64), answers)
-

@@ -1,9 +1,9 @@
 """Runs of a comparison: every model pre-trained and asked, seed by seed; what is there already stays.
 
-    OUT/pretrained/MODEL/seed0/   a pre-training, as `brainfm pretrain` leaves it, and cost.json
-    OUT/frozen/                   answers of linear models of frozen maps, a file a model, task and seed
-    OUT/tuned/                    fine-tunings, a folder each with answers.json
-    OUT/trials/                   the same of rates that were tried, on people of the training side alone
+OUT/pretrained/MODEL/seed0/   a pre-training, as `brainfm pretrain` leaves it, and cost.json
+OUT/frozen/                   answers of linear models of frozen maps, a file a model, task and seed
+OUT/tuned/                    fine-tunings, a folder each with answers.json
+OUT/trials/                   the same of rates that were tried, on people of the training side alone
 """
 
 from __future__ import annotations
@@ -68,8 +68,8 @@ class Comparison:
         for question in self.questions:
             if max(self.settings.shots) > len(question.people.pool):
                 raise ConfigError(
-                    f"shots={max(self.settings.shots)}: {question.target} is known of {len(question.people.pool)} people "
-                    "that may be learned from, expected no more"
+                    f"shots={max(self.settings.shots)}: {question.target} is known of {len(question.people.pool)} "
+                    "people that may be learned from, expected no more"
                 )
         self._check_networks()
         mine = {"store": self.store.fingerprint(), **{key: getattr(self.settings, key) for key in FIXED}}
@@ -89,7 +89,7 @@ class Comparison:
                 continue
             backbone = build_backbone(**contender.network)
             for question in self.questions:
-                patch = getattr(question.finetune.task, "patch_vox", "auto")
+                patch: Any = getattr(question.finetune.task, "patch_vox", "auto")
                 if patch != "auto":
                     backbone.check_patch(patch)
             if contender.pretrain is not None and self.costs(contender, 0) is None:

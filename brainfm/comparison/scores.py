@@ -16,7 +16,7 @@ from brainfm.comparison.cost import forward
 from brainfm.comparison.questions import Question, arrays, metric_of
 from brainfm.comparison.runs import Comparison
 from brainfm.files import write_table, write_text
-from brainfm.scoring.intervals import Interval, crossed_score, holm, mean_score, paired_permutation
+from brainfm.scoring.intervals import crossed_scores, holm, mean_score, paired_permutation
 from brainfm.settings import plain
 from brainfm.study.results import finite
 from brainfm.tasks.study import Row
@@ -48,16 +48,25 @@ class Asked:
     def name(self) -> str:
         return f"{self.question.target} {self.how}"
 
-    def values(self, model: str) -> tuple[np.ndarray, np.ndarray, list[str]]:
-        """Truth [S], answers or scores [R, S, ...], and the person of each case."""
-        found = [arrays(self.question, rows) for rows in self.rows[model]]
-        people = [row["subject"] for row in self.rows[model][0]]
-        truth = found[0][0]
-        return np.zeros(len(people)) if truth is None else truth, np.stack([answers for _, answers in found]), people
+    def table(self) -> tuple[Callable[[np.ndarray, np.ndarray], float], np.ndarray, dict[str, np.ndarray], list[str]]:
+        """The score, the truth [S], of each model answers [R, S, ...] and the person of each case; of a score that is a
+        mean over cases, such as an error, the scores of the cases and their mean."""
+        found = {model: [arrays(self.question, rows) for rows in runs] for model, runs in self.rows.items()}
+        people = [row["subject"] for row in next(iter(self.rows.values()))[0]]
+        answers = {model: np.stack([given for _, given in runs]) for model, runs in found.items()}
+        truth = next(iter(found.values()))[0][0]
+        if truth is None:
+            return mean_score, np.zeros(len(people)), answers, people
+        metric = metric_of(self.question)
+        each = {model: np.array([_by_case(metric, truth, row) for row in runs]) for model, runs in answers.items()}
+        whole = {model: [metric(truth, row) for row in runs] for model, runs in answers.items()}
+        if all(np.allclose(each[model].mean(axis=1), whole[model]) for model in answers):
+            return mean_score, truth, each, people
+        return metric, truth, answers, people
 
-    @property
-    def metric(self) -> Callable[[np.ndarray, np.ndarray], float]:
-        return mean_score if self.question.is_mask else metric_of(self.question)
+
+def _by_case(metric: Callable[[np.ndarray, np.ndarray], float], truth: np.ndarray, answers: np.ndarray) -> list[float]:
+    return [metric(truth[n : n + 1], answers[n : n + 1]) for n in range(len(truth))]
 
 
 def collected(comparison: Comparison) -> list[Asked]:
@@ -85,8 +94,7 @@ def collected(comparison: Comparison) -> list[Asked]:
 def document(comparison: Comparison) -> dict[str, Any]:
     """All that the tables and the page show; numbers that are not finite become null."""
     asked, settings = collected(comparison), comparison.settings
-    measures = [_measure(one) for one in asked]
-    tests = [test for one in asked for test in _tests(one)]
+    found = [_measure(one) for one in asked if one.rows]
     people = {
         q.target: {"trial": len(q.people.trial), "pool": len(q.people.pool), "held": len(q.people.held)}
         for q in comparison.questions
@@ -100,54 +108,50 @@ def document(comparison: Comparison) -> dict[str, Any]:
             "people": people,
             "against": settings.against or comparison.contenders[0].name,
             "models": [_model(comparison, contender) for contender in comparison.contenders],
-            "measures": measures,
-            "tests": tests,
+            "measures": [measure for measure, _ in found],
+            "tests": [test for _, tests in found for test in tests],
         }
     )
 
 
-def _measure(one: Asked) -> dict[str, Any]:
-    scores = {}
-    for model in one.rows:
-        truth, answers, people = one.values(model)
-        found = crossed_score(one.metric, truth, answers, people, seed=0)
-        each = [float(one.metric(truth, row)) for row in answers]
-        scores[model] = vars(found) | {"runs": each}
-    metric, larger = one.question.primary
-    some = next(iter(one.rows.values()), [[]])[0]
-    return {
-        "name": one.name, "task": one.question.target, "how": one.how, "metric": metric, "larger_is_better": larger,
-        "unit": getattr(one.question.study.spec, "unit", ""), "fitted": one.fitted,
-        "people": len({row["subject"] for row in some}), "scores": scores,
+def _measure(one: Asked) -> tuple[dict[str, Any], list[dict[str, Any]]]:
+    """The scores of every model, and the tests of every pair of models: Holm's correction is over these pairs."""
+    metric, truth, answers, people = one.table()
+    crossed = crossed_scores(metric, truth, list(answers.values()), people, seed=0)
+    names = list(answers)
+    scores = {
+        name: vars(crossed.interval(place)) | {"runs": crossed.observed[place].tolist()}
+        for place, name in enumerate(names)
+    }
+    primary, larger = one.question.primary
+    told = {
+        "name": one.name, "task": one.question.target, "how": one.how, "metric": primary, "larger_is_better": larger,
+        "unit": getattr(one.question.study.spec, "unit", ""), "fitted": one.fitted, "people": len(set(people)),
+        "scores": scores,
     }  # fmt: skip
-
-
-def _tests(one: Asked) -> list[dict[str, Any]]:
-    """Every pair of models; Holm's correction is over the pairs of this question asked in this way."""
-    found = []
-    for a, b in itertools.combinations(one.rows, 2):
-        truth, mine, people = one.values(a)
-        theirs = one.values(b)[1]
-        runs = min(len(mine), len(theirs))
-        mine, theirs = mine[:runs], theirs[:runs]
-        apart: Interval = crossed_score(one.metric, truth, mine, people, seed=0, other=theirs)
-        turned = [np.moveaxis(answers, 0, 1) for answers in (mine, theirs)]
-        p = paired_permutation(_over_runs(one.metric), truth, *turned, groups=people, seed=0)
-        each = np.array([one.metric(truth, x) - one.metric(truth, y) for x, y in zip(mine, theirs)])
-        better = each > 0 if one.question.primary[1] else each < 0
-        found.append(
+    tests: list[dict[str, Any]] = []
+    for a, b in itertools.combinations(range(len(names)), 2):
+        apart = crossed.interval(a, b)
+        mine, theirs = (np.moveaxis(answers[names[place]], 0, 1) for place in (a, b))
+        rounds = 5000 if metric is mean_score else 2000
+        p = paired_permutation(_over_runs(metric), truth, mine, theirs, groups=people, seed=0, rounds=rounds)
+        each = crossed.observed[a] - crossed.observed[b]
+        better = each > 0 if larger else each < 0
+        tests.append(
             {
-                "measure": one.name, "metric": one.question.primary[0], "model": a, "other": b,
+                "measure": one.name, "metric": primary, "model": names[a], "other": names[b],
                 "difference": apart.mean, "low": apart.low, "high": apart.high, "p": p,
-                "better_runs": int(better.sum()), "runs": runs,
+                "better_runs": int(better.sum()), "runs": len(each),
             }
         )  # fmt: skip
-    adjusted = holm([1.0 if math.isnan(test["p"]) else test["p"] for test in found])
-    return [test | {"p_holm": p} for test, p in zip(found, adjusted)]
+    adjusted = holm([1.0 if math.isnan(test["p"]) else test["p"] for test in tests])
+    return told, [test | {"p_holm": p} for test, p in zip(tests, adjusted)]
 
 
 def _over_runs(metric: Callable[[np.ndarray, np.ndarray], float]) -> Callable[[np.ndarray, np.ndarray], float]:
     """The mean over the runs of answers [S, R, ...]: a person's answers change places in all runs together."""
+    if metric is mean_score:
+        return mean_score
     return lambda truth, answers: float(np.mean([metric(truth, answers[:, run]) for run in range(answers.shape[1])]))
 
 

@@ -83,7 +83,7 @@ class CompareSettings:
             raise ConfigError(f"{self.budget}={amount}: expected more than 0")
         other = "hours" if self.budget == "steps" else "steps"
         if getattr(self, other) is not None:
-            raise ConfigError(f"budget={self.budget} with {other}={getattr(self, other)}: expected one of the two")
+            raise ConfigError(f"budget={self.budget} with {other}={getattr(self, other)}: expected {other}=null")
         for key in ("models", "tasks", "shots", "rates"):
             found = getattr(self, key)
             if not found or len(set(found)) != len(found):
@@ -97,7 +97,9 @@ class CompareSettings:
             if any(not math.isfinite(rate) or rate <= 0 for rate in getattr(self, key)):
                 raise ConfigError(f"{key}={shown(getattr(self, key))}: expected rates above 0")
         if not 0 < self.held < 1 or not 0 < self.trial_share <= 1:
-            raise ConfigError(f"held={self.held}, trial_share={self.trial_share}: expected shares above 0, held below 1")
+            raise ConfigError(
+                f"held={self.held}, trial_share={self.trial_share}: expected shares above 0, held below 1"
+            )
         if (len(self.rates) > 1 or self.pretrain_rates) and self.inner < 2:
             raise ConfigError(f"inner={self.inner}: expected 2 people or more to try rates on, or rates=[ONE]")
 

@@ -44,9 +44,9 @@ def write_models_page(out: Path, found: Mapping[str, Any]) -> Path:
         _scores(found),
         Section(
             "Accuracy against compute",
-            "A point is the mean over the runs of a model, with its 95 % interval; a dashed line is a model that was not "
-            "pre-trained. Arithmetic is counted (multiplications and additions); hours are measured, and hold whatever "
-            "else the machine was doing.",
+            "A point is the mean over the runs of a model, with its 95 % interval; a dashed line is a model that was "
+            "not pre-trained. Arithmetic is counted (multiplications and additions); hours are measured, and hold "
+            "whatever else the machine was doing.",
             figures=(
                 ("Scores over the arithmetic of one pre-training", by_arithmetic),
                 ("Scores over the device-hours of one pre-training", by_hours),
@@ -118,10 +118,10 @@ def _scores(found: Mapping[str, Any]) -> Section:
                                      (0.0, 1.0) if whole else None)  # fmt: skip
             figures.append((f"{sentence(word(m))}. {_how(m)}", figure))
     text = (
-        "Mean over runs; 95 % intervals over runs and people together: another time there would be other fresh weights, "
-        "other people to learn from and others to test. Frozen: linear models of the frozen maps (of whole heads the "
-        "mean and deviation of the deepest map; of masks all maps, voxel by voxel at 2 mm). Shots: fine-tuned on so many "
-        "people as `brainfm finetune` does it; answers for whole heads stay linear below a hundred people."
+        "Mean over runs; 95 % intervals over runs and people together: another time there would be other fresh "
+        "weights, other people to learn from and others to test. Frozen: linear models of the frozen maps (of whole "
+        "heads the mean and deviation of the deepest map; of masks all maps, voxel by voxel at 2 mm). Shots: "
+        "fine-tuned on so many people as `brainfm finetune` does it; answers for whole heads stay linear below a hundred people."
     )
     return Section("Scores", text, figures=tuple(figures), table=tuple(rows))
 
@@ -150,10 +150,10 @@ def _cost(found: Mapping[str, Any]) -> Section:
         rows.append((name, *cells))
     rows.append(("device", *(model.get("device") or "" for model in models)))
     text = (
-        "Means over the runs, memory the largest. Arithmetic counts convolutions, matrix products and attention, forward "
-        "and backward. A CPU is one device however many threads it was given; its core-hours are processor time. Energy "
-        "is that of the GPUs (NVML), or of the processor's packages (RAPL), with whatever else ran on them; empty where "
-        "the machine does not tell."
+        "Means over the runs, memory the largest. Arithmetic counts convolutions, matrix products and attention, "
+        "forward and backward. A CPU is one device however many threads it was given; its core-hours are processor "
+        "time. Energy is that of the GPUs (NVML), or of the processor's packages (RAPL), with whatever else ran on "
+        "them; empty where the machine does not tell."
     )
     return Section("Cost", text, table=tuple(rows))
 
@@ -183,9 +183,9 @@ def _differences(found: Mapping[str, Any]) -> Section:
             good = "above" if m["larger_is_better"] else "below"
             tables.append((f"{sentence(word(m))}; {good} 0 the model is better than `{against}`", tuple(rows)))
     text = (
-        "Pairs: the same seed, the same people to learn from, the same people tested. Intervals are over runs and people. "
-        "p: two-sided, by exchanging both models' answers to a person in all runs together, the runs taken as they are; "
-        "Holm's correction is over all pairs of models of one table. All pairs stand in `tests.csv`."
+        "Pairs: the same seed, the same people to learn from, the same people tested. Intervals are over runs and "
+        "people. p: two-sided, by exchanging both models' answers to a person in all runs together, the runs taken as "
+        "they are; Holm's correction is over all pairs of models of one table. All pairs stand in `tests.csv`."
     )
     return Section("Paired differences", text, tables=tuple(tables))
 
@@ -195,7 +195,9 @@ def _tried(found: Mapping[str, Any]) -> Section:
     for model in found["models"]:
         for one in model["tried"]:
             scores = ", ".join(f"{rate}: {number(score)}" for rate, score in one["scores"].items())
-            rows.append((f"`{model['name']}`", one["of"], f"{one['rate']:g}", str(one["trials"]), scores or "none tried"))
+            rows.append(
+                (f"`{model['name']}`", one["of"], f"{one['rate']:g}", str(one["trials"]), scores or "none tried")
+            )
     text = (
         "What was tuned for each model, with as many trials for all of them, on people of the training side who are "
         "neither learned from nor tested afterwards. A rate of pre-training without trials is the one of the settings."
@@ -218,9 +220,11 @@ def _limits(found: Mapping[str, Any]) -> Section:
     spacing = " x ".join(f"{edge:g}" for edge in found["spacing_mm"])
     said: Sequence[str] = (
         f"The store has voxels of {spacing} mm; its fingerprint is `{found['store'][:16]}`.",
-        "Models are alike in data and budget, not in how much is known about training them: each has the settings of its "
-        "own recipe but for what was tried above. A small budget says nothing about a large one: transformers are known "
-        "to need longer trainings than convolutions.",
+        "Models are alike in data and budget, not in how much is known about training them: each has the settings of "
+        "its own recipe but for what was tried above. A small budget says nothing about a large one: transformers are "
+        "known to need longer trainings than convolutions.",
+        "An objective that learns from label maps (`dense_split`, `anatomy_pathology`) has seen those of the training "
+        "side where the store has them; the others have seen scans alone.",
         "Frozen answers and few shots are two questions among many; a difference within its interval is none.",
         f"With {count(settings['seeds'], 'run')} an interval over runs is "
         + ("wide by itself." if settings["seeds"] < 5 else "narrow enough to be read."),

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
-from brainfm.comparison.contenders import UNTRAINED, Contender, ModelName, pairs_of
+from brainfm.comparison.contenders import UNTRAINED, VOLUMES, Contender, ModelName, pairs_of
 from brainfm.comparison.settings import CompareSettings
 from brainfm.errors import ConfigError
 from brainfm.settings import narrowed, shown
@@ -90,10 +90,10 @@ def _check_names(asked: CompareSettings, pairs: list[ModelName]) -> None:
     names = [pair.name for pair in pairs]
     if asked.against is not None and asked.against not in names:
         raise ConfigError(f"against={asked.against}: expected one of {', '.join(names)}")
-    for key, known in (("of_model", names), ("of_task", asked.tasks)):
-        strange = [name for name in getattr(asked, key) if name not in known]
-        if strange:
-            raise ConfigError(f"{key}: found {strange[0]!r}, expected one of {', '.join(known)}")
+    pairs_of(list(asked.of_model) or [VOLUMES], options("backbone"), _objectives())  # of models that may be added later
+    strange = [name for name in asked.of_task if name not in asked.tasks]
+    if strange:
+        raise ConfigError(f"of_task: found {strange[0]!r}, expected one of {', '.join(asked.tasks)}")
 
 
 def _check_batches(contenders: tuple[Contender, ...]) -> None:

@@ -2,9 +2,9 @@
 
     python scripts/evidence/comparison_data.py --data DATA3D --out DIR
 
-Leaves DIR/store: ``age`` and ``sex`` of those of whom they are known, ``dlmuse_labels`` (parcellation), ``tissues_labels``
-(its CSF, grey and white matter), ``groups_labels`` (its groups of structures: data/schemes.GROUPS) and ``side``, which is
-that of foundation/split.csv. Interrupted, the same command goes on.
+Leaves DIR/store: ``age`` and ``sex`` of those of whom they are known, ``dlmuse_labels`` (parcellation),
+``tissues_labels`` (its CSF, grey and white matter), ``groups_labels`` (its groups of structures: data/schemes.GROUPS)
+and ``side``, which is that of foundation/split.csv. Interrupted, the same command goes on.
 """
 
 from __future__ import annotations

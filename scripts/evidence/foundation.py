@@ -97,9 +97,7 @@ def real_of(args: argparse.Namespace) -> tuple[str, ...]:
     return data.REAL[: args.tested] if args.tested else data.REAL
 
 
-def trials_of(
-    name: str, setting: data.Setting, people: People, start: Start, args: argparse.Namespace
-) -> list[Job]:
+def trials_of(name: str, setting: data.Setting, people: People, start: Start, args: argparse.Namespace) -> list[Job]:
     """As many for every start: each rate, each draw of people."""
     jobs = []
     for rate in args.rates:

@@ -97,7 +97,9 @@ def sides() -> dict[tuple[str, str], str]:
 def store_of(name: str, setting: Setting, data: Path, out: Path, people: People) -> Store:
     """The prepared scans of a family; what is there already stays."""
     everyone = [*people.trial, *people.pool, *people.held]
-    scans = {"hippocampus": _hippocampus, "lesions": _lesions, "tissues": tissue_scans}[name](data, out, everyone, people)
+    scans = {"hippocampus": _hippocampus, "lesions": _lesions, "tissues": tissue_scans}[name](
+        data, out, everyone, people
+    )
     return prepared(out / name, scans, setting.spacing_mm, setting.align)
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
-from collections.abc import Iterator
+import signal
 from dataclasses import replace
 from pathlib import Path
 
@@ -13,20 +13,26 @@ import pytest
 import torch
 
 from brainfm.cli import main
-from brainfm.comparison import runs
 from brainfm.comparison.contenders import pairs_of
-from brainfm.comparison.scores import document
+from brainfm.comparison.cost import forward
+from brainfm.comparison.runs import Comparison
+from brainfm.comparison.scores import DOCUMENT, TABLE, TESTS, document
+from brainfm.comparison.settings import CompareSettings
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
+from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.progress import Progress
+from brainfm.reports.models import FIGURE, PAGE
+from brainfm.seen import overlap
+from brainfm.settings import narrowed
 from brainfm.specs import PreprocessSpec
-from brainfm.training.pretrain import pretrain
-from brainfm.verbs.compare import Settings, prepared
+from brainfm.training.loop import State
+from brainfm.training.settings import PretrainSettings
+from brainfm.verbs.compare import prepared
 from brainfm.verbs.compose import resolve
-
-MODELS = "models=[unet_tiny:mae,unet_tiny:contrastive,untrained,volumes]"
 
 
 @pytest.fixture(scope="module")
@@ -57,13 +63,13 @@ def store(tmp_path_factory: pytest.TempPathFactory) -> Store:
 
 
 def words(store: Store, out: Path, *more: str) -> list[str]:
+    """Of the smallest comparison; ``more`` replaces."""
     given = {
-        "models": MODELS.partition("=")[2], "store": str(store.path), "out": str(out), "tasks": "[age,sex,tissues]",
-        "steps": "2", "seeds": "2", "shots": "[3]", "side_column": "side", "inner": "4", "rates": "[1e-3,1e-2]",
-        "draws": "1", "device": "cpu", "pretrain.trainer.batch_size": "2", "pretrain.data.patch_vox": "[16,16,16]",
-        "finetune.trainer.max_steps": "2", "finetune.data.augment": "null",
-        "of_task.tissues.task.patch_vox": "[16,16,16]", "of_task.age.task.patch_vox": "[16,16,16]",
-        "of_task.sex.task.patch_vox": "[16,16,16]", "pretrain.objective.latent_channels": "8",
+        "models": "[unet_tiny:mae,untrained,volumes]", "store": str(store.path), "out": str(out),
+        "tasks": "[sex,tissues]", "steps": "2", "seeds": "1", "shots": "[3]", "side_column": "side", "inner": "4",
+        "rates": "[1e-3,1e-2]", "draws": "1", "device": "cpu", "pretrain.trainer.batch_size": "2",
+        "pretrain.data.patch_vox": "[16,16,16]", "pretrain.objective.latent_channels": "8",
+        "finetune.trainer.max_steps": "1", "finetune.data.augment": "null", "finetune.task.patch_vox": "[16,16,16]",
     }  # fmt: skip
     for verb in ("pretrain", "finetune"):
         small = {"accelerator": "cpu", "workers": "0", "threads": "1", "checkpoint_every": "1", "compile": "null"}
@@ -72,5 +78,227 @@ def words(store: Store, out: Path, *more: str) -> list[str]:
     return [f"{key}={value}" for key, value in given.items()]
 
 
-def test_it_runs(store, tmp_path):
-    assert main(["compare", *words(store, tmp_path / "out")]) == 0
+def made(store: Store, out: Path, *more: str) -> Comparison:
+    """Prepared, and nothing done yet."""
+    comparison: Comparison = prepared(narrowed(CompareSettings, resolve("compare", words(store, out, *more))))
+    comparison.begin()
+    return comparison
+
+
+@pytest.fixture(scope="module")
+def finished(store: Store, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """OUT of a comparison with two runs of each model, made by the command line; never written to."""
+    out = tmp_path_factory.mktemp("finished") / "out"
+    assert main(["compare", *words(store, out, "seeds=2", "tasks=[age,sex,tissues]")]) == 0
+    return out
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    return {str(path.relative_to(folder)): path.read_bytes() for path in folder.rglob("*.json")}
+
+
+# ---- what comes of it ------------------------------------------------------------------------------------------------
+
+
+def test_every_model_is_in_the_table_with_its_cost_and_its_scores(finished: Path) -> None:
+    found = json.loads((finished / DOCUMENT).read_text())
+    assert [model["name"] for model in found["models"]] == ["unet_tiny:mae", "unet_tiny:untrained", "volumes"]
+    assert {m["name"]: list(m["scores"]) for m in found["measures"] if m["task"] != "sex"} == {
+        "age frozen": ["unet_tiny:mae", "unet_tiny:untrained", "volumes"],
+        "age 3 shots": ["unet_tiny:mae", "unet_tiny:untrained", "volumes"],
+        "tissues frozen": ["unet_tiny:mae", "unet_tiny:untrained"],  # volumes know no voxel
+        "tissues 3 shots": ["unet_tiny:mae", "unet_tiny:untrained"],
+    }
+    trained, fresh, _ = found["models"]
+    assert trained["samples"] == 4 and trained["training_flops"] == 4 * trained["flops_a_sample"] > 0
+    assert trained["flops_a_sample"] > 3 * trained["encoder_flops"] > 0  # backward is two forwards, and a decoder
+    assert trained["parameters"] == fresh["parameters"] < trained["trained_parameters"]
+    assert len(trained["each_device_hours"]) == 2 and fresh.get("device_hours") is None
+    for measure in found["measures"]:
+        for score in measure["scores"].values():
+            assert score["mean"] == pytest.approx(np.mean(score["runs"])) and len(score["runs"]) == 2
+            assert score["low"] <= score["mean"] <= score["high"]
+    dice = next(m for m in found["measures"] if m["name"] == "tissues frozen")["scores"]["unet_tiny:untrained"]
+    assert 0.5 < dice["mean"] <= 1  # tissues that differ in brightness alone
+    with (finished / TABLE).open(newline="") as table:
+        rows = list(csv.DictReader(table))
+    assert float(rows[0]["tissues frozen dice"]) == pytest.approx(
+        found["measures"][4]["scores"]["unet_tiny:mae"]["mean"], rel=1e-5
+    )
+    assert rows[2]["tissues frozen dice"] == "" and rows[2]["parameters"] == ""
+
+
+def test_tests_are_between_all_pairs_and_corrected_over_them(finished: Path) -> None:
+    found = json.loads((finished / DOCUMENT).read_text())
+    age = [test for test in found["tests"] if test["measure"] == "age frozen"]
+    assert len(age) == 3 and all(test["p_holm"] >= test["p"] > 0 for test in age)
+    scores = found["measures"][0]["scores"]
+    for test in age:
+        apart = scores[test["model"]]["mean"] - scores[test["other"]]["mean"]
+        assert test["difference"] == pytest.approx(apart) and test["runs"] == 2
+    with (finished / TESTS).open(newline="") as table:
+        assert len(list(csv.DictReader(table))) == len(found["tests"])
+
+
+def test_the_page_shows_scores_costs_and_what_was_tried(finished: Path) -> None:
+    text = (finished / PAGE).read_text()
+    for said in ("Accuracy against compute", "tissues, 3 shots: Dice", "too few to say which is better", "unet_tiny:mae",
+                 "GFLOP", "Settings that were tried"):  # fmt: skip
+        assert said in text
+    assert (finished / FIGURE).read_bytes()[:4] == b"\x89PNG"
+    tried = json.loads((finished / DOCUMENT).read_text())["models"]
+    assert [[(one["of"], one["trials"]) for one in model["tried"]] for model in tried] == [
+        [("pre-training", 0), ("tissues", 2)], [("tissues", 2)], [],
+    ]  # fmt: skip
+
+
+def test_who_is_tested_was_never_learned_from(finished: Path, store: Store) -> None:
+    side = {session.subject_key: session.columns["side"] for session in store.sessions}
+    loaded = load_backbone(finished / "pretrained" / "unet_tiny-mae" / "seed0" / "backbone.safetensors")
+    seen = overlap(loaded.subjects, [key for key, word in side.items() if word == "held"])
+    assert seen is not None and seen.seen == 0
+    records = [json.loads(path.read_text())["asked"] for path in (finished / "tuned").glob("*/answers.json")]
+    assert len(records) == 16 and all({side[key] for key in one["trained"]} == {"train"} for one in records)
+    assert all({side[key] for key in one["asked"]} == {"held"} for one in records)
+    trials = [json.loads(path.read_text())["asked"] for path in (finished / "trials").glob("*/answers.json")]
+    inner = {key for one in trials for key in (*one["trained"], *one["asked"])}
+    assert len(trials) == 4 and {side[key] for key in inner} == {"train"}
+    assert not inner & {key for one in records for key in one["trained"]}
+    assert not any(set(one["trained"]) & set(one["asked"]) for one in trials)
+
+
+# ---- going on --------------------------------------------------------------------------------------------------------
+
+
+def test_interrupted_it_goes_on_and_tells_the_same(
+    store: Store, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    whole = made(store, tmp_path / "whole", "models=[unet_tiny:mae]")
+    assert whole.do()
+    parts, advanced = made(store, tmp_path / "parts", "models=[unet_tiny:mae]"), Progress.advance
+
+    def interrupt(progress: Progress) -> None:
+        advanced(progress)
+        if progress.done == 1:  # in the middle of the pre-training; and after the only step of a fine-tuning
+            signal.raise_signal(signal.SIGTERM)
+
+    monkeypatch.setattr(Progress, "advance", interrupt)
+    assert not parts.do()
+    assert "stopped in the pre-training of pretrained/unet_tiny-mae/seed0 after step 1" in capsys.readouterr().out
+    assert not (tmp_path / "parts" / "frozen").exists()
+    monkeypatch.undo()
+    assert parts.do()
+    one, other = (document(each)["measures"] for each in (whole, parts))
+    assert one == other
+
+
+def test_what_is_done_stays_and_a_model_more_adds_its_own(store: Store, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    assert made(store, out, "models=[unet_tiny:mae]", "tasks=[sex]").do()
+    before = files_of(out)
+    untouched = made(store, out, "models=[unet_tiny:mae,volumes]", "tasks=[sex]")
+    never = replace(untouched, train=lambda settings: pytest.fail("what is there is trained again"))
+    assert never.do()
+    added = set(files_of(out)) - set(before)
+    assert before.items() <= files_of(out).items() and added and all("volumes" in name for name in added)
+
+
+def test_another_protocol_or_other_settings_do_not_mix(store: Store, tmp_path: Path) -> None:
+    words = ("models=[unet_tiny:mae]", "tasks=[sex]")
+    assert made(store, tmp_path, *words).do()
+    with pytest.raises(ConfigError, match="holds a comparison with steps=2, found steps=3: use another out="):
+        made(store, tmp_path, *words, "steps=3")
+    other = made(store, tmp_path, *words, "pretrain.objective.mask_ratio=0.5")
+    with pytest.raises(ConfigError, match="objective.mask_ratio=0.6, found settings.objective.mask_ratio=0.5"):
+        other.do()
+
+
+def test_hours_become_steps_of_a_measured_step(store: Store, tmp_path: Path) -> None:
+    asked = []
+
+    def train(settings: PretrainSettings) -> State:  # .5 s a step, and 3 s to begin
+        asked.append(settings.trainer.max_steps)
+        return State(step=settings.trainer.max_steps, seconds=3 + 0.5 * settings.trainer.max_steps)
+
+    comparison = replace(
+        made(store, tmp_path, "models=[unet_tiny:mae]", "budget=hours", "steps=null", "hours=0.01"), train=train
+    )
+    assert comparison.steps(comparison.contenders[0]) == 72 and comparison.steps(comparison.contenders[0]) == 72
+    assert asked == [4, 16]  # measured once
+
+
+def test_a_rate_of_pre_training_is_tried_on_inner_people(store: Store, tmp_path: Path) -> None:
+    comparison = made(store, tmp_path, "models=[unet_tiny:mae]", "tasks=[tissues]", "pretrain_rates=[1e-9,1e-2]")
+    rate = comparison.pretrain_rate(comparison.contenders[0])
+    tried = comparison.pretrain_trials(comparison.contenders[0])
+    assert set(tried) == {1e-9, 1e-2} and tried[rate] == max(tried.values())
+    people = json.loads(next((tmp_path / "trials").rglob("frozen.json")).read_text())["asked"]
+    assert set(people["asked"]) == set(comparison.questions[0].people.trial)
+
+
+# ---- refusals --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("word", "sentence"),
+    [
+        ("models=[unet_q:mae]", "found 'unet_q:mae', expected BACKBONE:OBJECTIVE"),
+        ("models=[unet_tiny:nothing]", "found 'unet_tiny:nothing', expected BACKBONE:OBJECTIVE"),
+        ("models=[untrained]", "untrained alone names no network"),
+        ("models=[volumes,volumes]", "expected one or more, each once"),
+        ("tasks=[height]", "has no column height, height_labels or height_mask; expected one of age, sex, side"),
+        ("budget=nan", "budget=nan: expected steps or hours"),
+        ("steps=0", "steps=0: expected more than 0"),
+        ("steps=null", "budget=steps without steps=: expected how many"),
+        ("hours=1", "budget=steps with hours=1: expected hours=null"),
+        ("seeds=0", "seeds=0: expected 1 or more"),
+        ("shots=[9]", "shots=9: sex is known of 6 people that may be learned from"),
+        ("inner=12", "sex is known of 10 people of the training side, of whom inner=12"),
+        ("rates=[1e-3,nan]", "rates=[0.001, nan]: expected rates above 0"),
+        ("side_column=sex", "in column 'sex' (data.side_column), expected 'train' or 'held'"),
+        ("against=unet_b:mae", "against=unet_b:mae: expected one of unet_tiny:mae"),
+        ("of_task.height.task.patch_vox=[8,8,8]", "of_task: found 'height', expected one of sex, tissues"),
+        ("pretrain.seed=3", "pretrain.seed=3: a comparison decides seed"),
+        ("finetune.optim.lr=3", "finetune.optim.lr=3: a comparison decides optim.lr"),
+        ("pretrain.objective.mask=3", "brainfm pretrain has no key 'objective.mask'"),
+        ("pretrain.data.patch_vox=[15,16,16]", "15"),
+        ("finetune.task.patch_vox=[15,16,16]", "15"),
+        ("contrasts=[flair]", "flair"),
+        ("store=nowhere", "nowhere"),
+    ],
+)
+def test_what_cannot_be_is_refused_before_anything_is_trained(
+    word: str, sentence: str, store: Store, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["compare", *words(store, out, word)]) == 2
+    said = capsys.readouterr().err
+    assert sentence in said and said.count("\n") == 1
+    assert not (out / "pretrained").exists() and not (out / "frozen").exists()
+
+
+def test_untrained_stands_for_one_of_each_network() -> None:
+    known = (("unet_s", "vit_s"), ("mae", "dino"))
+    found = pairs_of(["unet_s:mae", "vit_s:mae", "vit_s:dino", "untrained", "volumes"], *known)
+    assert [pair.name for pair in found] == [
+        "unet_s:mae", "vit_s:mae", "vit_s:dino", "unet_s:untrained", "vit_s:untrained", "volumes",
+    ]  # fmt: skip
+    twice = pairs_of(["unet_s:untrained", "unet_s:mae", "untrained"], *known)
+    assert [pair.name for pair in twice] == ["unet_s:untrained", "unet_s:mae"]
+
+
+def test_arithmetic_is_that_of_the_layers() -> None:
+    """Of every convolution two operations a weight and voxel that it gives, counted from its shapes."""
+    counted = []
+
+    def count(layer: torch.nn.Conv3d, inputs: tuple[torch.Tensor], output: torch.Tensor) -> None:
+        counted.append(2 * layer.weight.numel() * output[0, 0].numel())
+
+    network = build_backbone("unet_tiny")
+    for layer in network.modules():
+        if isinstance(layer, torch.nn.Conv3d):
+            layer.register_forward_hook(count)
+    network.features(torch.zeros(1, 1, 16, 16, 16))
+    found = forward({"name": "unet_tiny"}, (16, 16, 16))
+    assert found["encoder_flops"] == sum(counted) > 0
+    assert found["parameters"] == sum(weight.numel() for weight in network.parameters())
