@@ -66,8 +66,8 @@ def pairs_of(models: Sequence[str], backbones: Collection[str], objectives: Coll
             found.append(ModelName("", name))
         elif not colon or backbone not in backbones or objective not in {*objectives, UNTRAINED}:
             raise ConfigError(
-                f"models={shown(models)}: found {name!r}, expected BACKBONE:OBJECTIVE, BACKBONE:{UNTRAINED}, {UNTRAINED} "
-                f"or {VOLUMES}, with a backbone of {', '.join(sorted(backbones))} and an objective of "
+                f"models={shown(models)}: found {name!r}, expected BACKBONE:OBJECTIVE, BACKBONE:{UNTRAINED}, "
+                f"{UNTRAINED} or {VOLUMES}, with a backbone of {', '.join(sorted(backbones))} and an objective of "
                 f"{', '.join(sorted(objectives))}"
             )
         else:

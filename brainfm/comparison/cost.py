@@ -60,16 +60,16 @@ def _counted(work: Callable[[], object]) -> float:
 
 
 def spent(settings: PretrainSettings, state: State) -> dict[str, Any]:
-    """Of a finished pre-training. ``device_hours``: seconds of training times devices; a CPU is one, and ``core_hours``
-    are its processor time. ``energy_kwh``: of the devices, or of the processor's packages; None where nobody tells."""
+    """Of a finished pre-training. ``device_hours``: see `device_seconds`; ``core_hours``: processor time.
+    ``energy_kwh``: of the devices, or of the processor's packages; None where nobody tells."""
     told = json.loads((settings.run / receipt.FILE).read_text())
-    on_gpu, processes = bool(told["gpu_hours"]), told["processes"]
+    on_gpu, seconds = bool(told["gpu_hours"]), max(device_seconds(settings, state), 1e-6)
     memory = told["peak_gpu_memory_gib" if on_gpu else "peak_memory_gib"]
     return {
         "steps": state.step,
         "samples": told["samples"],
-        "samples_a_second": told["samples"] / max(state.seconds, 1e-9),
-        "device_hours": state.seconds * processes / 3600,
+        "samples_a_second": told["samples"] / seconds,
+        "device_hours": seconds / 3600,
         "core_hours": told["cpu_hours"],
         "peak_memory_gib": memory,
         "energy_kwh": told["gpu_energy_kwh"] if on_gpu else told.get("cpu_energy_kwh"),
@@ -78,15 +78,24 @@ def spent(settings: PretrainSettings, state: State) -> dict[str, Any]:
     }
 
 
+def device_seconds(settings: PretrainSettings, state: State) -> float:
+    """What a training has taken of its devices: of GPUs seconds of training by the clock, times their number; of a CPU
+    the processor time of all cores, which does not depend on what else the machine is doing."""
+    told = json.loads((settings.run / receipt.FILE).read_text())
+    return state.seconds * told["processes"] if told["gpu_hours"] else told["cpu_hours"] * 3600
+
+
 def seconds_a_step(settings: PretrainSettings, run: Callable[[PretrainSettings], State], folder: Path) -> float | None:
-    """Measured with two short trainings, so that what a beginning costs drops out; None where it was interrupted."""
+    """Of the device, measured with two short trainings, so that what a beginning costs drops out; None where it was
+    interrupted."""
     times, optim = [], settings.optim
     if isinstance(optim, SteppedSettings):
         optim = replace(optim, warmup_steps=0)  # of more steps than these
     for steps in _STEPS:
         trainer = replace(settings.trainer, max_steps=steps)
-        state = run(replace(settings, trainer=trainer, optim=optim, run=folder / f"speed{steps}"))
+        short = replace(settings, trainer=trainer, optim=optim, run=folder / f"speed{steps}")
+        state = run(short)
         if state.step < steps:
             return None
-        times.append(state.seconds)
+        times.append(device_seconds(short, state))
     return max((times[1] - times[0]) / (_STEPS[1] - _STEPS[0]), 1e-6)

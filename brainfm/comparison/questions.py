@@ -140,6 +140,10 @@ def kind_in(store: Store, target: str, contrasts: Sequence[str] | None) -> str:
     Raises: ManifestError where there is neither, naming what there is; ConfigError.
     """
     labels = {label.name for session in store.sessions for label in session.labels}
+    there = {scan.contrast for session in store.sessions for scan in session.scans}
+    strange = [contrast for contrast in contrasts or () if contrast not in there]
+    if strange:
+        raise ManifestError(f"contrasts: {store.path} has no {strange[0]}, expected some of {', '.join(sorted(there))}")
     if labels & {f"{target}_labels", f"{target}_mask"}:
         return next(name for name in KINDS if not kind_of(name).column)
     if not any(session.columns.get(target) for session in store.sessions):

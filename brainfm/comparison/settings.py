@@ -34,7 +34,9 @@ class CompareSettings:
     budget: Annotated[Literal["steps", "hours"], "what every pre-training has as much of"] = "steps"
     steps: Annotated[int | None, "of budget=steps"] = None
     hours: Annotated[
-        float | None, "of budget=hours: of the device, for one pre-training; steps follow from a measured step"
+        float | None,
+        "of budget=hours, for one pre-training: of a GPU by the clock, of a CPU core-hours; steps follow from a"
+        " measured step",
     ] = None
     seeds: Annotated[int, "runs of every model: from fresh weights, with other shots"] = 3
     shots: Annotated[tuple[int, ...], "people to fine-tune on, drawn for each seed, the same for all models"] = (5,)

@@ -21,7 +21,7 @@ _COSTS = (
     ("training_flops", "arithmetic of a run", 1e-15, "PFLOP"),
     ("steps", "steps of a run", 1, ""),
     ("samples", "samples of a run", 1, ""),
-    ("samples_a_second", "samples a second", 1, ""),
+    ("samples_a_second", "samples a device-second", 1, ""),
     ("device_hours", "device-hours of a run", 1, "h"),
     ("core_hours", "core-hours of a run", 1, "h"),
     ("peak_memory_gib", "peak memory", 1, "GiB"),
@@ -45,8 +45,8 @@ def write_models_page(out: Path, found: Mapping[str, Any]) -> Path:
         Section(
             "Accuracy against compute",
             "A point is the mean over the runs of a model, with its 95 % interval; a dashed line is a model that was "
-            "not pre-trained. Arithmetic is counted (multiplications and additions); hours are measured, and hold "
-            "whatever else the machine was doing.",
+            "not pre-trained. Arithmetic is counted (multiplications and additions); hours are measured: of a GPU by "
+            "the clock, of a CPU as processor time.",
             figures=(
                 ("Scores over the arithmetic of one pre-training", by_arithmetic),
                 ("Scores over the device-hours of one pre-training", by_hours),
@@ -121,7 +121,8 @@ def _scores(found: Mapping[str, Any]) -> Section:
         "Mean over runs; 95 % intervals over runs and people together: another time there would be other fresh "
         "weights, other people to learn from and others to test. Frozen: linear models of the frozen maps (of whole "
         "heads the mean and deviation of the deepest map; of masks all maps, voxel by voxel at 2 mm). Shots: "
-        "fine-tuned on so many people as `brainfm finetune` does it; answers for whole heads stay linear below a hundred people."
+        "fine-tuned on so many people as `brainfm finetune` does it; answers for whole heads stay linear below a "
+        "hundred people."
     )
     return Section("Scores", text, figures=tuple(figures), table=tuple(rows))
 
@@ -151,9 +152,9 @@ def _cost(found: Mapping[str, Any]) -> Section:
     rows.append(("device", *(model.get("device") or "" for model in models)))
     text = (
         "Means over the runs, memory the largest. Arithmetic counts convolutions, matrix products and attention, "
-        "forward and backward. A CPU is one device however many threads it was given; its core-hours are processor "
-        "time. Energy is that of the GPUs (NVML), or of the processor's packages (RAPL), with whatever else ran on "
-        "them; empty where the machine does not tell."
+        "forward and backward. Device-hours and samples a device-second are by the clock on a GPU, and processor time "
+        "of all cores on a CPU. Energy is that of the GPUs (NVML), or of the processor's packages (RAPL), with "
+        "whatever else ran on them; empty where the machine does not tell."
     )
     return Section("Cost", text, table=tuple(rows))
 

@@ -70,8 +70,8 @@ def prepared(asked: CompareSettings) -> Any:
     store = Store.open(asked.store)
     contenders = tuple(_contender(asked, pair, pairs) for pair in pairs)
     _check_batches(contenders)
-    any_pretrain = _pretrain(asked, ModelName("unet_tiny", "mae"), {})
-    sides = sides_by_person(store, any_pretrain)
+    trained = [contender.pretrain for contender in contenders if contender.pretrain is not None]
+    sides = sides_by_person(store, trained[0] if trained else _pretrain(asked, ModelName("unet_tiny", "mae"), {}))
     questions = []
     for target in asked.tasks:
         kind = kind_in(store, target, asked.contrasts)
@@ -123,7 +123,7 @@ def _pretrain(asked: CompareSettings, pair: ModelName, own: Mapping[str, Any]) -
     given = {"trainer.evaluate_every": "0"} | dict(_words("pretrain", asked.pretrain, "pretrain"))
     given |= dict(_words("pretrain", own, f"of_model.{pair.name}"))
     words = [
-        f"store={asked.store}", f"run={asked.out}", f"backbone={pair.backbone}", f"objective={pair.objective}",
+        f"store={asked.store}", "run=-", f"backbone={pair.backbone}", f"objective={pair.objective}",
         f"data.validation={asked.held}", f"data.split_seed={asked.split_seed}", "probe=null", *side,
         *(f"{key}={value}" for key, value in given.items()),
     ]  # fmt: skip
@@ -136,7 +136,7 @@ def _finetune(asked: CompareSettings, kind: str, target: str) -> FinetuneSetting
     given |= dict(_words("finetune", asked.of_task.get(target, {}), f"of_task.{target}"))
     contrasts = [f"task.contrasts={shown(asked.contrasts)}"] if asked.contrasts else []
     words = [
-        f"task={kind}", f"task.target={target}", f"store={asked.store}", f"run={asked.out}", "backbone_from=none",
+        f"task={kind}", f"task.target={target}", f"store={asked.store}", "run=-", "backbone_from=none",
         "backbone=unet_tiny", *contrasts, *(f"{key}={value}" for key, value in given.items()),
     ]  # fmt: skip
     return narrowed(FinetuneSettings, resolve("finetune", words))

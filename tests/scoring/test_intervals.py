@@ -12,7 +12,14 @@ from scipy.stats import norm
 from scipy.stats import t as student
 
 from brainfm.scoring.answers import auroc
-from brainfm.scoring.intervals import bootstrap, crossed_bootstrap, mean_score, paired_bootstrap, paired_permutation
+from brainfm.scoring.intervals import (
+    bootstrap,
+    crossed_bootstrap,
+    crossed_scores,
+    mean_score,
+    paired_bootstrap,
+    paired_permutation,
+)
 from brainfm.seeds import stream
 
 
@@ -263,3 +270,45 @@ def test_the_crossed_interval_holds_the_truth_where_subjects_alone_do_not() -> N
         half = student.ppf(0.975, 9) * means.std(ddof=1) / math.sqrt(10)
         subjects += abs(means.mean()) <= half
     assert crossed >= 0.92 * 300 and subjects <= 0.75 * 300
+
+
+# ---- several models, in the same cohorts -----------------------------------------------------------------------------
+
+
+def test_crossed_scores_of_means_are_the_crossed_bootstrap() -> None:
+    rng = np.random.default_rng(4)
+    a, b = (rng.normal(0.7, 0.1, (4, 1)) + rng.normal(0, 0.1, (1, 15)) + rng.normal(0, 0.02, (4, 15)) for _ in "ab")
+    people = names(15)
+    found = crossed_scores(mean_score, np.zeros(15), [a, b], people, seed=0)
+    for mine, theirs in (
+        (found.interval(0), crossed_bootstrap(a, 0)),
+        (found.interval(0, 1), crossed_bootstrap(a - b, 0)),
+    ):
+        width = theirs.high - theirs.low
+        assert mine.mean == pytest.approx(theirs.mean) and mine.n == 60
+        assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), abs=0.12 * width)
+    # a person with two sessions is drawn with both
+    twice = crossed_scores(
+        mean_score, np.zeros(30), [np.repeat(a, 2, axis=1)], [n for n in people for _ in "ab"], seed=0
+    )
+    assert twice.interval(0).high - twice.interval(0).low == pytest.approx(
+        found.interval(0).high - found.interval(0).low, rel=0.1
+    )
+
+
+def test_crossed_scores_of_an_auroc_are_those_of_a_loop() -> None:
+    rng = np.random.default_rng(5)
+    truth = np.arange(12) % 2
+    answers = truth + rng.normal(0, 1, (3, 12))
+
+    def metric(right: np.ndarray, given: np.ndarray) -> float:
+        return auroc(right, given)
+
+    found = crossed_scores(metric, truth, [answers, answers[::-1]], names(12), seed=0, resamples=400)
+    assert found.interval(0).mean == pytest.approx(np.mean([auroc(truth, row) for row in answers]))
+    assert found.interval(0).low < found.interval(0).mean < found.interval(0).high <= 1
+    assert found.interval(0, 1).mean == pytest.approx(0)
+    alone = crossed_scores(metric, np.array([0, 1]), [answers[:, :2]], names(2), seed=0, resamples=200)
+    assert math.isnan(alone.interval(0).low)  # half of the cohorts have one class alone
+    with pytest.raises(ValueError, match="expected answers of models by trainings by cases"):
+        crossed_scores(metric, truth, [answers], names(11), seed=0)
