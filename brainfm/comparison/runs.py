@@ -207,10 +207,8 @@ class Comparison:
             fitted = drawn(question.people.pool, max(self.settings.shots), seed)
         people = (fitted, question.people.held)
         name = f"{contender.slug}_{question.target}_seed{seed}"
-        if weights is None and contender.network is None:
-            kept = self.out  # volumes are read anew
-        else:
-            kept = self.out / "frozen" / f"{contender.slug}_seed{seed}_{question.study.spec.kind}.npz"
+        shown = "+".join(question.study.spec.contrasts)
+        kept = self.out / "frozen" / f"{contender.slug}_seed{seed}_{shown}.npz"  # tasks share it
         return self._frozen(contender, weights, seed, question, people, self.out / "frozen" / name, kept)
 
     def _frozen(
@@ -246,16 +244,22 @@ class Comparison:
         )
 
     def rate(self, contender: Contender, question: Question) -> float:
-        """Of fine-tuning, that trials choose; the first where nothing is trained or tried. Raises: Stopped."""
+        """Of fine-tuning: that trials choose, the one there is, or where nothing is trained the settings'. Raises:
+        Stopped."""
+        if not self._trains(question):
+            return question.finetune.optim.lr
         tried = self.trials(contender, question)
         return _best(tried) if tried else self.settings.rates[0]
+
+    def _trains(self, question: Question) -> bool:
+        return any(question.trains(question.people.pool[:shots]) for shots in self.settings.shots)
 
     def trials(self, contender: Contender, question: Question) -> dict[float, list[float]]:
         """rate -> the score of each draw, larger is better: on people of the training side that do nothing else, of the
         weights of the first seed. Empty where there is nothing to choose. Raises: Stopped."""
         inner, found = question.people.trial, dict[float, list[float]]()
         shots = max(1, min(self.settings.shots[0], len(inner) // 2))
-        if len(self.settings.rates) < 2 or contender.network is None or not question.trains(inner[:shots]):
+        if len(self.settings.rates) < 2 or contender.network is None or not self._trains(question):
             return found
         weights = self.weights(contender, 0)
         for rate in self.settings.rates:
