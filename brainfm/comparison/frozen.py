@@ -19,7 +19,6 @@ from brainfm.probing.levels import Crop, joined_answers, level_maps, near_level
 from brainfm.scoring import linear
 from brainfm.scoring.masks import dice
 from brainfm.tasks.engine import settle_device
-from brainfm.tasks.registry import kind_of
 from brainfm.tasks.study import Row, Study
 
 _MARGIN_MM, _MOST_VOX = 8.0, 128  # around what is labelled; edge of what passes the network at once
@@ -49,7 +48,7 @@ def column_answers(
     cases = [[case for case in study.cases if case.session.subject_key in who] for who in people]
     fitted, asked = (np.stack([values[case.session.key] for case in side]) for side in cases)
     answers = [np.array([float(case.answer[0]) for case in side]) for side in cases]
-    classes = len(study.spec.values) if kind_of(study.spec.kind).column == "classes" else None
+    classes = len(study.spec.values) or None
     model, truth = ("ridge", answers[0]) if classes is None else ("logistic", answers[0].astype(np.int64))
     groups = [case.session.subject_key for case in cases[0]]
     found = linear.tuned(fitted, truth, groups, asked, model, seed, classes=classes).answers

@@ -211,7 +211,6 @@ def arrays(question: Question, rows: Sequence[Row]) -> tuple[np.ndarray | None, 
     """Truth [S] and answers [S, ...]; of masks None and scores [S]."""
     if "score" in rows[0]:
         return None, np.array([row["score"] for row in rows], np.float64)
-    values = kind_of(question.study.spec.kind).column == "values"
     truth = np.array([row["truth"][0] for row in rows], np.float64)
     answers = np.array([row["answer"] for row in rows], np.float64)
-    return (truth, answers[:, 0]) if values else (truth.astype(np.int64), answers)
+    return (truth.astype(np.int64), answers) if question.study.spec.values else (truth, answers[:, 0])

@@ -71,11 +71,12 @@ def prepared(asked: CompareSettings) -> Any:
     contenders = tuple(_contender(asked, pair, pairs) for pair in pairs)
     _check_batches(contenders)
     trained = [contender.pretrain for contender in contenders if contender.pretrain is not None]
-    sides = sides_by_person(store, trained[0] if trained else _pretrain(asked, ModelName("unet_tiny", "mae"), {}))
+    any_network = next((pair.backbone for pair in pairs if pair.backbone), options("backbone")[0])
+    sides = sides_by_person(store, trained[0] if trained else _pretrain(asked, ModelName(any_network, "mae"), {}))
     questions = []
     for target in asked.tasks:
         kind = kind_in(store, target, asked.contrasts)
-        base = _finetune(asked, kind, target)
+        base = _finetune(asked, kind, target, any_network)
         questions.append(question_of(target, base, store, sides, asked.inner, asked.tested))
     return Comparison(asked, store, contenders, tuple(questions))
 
@@ -130,14 +131,15 @@ def _pretrain(asked: CompareSettings, pair: ModelName, own: Mapping[str, Any]) -
     return narrowed(PretrainSettings, resolve("pretrain", words))
 
 
-def _finetune(asked: CompareSettings, kind: str, target: str) -> FinetuneSettings:
+def _finetune(asked: CompareSettings, kind: str, target: str, network: str) -> FinetuneSettings:
+    """Of every model; each puts its own network in the place of this one, but for volumes, which look at none."""
     given = {"baselines": "[]", "audit": "false", "report": "false", "mirror": "[]", "clean": "false"}
     given |= dict(_words("finetune", asked.finetune, "finetune"))
     given |= dict(_words("finetune", asked.of_task.get(target, {}), f"of_task.{target}"))
     contrasts = [f"task.contrasts={shown(asked.contrasts)}"] if asked.contrasts else []
     words = [
         f"task={kind}", f"task.target={target}", f"store={asked.store}", "run=-", "backbone_from=none",
-        "backbone=unet_tiny", *contrasts, *(f"{key}={value}" for key, value in given.items()),
+        f"backbone={network}", *contrasts, *(f"{key}={value}" for key, value in given.items()),
     ]  # fmt: skip
     return narrowed(FinetuneSettings, resolve("finetune", words))
 
