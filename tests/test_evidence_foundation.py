@@ -15,6 +15,7 @@ import pytest
 import torch
 from lightning.fabric import Fabric
 
+from brainfm.comparison.people import drawn
 from brainfm.data.patches import collate
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError, ManifestError
@@ -95,10 +96,10 @@ def test_nobody_has_two_parts_and_only_held_people_are_tested() -> None:
 
 def test_fewer_shots_are_among_more_and_another_seed_draws_others() -> None:
     pool = [f"d/{n}" for n in range(20)]
-    ten = data.drawn(pool, 10, seed=1)
-    assert data.drawn(pool[::-1], 5, seed=1) == ten[:5] and set(ten) != set(data.drawn(pool, 10, seed=2))
+    ten = drawn(pool, 10, seed=1)
+    assert drawn(pool[::-1], 5, seed=1) == ten[:5] and set(ten) != set(drawn(pool, 10, seed=2))
     with pytest.raises(ManifestError, match="21 people to train on are asked for, 20 are there"):
-        data.drawn(pool, 21, seed=1)
+        drawn(pool, 21, seed=1)
 
 
 def test_a_trial_is_not_tested_on_whom_it_learned_from(family: runs.Family, loaded: LoadedBackbone) -> None:
@@ -318,7 +319,7 @@ def test_tables_come_from_the_records_alone(
     people = data.people_of(data.sides(), data.SETTINGS["hippocampus"])
     for start, score in (("scratch", 0.5), ("encoder", 0.6), ("decoder", 0.75)):
         for seed in range(2):
-            trained = tuple(data.drawn(people.pool, 5, seed))
+            trained = tuple(drawn(people.pool, 5, seed))
             one = runs.Job("hippocampus", start, runs.starts_of(loaded)[start].mark, seed, trained, (7, 9))
             tested = [f"t1 {who}" for who in people.held]
             setting = {"tested": tested, "trained": sorted(trained), "reads": [7, 9], "store": "s"}

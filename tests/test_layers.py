@@ -31,6 +31,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "rooms": {"root", "imaging", "data", "nets", "scoring", "tasks", "study", "reports"},
     "crossdomain": {"root", "nets", "scoring", "reports.charts", "reports.page", "reports.style", "reports.wording"},
     "training": {"root", "data", "nets", "objectives", "scoring", "tasks", "study", "probing", "synthesis.settings"},
+    "comparison": {"root", "data", "nets", "probing", "scoring", "study", "tasks", "training"},
     "inference": {
         "root",
         "imaging",

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +40,7 @@ _FITTED, _TESTED = 2, 4  # heads
 _NEAR_MM = 2.0  # voxels of the crops
 _WHOLE = 4  # a whole head is looked at where it has at most this many times the voxels of a crop
 _PER_CLASS = 100  # voxels of a crop that the linear model is fitted to
+_PER_CLASS_JOINED = 400  # the same where all maps are read together, which have ten times as many features
 _PLACES = 1 << 14  # of a map at most, for its rank
 _SHRINK = 1e-2  # of the covariance towards equal variances
 _STEPS, _EDGE, _RATE = 60, 48, 1e-3  # of the few-shot question
@@ -271,6 +272,39 @@ def linear_dice(maps: Maps, crops: Sequence[Crop], groups: int, fitted: int, dev
             scores = F.interpolate(scores, tuple(crop.truth.shape), mode="trilinear", align_corners=False)
             overlaps[name].add(scores[0].argmax(dim=0).cpu(), crop.truth)
     return {name: overlap.mean() for name, overlap in overlaps.items()}
+
+
+@torch.no_grad()
+def joined_answers(
+    maps: Maps, fitted: Sequence[Crop], tested: Iterable[Crop], classes: int, device: torch.device
+) -> Iterator[np.ndarray]:
+    """Of each tested crop the classes [X, Y, Z] uint8 that one linear model of all maps together tells, fitted to the
+    crops whose truth is known.
+
+    Args:
+        tested: taken one by one, so that they need not be held in memory together.
+    """
+    rows: dict[str, list[Tensor]] = {}
+    answers, shares = [], torch.zeros(classes, dtype=torch.float64)
+    for number, crop in enumerate(fitted):
+        assert crop.truth is not None
+        points, found = draw_voxels(crop.truth, _PER_CLASS_JOINED, seeds.stream(0, "joined probe voxels", number))
+        answers.append(found)
+        shares += torch.bincount(crop.truth[crop.truth >= 0], minlength=classes)
+        for name, values in maps(crop.image.to(device)).items():
+            rows.setdefault(name, []).append(read_at(values, points, crop.truth.shape).cpu())
+    widths = [of[0].shape[1] for of in rows.values()]
+    weight, bias = fit_linear(
+        torch.cat([torch.cat(of) for of in rows.values()], dim=1), torch.cat(answers), shares / shares.sum()
+    )
+    weights = dict(zip(rows, weight.to(device, torch.float32).split(widths, dim=1)))
+    for crop in tested:
+        total = bias.to(device, torch.float32)[None, :, None, None, None]
+        for name, values in maps(crop.image.to(device)).items():
+            # each map's share is interpolated by itself: the sum of interpolations is that of the sum
+            scores = torch.einsum("ke,bexyz->bkxyz", weights[name], values.float())
+            total = total + F.interpolate(scores, tuple(crop.image.shape[2:]), mode="trilinear", align_corners=False)
+        yield total[0].argmax(dim=0).to(torch.uint8).cpu().numpy()
 
 
 # --------------------------------------------------------------------------------------------------------------- ranks

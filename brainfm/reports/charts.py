@@ -11,6 +11,7 @@ from brainfm.reports.style import COLOURS, INK, LINE, SOFT, TEXT_POINTS, WIDTH_I
 from brainfm.reports.wording import number
 
 _SQUARE = (4.6, 5.6)  # height, width in inches
+_MARKS = ("o", "s", "^", "D")  # of models beyond the colours
 
 
 def chart(height_inch: float, width_inch: float = WIDTH_INCH) -> tuple[Any, Any]:
@@ -209,4 +210,50 @@ def learning_curve_figure(
     axes.minorticks_off()
     _named(axes, x_label, y_label, grid="y")
     _legend(figure)
+    return png(figure)
+
+
+def compute_figure(
+    panels: Sequence[tuple[str, Sequence[tuple[str, float | None, float, float | None, float | None]]]], x_label: str
+) -> bytes:
+    """Scores over what a model cost, a panel a score; what cost nothing is a dashed line across.
+
+    Args:
+        panels: (name of the score, (model, cost, mean, low, high) of each); a model has one colour in all panels.
+        x_label: of the cost, which is shown as a logarithm.
+
+    Returns:
+        A PNG.
+    """
+    from matplotlib.figure import Figure
+
+    columns = min(3, len(panels))
+    rows = -(-len(panels) // columns)
+    figure = Figure(figsize=(WIDTH_INCH, 0.7 + 2.9 * rows), facecolor="white", layout="constrained")
+    names = list(dict.fromkeys(model for _, points in panels for model, *_ in points))
+    shown: dict[str, Any] = {}
+    for place, (title, points) in enumerate(panels):
+        axes = figure.add_subplot(rows, columns, place + 1)
+        for side in ("top", "right", "left"):
+            axes.spines[side].set_visible(False)
+        axes.tick_params(colors=SOFT, labelsize=9, length=0)
+        axes.set_axisbelow(True)
+        axes.grid(color=LINE, linewidth=0.9)
+        for model, cost, mean, low, high in points:
+            colour, mark = COLOURS[names.index(model) % len(COLOURS)], _MARKS[names.index(model) // len(COLOURS) % 4]
+            if not cost:
+                shown[model] = axes.axhline(mean, color=colour, linewidth=1.4, linestyle="--")
+                continue
+            if low is not None and high is not None:
+                axes.plot([cost, cost], [low, high], color=colour, linewidth=2.4, alpha=0.4, solid_capstyle="round")
+            shown[model] = axes.plot([cost], [mean], mark, color=colour, markersize=7, markeredgecolor="white")[0]
+        if any(cost for _, cost, *_ in points):
+            axes.set_xscale("log")
+            axes.margins(x=0.15)
+        else:
+            axes.set_xticks([])
+        axes.set_title(plain(title), color=INK, fontsize=TEXT_POINTS, loc="left")
+    figure.supxlabel(plain(x_label), color=SOFT, fontsize=TEXT_POINTS)
+    figure.legend([shown[name] for name in names], [plain(name) for name in names], loc="outside lower left",
+                  ncols=4, frameon=False, fontsize=9, labelcolor=INK, handlelength=1.4)  # fmt: skip
     return png(figure)

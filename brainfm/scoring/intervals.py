@@ -227,6 +227,79 @@ def ends(drawn: np.ndarray, subjects: int) -> tuple[float, float]:
     return float(low), float(high)
 
 
+@dataclass(frozen=True)
+class CrossedScores:
+    """Scores of several models in the same resampled cohorts, from which intervals of each and of differences follow.
+
+    Attributes:
+        observed: [M, R] of each model and training.
+        cohorts: [N, M, R] of the same in N cohorts of resampled subjects.
+        weights: [N, R] how often each training was drawn, as shares.
+        cases: S.
+        subjects: how many people these are.
+    """
+
+    observed: np.ndarray
+    cohorts: np.ndarray
+    weights: np.ndarray
+    cases: int
+    subjects: int
+
+    def interval(self, model: int, other: int | None = None) -> Interval:
+        """Of a model, or of its difference to another, whose trainings are pairs: the mean over trainings and its 95 %
+        interval, NaN at the ends where the score is undefined in more than half of the cohorts; R * S as ``n``."""
+        seen, values = self.observed[model], self.cohorts[:, model]
+        if other is not None:
+            seen, values = seen - self.observed[other], values - self.cohorts[:, other]
+        used = np.where(self.weights > 0, values, 0.0) * self.weights
+        found = used.sum(axis=1)
+        defined = found[np.isfinite(found)]
+        tail = _tail(min([number for number in (len(seen), self.subjects) if number > 1], default=1))
+        ends = np.quantile(defined, [tail, 1 - tail]) if 2 * defined.size >= len(found) else (math.nan, math.nan)
+        return Interval(float(seen.mean()), float(ends[0]), float(ends[1]), len(seen) * self.cases)
+
+
+def crossed_scores(
+    metric: Callable[[np.ndarray, np.ndarray], float],
+    truth: np.ndarray,
+    answers: Sequence[np.ndarray],
+    groups: Sequence[str],
+    seed: int,
+    resamples: int = 2000,
+) -> CrossedScores:
+    """`crossed_bootstrap` of a score that looks at all cases at once, as AUROC does, for several models at a time.
+
+    Args:
+        metric: of the truth and the answers of one training, or their scores (`mean_score`).
+        truth: [S, ...] of each case.
+        answers: of each model [R, S, ...], a row a training.
+        groups: the subject of each case.
+        seed: >= 0; the same seed and values give the same cohorts.
+
+    Raises:
+        ValueError: where lengths differ, or there is nothing.
+    """
+    table = np.stack([np.asarray(each) for each in answers])
+    runs, cases = table.shape[1], len(groups)
+    if not table.size or table.shape[2] != cases or len(truth) != cases:
+        raise ValueError(f"expected answers of models by trainings by cases, found {table.shape} for {cases} cases")
+    rows = list(_rows(groups).values())
+    generator = stream(seed, "crossed scores")
+    weights = generator.multinomial(runs, np.full(runs, 1 / runs), size=resamples) / runs
+
+    def scored(picked: np.ndarray) -> np.ndarray:
+        there, given = truth[picked], table[:, :, picked]
+        if metric is mean_score:
+            return given.mean(axis=2)
+        return np.array([[metric(there, row) for row in model] for model in given])
+
+    cohorts = np.stack(
+        [scored(np.concatenate([rows[n] for n in generator.integers(len(rows), size=len(rows))]))
+         for _ in range(resamples)]
+    )  # fmt: skip
+    return CrossedScores(scored(np.arange(cases)), cohorts, weights, cases, len(rows))
+
+
 def shuffles(groups: Sequence[str], rounds: int, seed: int, strata: np.ndarray | None = None) -> np.ndarray:
     """[rounds, N] indices that deal the rows of each subject to another subject with as many rows.
 

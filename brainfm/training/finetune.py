@@ -113,9 +113,32 @@ def finetune(settings: FinetuneSettings) -> Path | None:
         return None
 
 
-def _begin(settings: FinetuneSettings) -> tuple[_Tuning, list[Split]]:
-    """Everything that can be refused is refused here, before any step."""
-    store, run, seed = Store.open(settings.store), settings.run, settings.seed
+def answered(settings: FinetuneSettings, choose: Callable[[Study], Split]) -> list[Row] | None:
+    """Runs or resumes one training on the cases that ``choose`` names, as a fold of a fine-tuning is trained.
+
+    Leaves the fold's folder in ``run``.
+
+    Returns:
+        The answers to its held cases, as `Study.conclude` gives them; None where it was interrupted and has saved.
+
+    Raises:
+        BrainfmError: whatever the user can mend, in one sentence.
+    """
+    tuning, (split,) = _begin(settings, lambda study: [choose(study)])
+    try:
+        return _fold(tuning, split, tuning.run / split.name, tuning.backbone, tuning.adapt)[1]
+    except _Interrupted as interruption:
+        if tuning.chief:
+            say(f"stopped in {tuning.run.name}/{interruption} and saved; the same command goes on")
+        return None
+
+
+def _begin(
+    settings: FinetuneSettings, choose: Callable[[Study], list[Split]] | None = None
+) -> tuple[_Tuning, list[Split]]:
+    """Everything that can be refused is refused here, before any step. ``choose``: the splits, where they are not those
+    of a cross-validation."""
+    store, run = Store.open(settings.store), settings.run
     settings = replace(settings, trainer=settled(settings.trainer))
     if not settings.adapt.pretrained and settings.backbone_from != "none":  # the file's network without what it learned
         network = dict(load_backbone(settings.backbone_from).backbone.config)
@@ -132,6 +155,23 @@ def _begin(settings: FinetuneSettings) -> tuple[_Tuning, list[Split]]:
         say(f"left out: {len(study.left_out) - _MOST_SAID} more; results.json will name them all")
     for sentence in study.notes:
         say(sentence)
+    splits = _splits(settings, study) if choose is None else choose(study)
+    fabric = make_fabric(settings.trainer)
+    patch = study.patch(backbone, _MOST_VOXELS[fabric.device.type])
+    backbone.check_patch(patch)
+    planned = _planned(settings, study, backbone, patch, fabric)
+    study.settle(planned.patch_vox)
+    if pretrained is not None:
+        seen = transferred.tested(pretrained, splits)
+        for note in (*transferred.notes(pretrained, store, study.spec), *([str(seen)] if seen is not None else [])):
+            say(f"note: {note}")
+    run.mkdir(parents=True, exist_ok=True)  # what is refused leaves none
+    return _Tuning(settings, store, run, fabric, study, backbone, pretrained, planned, adapt), splits
+
+
+def _splits(settings: FinetuneSettings, study: Study) -> list[Split]:
+    """Those of the cross-validation. Raises: ConfigError where there are too few people."""
+    seed = settings.seed
     spec = SplitSpec(
         folds=settings.folds, repeats=settings.repeats, inner=settings.inner, sites_apart=settings.sites_apart,
         seed=seed,
@@ -144,17 +184,7 @@ def _begin(settings: FinetuneSettings) -> tuple[_Tuning, list[Split]]:
         for shots in _shots(settings):
             for split in splits if shots is not None else []:
                 with_shots(split, shots, seed, strata)  # type: ignore[arg-type]
-    fabric = make_fabric(settings.trainer)
-    patch = study.patch(backbone, _MOST_VOXELS[fabric.device.type])
-    backbone.check_patch(patch)
-    planned = _planned(settings, study, backbone, patch, fabric)
-    study.settle(planned.patch_vox)
-    if pretrained is not None:
-        seen = transferred.tested(pretrained, splits)
-        for note in (*transferred.notes(pretrained, store, study.spec), *([str(seen)] if seen is not None else [])):
-            say(f"note: {note}")
-    run.mkdir(parents=True, exist_ok=True)  # what is refused leaves none
-    return _Tuning(settings, store, run, fabric, study, backbone, pretrained, planned, adapt), splits
+    return splits
 
 
 def _settled_adapt(settings: FinetuneSettings, study: Study) -> AdaptSpec:

@@ -103,21 +103,14 @@ def pretrain(settings: PretrainSettings) -> State:
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
     """
-    folder, seed = settings.run, settings.seed
+    store, folder = Store.open(settings.store), settings.run
     settings = replace(settings, trainer=settled(settings.trainer))
-    trainer, data = settings.trainer, settings.data
+    trainer = settings.trainer
     fabric = make_fabric(trainer)
-    torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
-    backbone = build_backbone(**settings.backbone)
-    store = Store.open(settings.store)
-    sides = sides_of(store, data)
-    asked, targets = _with_targets(settings, store, sides[0])
-    objective = make_objective(asked, backbone, patch_vox=data.patch_vox, seed=seed)
-    batch_size = trainer.batch_size
-    artefacts = _artefacts(data.augment, objective.views)
-    module = Augmented(objective, artefacts, seed, settings.average, data.looks)
+    made = assembled(settings, store, fabric.world_size)
+    module, train_set, sides, targets = made.module, made.train_set, made.sides, made.targets
+    objective, backbone, batch_size = module.question, module.question.backbone, trainer.batch_size
     quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
-    train_set = make_patches(data, seed, store, sides[0], objective.views, targets, batch_size * fabric.world_size)
     optimizer = build_optimizer(objective, **optim_values(settings.optim))
     if fabric.is_global_zero:
         say(
@@ -167,6 +160,36 @@ def pretrain(settings: PretrainSettings) -> State:
         else:
             say(f"stopped after step {state.step} of {spec.max_steps} and saved; the same command goes on from there")
     return state
+
+
+@dataclass(frozen=True)
+class Assembled:
+    """A pre-training before its first step.
+
+    Attributes:
+        sides: sessions to train on, and held out.
+        targets: of the data, for whoever is trained on.
+    """
+
+    module: Augmented
+    train_set: PretrainPatches | WindowPatches
+    sides: tuple[list[SessionEntry], list[SessionEntry]]
+    targets: Targets
+
+
+def assembled(settings: PretrainSettings, store: Store, processes: int = 1) -> Assembled:
+    """What the settings describe, with fresh weights, on the CPU. Raises: BrainfmError for what cannot be."""
+    data, seed = settings.data, settings.seed
+    torch.manual_seed(seed)  # the initial weights; nothing later draws from the ambient stream
+    backbone = build_backbone(**settings.backbone)
+    sides = sides_of(store, data)
+    asked, targets = _with_targets(settings, store, sides[0])
+    objective = make_objective(asked, backbone, patch_vox=data.patch_vox, seed=seed)
+    module = Augmented(objective, _artefacts(data.augment, objective.views), seed, settings.average, data.looks)
+    samples = settings.trainer.batch_size * processes
+    return Assembled(
+        module, make_patches(data, seed, store, sides[0], objective.views, targets, samples), sides, targets
+    )
 
 
 def _online_probe(

@@ -37,7 +37,7 @@ class Meter:
         self.device, self.before = device, dict(before)
         self._samples = self._patches = self._voxels = 0
         self._began, self._cpu, self._probed = time.perf_counter(), cpu_seconds(), 0.0
-        self._energy = energy_counter(device)
+        self._energy, self._packages = energy_counter(device), Packages()
         self._joule = self._energy() if self._energy else 0.0
 
     def saw(self, batch: Batch) -> None:
@@ -67,7 +67,8 @@ class Meter:
         ``samples``, ``patches`` (several to a sample), ``voxels``; ``wall_hours`` and how much of them went to probes;
         ``cpu_hours`` of all processes and their loader workers; ``gpu_hours``: wall times devices, busy or not;
         ``peak_memory_gib`` of the largest process and ``peak_gpu_memory_gib``; ``gpu_energy_kwh`` of the devices, with
-        whatever else ran on them, None where NVML does not tell; ``sessions``, ``processes``, ``device``, ``torch``.
+        whatever else ran on them, None where NVML does not tell; ``cpu_energy_kwh`` of the first process's processor
+        packages in the same way, None where RAPL cannot be read; ``sessions``, ``processes``, ``device``, ``torch``.
         """
         wall, ranks = time.perf_counter() - self._began, fabric.world_size
         on_gpu = self.device.type == "cuda"
@@ -87,6 +88,7 @@ class Meter:
         return whole | {
             "gpu_hours": round(gpu_hours + self.before.get("gpu_hours", 0.0), 6),
             "gpu_energy_kwh": None if spent is None or math.isnan(kwh) else round(spent + kwh, 6),
+            "cpu_energy_kwh": self._packages.total_kwh(self.before),
             "peak_memory_gib": round(max(memory, self.before.get("peak_memory_gib", 0.0)), 3),
             "peak_gpu_memory_gib": round(max(gpu_memory, self.before.get("peak_gpu_memory_gib", 0.0)), 3),
             "sessions": self.before.get("sessions", 0) + 1,
@@ -135,6 +137,51 @@ def peak_memory_bytes() -> int:
         return peak if sys.platform == "darwin" else peak * 1024  # getrusage(2): kilobytes, but bytes on macOS
 
 
+def forget_peaks() -> bool:
+    """The peaks of memory begin anew; whether the process's own could be told to (Linux can)."""
+    if torch.cuda.is_available() and torch.cuda.is_initialized():
+        torch.cuda.reset_peak_memory_stats()
+    try:
+        Path("/proc/self/clear_refs").write_text("5")  # proc(5): VmHWM becomes what is held now
+    except OSError:
+        return False
+    return True
+
+
+class Packages:
+    """Joules that the processor packages of this machine draw from now on (RAPL, where its files may be read).
+
+    Source: the Linux kernel's power capping framework, Documentation/power/powercap.
+    """
+
+    def __init__(self, folder: Path = Path("/sys/class/powercap")) -> None:
+        self._last, self._joule = dict[Path, int](), 0.0
+        try:
+            for zone in sorted(folder.glob("intel-rapl:*")):
+                if zone.name.count(":") == 1:  # a package; what lies in it is counted with it
+                    self._last[zone] = int((zone / "energy_uj").read_text())
+        except (OSError, ValueError):
+            self._last = {}
+
+    def joule(self) -> float:
+        """Since the beginning; NaN where it is not told."""
+        try:
+            for zone, before in self._last.items():
+                now = int((zone / "energy_uj").read_text())
+                room = int((zone / "max_energy_range_uj").read_text()) if now < before else 0  # it has begun anew
+                self._joule += (now - before + room) / 1e6
+                self._last[zone] = now
+        except (OSError, ValueError):
+            self._last = {}
+        return self._joule if self._last else math.nan
+
+    def total_kwh(self, before: Mapping[str, Any]) -> float | None:
+        """With what earlier sessions of a run have drawn; None where any of it is not known."""
+        earlier = before.get("cpu_energy_kwh", None if before else 0.0)
+        kwh = self.joule() / 3.6e6
+        return None if earlier is None or math.isnan(kwh) else round(earlier + kwh, 6)
+
+
 def energy_counter(device: torch.device) -> Callable[[], float] | None:
     """Joules that the device has drawn since its driver was loaded; None where NVML cannot tell."""
     if device.type != "cuda":
@@ -153,7 +200,7 @@ def energy_counter(device: torch.device) -> Callable[[], float] | None:
 
 def describe(receipt: Mapping[str, Any]) -> str:
     """One readable line."""
-    energy = receipt["gpu_energy_kwh"]
+    energy, packages = receipt["gpu_energy_kwh"], receipt.get("cpu_energy_kwh")
     gpu = (
         f", {receipt['gpu_hours']:.2f} GPU hours, peak {receipt['peak_gpu_memory_gib']:.1f} GiB on the GPU, "
         + ("energy unknown" if energy is None else f"{energy:.3f} kWh")
@@ -165,6 +212,8 @@ def describe(receipt: Mapping[str, Any]) -> str:
         f"cost: {receipt['samples']:,} samples ({receipt['patches']:,} patches, {receipt['voxels']:,} voxels), "
         f"{receipt['wall_hours']:.3f} h in {receipt['sessions']} session{'s' if receipt['sessions'] > 1 else ''} "
         f"({share:.1f} % for probes), {receipt['cpu_hours']:.3f} CPU hours, "
-        f"peak {receipt['peak_memory_gib']:.1f} GiB of memory{gpu}, {receipt['processes']} x {receipt['device']}, "
+        f"peak {receipt['peak_memory_gib']:.1f} GiB of memory{gpu}, "
+        + (f"{packages:.3f} kWh of the processor, " if packages is not None else "")
+        + f"{receipt['processes']} x {receipt['device']}, "
         f"torch {receipt['torch']}"
     )

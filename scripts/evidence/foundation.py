@@ -48,6 +48,7 @@ from foundation_runs import Family, Job, Start, best_rate, cost, is_done, measur
 from foundation_tables import tables
 from lightning.fabric import Fabric
 
+from brainfm.comparison.people import People, drawn
 from brainfm.errors import BrainfmError, ConfigError
 from brainfm.files import write_whole
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, spacing_note
@@ -73,7 +74,7 @@ def setting_of(name: str, args: argparse.Namespace) -> data.Setting:
     return replace(setting, tested=min(setting.tested, args.tested)) if args.tested else setting
 
 
-def family_of(name: str, setting: data.Setting, people: data.People, args: argparse.Namespace) -> Family:
+def family_of(name: str, setting: data.Setting, people: People, args: argparse.Namespace) -> Family:
     """A family with its store, which is made where it is not there."""
     store = data.store_of(name, setting, args.data, args.out / "data", people)
     asked = SegmentationSettings(
@@ -98,19 +99,17 @@ def real_of(args: argparse.Namespace) -> tuple[str, ...]:
     return data.REAL[: args.tested] if args.tested else data.REAL
 
 
-def trials_of(
-    name: str, setting: data.Setting, people: data.People, start: Start, args: argparse.Namespace
-) -> list[Job]:
+def trials_of(name: str, setting: data.Setting, people: People, start: Start, args: argparse.Namespace) -> list[Job]:
     """As many for every start: each rate, each draw of people."""
     jobs = []
     for rate in args.rates:
         for seed in range(_TRIAL_SEED, _TRIAL_SEED + args.draws):
-            trained = tuple(data.drawn(people.trial, setting.trial[1], seed))
+            trained = tuple(drawn(people.trial, setting.trial[1], seed))
             jobs.append(Job(name, start.name, start.mark, seed, trained, tuple(args.trial_reads), rate, trial=True))
     return jobs
 
 
-def runs_of(question: str, starts: Iterable[Start], people: data.People, args: argparse.Namespace) -> list[Job]:
+def runs_of(question: str, starts: Iterable[Start], people: People, args: argparse.Namespace) -> list[Job]:
     """The runs of a question, without their rates: seed by seed, so that what is there can always be compared."""
     family, jobs = FAMILY[question], []
     for seed in range(args.seeds):
@@ -121,7 +120,7 @@ def runs_of(question: str, starts: Iterable[Start], people: data.People, args: a
             for start in starts:
                 if start.name == "rendered" and question != "contrast":
                     continue
-                trained = tuple(data.drawn(people.pool, shots, seed))
+                trained = tuple(drawn(people.pool, shots, seed))
                 jobs.append(Job(family, start.name, start.mark, seed, trained, reads, wide=wide))
     return jobs
 

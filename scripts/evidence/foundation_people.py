@@ -15,6 +15,7 @@ import numpy as np
 from render_contrasts import MUSE
 
 from brainfm import seeds
+from brainfm.comparison.people import People, dealt
 from brainfm.data.manifest import Scan, read_manifest, write_manifest
 from brainfm.data.prepare import prepare
 from brainfm.data.schemes import to_groups
@@ -80,31 +81,10 @@ SETTINGS = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class People:
-    """Keys ``dataset/subject``: for trials of rates, to draw shots from, and to test on."""
-
-    trial: tuple[str, ...]
-    pool: tuple[str, ...]
-    held: tuple[str, ...]
-
-
 def people_of(sides: Mapping[tuple[str, str], str], setting: Setting) -> People:
     """Who does what, by hash: nobody twice. ``sides``: (dataset, subject) -> ``train`` or ``held``."""
     keys = {f"{d}/{s}": side for (d, s), side in sides.items() if d in setting.datasets}
-    ordered = sorted(keys, key=lambda key: (seeds.unit_hash(key, SALT), key))
-    train = [key for key in ordered if keys[key] == "train"]
-    held = [key for key in ordered if keys[key] == "held"]
-    count = setting.trial[0]
-    return People(tuple(train[:count]), tuple(train[count : count + setting.pool]), tuple(held[: setting.tested]))
-
-
-def drawn(pool: Sequence[str], shots: int, seed: int) -> list[str]:
-    """The people that a run learns from: those of fewer shots are among those of more."""
-    if shots > len(pool):
-        raise ManifestError(f"{shots} people to train on are asked for, {len(pool)} are there")
-    order = seeds.stream(seed, "evidence shots").permutation(len(pool))
-    return [sorted(pool)[place] for place in order[:shots]]
+    return dealt(keys, SALT, trial=setting.trial[0], pool=setting.pool, held=setting.tested)
 
 
 def sides() -> dict[tuple[str, str], str]:
@@ -117,7 +97,9 @@ def sides() -> dict[tuple[str, str], str]:
 def store_of(name: str, setting: Setting, data: Path, out: Path, people: People) -> Store:
     """The prepared scans of a family; what is there already stays."""
     everyone = [*people.trial, *people.pool, *people.held]
-    scans = {"hippocampus": _hippocampus, "lesions": _lesions, "tissues": _tissues}[name](data, out, everyone, people)
+    scans = {"hippocampus": _hippocampus, "lesions": _lesions, "tissues": tissue_scans}[name](
+        data, out, everyone, people
+    )
     return prepared(out / name, scans, setting.spacing_mm, setting.align)
 
 
@@ -180,7 +162,7 @@ def _lesions(data: Path, out: Path, everyone: Iterable[str], people: People) -> 
     return scans
 
 
-def _tissues(data: Path, out: Path, everyone: Iterable[str], people: People) -> list[Scan]:
+def tissue_scans(data: Path, out: Path, everyone: Iterable[str], people: People) -> list[Scan]:
     """T1s with their parcellation and its tissues; of those who are tested also a T2 and a FLAIR that
     synthesis/contrast renders, which is not what training renders with."""
     scans = []

@@ -14,10 +14,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from foundation_people import Setting, drawn, people_of, prepared, sides
+from foundation_people import Setting, people_of, prepared, sides
 from foundation_runs import Start, encoder_of
 from foundation_tables import TITLES, cell, compared
 
+from brainfm.comparison.people import drawn
 from brainfm.data import layouts
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError

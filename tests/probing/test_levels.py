@@ -384,3 +384,19 @@ def test_a_run_says_it_or_stops(people_store: Store, tmp_path: Path, monkeypatch
 def test_impossible_guards(wrong: dict, said: str) -> None:
     with pytest.raises(ConfigError, match=said):
         GuardSpec(**wrong)
+
+
+def test_one_linear_model_reads_all_maps_together() -> None:
+    """Two maps of which neither tells the three classes apart by itself."""
+    heads = [head(number) for number in range(4)]
+
+    def maps(image: Tensor) -> dict[str, Tensor]:
+        coarse = F.avg_pool3d((image == 3).float(), 2)
+        return {"fine": torch.cat([image == 1, image >= 2], dim=1).float(), "coarse": coarse}
+
+    said = list(lp.joined_answers(maps, heads[:2], iter(heads[2:]), K, CPU))
+    assert [answer.shape for answer in said] == [(EDGE,) * 3] * 2 and said[0].dtype == np.uint8
+    right = [np.mean(answer == crop.truth.numpy()) for answer, crop in zip(said, heads[2:]) if crop.truth is not None]
+    alone = list(lp.joined_answers(lambda image: {"fine": maps(image)["fine"]}, heads[:2], heads[2:], K, CPU))
+    assert min(right) > 0.98
+    assert all((answer != 3).all() or (answer != 2).all() for answer in alone)

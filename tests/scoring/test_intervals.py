@@ -15,6 +15,7 @@ from brainfm.scoring.answers import auroc
 from brainfm.scoring.intervals import (
     bootstrap,
     crossed_bootstrap,
+    crossed_scores,
     ends,
     mean_score,
     paired_bootstrap,
@@ -280,3 +281,45 @@ def test_ends_move_outwards_for_few_subjects_and_leave_undefined_resamples_out()
     assert np.allclose(many, plain, atol=0.02)
     assert ends(np.concatenate([drawn, np.full(1000, np.nan)]), 6) == few
     assert np.isnan(ends(np.array([1.0, np.nan, np.nan]), 6)).all() and np.isnan(ends(np.full(3, np.nan), 6)).all()
+
+
+# ---- several models, in the same cohorts -----------------------------------------------------------------------------
+
+
+def test_crossed_scores_of_means_are_the_crossed_bootstrap() -> None:
+    rng = np.random.default_rng(4)
+    a, b = (rng.normal(0.7, 0.1, (4, 1)) + rng.normal(0, 0.1, (1, 15)) + rng.normal(0, 0.02, (4, 15)) for _ in "ab")
+    people = names(15)
+    found = crossed_scores(mean_score, np.zeros(15), [a, b], people, seed=0)
+    for mine, theirs in (
+        (found.interval(0), crossed_bootstrap(a, 0)),
+        (found.interval(0, 1), crossed_bootstrap(a - b, 0)),
+    ):
+        width = theirs.high - theirs.low
+        assert mine.mean == pytest.approx(theirs.mean) and mine.n == 60
+        assert (mine.low, mine.high) == pytest.approx((theirs.low, theirs.high), abs=0.12 * width)
+    # a person with two sessions is drawn with both
+    twice = crossed_scores(
+        mean_score, np.zeros(30), [np.repeat(a, 2, axis=1)], [n for n in people for _ in "ab"], seed=0
+    )
+    assert twice.interval(0).high - twice.interval(0).low == pytest.approx(
+        found.interval(0).high - found.interval(0).low, rel=0.1
+    )
+
+
+def test_crossed_scores_of_an_auroc_are_those_of_a_loop() -> None:
+    rng = np.random.default_rng(5)
+    truth = np.arange(12) % 2
+    answers = truth + rng.normal(0, 1, (3, 12))
+
+    def metric(right: np.ndarray, given: np.ndarray) -> float:
+        return auroc(right, given)
+
+    found = crossed_scores(metric, truth, [answers, answers[::-1]], names(12), seed=0, resamples=400)
+    assert found.interval(0).mean == pytest.approx(np.mean([auroc(truth, row) for row in answers]))
+    assert found.interval(0).low < found.interval(0).mean < found.interval(0).high <= 1
+    assert found.interval(0, 1).mean == pytest.approx(0)
+    alone = crossed_scores(metric, np.array([0, 1]), [answers[:, :2]], names(2), seed=0, resamples=200)
+    assert math.isnan(alone.interval(0).low)  # half of the cohorts have one class alone
+    with pytest.raises(ValueError, match="expected answers of models by trainings by cases"):
+        crossed_scores(metric, truth, [answers], names(11), seed=0)

@@ -172,3 +172,20 @@ def test_files_without_a_receipt_still_load(tmp_path: Path) -> None:
         objective_state={}, preprocess=PreprocessSpec(), patch_vox=(16, 16, 16), provenance=Old(**values),
     )  # fmt: skip
     assert load_backbone(tmp_path / "old.safetensors").provenance.receipt == {}
+
+
+def test_energy_of_packages_is_what_rapl_counts(tmp_path: Path) -> None:
+    def write(joule: dict[str, float]) -> None:
+        for name, value in joule.items():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "energy_uj").write_text(f"{round(value * 1e6)}\n")
+            (tmp_path / name / "max_energy_range_uj").write_text("1000000000\n")
+
+    write({"intel-rapl:0": 900, "intel-rapl:1": 10, "intel-rapl:0:0": 5})  # the last lies in the first
+    packages = receipt.Packages(tmp_path)
+    write({"intel-rapl:0": 100, "intel-rapl:1": 30, "intel-rapl:0:0": 500})  # the first has begun anew at 1000
+    assert packages.joule() == pytest.approx(200 + 20) and packages.joule() == pytest.approx(220)
+    assert packages.total_kwh({}) == pytest.approx(220 / 3.6e6, abs=1e-6)
+    assert packages.total_kwh({"samples": 3}) is None  # of an earlier session nothing is known
+    assert packages.total_kwh({"cpu_energy_kwh": 2.0}) == pytest.approx(2.000061, abs=1e-6)
+    assert receipt.Packages(tmp_path / "nowhere").total_kwh({}) is None
