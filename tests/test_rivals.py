@@ -12,6 +12,7 @@ import torch
 from brainfm.cli import main
 from brainfm.data.store import Store
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.probing.features import read
 from brainfm.tasks.bundle import read_bundle
 from tests.training.test_finetune_contracts import small_store
 
@@ -66,12 +67,21 @@ def test_it_is_pre_trained_fine_tuned_and_asked(name: str, people_store: Store, 
             "adapt.decoder=false", *task,
         ]  # fmt: skip
         assert main(["finetune", *words]) == 0
-        assert read_bundle(run / "bundle").networks[0].backbone.config["name"] == loaded.backbone.config["name"]
+        bundle = read_bundle(run / "bundle")
+        assert bundle.networks[0].backbone.config["name"] == loaded.backbone.config["name"]
+        if task is CLASSIFICATION:
+            assert bundle.task.pooling == {"vit": "token", "primus": "mean"}.get(name.split()[0], "attention")
         out = tmp_path / f"answer.{ending}"
         assert main(["predict", f"bundle={run / 'bundle'}", f"input.t1={scan}", f"out={out}"]) == 0
         if ending == "nii.gz":
             assert np.asarray(nib.load(out).dataobj).shape == nib.load(scan).shape
-    assert main(["embed", f"backbone={file}", f"store={store.path}", f"out={tmp_path / 'f.npz'}", "device=cpu"]) == 0
+    out = tmp_path / "f.npz"
+    assert main(["embed", f"backbone={file}", f"store={store.path}", f"out={out}", "device=cpu"]) == 0
+    assert ("token" in read(out).parts) == name.startswith("vit")
+    words = ["probe", f"features={out}", f"store={store.path}", "target=ill", "folds=2", "repeats=1", "device=cpu"]
+    assert main([*words, f"out={tmp_path / 'probe'}"]) == 0
+    table = (tmp_path / "probe" / "table.csv").read_text()
+    assert ("\ntoken,knn" in table) == ('\n"random network, token",knn' in table) == name.startswith("vit")
 
 
 def test_dino_interrupted_ends_with_the_same_weights(people_store: Store, tmp_path: Path) -> None:

@@ -91,6 +91,7 @@ class TokenEncoder(Backbone):
         self.norm = nn.LayerNorm(width)
         self._channels_a_head = None if heads is None else width // heads
         self._loose = loose
+        self.class_token, self.usual_pooling = loose > 0, "token" if loose else "mean"
         self._tapped = [len(blocks) * (tap + 1) // taps - 1 for tap in range(taps)]
         started(self)
 

@@ -25,7 +25,7 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import check_writable, write_table, write_text
 from brainfm.nets.backbone_file import load_backbone
-from brainfm.probing.features import WHOLE, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
+from brainfm.probing.features import TOKEN, WHOLE, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
 from brainfm.scoring import linear
 from brainfm.scoring.answers import Score
 from brainfm.scoring.folds import folds_by_answer
@@ -193,7 +193,8 @@ def probe(
         shown = {found.rows[place] for some in places for place in some}
         chosen = [place for place, row in enumerate(random.rows) if row in shown]
         rows = tuple(random.rows[place] for place in chosen)
-        by_name[RANDOM] = _averaged(random.parts[WHOLE][chosen], _matched(asked, rows)[1])
+        for part, values in random.parts.items():
+            by_name[_twin(part)] = _averaged(values[chosen], _matched(asked, rows)[1])
     table = ProbeTable(asked, tuple(_rows(asked, by_name, spec)), tuple(notes))
     write_table(folder / TABLE, *_csv(table))
     document = _document(table, spec, found.about)
@@ -351,8 +352,9 @@ def _rows(asked: ProbedColumn, by_name: Mapping[str, np.ndarray], spec: ProbeTab
     dealt = [folds_by_answer(subjects, y, spec.folds, number) for number in numbers]
     main = kind_of(task.kind).primary(task)[0]
     yield _row(asked, CHANCE, "prior" if task.values else "mean", _guesses(y, subjects, dealt, task), strata, spec)
-    random: dict[str, np.ndarray] = {}
-    for name in sorted(by_name, key=lambda name: name != RANDOM):
+    random: dict[tuple[str, str], np.ndarray] = {}
+    twins = (RANDOM, _twin(TOKEN))
+    for name in sorted(by_name, key=lambda name: name not in twins):
         for model in ("knn", "logistic" if task.values else "ridge"):
             answers = np.stack(
                 [
@@ -362,14 +364,19 @@ def _rows(asked: ProbedColumn, by_name: Mapping[str, np.ndarray], spec: ProbeTab
                 axis=1,
             )
             row = _row(asked, name, model, answers, strata, spec)
-            if name == RANDOM:
-                random[model] = answers
-            elif model in random:
+            if name in twins:
+                random[name, model] = answers
+            elif (_twin(name), model) in random:
                 metric = _over_repeats(kind_of(task.kind).scores(task)[main])
-                pair = (metric, truth, answers, random[model], subjects, spec.seed)
+                pair = (metric, truth, answers, random[_twin(name), model], subjects, spec.seed)
                 apart = paired_bootstrap(*pair, strata, spec.resamples)
                 row = replace(row, minus_random=apart, p_random=paired_permutation(*pair))
             yield row
+
+
+def _twin(part: str) -> str:
+    """The row of the random network that a part is held against."""
+    return f"{RANDOM}, {TOKEN}" if part == TOKEN else RANDOM
 
 
 def _row(

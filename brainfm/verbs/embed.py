@@ -31,7 +31,8 @@ class Settings:
     contrasts: Annotated[tuple[str, ...] | None, "e.g. [t1,flair]; null: every scan"] = None
     parts: Annotated[
         tuple[str, ...] | None,
-        "of backbone and the latent's named parts, e.g. [backbone,anatomy]; null: all there are",
+        "of backbone, token (a transformer's class token) and the latent's named parts, e.g. [backbone,anatomy]; "
+        "null: all there are",
     ] = None
     whole_mvox: Annotated[
         float, "million voxels up to which the whole head passes the network at once; else windows"
