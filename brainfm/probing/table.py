@@ -25,7 +25,7 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import check_writable, write_table, write_text
 from brainfm.nets.backbone_file import load_backbone
-from brainfm.probing.features import TOKEN, WHOLE, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
+from brainfm.probing.features import TOKEN, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
 from brainfm.scoring import linear
 from brainfm.scoring.answers import Score
 from brainfm.scoring.folds import folds_by_answer

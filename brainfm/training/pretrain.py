@@ -25,6 +25,7 @@ from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import save_backbone
+from brainfm.nets.branches import draw_branches
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.objectives.settings import AnatomyPathologySettings, DenseSplitSettings, ObjectiveSettings
 from brainfm.probing.levels import LevelProbe
@@ -76,6 +77,8 @@ class Augmented(torch.nn.Module):
         batch = self.shown(batch)
         if self.training and self.spec is not None:
             batch = apply(batch, draw(batch, self.spec, self.seed))
+        if self.training:
+            draw_branches(self.question, self.seed, batch.sample)
         return self.question(batch, progress)
 
     def shown(self, batch: Batch) -> Batch:

@@ -40,8 +40,8 @@ class ExplainedHead(ExplainedAnswer):
         case, spec = self.case, self.case.spec
         if spec.pooling == "token":
             raise ConfigError(
-                f"the bundle answers for {spec.target} from a class token, which no map leads to; expected one that was "
-                "fine-tuned with task.pooling=mean or attention"
+                f"the bundle answers for {spec.target} from a class token, which no map leads to; expected one that "
+                "was fine-tuned with task.pooling=mean or attention"
             )
         signed = not self.sort.probable
         with watched(network, layer) as leaves:

@@ -50,7 +50,7 @@ class WholeHeadTask(Task):
 
     A token is a voxel of the deepest map with what lies in its place in the maps above it: after instance norms the
     deepest map alone says little that a few cases could teach to read. ``spec.pooling=mean`` weighs all tokens of a
-    view alike; ``token`` takes the class token of a transformer in place of mean and deviation, the mean over contrasts.
+    view alike; ``token`` takes a transformer's class token in place of mean and deviation, the mean over contrasts.
 
     A view is the whole head on coarse voxels or a window of it. Both scales begin with the same total weight, so the
     answer does not hang on how many windows are given: training shows a few, prediction all that cover the head.

@@ -436,7 +436,7 @@ def test_every_parameter_gets_a_gradient_whatever_the_pooling(pooling):
 
 
 def test_a_network_without_a_class_token_is_not_asked_for_one():
-    with pytest.raises(ConfigError, match=r"task.pooling=token: unet_tiny has no class token; expected attention or"):
+    with pytest.raises(ConfigError, match=r"task\.pooling=token: unet_tiny has no class token; expected attention or"):
         build_task(replace(SPEC, pooling="token"), build_backbone("unet_tiny"))
-    with pytest.raises(ConfigError, match="task.pooling='max': expected one of attention, mean, token"):
+    with pytest.raises(ConfigError, match=r"task\.pooling='max': expected one of attention, mean, token"):
         build_task(replace(SPEC, pooling="max"), build_backbone("unet_tiny"))
