@@ -13,6 +13,7 @@ from brainfm.cli import main
 from brainfm.data.store import Store
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.probing.features import read
+from brainfm.probing.table import ProbeTableSpec, probe
 from brainfm.tasks.bundle import read_bundle
 from tests.training.test_finetune_contracts import small_store
 
@@ -78,10 +79,10 @@ def test_it_is_pre_trained_fine_tuned_and_asked(name: str, people_store: Store, 
     out = tmp_path / "f.npz"
     assert main(["embed", f"backbone={file}", f"store={store.path}", f"out={out}", "device=cpu"]) == 0
     assert ("token" in read(out).parts) == name.startswith("vit")
-    words = ["probe", f"features={out}", f"store={store.path}", "target=ill", "folds=2", "repeats=1", "device=cpu"]
-    assert main([*words, f"out={tmp_path / 'probe'}"]) == 0
-    table = (tmp_path / "probe" / "table.csv").read_text()
-    assert ("\ntoken,knn" in table) == ('\n"random network, token",knn' in table) == name.startswith("vit")
+    asked = ProbeTableSpec("ill", folds=2, repeats=1, resamples=10)
+    rows = {(row.features, row.model): row for row in probe(store, tmp_path / "probe", asked, features=out).rows}
+    assert (("token", "knn") in rows) == (("random network, token", "knn") in rows) == name.startswith("vit")
+    assert all(row.minus_random is not None for (part, _), row in rows.items() if part in ("token", "backbone"))
 
 
 def test_dino_interrupted_ends_with_the_same_weights(people_store: Store, tmp_path: Path) -> None:

@@ -98,6 +98,7 @@ class TokenEncoder(Backbone):
         self.branches = BranchStream(0, [0])
         self._drops = [block.drop for block in blocks]
         self._loose = loose
+        self.cube_vox = patch_vox
         self.class_token, self.usual_pooling = loose > 0, "token" if loose else "mean"
         self._tapped = [len(blocks) * (tap + 1) // taps - 1 for tap in range(taps)]
         started(self)

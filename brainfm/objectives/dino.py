@@ -10,6 +10,7 @@ from torch import Tensor
 
 from brainfm import seeds
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.objectives.crops import draw_crops
 from brainfm.objectives.losses import mean_of_valid, mean_over_processes
@@ -72,6 +73,11 @@ class DINO(Objective):
     def forward(self, batch: Batch, progress: float) -> Terms:
         """Batch.image [B, 1, X, Y, Z]. Parts: ``dino``, ``ibot`` and ``koleo``, and of the teacher ``used`` (how evenly
         its prototypes are used, 1: all alike) and ``sure`` (1 less the entropy of one answer over log K)."""
+        if self.settings.koleo_weight and len(batch) < 2:
+            raise ConfigError(
+                f"objective.koleo_weight={self.settings.koleo_weight:g}: a batch's scans are spread apart, found one; "
+                "expected trainer.batch_size=2 or more on each device, or objective.koleo_weight=0"
+            )
         large, small = self._crops(batch)
         rows = self._hidden(batch)
         hidden = self._voxels(rows, large.device)

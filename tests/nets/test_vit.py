@@ -209,9 +209,8 @@ def test_a_sample_drops_the_same_branches_in_any_batch_and_others_in_another_pas
     stream = BranchStream(3, [7, 8])
     first, second = stream.draw(4, shares), stream.draw(4, shares)
     alone = BranchStream(3, [8])
-    assert torch.equal(alone.draw(2, shares), first[:, :, 1::2]) and torch.equal(
-        alone.draw(1, shares)[:, :, 0], second[:, :, 1]
-    )
+    assert torch.equal(alone.draw(2, shares), first[:, :, 1::2])
+    assert torch.equal(alone.draw(1, shares)[:, :, 0], second[:, :, 1])
     assert first[0].all() and not torch.equal(first[:, :, 1], first[:, :, 3])
     assert not torch.equal(first, second) and not torch.equal(first[:, :, 0], first[:, :, 1])
     before = torch.random.get_rng_state()
