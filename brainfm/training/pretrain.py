@@ -26,6 +26,7 @@ from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import save_backbone
 from brainfm.nets.branches import draw_branches
+from brainfm.nets.untrained import random_backbone
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.objectives.settings import AnatomyPathologySettings, DenseSplitSettings, ObjectiveSettings
 from brainfm.probing.levels import LevelProbe
@@ -180,8 +181,11 @@ def _online_probe(
     """What watches the features of what is saved, where that is asked for."""
     if settings.probe is None:
         return None
+    untrained = None
+    if settings.probe.untrained:
+        untrained = random_backbone(settings.backbone, settings.seed).to(fabric.device)
     return OnlineProbe(
-        with_whole(module.answering.encode, module.answering.backbone),
+        with_whole(module.answering.encode, module.answering.backbone, untrained),
         store,
         held=sides[1],
         trained=sides[0],
