@@ -20,6 +20,7 @@ from brainfm.data.regions import REGIONS, merged_members
 from brainfm.data.settings import TargetSpec
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, find_targets
+from brainfm.data.torchio_transforms import check_still
 from brainfm.data.windows import WindowPatches
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import write_whole
@@ -358,7 +359,11 @@ def make_patches(
 def _artefacts(value: Any, views: ViewSpec) -> AugmentSpec | None:
     """``data.augment``; of windows, which are moved already, what changes intensities alone."""
     spec = augment_spec(value)
-    return spec if spec is None or not views.windows else replace(spec, flip=0.0, affine=0.0, elastic=0.0)
+    if spec is None or not views.windows:
+        return spec
+    if spec.torchio:
+        check_still(spec.torchio)
+    return replace(spec, flip=0.0, affine=0.0, elastic=0.0)
 
 
 def sides_of(store: Store, data: PretrainData) -> tuple[list[SessionEntry], list[SessionEntry]]:
