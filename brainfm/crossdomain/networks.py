@@ -18,11 +18,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from brainfm.crossdomain.planar import Axis, Planar
-from brainfm.crossdomain.resnet import DEPTHS, ResNet, load_resnet
 from brainfm.errors import ConfigError, WeightsError
 from brainfm.extras import demand
 from brainfm.nets.backbone import BACKBONES, build_backbone
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.nets.resnet import DEPTHS, ResNet, load_resnet
 from brainfm.nets.transfer import fingerprint
 
 _IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))

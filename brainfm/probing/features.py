@@ -41,7 +41,7 @@ from brainfm.tasks.engine import settle_device
 
 WHOLE = "backbone"  # the part that is the backbone's deepest map
 TOKEN = "token"  # the part that is its class token, where it has one
-VECTORS = (TOKEN,)  # parts that are one vector, not mean and deviation of a map
+VECTORS = (TOKEN, "slices", "slices_random", "covariance")  # parts that are one vector, not mean and deviation of a map
 IDS = ("dataset", "subject", "session", "scan", "contrast")
 FORMATS = (".parquet", ".npy", ".npz", ".csv")
 _ABOUT = "brainfm"  # where a Parquet file keeps its description
@@ -286,6 +286,11 @@ def _windows(cells: Sequence[int], stride: int, extent: Extent) -> list[tuple[sl
 
 
 # -------------------------------------------------------------------------------------------------------------- scans
+
+
+def heads_of(store: PathLike | Store) -> tuple[Iterator[Head], int, dict[str, Any]]:
+    """The scans of a store one by one, their number, and what is to be said of where they come from."""
+    return _heads(store, None, None, None, None)
 
 
 def _heads(
