@@ -155,7 +155,7 @@ def augment_spec(value: str | Mapping[str, Any] | None) -> AugmentSpec | None:
     if unknown:
         raise ConfigError(f"unknown augment key {unknown[0]!r}, expected one of preset, {', '.join(known)}")
     if "torchio" in values:
-        values |= {"torchio": transforms_of(values["torchio"])}  # type: ignore[dict-item, arg-type]
+        values |= {"torchio": transforms_of(values["torchio"])}  # type: ignore[arg-type]
     return None if start is None else replace(start, **values)
 
 
