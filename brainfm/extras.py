@@ -35,6 +35,8 @@ EXTRA_OF = {
     "submitit": "train",
     "tensorboard": "train",
     "threadpoolctl": "train",
+    "timm": "slices",
+    "torchio": "augment",
 }
 
 

@@ -38,12 +38,17 @@ class Free:
     """Mark of a field that may change between two calls that go on with one run: it moves no weight."""
 
 
+class Later:
+    """Mark of a field that came after runs had been begun, and whose default is what these did: while it has it, it is
+    no part of a run's identity."""
+
+
 class Verbatim:
     """Mark of a text that is taken as it stands, and may hold blanks, brackets or '=': a column, a pattern, a path that
     may also be a word. A `Path` needs no mark."""
 
 
-FREE, VERBATIM = Free(), Verbatim()
+FREE, LATER, VERBATIM = Free(), Later(), Verbatim()
 
 
 @dataclass(frozen=True)
@@ -78,6 +83,7 @@ class Key:
         default: MISSING where it must be given.
         group: where it is chosen by name.
         free: whether it may change between two calls that go on with one run.
+        later: whether its default stands for not being there.
         verbatim: whether what is given, or what lies in it, is taken as it stands.
     """
 
@@ -88,6 +94,7 @@ class Key:
     default: Any
     group: Group | None
     free: bool
+    later: bool
     verbatim: bool
 
     def kind(self, values: Any) -> type | None:
@@ -126,7 +133,9 @@ def keys_of(kind: type) -> dict[str, Key]:
         group = next((mark for mark in marks if isinstance(mark, Group)), None)
         name = each.name.rstrip("_")
         paths = any(_is_path(inner) for inner in _alternatives(hint))
-        found[name] = Key(name, each.name, hint, doc, default, group, FREE in marks, paths or VERBATIM in marks)
+        found[name] = Key(
+            name, each.name, hint, doc, default, group, FREE in marks, LATER in marks, paths or VERBATIM in marks
+        )
     return found
 
 
@@ -177,10 +186,14 @@ def plain(settings: Any, *, free: bool = True) -> Any:
     """Settings as values for JSON, by key: what `build` was given and what it completed.
 
     Args:
-        free: whether the fields that are marked FREE are among them.
+        free: whether the fields that are marked FREE are among them, and those marked LATER that have their default.
     """
     if is_dataclass(settings) and not isinstance(settings, type):
-        kept = [key for key in keys_of(type(settings)).values() if free or not key.free]
+
+        def told(key: Key) -> bool:
+            return free or not (key.free or (key.later and getattr(settings, key.field) == key.default))
+
+        kept = [key for key in keys_of(type(settings)).values() if told(key)]
         return {key.name: plain(getattr(settings, key.field), free=free) for key in kept}
     if isinstance(settings, Mapping):
         return {str(name): plain(value, free=free) for name, value in settings.items()}

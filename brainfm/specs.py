@@ -125,6 +125,8 @@ class TaskSpec(_Frozen):
             ``patch_vox`` voxels; 0: no such view.
         crops: of an answer for a whole head, whether windows at the store's own resolution that cover the head are
             looked at as well.
+        pooling: of an answer for a whole head, how what was seen becomes one vector: ``attention``, ``mean`` or
+            ``token``, the class token of a transformer.
     """
 
     kind: str
@@ -137,6 +139,7 @@ class TaskSpec(_Frozen):
     unit: str = ""
     view_mm: float = 0.0
     crops: bool = False
+    pooling: str = "attention"
 
     @property
     def classes(self) -> int:

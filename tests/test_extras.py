@@ -82,7 +82,7 @@ def test_every_optional_package_comes_with_its_extra() -> None:
     for package, extra in EXTRA_OF.items():
         names = {named(name) for name in homes.get(package, [package])}
         assert names & brought_by(extra), f"{package} ({names}) is not in {extra}"
-    for extra in {*EXTRA_OF.values(), "submit"} - {"dask", "imagenet"}:
+    for extra in {*EXTRA_OF.values(), "submit"} - {"augment", "dask", "imagenet", "slices"}:
         assert brought_by(extra) <= brought_by("all") <= brought_by("dev")
     core = {named(requirement) for requirement in PROJECT["dependencies"]}
     assert core == {"torch", "numpy", "scipy", "nibabel", "safetensors", "blosc2", "hydra-core", "pyyaml"}

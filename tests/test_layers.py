@@ -59,9 +59,11 @@ FENCES: dict[str, set[str]] = {
     "omegaconf": {"verbs.compose"},
     "jinja2": {"reports.page"},
     "h5py": {"crossdomain.images", "crossdomain.additions"},
+    "torchio": {"data.torchio_transforms"},
+    "timm": {"probing.frozen"},
     "PIL": {"crossdomain.images", "crossdomain.additions", "crossdomain.medimeta"},
 }
-NEVER = {"torchvision", "timm", "pickle", "wandb", "requests", "urllib.request"}
+NEVER = {"torchvision", "pickle", "wandb", "requests", "urllib.request"}
 NO_TORCH = {
     "errors",
     "files",

@@ -12,6 +12,8 @@ import torch
 from brainfm.cli import main
 from brainfm.data.store import Store
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.probing.features import read
+from brainfm.probing.table import ProbeTableSpec, probe
 from brainfm.tasks.bundle import read_bundle
 from tests.training.test_finetune_contracts import small_store
 
@@ -66,17 +68,26 @@ def test_it_is_pre_trained_fine_tuned_and_asked(name: str, people_store: Store, 
             "adapt.decoder=false", *task,
         ]  # fmt: skip
         assert main(["finetune", *words]) == 0
-        assert read_bundle(run / "bundle").networks[0].backbone.config["name"] == loaded.backbone.config["name"]
+        bundle = read_bundle(run / "bundle")
+        assert bundle.networks[0].backbone.config["name"] == loaded.backbone.config["name"]
+        if task is CLASSIFICATION:
+            assert bundle.task.pooling == {"vit": "token", "primus": "mean"}.get(name.split()[0], "attention")
         out = tmp_path / f"answer.{ending}"
         assert main(["predict", f"bundle={run / 'bundle'}", f"input.t1={scan}", f"out={out}"]) == 0
         if ending == "nii.gz":
             assert np.asarray(nib.load(out).dataobj).shape == nib.load(scan).shape
-    assert main(["embed", f"backbone={file}", f"store={store.path}", f"out={tmp_path / 'f.npz'}", "device=cpu"]) == 0
+    out = tmp_path / "f.npz"
+    assert main(["embed", f"backbone={file}", f"store={store.path}", f"out={out}", "device=cpu"]) == 0
+    assert ("token" in read(out).parts) == name.startswith("vit")
+    asked = ProbeTableSpec("ill", folds=2, repeats=1, resamples=10)
+    rows = {(row.features, row.model): row for row in probe(store, tmp_path / "probe", asked, features=out).rows}
+    assert (("token", "knn") in rows) == (("random network, token", "knn") in rows) == name.startswith("vit")
+    assert all(row.minus_random is not None for (part, _), row in rows.items() if part in ("token", "backbone"))
 
 
 def test_dino_interrupted_ends_with_the_same_weights(people_store: Store, tmp_path: Path) -> None:
-    """Teacher and centres are in the checkpoint."""
-    words = RUNS["vit dino"]
+    """Teacher and centres are in the checkpoint, and dropped branches belong to the samples."""
+    words = (*RUNS["vit dino"], "backbone.drop_path=0.5")
     assert pretrain(people_store, tmp_path / "parts", (*words, "optim=wsd"), 1) == 0
     assert pretrain(people_store, tmp_path / "at_once", (*words, "optim=wsd"), 3) == 0
     assert pretrain(people_store, tmp_path / "parts", (*words, "optim=wsd"), 3) == 0

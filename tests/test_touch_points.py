@@ -161,7 +161,14 @@ def test_no_two_classes_share_a_name() -> None:
 
 
 # modules that name an entry of a registry for a reason of their own: a default, or what another tool's weights become
-ELSEWHERE = {"training.memory", "training.settings", "crossdomain.transfer", "verbs.medimeta", "verbs.export"}
+ELSEWHERE = {
+    "training.memory",
+    "probing.frozen",
+    "training.settings",
+    "crossdomain.transfer",
+    "verbs.medimeta",
+    "verbs.export",
+}
 WORDS = {"mae", "folder"}  # a score and a directory are called so, too
 
 

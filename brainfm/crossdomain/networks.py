@@ -21,11 +21,11 @@ from safetensors.torch import load_file
 from torch import Tensor, nn
 
 from brainfm.crossdomain.planar import Axis, Planar
-from brainfm.crossdomain.resnet import DEPTHS, ResNet, load_resnet
 from brainfm.errors import ConfigError, WeightsError
 from brainfm.extras import demand
 from brainfm.nets.backbone import BACKBONES, build_backbone
 from brainfm.nets.backbone_file import load_backbone
+from brainfm.nets.resnet import DEPTHS, ResNet, load_resnet
 from brainfm.nets.shipped import located
 from brainfm.nets.transfer import fingerprint, transfer
 

@@ -26,14 +26,12 @@ from torch.nn import functional as F
 from brainfm import seeds
 from brainfm.batch import Batch
 from brainfm.data.regions import RENDERED_FAMILIES
+from brainfm.data.torchio_transforms import LABELS, SCANS, TorchIODraw, torchio_draw, transformed, transforms_of
 from brainfm.errors import ConfigError
 from brainfm.synthesis.deform import INJECTIVE
 from brainfm.synthesis.render import render_views
 from brainfm.synthesis.settings import LookSpec
 
-SCANS = ("image", "partner")  # moved with linear interpolation; what lies outside repeats the border
-# Label fields, moved to the nearest voxel, and what stands where there is nothing to copy.
-LABELS: dict[str, int] = {"label": 0, "regions": -1, "lesion": -1}
 ARTEFACTS = ("invert", "gamma", "bias", "blur", "low_res", "ghost", "noise", "gain", "offset")  # in order of appearance
 
 _ELASTIC_CELLS = 4  # cells of the displacement's splines along each axis of the patch
@@ -66,6 +64,7 @@ class AugmentSpec:
         ghost: probability of shifted copies along one axis, as periodic motion leaves them.
         ghost_share: largest part of the signal that goes into them.
         invert: probability of inverted contrast.
+        torchio: TorchIO's transforms (data/torchio_transforms.py), which act after all of the above, on the host.
 
     Raises:
         ConfigError: where a probability is not in 0..1 or a strength is out of its range.
@@ -91,6 +90,7 @@ class AugmentSpec:
     ghost: float = 0.0
     ghost_share: float = 0.3
     invert: float = 0.0
+    torchio: tuple[Any, ...] = ()
 
     def __post_init__(self) -> None:
         for name, (low, high) in _RANGES.items():
@@ -134,7 +134,7 @@ def augment_spec(value: str | Mapping[str, Any] | None) -> AugmentSpec | None:
     Args:
         value: None, the name of a preset, or a mapping of AugmentSpec's names. In a mapping ``preset`` names what the
             other keys change; without it they change the defaults of AugmentSpec, which has no artefact but
-            gain, offset, gamma and noise.
+            gain, offset, gamma and noise. ``torchio`` maps names of transforms to their arguments.
 
     Raises:
         ConfigError: for an unknown preset or key, or a value out of range.
@@ -154,6 +154,8 @@ def augment_spec(value: str | Mapping[str, Any] | None) -> AugmentSpec | None:
     unknown = sorted(str(key) for key in set(values) - set(known))
     if unknown:
         raise ConfigError(f"unknown augment key {unknown[0]!r}, expected one of preset, {', '.join(known)}")
+    if "torchio" in values:
+        values |= {"torchio": transforms_of(values["torchio"])}  # type: ignore[arg-type]
     return None if start is None else replace(start, **values)
 
 
@@ -185,6 +187,7 @@ class Draw:
         scans: rows of the scans that get artefacts, of all images (sample by sample, channel by channel), then all
             partners.
         hits: for each of ARTEFACTS that occurs the rows it strikes, counted within ``scans``.
+        torchio: what TorchIO does after that; None: nothing.
     """
 
     flipped: tuple[int, ...] = ()
@@ -193,6 +196,7 @@ class Draw:
     elastic: Tensor | None = None
     scans: tuple[int, ...] = ()
     hits: Mapping[str, Hits] | None = None
+    torchio: TorchIODraw | None = None
 
 
 def draw(batch: Batch, spec: AugmentSpec, seed: int) -> Draw:
@@ -240,6 +244,7 @@ def draw(batch: Batch, spec: AugmentSpec, seed: int) -> Draw:
         elastic=torch.from_numpy(np.stack(bends).astype(np.float32)) if any(b.any() for b in bends) else None,
         scans=scans,
         hits=hits,
+        torchio=torchio_draw(spec.torchio, numbers, seed),
     )
 
 
@@ -319,11 +324,17 @@ def _draw_value(
 
 @torch.no_grad()
 def apply(batch: Batch, drawn: Draw) -> Batch:
-    """The batch as drawn: one resampling for all that belongs to a sample, then the artefacts of each scan.
+    """The batch as drawn: one resampling for all that belongs to a sample, then the artefacts of each scan, then what
+    TorchIO does.
 
     Samples and scans that are not struck come back bit by bit as they were, and the batch itself where none is.
     Voxels keep their dtype; the arithmetic is float32, under autocast too. Absent contrasts stay 0.
     """
+    batch = _applied(batch, drawn)
+    return batch if drawn.torchio is None else transformed(batch, drawn.torchio)
+
+
+def _applied(batch: Batch, drawn: Draw) -> Batch:
     if not (drawn.flipped or drawn.warped or drawn.scans):
         return batch
     with torch.autocast(batch.image.device.type, enabled=False):

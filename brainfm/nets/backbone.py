@@ -45,12 +45,18 @@ class Backbone(nn.Module, ABC):
         widths: channels E of each map.
         strides: voxels of the image per voxel of each map, each a multiple of the one before; a transformer's maps may
             all have one stride. The first need not be 1: decoders lead on to the voxels (nets/decoders.decoder_for).
+        cube_vox: edge of the cubes that must be hidden as a whole to be left out of the computation; 1: any voxels may.
+        class_token: whether ``summarised`` gives a vector of the network's own, beside the maps.
+        usual_pooling: how one vector is made of a head where nobody says (``task.pooling``).
         config: ``{"name": ..., ...}``; ``build_backbone(**config)`` makes the same network with fresh weights.
     """
 
     widths: tuple[int, ...]
     strides: tuple[int, ...]
     config: dict[str, Any]
+    cube_vox: int = 1
+    class_token: bool = False
+    usual_pooling: str = "attention"
 
     @property
     def checkpointing(self) -> bool:

@@ -117,10 +117,23 @@ class GatedAttention(nn.Module):
             asked = tokens if place is None else tokens + place
             scores = self.score(torch.tanh(self.value(asked)) * torch.sigmoid(self.gate(asked))).squeeze(-1)
             weights = torch.softmax(scores + prior.log(), dim=1)
-            mean = torch.einsum("bn,bne->be", weights, tokens)
-            variance = torch.einsum("bn,bne->be", weights, squares) - mean.square()
-            # the root's slope is infinite at 0, below which rounding may lead
-            return torch.cat([mean, variance.clamp(min=1e-6).sqrt()], dim=1), weights
+            return moments(tokens, squares, weights), weights
+
+
+def moments(tokens: Tensor, squares: Tensor, weights: Tensor) -> Tensor:
+    """Mean and deviation [B, 2 E] of what tokens stand for, in float32.
+
+    Args:
+        tokens: [B, N, E] means over the voxels of each token.
+        squares: [B, N, E] means of their squares.
+        weights: [B, N] that sum to 1.
+    """
+    with torch.autocast(tokens.device.type, enabled=False):
+        tokens, squares = tokens.float(), squares.float()
+        mean = torch.einsum("bn,bne->be", weights, tokens)
+        variance = torch.einsum("bn,bne->be", weights, squares) - mean.square()
+        # the root's slope is infinite at 0, below which rounding may lead
+        return torch.cat([mean, variance.clamp(min=1e-6).sqrt()], dim=1)
 
 
 def fused_features(backbone: Backbone, fusion: Fusion, image: Tensor, present: Tensor | None) -> list[Tensor]:
@@ -162,6 +175,30 @@ def _encode(backbone: Backbone, scans: Tensor, cases: list[int]) -> list[Tensor]
     index = torch.tensor(cases, device=scans.device)
     maps = backbone.features(scans.index_select(0, index))
     return [m.new_zeros(len(scans), *m.shape[1:]).index_copy(0, index, m) for m in maps]
+
+
+def mean_summary(backbone: Backbone, image: Tensor, present: Tensor | None) -> Tensor:
+    """What the backbone says of each scan in one vector (Backbone.summarised), the mean over the contrasts of a case.
+
+    Args:
+        image: [B, M, X, Y, Z] standardised voxels.
+        present: [B, M] bool, at least one contrast a case; None: every case has every contrast.
+
+    Returns:
+        [B, E] float32.
+    """
+    if present is None:
+        return torch.stack([backbone.summarised(scan)[1].float() for scan in image.split(1, dim=1)]).mean(0)
+    total: Tensor | None = None
+    for m, column in enumerate(present.t().tolist()):
+        cases = torch.tensor([b for b, there in enumerate(column) if there], device=image.device)
+        if len(cases):
+            said = backbone.summarised(image[:, m : m + 1].index_select(0, cases))[1].float()
+            total = said.new_zeros(len(image), said.shape[1]) if total is None else total
+            total = total.index_add(0, cases, said)
+    if total is None or not bool(present.any(1).all()):
+        raise ValueError("every case needs at least one contrast")
+    return total / present.sum(1, keepdim=True)
 
 
 class Standardise(nn.Module):

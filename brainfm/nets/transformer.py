@@ -77,7 +77,7 @@ class TransformerBlock(nn.Module):
         hidden: of the feed-forward layer.
         gated: SwiGLU, and a LayerNorm inside the attention, as EVA-02 has them.
         scale: what each branch is multiplied by at first, a number a channel that is learned; None: nothing is learned.
-        drop: share of the samples whose branch is left out in training.
+        drop: share of the samples whose branch is left out in training, where the caller says which (``kept``).
 
     Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); layer scale: Touvron et al. 2021 (arXiv 2103.17239); dropped
     branches: Huang et al. 2016 (arXiv 1603.09382).
@@ -94,17 +94,18 @@ class TransformerBlock(nn.Module):
         self.scale_think = None if scale is None else nn.Parameter(torch.full((width,), float(scale)))
         self.drop = drop
 
-    def forward(self, tokens: Tensor, turns: Turns | None = None, seen: Tensor | None = None) -> Tensor:
-        """See Attention."""
-        tokens = tokens + self._weighed(self.attend(self.norm_attend(tokens), turns, seen), self.scale_attend)
-        return tokens + self._weighed(self.think(self.norm_think(tokens)), self.scale_think)
+    def forward(
+        self, tokens: Tensor, turns: Turns | None = None, seen: Tensor | None = None, kept: Tensor | None = None
+    ) -> Tensor:
+        """See Attention. ``kept``: bool [2, B], which samples' branches stay (BranchStream.draw); None: all."""
+        attend, think = (None, None) if kept is None else kept
+        attended = self.attend(self.norm_attend(tokens), turns, seen)
+        tokens = tokens + self._weighed(attended, self.scale_attend, attend)
+        return tokens + self._weighed(self.think(self.norm_think(tokens)), self.scale_think, think)
 
-    def _weighed(self, branch: Tensor, scale: Tensor | None) -> Tensor:
+    def _weighed(self, branch: Tensor, scale: Tensor | None, kept: Tensor | None) -> Tensor:
         branch = branch if scale is None else branch * scale
-        if not self.training or not self.drop:
-            return branch
-        kept = torch.rand(len(branch), 1, 1, device=branch.device) >= self.drop
-        return branch * kept / (1 - self.drop)
+        return branch if kept is None else branch * kept[:, None, None] / (1 - self.drop)
 
 
 Turns = tuple[Tensor, Tensor]  # sine and cosine [N, C] of the angle by which each pair of a head's channels is turned

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
+from brainfm.nets.branches import BranchStream
 from brainfm.nets.recompute import recomputed
 from brainfm.nets.transformer import TransformerBlock, Turns, started, turns
 
@@ -66,6 +67,10 @@ class TokenEncoder(Backbone):
         grid, loose: see Cubes. The first loose token is the class token.
         taps: maps.
 
+    Attributes:
+        branches: what dropped branches are drawn from in training; whoever trains sets it before each step
+            (branches.draw_branches).
+
     Source: Dosovitskiy et al. 2020 (arXiv 2010.11929); cubes that are left out: He et al. 2022 (arXiv 2111.06377);
     registers: Darcet et al. 2023 (arXiv 2309.16588).
     """
@@ -90,7 +95,11 @@ class TokenEncoder(Backbone):
         self.layers = nn.ModuleList(blocks)
         self.norm = nn.LayerNorm(width)
         self._channels_a_head = None if heads is None else width // heads
+        self.branches = BranchStream(0, [0])
+        self._drops = [block.drop for block in blocks]
         self._loose = loose
+        self.cube_vox = patch_vox
+        self.class_token, self.usual_pooling = loose > 0, "token" if loose else "mean"
         self._tapped = [len(blocks) * (tap + 1) // taps - 1 for tap in range(taps)]
         started(self)
 
@@ -134,9 +143,13 @@ class TokenEncoder(Backbone):
         if self.embed.loose is not None:
             tokens = torch.cat([self.embed.loose.expand(len(tokens), -1, -1).to(tokens.dtype), tokens], dim=1)
             seen = None if seen is None else F.pad(seen, (self._loose, 0), value=True)
+        kept = None
+        if self.training and any(self._drops):
+            kept = self.branches.draw(len(tokens), self._drops).to(tokens.device, non_blocking=True)
         tapped = []
         for depth, layer in enumerate(self.layers):
-            tokens = recomputed(self.checkpointing, layer, tokens, places, seen)
+            own = None if kept is None else kept[depth]
+            tokens = recomputed(self.checkpointing, layer, tokens, places, seen, own)
             if depth in self._tapped:
                 tapped.append(self.norm(tokens))
         maps = [_laid_out(taken[:, self._loose :], chosen, seen, grid, self._loose) for taken in tapped]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from brainfm import seeds
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.objectives.crops import draw_crops
 from brainfm.objectives.losses import mean_of_valid, mean_over_processes
@@ -71,14 +72,22 @@ class DINO(Objective):
 
     def forward(self, batch: Batch, progress: float) -> Terms:
         """Batch.image [B, 1, X, Y, Z]. Parts: ``dino``, ``ibot`` and ``koleo``, and of the teacher ``used`` (how evenly
-        its prototypes are used, 1: all alike) and ``sure`` (1 less the entropy of one answer over log K)."""
+        its prototypes are used, 1: all alike), ``sure`` (1 less the entropy of one answer over log K) and ``entropy``
+        (of the prototypes, as ``used``, but before anything balances the answers: it falls to 0 in a collapse)."""
+        if self.settings.koleo_weight and len(batch) < 2:
+            raise ConfigError(
+                f"objective.koleo_weight={self.settings.koleo_weight:g}: a batch's scans are spread apart, found one; "
+                "expected trainer.batch_size=2 or more on each device, or objective.koleo_weight=0"
+            )
         large, small = self._crops(batch)
         rows = self._hidden(batch)
         hidden = self._voxels(rows, large.device)
         temperature = self._temperature(progress)
         with torch.no_grad():
             maps, whole = self.teacher["backbone"].summarised(large)  # type: ignore[operator]
-            taught = self._shares(self.teacher["head"](whole), self.centre, temperature)
+            scores = self.teacher["head"](whole)
+            entropy = entropy_share(F.softmax(scores.float() / temperature, dim=-1))
+            taught = self._shares(scores, self.centre, temperature)
         own_maps, own = self.backbone.summarised(large, hidden)
         said = [self.head(one) for one in own.chunk(2)]
         if small is not None:
@@ -91,7 +100,7 @@ class DINO(Objective):
         weights = {"dino": 1.0, "ibot": self.settings.ibot_weight, "koleo": self.settings.koleo_weight}
         total = torch.stack([weights[name] * term for name, term in terms.items()]).sum()
         sure = 1 - torch.stack([entropy_share(row[None]) for row in taught]).mean()
-        seen = {"used": entropy_share(taught), "sure": sure}
+        seen = {"used": entropy_share(taught), "sure": sure, "entropy": entropy}
         return Terms(total, {name: term.detach() for name, term in (terms | seen).items()})
 
     def after_step(self, progress: float) -> None:

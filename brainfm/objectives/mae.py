@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from brainfm.batch import Batch, Terms
+from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import decoder_for
 from brainfm.nets.latents import Latents
@@ -44,6 +45,12 @@ class MAE(Objective):
         super().__init__(backbone, ViewSpec(patch_vox=patch_vox), seed, settings)
         self.settings = settings
         hidden_blocks(self.views.patch_vox, settings.mask_unit_vox, settings.mask_ratio)
+        if settings.mask_unit_vox % backbone.cube_vox:
+            unit, cube = settings.mask_unit_vox, backbone.cube_vox
+            raise ConfigError(
+                f"objective.mask_unit_vox={unit}: {backbone.config['name']} leaves out whole cubes of {cube} voxels, "
+                f"and such blocks hide hardly one; expected a multiple of {cube}"
+            )
         self.latents = Latents(backbone.widths, {"all": 1.0}, settings.latent_channels)
         self.decoder = decoder_for(backbone, 1, latent_channels=settings.latent_channels)
 

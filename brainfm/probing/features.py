@@ -40,10 +40,12 @@ from brainfm.specs import PreprocessSpec
 from brainfm.tasks.engine import settle_device
 
 WHOLE = "backbone"  # the part that is the backbone's deepest map
+TOKEN = "token"  # the part that is its class token, where it has one
+VECTORS = (TOKEN, "slices", "slices_random", "covariance")  # parts that are one vector, not mean and deviation of a map
 IDS = ("dataset", "subject", "session", "scan", "contrast")
 FORMATS = (".parquet", ".npy", ".npz", ".csv")
 _ABOUT = "brainfm"  # where a Parquet file keeps its description
-_FEATURE = re.compile(r"(.+)_(?:mean|std)_\d+")
+_FEATURE = re.compile(r"(.+)_(?:mean|std|value)_\d+")
 
 PathLike = str | os.PathLike[str]
 Triple = tuple[int, int, int]
@@ -81,7 +83,7 @@ class Encoder:
     Attributes:
         backbone: in eval mode.
         latents: names parts of its maps; None where the file has none or none is asked for.
-        parts: names, in order; ``backbone`` is the deepest map.
+        parts: names, in order; ``backbone`` is the deepest map, ``token`` the class token of a network that has one.
         about: where the weights come from.
     """
 
@@ -95,7 +97,7 @@ class Encoder:
         """Of a backbone file.
 
         Args:
-            parts: ``backbone`` and names of the parts of the file's latent; None: all there are.
+            parts: ``backbone``, ``token`` and names of the parts of the file's latent; None: all there are.
 
         Raises:
             WeightsError: the file cannot be used.
@@ -103,7 +105,7 @@ class Encoder:
         """
         loaded = backbone if isinstance(backbone, LoadedBackbone) else load_backbone(backbone)
         latents = _latents(loaded)
-        there = (WHOLE, *(latents.sizes if latents else ()))
+        there = (*_of_any(loaded.backbone), *(latents.sizes if latents else ()))
         wanted = there if parts is None else tuple(parts)
         unknown = [part for part in wanted if part not in there]
         if unknown or not wanted:
@@ -117,7 +119,7 @@ class Encoder:
         }
         if loaded.voxel_mm is not None:
             about["voxel_mm"] = list(loaded.voxel_mm)
-        return cls(loaded.backbone, latents if set(wanted) - {WHOLE} else None, wanted, about)
+        return cls(loaded.backbone, latents if set(wanted) - {WHOLE, TOKEN} else None, wanted, about)
 
     @classmethod
     def random(cls, config: Mapping[str, Any], seed: int) -> Encoder:
@@ -125,12 +127,17 @@ class Encoder:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             backbone = swap_in(build_backbone(**config))
-        return cls(backbone.eval(), None, (WHOLE,), {"weights": f"random, seed {seed}", "backbone": dict(config)})
+        about = {"weights": f"random, seed {seed}", "backbone": dict(config)}
+        return cls(backbone.eval(), None, _of_any(backbone), about)
 
     def maps(self, image: Tensor) -> dict[str, Tensor]:
-        """[1, 1, X, Y, Z] -> part -> [E, x, y, z] on the deepest map's grid."""
-        maps = self.backbone.features(image)
-        found = {WHOLE: maps[-1][0]}
+        """[1, 1, X, Y, Z] -> part -> [E, x, y, z] on the deepest map's grid; of the class token [E, 1, 1, 1]."""
+        if TOKEN in self.parts:
+            maps, said = self.backbone.summarised(image)
+            found = {WHOLE: maps[-1][0], TOKEN: said[0, :, None, None, None]}
+        else:
+            maps = self.backbone.features(image)
+            found = {WHOLE: maps[-1][0]}
         if self.latents is not None:
             found |= {name: code.mean[0] for name, code in self.latents(maps).items()}
         return {part: found[part] for part in self.parts}
@@ -142,7 +149,7 @@ class Embedding:
 
     Attributes:
         rows: N times dataset, subject, session, scan, contrast.
-        parts: name -> [N, F] float32; of an encoder's part E means, then E standard deviations.
+        parts: name -> [N, F] float32; of an encoder's map E means, then E standard deviations; of ``VECTORS`` E values.
         about: weights, store, and how they were made.
     """
 
@@ -157,9 +164,12 @@ class Embedding:
 
     @property
     def names(self) -> list[str]:
-        """Of the columns of ``matrix``: ``<part>_mean_<e>``, then ``<part>_std_<e>``."""
+        """Of the columns of ``matrix``: ``<part>_mean_<e>``, then ``<part>_std_<e>``; or ``<part>_value_<e>``."""
         found = []
         for part, values in self.parts.items():
+            if part in VECTORS:
+                found += [f"{part}_value_{e}" for e in range(values.shape[1])]
+                continue
             half = values.shape[1] // 2
             found += [f"{part}_{what}_{e}" for what in ("mean", "std") for e in range(half)]
         return found
@@ -229,7 +239,7 @@ def pool(
         points: [N, 3] voxels spread evenly over the head; a cell of the map counts by the number of them in it.
 
     Returns:
-        part -> [2E] float32.
+        part -> [2E] float32, or [E] of the class token: of several windows the mean, by how much of the head they show.
     """
     stride = encoder.backbone.strides[-1]
     cells = [max(2, -(-edge // stride)) for edge in volume.shape]  # the deepest map must have more than one
@@ -249,12 +259,18 @@ def pool(
             image = torch.from_numpy(np.ascontiguousarray(voxels, np.float32)).to(device)
             for part, values in encoder.maps(image[None, None]).items():
                 flat = values.cpu().numpy().astype(np.float64).reshape(len(values), -1)
-                moments = np.stack([flat, flat**2]) @ share[box].reshape(-1)
-                sums[part] = sums.get(part, 0) + moments
+                weight_of = share[box].reshape(-1) if part != TOKEN else share[box].sum(keepdims=True).reshape(-1)
+                sums[part] = sums.get(part, 0) + np.stack([flat, flat**2]) @ weight_of
+    found = {part: (mean, np.sqrt(np.maximum(square - mean**2, 0))) for part, (mean, square) in sums.items()}
     return {
-        part: np.concatenate([mean, np.sqrt(np.maximum(square - mean**2, 0))]).astype(np.float32)
-        for part, (mean, square) in sums.items()
+        part: (mean if part in VECTORS else np.concatenate([mean, std])).astype(np.float32)
+        for part, (mean, std) in found.items()
     }
+
+
+def _of_any(backbone: Backbone) -> tuple[str, ...]:
+    """Parts that need no latent."""
+    return (WHOLE, TOKEN) if backbone.class_token else (WHOLE,)
 
 
 def _windows(cells: Sequence[int], stride: int, extent: Extent) -> list[tuple[slice, ...]]:
@@ -270,6 +286,11 @@ def _windows(cells: Sequence[int], stride: int, extent: Extent) -> list[tuple[sl
 
 
 # -------------------------------------------------------------------------------------------------------------- scans
+
+
+def heads_of(store: PathLike | Store) -> tuple[Iterator[Head], int, dict[str, Any]]:
+    """The scans of a store one by one, their number, and what is to be said of where they come from."""
+    return _heads(store, None, None, None, None)
 
 
 def _heads(

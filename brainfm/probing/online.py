@@ -33,6 +33,7 @@ Table = dict[str, dict[str, float]]
 
 FILE = "probes.json"
 WHOLE = "backbone"  # the part that stands for all of the backbone
+TOKEN = "token"  # its class token, where it has one
 ENOUGH_HELD = 8  # subjects; with fewer held out, everybody is probed
 _FOLDS = 5
 _NEIGHBOURS = 5
@@ -58,9 +59,22 @@ class Features:
     parts: dict[str, np.ndarray]
 
 
-def with_whole(encode: Encode, backbone: Backbone) -> Encode:
-    """``encode`` and the backbone's deepest map as one more part, ``backbone``."""
-    return lambda image: {**encode(image), WHOLE: backbone.features(image)[-1]}
+def with_whole(encode: Encode, backbone: Backbone, untrained: Backbone | None = None) -> Encode:
+    """``encode`` and the backbone's deepest map as one more part, ``backbone``, its class token as ``token``; of a
+    network as it was before any training ``untrained`` and ``untrained_token``."""
+
+    def parts(image: Tensor) -> Mapping[str, Tensor]:
+        found = {**encode(image), **_of(backbone, image, "")}
+        return found if untrained is None else found | _of(untrained, image, "untrained")
+
+    return parts
+
+
+def _of(backbone: Backbone, image: Tensor, name: str) -> dict[str, Tensor]:
+    if not backbone.class_token:
+        return {name or WHOLE: backbone.features(image)[-1]}
+    maps, said = backbone.summarised(image)
+    return {name or WHOLE: maps[-1], f"{name}_{TOKEN}" if name else TOKEN: said[:, :, None]}
 
 
 # ------------------------------------------------------------------------------------------------------- features
@@ -162,7 +176,8 @@ def ask(features: Features, seed: int) -> Table:
     - ``subject``: how often the nearest of all scans of ANOTHER contrast, at the same place, is of the same person;
       ``visit``: the same among all scans of other sessions; each with ``_chance``.
     - ``age_mae`` and ``age_r`` (years; ridge regression, tuned and tested by subject), ``age_mean_mae`` of the training
-      mean; ``sex_auroc`` (logistic regression): where enough subjects have the columns ``age`` and ``sex``.
+      mean; ``sex_auroc`` (logistic regression): where enough subjects have the columns ``age`` and ``sex``. With
+      ``_knn`` the same of nearest neighbours, as many as inner folds choose (age) or five (sex).
     - ``std``: mean standard deviation of the pooled features over the crops; ``rank``: their effective rank.
     - ``split``, of ``anatomy`` and ``contrast``: see `split_scores`.
     """
@@ -312,8 +327,10 @@ def _age(features: Features, values: np.ndarray, seed: int) -> dict[str, float]:
     mean = linear.crossed(x, y, who, by_subject, lambda train, target, test: np.full(len(test), target.mean()))
     spread = guess.std() * y.std()
     r = float(((guess - guess.mean()) * (y - y.mean())).mean() / spread) if spread > 0 else 0.0
+    near = linear.nested(x, y, who, by_subject, "knn", seed)
     return {
         "age_mae": float(np.abs(guess - y).mean()),
+        "age_knn_mae": float(np.abs(near - y).mean()),
         "age_mean_mae": float(np.abs(mean - y).mean()),
         "age_r": r,
     }
@@ -328,9 +345,12 @@ def _sex(features: Features, values: np.ndarray, seed: int) -> dict[str, float]:
     # Each fold holds its share of both; a fold's scores are compared among themselves only.
     dealt = [folds(group, _FOLDS, seed) for group in groups]
     by_subject = [[*one, *other] for one, other in zip(*dealt)]
-    score = linear.crossed(x, y, who, by_subject, _logistic_score)
     held = [np.isin(who, fold) for fold in by_subject]
-    return {"sex_auroc": float(np.mean([auroc(y[rows], score[rows]) for rows in held]))}
+    found = {}
+    for name, model in (("sex_auroc", _logistic_score), ("sex_knn_auroc", _neighbour_score)):
+        score = linear.crossed(x, y, who, by_subject, model)
+        found[name] = float(np.mean([auroc(y[rows], score[rows]) for rows in held]))
+    return found
 
 
 def _of_sessions(
@@ -400,6 +420,10 @@ def _logistic_score(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.ndarr
 def _neighbours(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.ndarray:
     classes = int(y.max()) + 1
     return linear.neighbours(x, y, other, (_NEIGHBOURS,), classes, balanced=False)[0].argmax(axis=1)
+
+
+def _neighbour_score(x: np.ndarray, y: np.ndarray, other: np.ndarray) -> np.ndarray:
+    return linear.neighbours(x, y.astype(np.int64), other, (_NEIGHBOURS,), 2, balanced=False)[0, :, 1]
 
 
 def _balanced_accuracy(y: np.ndarray, guess: np.ndarray) -> float:

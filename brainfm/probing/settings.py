@@ -22,6 +22,9 @@ class OnlineProbeSpec:
     levels: Annotated[
         bool, "of every level's map a linear Dice of regions and its rank, on held-out heads (probing/levels.py)"
     ] = True
+    untrained: Annotated[bool, "the same questions to the network as it was before any training, as one more part"] = (
+        False
+    )
     fewshot_every: Annotated[int, "every how many-th probe fine-tunes a copy on two heads, 60 steps; 0: none"] = 5
 
     def __post_init__(self) -> None:

@@ -25,7 +25,8 @@ from brainfm.data.store import SessionEntry, Store
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import check_writable, write_table, write_text
 from brainfm.nets.backbone_file import load_backbone
-from brainfm.probing.features import WHOLE, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
+from brainfm.probing import brainmarks
+from brainfm.probing.features import TOKEN, WHOLE_HEADS, Embedding, Encoder, Extent, embed, read, write
 from brainfm.scoring import linear
 from brainfm.scoring.answers import Score
 from brainfm.scoring.folds import folds_by_answer
@@ -58,6 +59,8 @@ class ProbeTableSpec:
         seed: of the folds, the bootstrap and the random network.
         random: whether a random network is probed too.
         resamples: cohorts of an interval's bootstrap.
+        protocol: ``nested`` (this module's), or ``brainmarks`` (probing/brainmarks.py), which leaves folds and repeats
+            aside.
     """
 
     target: str
@@ -67,10 +70,13 @@ class ProbeTableSpec:
     seed: int = 0
     random: bool = True
     resamples: int = 2000
+    protocol: str = "nested"
 
     def __post_init__(self) -> None:
         if self.kind not in _KINDS:
             raise ConfigError(f"kind={self.kind}: expected one of {', '.join(_KINDS)}")
+        if self.protocol not in ("nested", "brainmarks"):
+            raise ConfigError(f"protocol={self.protocol}: expected nested or brainmarks")
         if self.folds < 2:
             raise ConfigError(f"folds={self.folds}: expected 2 or more")
         if self.repeats < 1:
@@ -193,8 +199,14 @@ def probe(
         shown = {found.rows[place] for some in places for place in some}
         chosen = [place for place, row in enumerate(random.rows) if row in shown]
         rows = tuple(random.rows[place] for place in chosen)
-        by_name[RANDOM] = _averaged(random.parts[WHOLE][chosen], _matched(asked, rows)[1])
-    table = ProbeTable(asked, tuple(_rows(asked, by_name, spec)), tuple(notes))
+        for part, values in random.parts.items():
+            by_name[_twin(part)] = _averaged(values[chosen], _matched(asked, rows)[1])
+    if spec.protocol == "brainmarks":
+        rows_found, said = _brainmarks(asked, by_name, spec)
+        notes.append(said)
+    else:
+        rows_found = tuple(_rows(asked, by_name, spec))
+    table = ProbeTable(asked, rows_found, tuple(notes))
     write_table(folder / TABLE, *_csv(table))
     document = _document(table, spec, found.about)
     document["seen_in_pretraining"] = "unknown" if seen is None else seen.to_dict()
@@ -351,8 +363,9 @@ def _rows(asked: ProbedColumn, by_name: Mapping[str, np.ndarray], spec: ProbeTab
     dealt = [folds_by_answer(subjects, y, spec.folds, number) for number in numbers]
     main = kind_of(task.kind).primary(task)[0]
     yield _row(asked, CHANCE, "prior" if task.values else "mean", _guesses(y, subjects, dealt, task), strata, spec)
-    random: dict[str, np.ndarray] = {}
-    for name in sorted(by_name, key=lambda name: name != RANDOM):
+    random: dict[tuple[str, str], np.ndarray] = {}
+    twins = (RANDOM, _twin(TOKEN))
+    for name in sorted(by_name, key=lambda name: name not in twins):
         for model in ("knn", "logistic" if task.values else "ridge"):
             answers = np.stack(
                 [
@@ -362,14 +375,57 @@ def _rows(asked: ProbedColumn, by_name: Mapping[str, np.ndarray], spec: ProbeTab
                 axis=1,
             )
             row = _row(asked, name, model, answers, strata, spec)
-            if name == RANDOM:
-                random[model] = answers
-            elif model in random:
+            if name in twins:
+                random[name, model] = answers
+            elif (_twin(name), model) in random:
                 metric = _over_repeats(kind_of(task.kind).scores(task)[main])
-                pair = (metric, truth, answers, random[model], subjects, spec.seed)
+                pair = (metric, truth, answers, random[_twin(name), model], subjects, spec.seed)
                 apart = paired_bootstrap(*pair, strata, spec.resamples)
                 row = replace(row, minus_random=apart, p_random=paired_permutation(*pair))
             yield row
+
+
+def _brainmarks(
+    asked: ProbedColumn, by_name: Mapping[str, np.ndarray], spec: ProbeTableSpec
+) -> tuple[tuple[ProbeRow, ...], str]:
+    """The rows of that protocol, and a sentence about its split."""
+    task, who = asked.spec, asked.subjects
+    y = asked.truth.astype(np.int64) if task.values else asked.truth
+    split = brainmarks.split_of(who, y, bool(task.values), spec.seed)
+    truth, tested = y[split.test], [who[row] for row in split.test]
+    strata = [str(value) for value in truth] if task.values else None
+    kind = kind_of(task.kind)
+    scores = dict(kind.scores(task)) | ({} if task.values else {"r2": brainmarks.r2})
+    main = kind.primary(task)[0]
+    shown = (main, kind.second, *(() if task.values else ("r2",)))
+    model = "logistic_cv" if task.values else "ridge_cv"
+    random: dict[str, np.ndarray] = {}
+    rows = []
+    twins = (RANDOM, _twin(TOKEN))
+    for name, answers in brainmarks.asked_in_turn(by_name, y, split, len(task.values), twins):
+        intervals = {
+            what: bootstrap(
+                scores[what], truth, answers, groups=tested, seed=spec.seed, strata=strata, resamples=spec.resamples
+            )
+            for what in shown
+        }
+        row = ProbeRow(name, model, {what: score(truth, answers) for what, score in scores.items()}, intervals)
+        if name in twins:
+            random[name] = answers
+        elif _twin(name) in random:
+            pair = (scores[main], truth, answers, random[_twin(name)], tested, spec.seed)
+            apart = paired_bootstrap(*pair, strata, spec.resamples)
+            row = replace(row, minus_random=apart, p_random=paired_permutation(*pair))
+        rows.append(row)
+    said = (
+        f"brainmarks: fitted on {len(split.train)} sessions, scored on {len(split.test)} of {len(set(tested))} others"
+    )
+    return tuple(rows), said
+
+
+def _twin(part: str) -> str:
+    """The row of the random network that a part is held against."""
+    return f"{RANDOM}, {TOKEN}" if part == TOKEN else RANDOM
 
 
 def _row(
@@ -478,6 +534,7 @@ def _document(table: ProbeTable, spec: ProbeTableSpec, about: Mapping[str, Any])
         "classes": dict(zip(asked.spec.values, counts.tolist())),
         "left_out": list(asked.left_out),
         "notes": list(table.notes),
+        "protocol": spec.protocol,
         "folds": spec.folds,
         "repeats": spec.repeats,
         "seed": spec.seed,

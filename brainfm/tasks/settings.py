@@ -43,5 +43,6 @@ class FinetuneData:
     augment: Annotated[
         Augment,
         "null: none; light; full; or a mapping of AugmentSpec's keys, e.g. data.augment.ghost=0.1; "
+        "torchio: transforms by name, e.g. data.augment.torchio={RandomMotion: {p: 0.1}}; "
         "scale is task.augment_scale where it is not given",
     ] = field(default_factory=lambda: {"flip": 0.5, "affine": 0.3, "rotate_deg": 15, "intensity": 0.3})

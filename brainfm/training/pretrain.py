@@ -20,11 +20,14 @@ from brainfm.data.regions import REGIONS, merged_members
 from brainfm.data.settings import TargetSpec
 from brainfm.data.store import SessionEntry, Store
 from brainfm.data.targets import Targets, find_targets
+from brainfm.data.torchio_transforms import check_still
 from brainfm.data.windows import WindowPatches
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import save_backbone
+from brainfm.nets.branches import draw_branches
+from brainfm.nets.untrained import random_backbone
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.objectives.settings import AnatomyPathologySettings, DenseSplitSettings, ObjectiveSettings
 from brainfm.probing.levels import LevelProbe
@@ -76,6 +79,8 @@ class Augmented(torch.nn.Module):
         batch = self.shown(batch)
         if self.training and self.spec is not None:
             batch = apply(batch, draw(batch, self.spec, self.seed))
+        if self.training:
+            draw_branches(self.question, self.seed, batch.sample)
         return self.question(batch, progress)
 
     def shown(self, batch: Batch) -> Batch:
@@ -202,8 +207,11 @@ def _online_probe(
     """What watches the features of what is saved, where that is asked for."""
     if settings.probe is None:
         return None
+    untrained = None
+    if settings.probe.untrained:
+        untrained = random_backbone(settings.backbone, settings.seed).to(fabric.device)
     return OnlineProbe(
-        with_whole(module.answering.encode, module.answering.backbone),
+        with_whole(module.answering.encode, module.answering.backbone, untrained),
         store,
         held=sides[1],
         trained=sides[0],
@@ -376,7 +384,11 @@ def make_patches(
 def _artefacts(value: Any, views: ViewSpec) -> AugmentSpec | None:
     """``data.augment``; of windows, which are moved already, what changes intensities alone."""
     spec = augment_spec(value)
-    return spec if spec is None or not views.windows else replace(spec, flip=0.0, affine=0.0, elastic=0.0)
+    if spec is None or not views.windows:
+        return spec
+    if spec.torchio:
+        check_still(spec.torchio)
+    return replace(spec, flip=0.0, affine=0.0, elastic=0.0)
 
 
 def sides_of(store: Store, data: PretrainData) -> tuple[list[SessionEntry], list[SessionEntry]]:

@@ -170,7 +170,9 @@ class PretrainData:
     validation_batches: Annotated[int, "of held-out patches"] = 8
     split_seed: Annotated[int, "another one holds others out; runs that differ in seed alone hold out the same"] = 0
     augment: Annotated[
-        Augment, "null: none (published); light; full; or a mapping of AugmentSpec's keys: {preset: full, ghost: 0}"
+        Augment,
+        "null: none (published); light; full; or a mapping of AugmentSpec's keys: {preset: full, ghost: 0},"
+        " torchio: transforms by name, {RandomMotion: {p: 0.1}}",
     ] = None
     rendered: Annotated[float, "of dense_split: share of the views that are rendered, of heads with a label map"] = 0.6
     windows: Annotated[WindowSpec, "of dense_split: windows of many voxel sizes, whole heads first"] = field(

@@ -9,6 +9,7 @@ from safetensors.torch import save
 
 from brainfm.batch import Batch, Terms
 from brainfm.data.augment import AugmentSpec, apply, draw
+from brainfm.nets.branches import draw_branches
 from brainfm.seeds import torch_stream
 from brainfm.tasks.task import Task
 from brainfm.training.average import WeightAverage
@@ -30,6 +31,7 @@ class Supervised(torch.nn.Module):
             batch = _unflattened(apply(flat, draw(flat, self.augment, self.seed)), views)
         if self.training:  # dropout draws from torch's own stream: begun anew, a resumed run draws the same
             torch.manual_seed(torch_stream(self.seed, "dropout", int(batch.sample[0])).initial_seed())
+            draw_branches(self.task, self.seed, batch.sample)
         output = self.task(batch.image, batch.present)
         if self.training and self.foreground is not None:
             self.foreground.add(output, batch)

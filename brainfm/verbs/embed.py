@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated, Literal
 
 from brainfm.errors import ConfigError
+from brainfm.settings import VERBATIM
 from brainfm.verbs.running import bar
+
+if TYPE_CHECKING:
+    from brainfm.probing.features import Embedding
 
 PLACE = 8
 
@@ -20,9 +24,18 @@ class Settings:
 
       brainfm embed backbone=runs/a/backbone.safetensors store=store out=features.parquet
       brainfm embed backbone=runs/a/backbone.safetensors input.t1=t1.nii.gz out=features.csv
+      brainfm embed baseline=slices weights=resnet50.pth network=resnet50 store=store out=slices.npz
     """
 
-    backbone: Annotated[Path, "a backbone file, or the name of weights that ship (`brainfm weights`)"]
+    backbone: Annotated[Path | None, "a backbone file, or the name of weights that ship (`brainfm weights`)"] = None
+    baseline: Annotated[
+        Literal["slices", "covariance"] | None,
+        "or, of a store: a frozen 2D network on slices along three axes; an untrained 3D network, its covariance",
+    ] = None
+    weights: Annotated[
+        str, "of baseline=slices: random | a file with torchvision's names | timm:NAME, which timm fetches", VERBATIM
+    ] = "random"
+    network: Annotated[Literal["resnet18", "resnet50"], "of baseline=slices"] = "resnet18"
     store: Annotated[Path | None, "every scan of a prepared store"] = None
     input: Annotated[
         Mapping[str, Path], "or input.CONTRAST=FILE of one visit, prepared here as the backbone's scans were"
@@ -31,7 +44,8 @@ class Settings:
     contrasts: Annotated[tuple[str, ...] | None, "e.g. [t1,flair]; null: every scan"] = None
     parts: Annotated[
         tuple[str, ...] | None,
-        "of backbone and the latent's named parts, e.g. [backbone,anatomy]; null: all there are",
+        "of backbone, token (a transformer's class token) and the latent's named parts, e.g. [backbone,anatomy]; "
+        "null: all there are",
     ] = None
     whole_mvox: Annotated[
         float, "million voxels up to which the whole head passes the network at once; else windows"
@@ -41,6 +55,12 @@ class Settings:
     debug: Annotated[bool, "a traceback in place of the sentence"] = False
 
     def __post_init__(self) -> None:
+        if (self.backbone is None) == (self.baseline is None):
+            raise ConfigError("brainfm embed: expected either backbone=FILE or baseline=slices|covariance")
+        if self.baseline is not None and not self.store:
+            raise ConfigError(
+                f"baseline={self.baseline}: expected store=DIR, for no backbone says how files are prepared"
+            )
         if bool(self.input) == bool(self.store):
             raise ConfigError("brainfm embed: expected either store=DIR or input.CONTRAST=FILE")
 
@@ -50,7 +70,7 @@ def run(settings: Settings) -> int:
 
     out = check_format(settings.out)
     with bar("embed") as move:
-        found = embed(
+        found = _of_baseline(settings, move) if settings.backbone is None else embed(
             settings.backbone, settings.store or settings.input, contrasts=settings.contrasts, parts=settings.parts,
             extent=Extent(settings.whole_mvox, settings.window_vox), device=settings.device, progress=move,
         )  # fmt: skip
@@ -60,3 +80,16 @@ def run(settings: Settings) -> int:
     parts = ", ".join(f"{part} {values.shape[1]}" for part, values in found.parts.items())
     print(f"{', '.join(map(str, files))}: {len(found.rows)} scans; features: {parts}")
     return 0
+
+
+def _of_baseline(settings: Settings, move: Callable[[int, int], None]) -> Embedding:
+    from brainfm.data.store import Store
+    from brainfm.probing.frozen import CovarianceDescriber, Describer, SliceDescriber, described
+
+    assert settings.store is not None
+    describer: Describer
+    if settings.baseline == "slices":
+        describer = SliceDescriber(settings.weights, settings.network, device=settings.device)
+    else:
+        describer = CovarianceDescriber(device=settings.device)
+    return described(describer, Store.open(settings.store), move)

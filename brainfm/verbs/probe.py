@@ -18,7 +18,7 @@ class Settings:
     network.
 
       brainfm probe backbone=runs/a/backbone.safetensors store=store target=age out=probe_age
-      brainfm probe features=features.parquet store=store target=sex out=probe_sex
+      brainfm probe features=features.parquet store=store target=sex out=probe_sex protocol=brainmarks
     """
 
     backbone: Annotated[Path | None, "a backbone file, or the name of weights that ship"] = None
@@ -29,6 +29,10 @@ class Settings:
     kind: Annotated[
         Literal["auto", "classification", "regression"], "auto: numbers of more than ten values are regression"
     ] = "auto"
+    protocol: Annotated[
+        Literal["nested", "brainmarks"],
+        "nested: kNN and a linear model in every fold; brainmarks: that benchmark's one split and grids",
+    ] = "nested"
     folds: Annotated[int, "by subject"] = 5
     repeats: Annotated[int, "of the cross-validation, each with other folds"] = 3
     contrasts: Annotated[tuple[str, ...] | None, "e.g. [t1]; null: every scan; a session's scans are averaged"] = None
@@ -47,7 +51,7 @@ def run(settings: Settings) -> int:
 
     spec = ProbeTableSpec(
         target=settings.target, kind=settings.kind, folds=settings.folds, repeats=settings.repeats,
-        seed=settings.seed, random=settings.random,
+        seed=settings.seed, random=settings.random, protocol=settings.protocol,
     )  # fmt: skip
     with bar("probe") as move:
         found = probe(

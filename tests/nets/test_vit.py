@@ -10,6 +10,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
+from brainfm.nets.branches import BranchStream, draw_branches
 from brainfm.nets.decoders import SkipDecoder, decoder_for
 from brainfm.nets.transformer import TransformerBlock, turned, turns
 from brainfm.nets.vit import TokenDecoder, ViT
@@ -188,16 +189,33 @@ def test_cubes_of_the_decoder_are_laid_where_their_tokens_are() -> None:
 
 
 def test_dropped_branches_are_dropped_in_training_alone_and_keep_the_mean() -> None:
-    block = TransformerBlock(8, 1, 16, drop=0.5)
-    tokens = torch.randn(4000, 1, 8)
+    block, tokens = TransformerBlock(8, 1, 16, drop=0.5), torch.randn(400, 1, 8)
+    kept = BranchStream(3, range(400)).draw(400, [0.5])[0]
+    assert (kept.float().mean(1) > 0.4).all() and (kept.float().mean(1) < 0.6).all()
     with torch.no_grad():
-        whole = block.eval()(tokens)
-        torch.manual_seed(0)
-        attended = block.train()._weighed(tokens, None)
-    kept = (attended != 0).flatten(1).all(1)
-    assert 0.45 < kept.float().mean() < 0.55
-    torch.testing.assert_close(attended[kept], 2 * tokens[kept])
-    assert torch.equal(block.eval()(tokens), whole)
+        weighed = block._weighed(tokens, None, kept[0])
+    torch.testing.assert_close(weighed, tokens * 2 * kept[0][:, None, None])
+    net = small(drop_path=0.5).eval()
+    scan = image()
+    draw_branches(net, 0, torch.arange(len(scan)))
+    with torch.no_grad():
+        whole = net.features(scan)[-1]
+        assert torch.equal(net.features(scan)[-1], whole)
+        assert not torch.equal(net.train().features(scan)[-1], whole)
+
+
+def test_a_sample_drops_the_same_branches_in_any_batch_and_others_in_another_pass_or_copy() -> None:
+    shares = [0.0, *[0.5] * 30]
+    stream = BranchStream(3, [7, 8])
+    first, second = stream.draw(4, shares), stream.draw(4, shares)
+    alone = BranchStream(3, [8])
+    assert torch.equal(alone.draw(2, shares), first[:, :, 1::2])
+    assert torch.equal(alone.draw(1, shares)[:, :, 0], second[:, :, 1])
+    assert first[0].all() and not torch.equal(first[:, :, 1], first[:, :, 3])
+    assert not torch.equal(first, second) and not torch.equal(first[:, :, 0], first[:, :, 1])
+    before = torch.random.get_rng_state()
+    stream.draw(4, shares)
+    assert torch.equal(torch.random.get_rng_state(), before)  # torch's own stream is left alone
 
 
 def test_recomputed_gradients_are_the_same() -> None:

@@ -160,12 +160,23 @@ def test_scores_of_prototypes_are_cosines() -> None:
 def test_every_parameter_of_the_student_learns_and_none_of_the_teacher(backbone: str) -> None:
     asked = objective(backbone)
     terms = asked(batch(), 0.5)
-    assert set(terms.parts) == {"dino", "ibot", "koleo", "used", "sure"}
+    assert set(terms.parts) == {"dino", "ibot", "koleo", "used", "sure", "entropy"}
     expected = terms.parts["dino"] + terms.parts["ibot"] + 0.1 * terms.parts["koleo"]
     torch.testing.assert_close(terms.total.detach(), expected)
     terms.total.backward()
     for name, parameter in asked.named_parameters():
         assert (parameter.grad is None) == name.startswith("teacher."), name
+
+
+def test_entropy_falls_where_the_teacher_has_one_answer_for_all_though_they_are_balanced() -> None:
+    asked = objective()
+    spread = asked(batch(), 0.5).parts
+    with torch.no_grad():
+        asked.teacher["head"].layers[-1].weight.zero_()
+        asked.teacher["head"].layers[-1].bias.copy_(100 * asked.teacher["head"].directions[3])
+    collapsed = asked(batch(), 0.5).parts
+    assert float(collapsed["entropy"]) < 0.5 * float(spread["entropy"])
+    assert float(collapsed["used"]) > 0.9  # which balancing makes, whatever the teacher knows
 
 
 def test_agreement__compare() -> None:
@@ -198,7 +209,7 @@ def test_hidden_cubes_are_asked_for_and_others_are_not() -> None:
 def test_a_large_crop_without_anything_hidden_adds_no_cubes() -> None:
     terms = objective(mask_share=0.0)(batch(), 0.0)
     assert terms.parts["ibot"] == 0 and torch.isfinite(terms.total)
-    assert objective(ibot_weight=0.0)(batch(), 0.0).parts.keys() == {"dino", "koleo", "used", "sure"}
+    assert objective(ibot_weight=0.0)(batch(), 0.0).parts.keys() == {"dino", "koleo", "used", "sure", "entropy"}
     assert torch.isfinite(objective(local_crops=0)(batch(), 0.0).total)
 
 

@@ -10,6 +10,8 @@ import torch
 
 from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.errors import ConfigError
+from brainfm.nets.backbone import build_backbone
+from brainfm.nets.untrained import random_backbone
 from brainfm.probing import online as probes
 from brainfm.probing.online import Features
 from brainfm.probing.settings import OnlineProbeSpec
@@ -226,3 +228,19 @@ def test_impossible_settings_are_refused() -> None:
         OnlineProbeSpec(patches=0)
     with pytest.raises(ConfigError, match=r"probe.every=-1: expected 0 or more"):
         OnlineProbeSpec(every=-1)
+
+
+def test_the_network_before_training_is_a_part_of_its_own() -> None:
+    config = {"name": "vit", "width": 12, "depth": 1, "heads": 2, "patch_vox": 8}
+    torch.manual_seed(5)
+    begun = build_backbone(**config)
+    image = torch.randn(1, 1, 16, 16, 16)
+    untrained = random_backbone(config, 5)
+    with torch.no_grad():
+        found = probes.with_whole(lambda image: {}, begun, untrained)(image)
+        assert set(found) == {"backbone", "token", "untrained", "untrained_token"}
+        assert torch.allclose(found["untrained"], found["backbone"], atol=1e-6)  # as the run began
+        begun.norm.weight.mul_(2)
+        again = probes.with_whole(lambda image: {}, begun, untrained)(image)
+    assert torch.equal(again["untrained_token"], found["untrained_token"])
+    assert not torch.allclose(again["token"], found["token"])

@@ -13,6 +13,7 @@ import pytest
 from brainfm.cli import main
 from brainfm.data.store import ScanEntry, SessionEntry, Store
 from brainfm.errors import ConfigError, ManifestError
+from brainfm.probing import brainmarks
 from brainfm.probing import table as module
 from brainfm.probing.features import Embedding, write
 from brainfm.probing.table import ProbeTableSpec, describe, probe
@@ -223,3 +224,48 @@ def test_the_verb(toy_store: Store, tmp_path: Path, capsys) -> None:
     assert "no session has a value in column age" in capsys.readouterr().err
     assert main(["probe", *words, "target=age", "folds=1"]) == 2
     assert "folds=1: expected 2 or more" in capsys.readouterr().err
+
+
+def test_brainmarks_is_scikit_learn_called_plainly_on_one_split_by_subject(people, tmp_path: Path) -> None:
+    from sklearn.linear_model import LogisticRegressionCV, RidgeCV
+    from sklearn.metrics import mean_absolute_error, r2_score, roc_auc_score
+    from sklearn.preprocessing import StandardScaler
+
+    store, ages, male = people
+    rng = np.random.default_rng(1)
+    knows = np.hstack([ages[:, None] / 20, 2.0 * male[:, None], rng.normal(size=(len(ages), 4))])
+    knows += rng.normal(size=knows.shape)
+    found = features(store, knows=knows)
+    for target in ("age", "sex"):
+        asked = ProbeTableSpec(target, protocol="brainmarks", resamples=20, seed=3)
+        table = probe(store, tmp_path / target, asked, features=found)
+        (row,) = table.rows
+        truth = table.asked.truth if target == "age" else table.asked.truth.astype(int)
+        split = brainmarks.split_of(table.asked.subjects, truth, target == "sex", 3)
+        people_of = [{table.asked.subjects[r] for r in rows} for rows in (split.train, split.test)]
+        assert not people_of[0] & people_of[1] and len(people_of[1]) >= 5
+        x = knows[:-1].astype(np.float32).astype(np.float64)
+        scaler = StandardScaler().fit(x[split.train])
+        near, other = scaler.transform(x[split.train]), scaler.transform(x[split.test])
+        if target == "age":
+            given = RidgeCV(alphas=np.logspace(-2, 6, 9)).fit(near, truth[split.train]).predict(other)
+            assert row.scores["mae"] == pytest.approx(mean_absolute_error(truth[split.test], given), rel=1e-6)
+            assert row.scores["r2"] == pytest.approx(r2_score(truth[split.test], given), rel=1e-6)
+        else:
+            model = LogisticRegressionCV(
+                Cs=np.logspace(-4, 4, 9), cv=5, class_weight="balanced", scoring="neg_log_loss", max_iter=1000
+            )
+            given = model.fit(near, truth[split.train]).predict_proba(other)[:, 1]
+            assert row.scores["auroc"] == pytest.approx(roc_auc_score(truth[split.test], given), rel=1e-6)
+        assert table.notes[-1].startswith(f"brainmarks: fitted on {len(split.train)} sessions")
+        assert json.loads((tmp_path / target / "scores.json").read_text())["protocol"] == "brainmarks"
+
+
+def test_brainmarks_takes_300_samples_a_side_and_refuses_sides_that_say_nothing() -> None:
+    many = [str(n) for n in range(2000)]
+    split = brainmarks.split_of(many, np.zeros(2000), False, 0)
+    assert (len(split.train), len(split.test)) == (300, 300) and not set(split.train) & set(split.test)
+    with pytest.raises(ConfigError, match=r"protocol=brainmarks: a side of its split has . subjects"):
+        brainmarks.split_of(many[:6], np.zeros(6), False, 0)
+    with pytest.raises(ConfigError, match="lacks a class"):
+        brainmarks.split_of(many, np.arange(2000) == 7, True, 0)

@@ -126,7 +126,8 @@ def linear_answers(
 
 @torch.no_grad()
 def pooled_features(backbone: Backbone, store: Store, cases: Sequence[HeadLike], spec: TaskSpec) -> np.ndarray:
-    """What a frozen encoder says of each case: mean and deviation of its deepest map, for each contrast.
+    """What a frozen encoder says of each case: mean and deviation of its deepest map, or its class token where the spec
+    pools that, for each contrast.
 
     Of the whole-head view and, where the spec has them, of the covering windows, averaged. A contrast that a case lacks
     has the mean of the cases that have it, and a column that says so.
@@ -143,9 +144,10 @@ def pooled_features(backbone: Backbone, store: Store, cases: Sequence[HeadLike],
         for m in np.flatnonzero(present):
             pooled = []
             for view in image[:, m]:  # one at a time: memory is that of one view
-                deepest = backbone.features(torch.from_numpy(view)[None, None].float().to(device))[-1].double()
-                flat = deepest[0].flatten(1)
-                pooled.append(torch.cat([flat.mean(dim=1), flat.std(dim=1, correction=0)]).cpu().numpy())
+                maps, said = backbone.summarised(torch.from_numpy(view)[None, None].float().to(device))
+                flat = maps[-1].double()[0].flatten(1)
+                both = torch.cat([flat.mean(dim=1), flat.std(dim=1, correction=0)])
+                pooled.append((said[0].double() if spec.pooling == "token" else both).cpu().numpy())
             parts = {"whole": pooled[:whole], "crops": pooled[whole:]}
             for part, values in parts.items():
                 if values:

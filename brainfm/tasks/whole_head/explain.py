@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from brainfm.data.region_volumes import voxel_effects
+from brainfm.errors import ConfigError
 from brainfm.nets.saliency import cams, gradients, upsampled, watched
 from brainfm.specs import Decisions
 from brainfm.tasks.explained import ExplainedAnswer, ExplainedCase, Triple
@@ -38,6 +39,11 @@ class ExplainedHead(ExplainedAnswer):
 
     def cam(self, network: nn.Module, layer: str, how: str) -> np.ndarray:
         case, spec = self.case, self.case.spec
+        if spec.pooling == "token":
+            raise ConfigError(
+                f"the bundle answers for {spec.target} from a class token, which no map leads to; expected one that "
+                "was fine-tuned with task.pooling=mean or attention"
+            )
         signed = not self.sort.probable
         with watched(network, layer) as leaves:
             volumes = None if self.volumes is None else self.volumes.to(case.device).requires_grad_(True)

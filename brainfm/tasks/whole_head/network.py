@@ -14,13 +14,22 @@ from brainfm.batch import Batch, Terms
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.decoders import DenseDecoder, DenseHead, decoder_for
-from brainfm.nets.heads import Fusion, GatedAttention, LinearHead, Standardise, fused_features
+from brainfm.nets.heads import (
+    Fusion,
+    GatedAttention,
+    LinearHead,
+    Standardise,
+    fused_features,
+    mean_summary,
+    moments,
+)
 from brainfm.specs import TaskSpec
 from brainfm.tasks.task import Task
 from brainfm.tasks.whole_head.reads import PARTS, Reads, averaged, dense_numbers, dense_width, log_head_volume
 from brainfm.tasks.whole_head.sorts import MODES, linear_head, sort_of
 
 _LEVELS = 3  # deepest maps that are pooled
+POOLINGS = ("attention", "mean", "token")
 
 
 class WholeHeadOutput(NamedTuple):
@@ -28,7 +37,8 @@ class WholeHeadOutput(NamedTuple):
 
     Attributes:
         logits: [B, T']: K classes, K - 1 thresholds between ordered classes, T labels, or 1 standardised value.
-        attention: [B, V, X/s, Y/s, Z/s] float32, sums to 1 over a case.
+        attention: [B, V, X/s, Y/s, Z/s] float32, sums to 1 over a case; even where nothing is learned (``mean``,
+            ``token``).
     """
 
     logits: Tensor
@@ -39,7 +49,8 @@ class WholeHeadTask(Task):
     """All views of a head pass through the encoder, its deepest maps are pooled by attention, and one layer answers.
 
     A token is a voxel of the deepest map with what lies in its place in the maps above it: after instance norms the
-    deepest map alone says little that a few cases could teach to read.
+    deepest map alone says little that a few cases could teach to read. ``spec.pooling=mean`` weighs all tokens of a
+    view alike; ``token`` takes a transformer's class token in place of mean and deviation, the mean over contrasts.
 
     A view is the whole head on coarse voxels or a window of it. Both scales begin with the same total weight, so the
     answer does not hang on how many windows are given: training shows a few, prediction all that cover the head.
@@ -60,8 +71,8 @@ class WholeHeadTask(Task):
 
     Raises:
         ConfigError: where the spec answers for no whole head, lists a contrast twice or none, its classes do not suit
-            its mode, it has neither a whole-head view nor crops, the patch does not pass the backbone, or a number is
-            out of range.
+            its mode, it has neither a whole-head view nor crops, the patch does not pass the backbone, a class token
+            is asked for that there is not, or a number is out of range.
     """
 
     class_weights: Tensor
@@ -92,14 +103,19 @@ class WholeHeadTask(Task):
             raise ConfigError(f"task.guidance={guidance}: expected 0 or more")
         self.spec, self.backbone = spec, backbone
         self.guidance, self.label_smoothing, self.balanced = guidance, label_smoothing, balanced
+        if spec.pooling == "token" and not backbone.class_token:
+            raise ConfigError(
+                f"task.pooling=token: {backbone.config['name']} has no class token; expected attention or mean"
+            )
         widths = backbone.widths[-_LEVELS:]
         width = sum(widths)
-        self.fusion = Fusion(widths, spec.fusion)
-        both = spec.view_mm > 0 and spec.crops
+        learned = spec.pooling == "attention"
+        self.fusion = Fusion(widths, "mean" if spec.pooling == "token" else spec.fusion)
+        both = spec.view_mm > 0 and spec.crops and learned
         self.scale = nn.Parameter(torch.zeros(2, width)) if both else None  # row 0: whole head, row 1: windows
-        self.pool = GatedAttention(width)
+        self.pool = GatedAttention(width) if learned else None
         self.reads = Reads.from_dict(reads) if isinstance(reads, Mapping) else reads
-        seen = 2 * width + self._build_parts()
+        seen = (backbone.widths[-1] if spec.pooling == "token" else 2 * width) + self._build_parts()
         self.norm = Standardise(seen)
         self.dropout = nn.Dropout(dropout)
         self.out = nn.Linear(seen, self.sort.outputs(spec))
@@ -210,21 +226,39 @@ class WholeHeadTask(Task):
             found = None if present is None else tuple(present.shape)
             raise ValueError(f"expected [B, V, M, X, Y, Z] and [B, M], found {tuple(image.shape)} and {found}")
         cases, views = image.shape[:2]
+        grid = torch.Size(edge // self.backbone.strides[-1] for edge in image.shape[3:])
+        of_view = torch.full((views,), 1 / views)
+        if self.spec.view_mm > 0 and self.spec.crops and views > 1:
+            of_view = torch.tensor([0.5] + [0.5 / (views - 1)] * (views - 1))
+        prior = (of_view / grid.numel()).to(image.device).repeat_interleave(grid.numel())
         together = views if torch.is_grad_enabled() else 1
-        parts = [self._tokens(image[:, v : v + together], present) for v in range(0, views, together)]
-        tokens, squares = (torch.cat(moments, dim=1) for moments in zip(*parts))  # [B, V, x, y, z, E]
-        grid = tokens.shape[2:5]
-        prior = torch.full((views,), 1 / views)
-        place = None
-        if self.scale is not None:
-            if views > 1:
-                prior = torch.tensor([0.5] + [0.5 / (views - 1)] * (views - 1))
-            place = self.scale[[0] + [1] * (views - 1)].repeat_interleave(grid.numel(), dim=0)
-        prior = (prior / grid.numel()).to(tokens.device).repeat_interleave(grid.numel())
-        pooled, weights = self.pool(tokens.flatten(1, 4), squares.flatten(1, 4), prior, place)
+        shown = [image[:, v : v + together] for v in range(0, views, together)]
+        if self.spec.pooling == "token":
+            said = torch.cat([self._summaries(some, present) for some in shown], dim=1)  # [B, V, E]
+            pooled, weights = torch.einsum("v,bve->be", of_view.to(said), said), prior.expand(cases, -1)
+        else:
+            parts = [self._tokens(some, present) for some in shown]
+            tokens, squares = (torch.cat(each, dim=1).flatten(1, 4) for each in zip(*parts))  # [B, N, E]
+            pooled, weights = self._weighed(tokens, squares, prior, views)
         if self.reads is not None and self.spec.view_mm:
             pooled = torch.cat([pooled, self._measured(image[:, 0], present)], dim=1)
         return pooled, weights.view(cases, views, *grid)
+
+    def _weighed(self, tokens: Tensor, squares: Tensor, prior: Tensor, views: int) -> tuple[Tensor, Tensor]:
+        """The pooled vector [B, 2 E] of tokens [B, N, E], and what each of them weighs [B, N]."""
+        if self.pool is None:
+            weights = prior.expand(len(tokens), -1)
+            return moments(tokens, squares, weights), weights
+        place = None
+        if self.scale is not None:
+            place = self.scale[[0] + [1] * (views - 1)].repeat_interleave(len(prior) // views, dim=0)
+        pooled: tuple[Tensor, Tensor] = self.pool(tokens, squares, prior, place)
+        return pooled
+
+    def _summaries(self, image: Tensor, present: Tensor | None) -> Tensor:
+        """[B, V, M, X, Y, Z] -> the class tokens [B, V, E], the mean over the contrasts."""
+        there = None if present is None else present.repeat_interleave(image.shape[1], dim=0)
+        return mean_summary(self.backbone, image.flatten(0, 1), there).unflatten(0, image.shape[:2])
 
     @torch.no_grad()
     def _measured(self, whole: Tensor, present: Tensor | None) -> Tensor:
@@ -379,4 +413,6 @@ def _check(spec: TaskSpec) -> None:
         raise ConfigError(f"task.view_mm={spec.view_mm:g}: expected a whole-head view (above 0 mm), or crops")
     if spec.kind == "classification" and spec.mode not in MODES:
         raise ConfigError(f"task.mode={spec.mode!r}: expected one of {', '.join(MODES)}")
+    if spec.pooling not in POOLINGS:
+        raise ConfigError(f"task.pooling={spec.pooling!r}: expected one of {', '.join(POOLINGS)}")
     sort_of(spec).check(spec)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal
 
-from brainfm.settings import VERBATIM
+from brainfm.settings import LATER, VERBATIM
 from brainfm.tasks.settings import TaskSettings
 
 
@@ -27,6 +27,12 @@ class WholeHeadSettings(TaskSettings):
     lesion: Annotated[str | None, "column NAME_mask, without the ending: where attention should lie", VERBATIM] = None
     guidance: Annotated[float, "weight of that"] = 0.1
     dropout: Annotated[float, "of the pooled features"] = 0.2
+    pooling: Annotated[
+        Literal["auto", "attention", "mean", "token"],
+        "how one vector is made of a head: learned weights, all places alike, or a transformer's class token; "
+        "auto: the class token where there is one, the mean of other transformers, else attention",
+        LATER,
+    ] = "auto"
     head_start: Annotated[
         Literal["linear", "fresh"],
         "linear: the last layer begins as a linear probe of the encoder as it is, and is refitted so after training",

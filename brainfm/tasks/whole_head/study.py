@@ -78,6 +78,11 @@ class WholeHeadStudy(Study):
         self.volumes, self.notes = find_volumes(
             store, [case.session for case in self.cases], self.spec.target, settings.volumes
         )
+        if settings.lesion is not None and settings.pooling in ("mean", "token"):
+            raise ConfigError(
+                f"task.lesion={settings.lesion}: no attention is learned with task.pooling={settings.pooling}; "
+                "expected task.pooling=attention or auto"
+            )
         asked = settings.candidates
         strange = [] if asked == "auto" else [name for name in asked if name not in CANDIDATES]
         if strange or not asked:
@@ -100,6 +105,9 @@ class WholeHeadStudy(Study):
         return f"classes {', '.join(f'{name} ({n})' for name, n in counts)}" if counts else ""
 
     def patch(self, backbone: Backbone, most_voxels: int) -> tuple[int, int, int]:
+        usual = "attention" if self.settings.lesion is not None else backbone.usual_pooling
+        pooling = usual if self.settings.pooling == "auto" else self.settings.pooling
+        self.spec = replace(self.spec, pooling=pooling)
         if self.settings.patch_vox != "auto":
             return self.settings.patch_vox
         return choose_view_patch(self.store, self.cases, backbone.strides[-1], most_voxels)

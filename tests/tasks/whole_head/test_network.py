@@ -387,3 +387,56 @@ def test_a_linear_start_with_a_single_case_of_a_class_or_one_class_only() -> Non
     found = task.decode(WholeHeadOutput(task.out(task.norm(features)), torch.zeros(4, 1, 1, 1, 1))).detach()
     assert torch.isfinite(found).all() and found[0, 0] > found[1:, 0].max()
     assert torch.allclose(found[:, 1], torch.full((4,), 7 / 8))  # three of three, and half a case more on either side
+
+
+# ---- pooling ---------------------------------------------------------------------------------------------------------
+
+
+def vit_task(pooling: str, **settings):
+    torch.manual_seed(0)
+    backbone = build_backbone("vit", width=12, depth=2, heads=2, patch_vox=8, grid_vox=[16, 16, 16], taps=2)
+    return build_task(replace(SPEC, patch_vox=(16, 16, 8), pooling=pooling), backbone, **settings).eval()
+
+
+def vit_views(cases=2, count=3):
+    return torch.randn(cases, count, 2, 16, 16, 8)
+
+
+def test_the_class_token_is_averaged_over_the_contrasts_that_are_there_and_half_of_it_is_the_whole_head():
+    task, image = vit_task("token"), vit_views()
+    present = torch.tensor([[True, True], [False, True]])
+    image[1, :, 0] = torch.nan  # nobody looks there
+    said = task.backbone.summarised
+    with torch.no_grad():
+        pooled, weights = task.pooled(image, present)
+        for case, shown in enumerate(([0, 1], [1])):
+            views = [torch.stack([said(image[case, v, m][None, None])[1][0] for m in shown]).mean(0) for v in range(3)]
+            assert torch.allclose(pooled[case], views[0] / 2 + views[1] / 4 + views[2] / 4, atol=1e-5)
+    assert pooled.shape == (2, 12) and torch.allclose(weights.flatten(1).sum(1), torch.ones(2))
+    with pytest.raises(ValueError, match="at least one contrast"):
+        task.pooled(image, torch.zeros(2, 2, dtype=torch.bool))
+
+
+def test_mean_pooling_is_attention_before_anything_is_learned():
+    image = vit_views()
+    mean, attention = vit_task("mean"), vit_task("attention")
+    attention.backbone.load_state_dict(mean.backbone.state_dict())
+    with torch.no_grad():
+        for one, other in zip(mean.pooled(image), attention.pooled(image), strict=True):
+            assert torch.allclose(one, other, atol=1e-5)
+    assert not any(name.startswith(("pool.", "scale")) for name in mean.state_dict())
+
+
+@pytest.mark.parametrize("pooling", ["mean", "token"])
+def test_every_parameter_gets_a_gradient_whatever_the_pooling(pooling):
+    task = vit_task(pooling, dropout=0.0).train()
+    output = task(vit_views(), torch.ones(2, 2, dtype=torch.bool))
+    task.loss(output, batch_of([[0], [1]])).total.backward()
+    assert all(p.grad is not None for p in task.parameters())
+
+
+def test_a_network_without_a_class_token_is_not_asked_for_one():
+    with pytest.raises(ConfigError, match=r"task\.pooling=token: unet_tiny has no class token; expected attention or"):
+        build_task(replace(SPEC, pooling="token"), build_backbone("unet_tiny"))
+    with pytest.raises(ConfigError, match=r"task\.pooling='max': expected one of attention, mean, token"):
+        build_task(replace(SPEC, pooling="max"), build_backbone("unet_tiny"))

@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from brainfm.crossdomain.resnet import ResNet, load_resnet
 from brainfm.errors import ConfigError, WeightsError
+from brainfm.nets.resnet import ResNet, load_resnet
 from tests.crossdomain.filled import filled
 
 OUTPUTS = json.loads((Path(__file__).parent / "resnet_outputs.json").read_text())
