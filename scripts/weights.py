@@ -172,6 +172,10 @@ def ordinary_of(file: Path, manifest: Path, count: int) -> dict[str, Any]:
         raise WeightsError(f"{file}: labels no ordinary head of {manifest} in a way that can be trusted")
     columns = {name: [row[name] for row in rows] for name in rows[0]}
     ranges = {name: [round(edge, 5) for edge in widened(min(v), max(v))] for name, v in columns.items()}
+    for name in ranges:  # nobody is too symmetric, no answer too sure
+        if name.startswith("asymmetry"):
+            ranges[name][0] = 0.0
+    ranges["mean probability"][1] = 1.0
     return {"heads": len(rows), "ranges": ranges}
 
 

@@ -33,11 +33,11 @@ from brainfm.data.manifest import CONTRASTS, Manifest, Scan
 from brainfm.data.regions import REGIONS, TISSUE_OF, TISSUES
 from brainfm.errors import BrainfmWarning, ConfigError, ScanError, WeightsError
 from brainfm.files import check_writable, write_table
-from brainfm.imaging import nifti
+from brainfm.imaging import nifti, scope
 from brainfm.imaging.components import largest_component
 from brainfm.imaging.endings import strip_ending
 from brainfm.imaging.preprocess import prepare_session, restore_probabilities
-from brainfm.inference.scope import of_answer, of_scan
+from brainfm.inference.scope import of_answer
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone
 from brainfm.nets.cpu import keep_freed_memory
@@ -225,7 +225,7 @@ class Labeller:
             ndimage.binary_fill_holes(~np.isin(classes, outside)),
         )  # fmt: skip
         contrast, age = (scan.contrast, scan.columns.get("age")) if scan is not None else ("unknown", None)
-        said = [*of_scan(files[first]), *of_answer(found, self.release, [contrast], age)]
+        said = [*scope.strange(nifti.read(files[first])[0]), *of_answer(found, self.release, [contrast], age)]
         return replace(found, out_of_scope="; ".join(said))
 
     def spec_for(self, scan: Path) -> PreprocessSpec:

@@ -17,8 +17,8 @@ from brainfm.data.manifest import CONTRASTS, Manifest, Scan, contrast_of, plain_
 from brainfm.data.sources import SourceFile
 from brainfm.errors import BrainfmWarning, BundleError, ConfigError, FileError, ManifestError, ScanError
 from brainfm.files import check_writable, write_table, write_text
+from brainfm.imaging import nifti, scope
 from brainfm.imaging.endings import companions
-from brainfm.inference.scope import of_scan
 from brainfm.specs import TaskSpec
 from brainfm.tasks.answers import LISTING, Key, SessionAnswer, grid_owner, strange_grid
 from brainfm.tasks.bundle import Bundle, load_engine
@@ -89,7 +89,9 @@ def predict(
 
 def _strange(files: Mapping[str, Path]) -> list[str]:
     """Why the scans of a session are out of scope of any brain MRI network, by contrast."""
-    return [f"{contrast}: {reason}" for contrast, path in files.items() for reason in of_scan(path)]
+    return [
+        f"{contrast}: {reason}" for contrast, path in files.items() for reason in scope.strange(nifti.read(path)[0])
+    ]
 
 
 def _with_scope(found: np.ndarray | SessionAnswer, strange: Sequence[str]) -> np.ndarray | SessionAnswer:

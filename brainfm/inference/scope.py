@@ -1,16 +1,15 @@
-"""Scope of an answer: why it may not be relied on, by the scan, by what the weights were shown, and by the answer."""
+"""Scope of an answer: why it may not be relied on, by what the weights were shown and by the answer itself."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from brainfm.data.labelling import FoundLabels
 from brainfm.data.regions import CORTEX, DEEP, REGIONS, VENTRICLES, WHITE
-from brainfm.imaging import nifti, scope
+from brainfm.imaging import scope
 
 _GROUPS = {
     "ventricles": VENTRICLES, "fluid outside": ("csf",), "cortex": CORTEX, "white matter": WHITE, "deep grey": DEEP,
@@ -39,11 +38,6 @@ def answer_measures(found: FoundLabels) -> dict[str, float]:
         left, total = float((columns * weight).sum()), float(columns.sum())
         measured[f"asymmetry of {name}"] = abs(2 * left - total) / total if total else 1.0
     return measured | {"ml within the skull": icv, "mean probability": found.quality}
-
-
-def of_scan(path: Path) -> list[str]:
-    """Why a scan is no ordinary MRI of a head (imaging/scope.py). Raises: ScanError where it cannot be read."""
-    return scope.strange(nifti.read(path)[0])
 
 
 def of_answer(
