@@ -34,7 +34,7 @@ from brainfm.scoring.masks import dice
 from brainfm.synthesis.phantom import write_cohort
 
 ARMS = {"pretrained": "pre-trained", "scratch": "from scratch"}
-# What an objective's pictures are called; True: of dense_split.
+# What an objective's pictures are called; True: of one that decodes through skips, and draws the scan in another look.
 TITLES = {
     False: {"input": "Scan", "masked": "Hidden blocks", "self": "Reconstruction", "partner": "Other scan",
             "cross": "Other's anatomy"},
@@ -238,8 +238,9 @@ def _reconstructions(out: Path, weights: Path) -> tuple[dict[str, list[np.ndarra
         pictures = objective.pictures(Batch(image, torch.tensor([number]), partner, torch.tensor([True])))
         axial = {name: volume[0, 0, :, :, int(z * 0.55)].float().numpy() for name, volume in pictures.items()}
         axial["masked"] = np.where(axial["masked"] == 0, np.nan, axial["masked"])
-        for name, title in TITLES[objective.name == "dense_split"].items():
-            columns.setdefault(title, []).append(axial[name])
+        for name, title in TITLES[loaded.decoder is not None].items():
+            if name in axial:  # not every objective reads a second scan
+                columns.setdefault(title, []).append(axial[name])
     return columns, [" | ".join(name.upper() for name in pair) for pair in shown]
 
 

@@ -77,7 +77,7 @@ def write_head(path: Path, number: int) -> None:
 
 
 def test_every_optional_package_comes_with_its_extra() -> None:
-    assert PROJECT["name"] == DISTRIBUTION and PROJECT["scripts"] == {"brainfm": "brainfm.cli:main"}
+    assert PROJECT["name"] == DISTRIBUTION and PROJECT["scripts"] == {"brainfm": "brainfm.cli:command"}
     homes = packages_distributions()
     for package, extra in EXTRA_OF.items():
         names = {named(name) for name in homes.get(package, [package])}

@@ -108,6 +108,7 @@ def pretrain(settings: PretrainSettings) -> State:
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
     """
+    build_backbone(**settings.backbone)  # what cannot be built is refused before a store is looked for
     store, folder = Store.open(settings.store), settings.run
     settings = replace(settings, trainer=settled(settings.trainer))
     trainer = settings.trainer
