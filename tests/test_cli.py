@@ -43,6 +43,7 @@ NEEDED = {
     "evaluate": ["predictions=x", "manifest=y", "out=z"],
     "explain": ["bundle=x", "input.t1=y", "out=z"],
     "report": ["run=x"],
+    "compare": ["models=[unet_s:mae]", "store=x", "out=y", "tasks=[age]", "steps=3"],
     "import": ["checkpoint=x", "out=y.safetensors"],
     "export": ["format=nnssl", "backbone=x", "out=y"],
     "convert": ["challenge=fomo26", "task=task2", "root=x"],

@@ -25,11 +25,12 @@ def script() -> ModuleType:
     return module
 
 
-_OF_FINETUNE = ("fomo25_", "fomo26_", "ssl3d_segmentation", "ssl3d_classification")  # recipes of another verb
+# recipes of other verbs
+_OF_OTHERS = ("fomo25_", "fomo26_", "ssl3d_segmentation", "ssl3d_classification", "compare_")
 EXPERIMENTS = sorted(
     path.stem
     for path in (SCRIPT.parents[1] / "configs" / "experiment").glob("*.yaml")
-    if not path.stem.startswith(_OF_FINETUNE)
+    if not path.stem.startswith(_OF_OTHERS)
 )
 
 
