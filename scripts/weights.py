@@ -2,8 +2,8 @@
 
     python scripts/weights.py RUN_OR_FILE NAME --data DATA3D [--commit COMMIT] [--out FOLDER]
 
-Writes OUT/NAME.safetensors (OUT: brainfm/weights). Kept are encoder, decoder and the heads `regions` and `lesion`; the
-objective's own tensors are not: neither fine-tuning nor `anatomy` reads them. Beside the tensors stand how scans are
+Writes OUT/NAME.safetensors (OUT: brainfm/weights). Kept are encoder, decoder, the heads `regions` and `lesion`, and
+the objective's own few tensors, with which the demo draws a scan in another contrast. Beside them stand how scans are
 prepared, provenance (steps, hours, commit, seed; paths are cut to their last name), the voxel sizes seen, salted hashes
 of the people, and the release: sources with licences and attributions, people, ages, curves, what half precision costs
 on one held head, and what the answers to ordinary heads measure: N scans of the training side (--ordinary N) are
@@ -293,8 +293,8 @@ def make(given: argparse.Namespace) -> dict[str, Any]:
 
         def save() -> None:
             save_backbone(
-                made, half.backbone, objective=loaded.objective, objective_state={}, preprocess=loaded.preprocess,
-                patch_vox=loaded.patch_vox, provenance=provenance, decoder=half.decoder, heads=half.heads,
+                made, half.backbone, objective=loaded.objective, objective_state=loaded.extra,
+                preprocess=loaded.preprocess, patch_vox=loaded.patch_vox, provenance=provenance, decoder=half.decoder, heads=half.heads,
                 voxel_mm=loaded.voxel_mm, subjects=loaded.subjects, half=True, release=release,
             )  # fmt: skip
 

@@ -29,7 +29,6 @@ from brainfm.verbs.compose import configs, options, recipes, resolve, settings_o
 from tests.conftest import write_subjects
 
 NEEDED = {
-    "compare": ["models=[untrained]", "tasks=[age]", "steps=9", "store=x", "out=y"],
     "demo": ["out=x"],
     "manifest": ["root=x", "out=y"],
     "doctor": ["manifest=x"],

@@ -149,4 +149,5 @@ def test_the_version_is_one() -> None:
     project = tomllib.loads((REPOSITORY / "pyproject.toml").read_text())["project"]
     citation = (REPOSITORY / "CITATION.cff").read_text()
     assert project["version"] == __version__ and f"\nversion: {__version__}\n" in citation
-    assert f"\nlicense: {project['license']}\n" in citation
+    code = project["license"].partition(" AND ")[0]  # the weights that ship have another
+    assert f"\nlicense: {code}\n" in citation

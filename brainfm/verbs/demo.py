@@ -17,7 +17,9 @@ class Settings:
     """
 
     out: Annotated[Path, "folder of all that is made"]
-    backbone: Annotated[Path | None, "weights to begin with; null: a short pre-training on the cohort itself"] = None
+    backbone: Annotated[
+        Path | None, "weights to begin with; null: those that ship; none: a short pre-training on the cohort itself"
+    ] = None
     seed: Annotated[int, "of cohort and trainings"] = 0
     subjects: Annotated[int, "two fifths of them are kept for the test"] = 20
     labelled: Annotated[int, "of the others have their lesions outlined; all of them serve pre-training"] = 5
@@ -34,11 +36,15 @@ class Settings:
 def run(settings: Settings) -> int:
     from brainfm.cli import main
     from brainfm.demo import demo
+    from brainfm.nets import shipped
 
+    backbone = settings.backbone
+    if backbone is None and shipped.USUAL in shipped.names():
+        backbone = Path(shipped.USUAL)
     summary = demo(
         settings.out,
         main,
-        backbone=settings.backbone,
+        backbone=None if backbone == Path("none") else backbone,
         seed=settings.seed,
         subjects=settings.subjects,
         labelled=settings.labelled,
