@@ -294,7 +294,8 @@ def make(given: argparse.Namespace) -> dict[str, Any]:
         def save() -> None:
             save_backbone(
                 made, half.backbone, objective=loaded.objective, objective_state=loaded.extra,
-                preprocess=loaded.preprocess, patch_vox=loaded.patch_vox, provenance=provenance, decoder=half.decoder, heads=half.heads,
+                preprocess=loaded.preprocess, patch_vox=loaded.patch_vox, provenance=provenance,
+                decoder=half.decoder, heads=half.heads,
                 voxel_mm=loaded.voxel_mm, subjects=loaded.subjects, half=True, release=release,
             )  # fmt: skip
 
