@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import json
 import os
 import signal
@@ -22,6 +23,7 @@ from brainfm.errors import ConfigError, ManifestError
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backbone
 from brainfm.nets.decoders import DenseDecoder, DenseHead
+from brainfm.nets.lengths import restore_lengths
 from brainfm.scoring.intervals import crossed_bootstrap
 from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.tasks.segmentation.settings import SegmentationSettings
@@ -139,13 +141,17 @@ def test_starts_share_patches_and_fresh_weights_and_differ_in_what_the_file_give
             a, b = made["scratch"].patches[i], made[other].patches[i]
             assert np.array_equal(a.image, b.image) and np.array_equal(a.label, b.label)
     fresh, encoder, decoder = (made[name].module.task.state_dict() for name in ("scratch", "encoder", "decoder"))
-    for name, value in loaded.backbone.state_dict().items():
+    given, own = copy.deepcopy((loaded.backbone, loaded.decoder))
+    assert own is not None and restore_lengths(given) > 0 and restore_lengths(own) > 0  # as fine-tuning begins
+    for name, value in given.state_dict().items():
         assert torch.equal(encoder[f"backbone.{name}"], value) and torch.equal(decoder[f"backbone.{name}"], value)
-    for name in fresh:
+    last = {name for name in fresh if name.startswith("decoder.out.")}
+    for name in fresh.keys() - last:
         if not name.startswith("backbone."):
             assert torch.equal(fresh[name], encoder[name]), name
+    assert last and not any(torch.equal(fresh[name], encoder[name]) for name in last), "a linear probe of each start"
     assert any(not torch.equal(fresh[f"backbone.{n}"], encoder[f"backbone.{n}"]) for n in loaded.backbone.state_dict())
-    for name, value in loaded.decoder.state_dict().items():
+    for name, value in own.state_dict().items():
         assert torch.equal(decoder[f"decoder.{name}"], value)
     rates = {group["lr"] for group in made["scratch"].optimizer.param_groups}
     assert rates == {1e-2} and min(g["lr"] for g in made["encoder"].optimizer.param_groups) < 1e-2

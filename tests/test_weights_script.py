@@ -108,9 +108,13 @@ def test_the_file_holds_halves_of_what_is_of_use_and_says_where_it_comes_from(as
     with safe_open(path, framework="pt") as file:
         dtypes = {file.get_tensor(name).dtype for name in file.keys()}  # noqa: SIM118
         groups = {name.split(".")[0] for name in file.keys()}  # noqa: SIM118
-    assert dtypes == {torch.float16} and groups == {"backbone", "decoder", "heads"}
+    assert dtypes == {torch.float16} and groups == {"backbone", "decoder", "heads", "objective"}
     whole, half = load_backbone(asked.source / "backbone.safetensors"), load_backbone(path)
-    assert set(half.heads) == {"regions", "lesion"} and not half.extra and half.subjects == whole.subjects
+    assert (
+        set(half.heads) == {"regions", "lesion"}
+        and set(half.extra) == set(whole.extra)
+        and half.subjects == whole.subjects
+    )
     for name, value in whole.backbone.state_dict().items():
         assert torch.equal(value.half().float(), half.backbone.state_dict()[name])  # read into float32
     assert half.provenance.commit == "c0ffee" and half.provenance.parents == (whole.fingerprint,)

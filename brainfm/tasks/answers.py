@@ -71,8 +71,8 @@ def read_answer(path: Path) -> SessionAnswer:
     """Of a file that ``predict`` wrote. Raises: ConfigError where it did not."""
     try:
         values = json.loads(path.read_text(encoding="utf-8"))
-        strange = tuple(values.get("out_of_scope", ()))
-        return replace(SessionAnswer(**values), contrasts=tuple(values["contrasts"]), out_of_scope=strange)
+        found = SessionAnswer(**values)
+        return replace(found, contrasts=tuple(values["contrasts"]), out_of_scope=tuple(found.out_of_scope))
     except (OSError, ValueError, TypeError, KeyError) as error:
         raise ConfigError(f"{path} is not an answer that brainfm predict wrote ({error})") from None
 

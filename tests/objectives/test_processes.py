@@ -35,7 +35,7 @@ ASKED: dict[str, tuple[str, dict[str, Any]]] = {
     "contrastive": ("mae+contrastive", {"interval_tau_years": 2.0, "queue": 8}),
     "dino": ("dino", {"prototypes": 12, "hidden_channels": 16, "bottleneck": 8, "local_crops": 2, "koleo_weight": 0.0}),
 }  # fmt: skip
-OWN = {"rank1", "used", "sure"}  # said of this process's own samples
+OWN = {"rank1", "used", "sure", "entropy"}  # said of this process's own samples
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload([__name__])
 

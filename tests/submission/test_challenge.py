@@ -64,8 +64,8 @@ def test_presets_answer_what_broke_submissions():
 
 
 def test_a_recipe_is_an_option_of_the_verb_that_has_its_keys(capsys):
-    both = [set(recipes(settings_of(verb))) for verb in ("pretrain", "finetune")]
-    assert both[0] | both[1] == set(options("experiment")) and not both[0] & both[1]
+    of = [set(recipes(settings_of(verb))) for verb in ("pretrain", "finetune", "compare")]
+    assert set().union(*of) == set(options("experiment")) and sum(map(len, of)) == len(options("experiment"))
     assert main(["finetune", "experiment=ssl3d", "store=s", "backbone_from=none"]) == 2
     assert "experiment=ssl3d: expected one of fomo25_task1" in capsys.readouterr().err
     assert main(["finetune", "root=D", "store=s", "run=r", "backbone_from=none", "task.target=x"]) == 2

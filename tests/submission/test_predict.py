@@ -117,6 +117,7 @@ def test_a_folder_is_a_session_in_a_hospital(app_of, tmp_path, capsys):
     assert main(app, ["--session", str(visit.parent), "--output", str(output)]) == 0
     assert output.read_bytes() == straight
     (tmp_path / "none").mkdir()
+    capsys.readouterr()
     said = refused(app, ["--session", str(tmp_path / "none"), "--output", str(output)], capsys)
     assert "no scan whose name says flair, dwi, t2s, swi" in said
 

@@ -192,12 +192,13 @@ def test_a_learning_curve_has_nested_draws(store: Store, tmp_path: Path) -> None
     run = tmp_path / "run"
     more = ["protocol=fewshot", "task.shots=[2,4,all]", "trainer.max_steps=2", "trainer.checkpoint_every=0"]
     assert main(["finetune", *words(store, run, "classification", "lesion", "baselines=[features]", *more)]) == 0
+    candidates = [f"candidate {name}" for name in ("mean", "measurements", "features", "stacked")]
     with (run / "learning_curve.csv").open() as file:
         rows = list(csv.DictReader(file))
     assert [(r["shots"], r["condition"]) for r in rows] == [
-        (s, c) for s in ("2", "4", "all") for c in ("model", "features", "candidate mean", "candidate features")
+        (s, c) for s in ("2", "4", "all") for c in ("model", "features", *candidates)
     ]
-    assert [float(r["training_subjects"]) for r in rows[::4]] == [2, 4, 6] and {r["cases"] for r in rows} == {"12"}
+    assert [float(r["training_subjects"]) for r in rows[::6]] == [2, 4, 6] and {r["cases"] for r in rows} == {"12"}
     assert (run / "bundle").is_dir()
 
 
