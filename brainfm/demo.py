@@ -102,9 +102,7 @@ def demo(
             "trainer.checkpoint_every=25", f"seed={seed}")  # fmt: skip
     weights = out / "pretrain" / "backbone.safetensors" if backbone is None else backbone
     anatomy: dict[str, tuple[Path, Path]] = {}
-    known = load_backbone(weights)
-    with_decoder = known.decoder is not None
-    if "regions" in known.heads:
+    if "regions" in load_backbone(weights).heads:
         subject, files = _shown(out)
         for contrast, file in files.items():
             labels = out / "anatomy" / contrast / f"{subject}_dseg.nii.gz"
@@ -114,11 +112,10 @@ def demo(
     for number in range(runs):
         for arm in ARMS:
             place, source = out / arm / f"run{number}", weights if arm == "pretrained" else "none"
-            decoder = str(arm == "pretrained" and with_decoder).lower()
             run(f"finetune {arm}", "finetune", "task=segmentation", "task.target=lesion", f"store={out / 'store'}",
                 f"run={place}", f"backbone_from={source}", "backbone=unet_s", f"task.patch_vox={patch}", "folds=1",
                 f"trainer.max_steps={finetune_steps}", "trainer.batch_size=1", "optim.lr=1e-3",
-                f"adapt.decoder={decoder}", "data.foreground_share=0.9", "trainer.evaluate_every=20",
+                "adapt.decoder=false", "adapt.layer_decay=1", "data.foreground_share=0.9", "trainer.evaluate_every=20",
                 "trainer.checkpoint_every=40", "trainer.log_every=2", "baselines=[]", "mirror=[]",
                 "clean=false", "audit=false", "report=false", f"seed={seed + number}")  # fmt: skip
             run(f"predict {arm}", "predict", f"bundle={place / 'bundle'}", f"manifest={out / 'test.csv'}",
