@@ -185,7 +185,7 @@ def writing_folder(folder: PathLike) -> Iterator[Path]:
         fresh.mkdir()
         yield fresh
         for path in (path for path in fresh.rglob("*") if path.is_file()):
-            _sync(path)
+            sync(path)
         if folder.exists():
             os.replace(folder, old)
         try:
@@ -205,7 +205,8 @@ def writing_folder(folder: PathLike) -> Iterator[Path]:
         shutil.rmtree(fresh, ignore_errors=True)
 
 
-def _sync(path: Path) -> None:
+def sync(path: Path) -> None:
+    """Waits until what a file or a folder holds is on the disk."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -64,7 +64,7 @@ from brainfm.data.levels import coarse_image, coarse_labels, coarse_shape, kept_
 from brainfm.data.manifest import LABEL_ENDINGS, Scan, scan_names, session_labels
 from brainfm.data.sources import SourceFile
 from brainfm.errors import ConfigError, StoreError
-from brainfm.files import write_synced, write_whole
+from brainfm.files import sync, write_synced, write_whole
 from brainfm.imaging.intensity import half_precision
 from brainfm.specs import PreprocessSpec
 
@@ -398,7 +398,7 @@ class Store:
                 scratch.mkdir()
                 for name, content in {**files, "session.json": _json_bytes(document)}.items():
                     write_synced(scratch / name, content)
-                _sync_folder(scratch)
+                sync(scratch)
                 final.parent.mkdir(exist_ok=True)
                 self._move_in(scratch, final)
             finally:
@@ -417,7 +417,7 @@ class Store:
                 os.rename(final, old)
                 os.rename(scratch, final)
             shutil.rmtree(old)
-        _sync_folder(final.parent)
+        sync(final.parent)
 
     def reference(self, key: Key) -> str | None:
         """The path, as its row has it, of the scan that settled a session's grid; None where nothing was prepared."""
@@ -851,15 +851,7 @@ def _csv_bytes(rows: Sequence[Sequence[Any]]) -> bytes:
 
 def _write_atomic(folder: Path, name: str, content: bytes) -> None:
     write_whole(folder / name, content, mark="tmp-")
-    _sync_folder(folder)
-
-
-def _sync_folder(folder: Path) -> None:
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    sync(folder)
 
 
 @contextmanager
