@@ -45,6 +45,10 @@ class SeenSubjects:
         salt = seeds.stream(seed, "salt of subjects").bytes(16).hex()
         return cls(salt, tuple(_hash(salt, key) for key in subject_keys))
 
+    def with_more(self, subject_keys: Iterable[str]) -> SeenSubjects:
+        """These people and further ones, under the same salt."""
+        return SeenSubjects(self.salt, (*self.hashes, *(_hash(self.salt, key) for key in subject_keys)))
+
     def among(self, subject_keys: Iterable[str]) -> list[str]:
         """Those of the given keys that were seen, sorted, each once."""
         seen = set(self.hashes)

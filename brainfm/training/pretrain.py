@@ -25,8 +25,9 @@ from brainfm.data.windows import WindowPatches
 from brainfm.errors import ConfigError, ManifestError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.backbone_file import save_backbone
+from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backbone
 from brainfm.nets.branches import draw_branches
+from brainfm.nets.transfer import TransferReport
 from brainfm.nets.untrained import random_backbone
 from brainfm.objectives.objective import Objective, make_objective
 from brainfm.objectives.settings import AnatomyPathologySettings, DenseSplitSettings, ObjectiveSettings
@@ -49,6 +50,7 @@ from brainfm.training.processes import make_fabric
 from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of
 from brainfm.training.settings import PretrainData, PretrainSettings, WsdSettings
 from brainfm.training.speed import quicken, settled
+from brainfm.training.warm_start import so_far, take_weights
 
 LOOKS = LookSpec()
 BACKBONE_FILE = "backbone.safetensors"
@@ -75,10 +77,18 @@ class Augmented(torch.nn.Module):
         self.question, self.spec, self.seed, self.looks = question, spec, seed, looks
         self.average = None if decay is None else WeightAverage(question, decay)
 
+    def begin_with(self, loaded: LoadedBackbone, origin: str) -> TransferReport:
+        """Takes a backbone file's weights, the average too. Raises: WeightsError where the encoder does not fit."""
+        report = take_weights(self.question, loaded, origin)
+        if self.average is not None:
+            self.average.network.load_state_dict(self.question.state_dict())
+        return report
+
     def forward(self, batch: Batch, progress: float) -> Terms:
-        batch = self.shown(batch)
-        if self.training and self.spec is not None:
-            batch = apply(batch, draw(batch, self.spec, self.seed))
+        with torch.autocast(batch.image.device.type, enabled=False):  # pictures are made in float32 and then looked at
+            batch = self.shown(batch)
+            if self.training and self.spec is not None:
+                batch = apply(batch, draw(batch, self.spec, self.seed))
         if self.training:
             draw_branches(self.question, self.seed, batch.sample)
         return self.question(batch, progress)
@@ -108,6 +118,9 @@ def pretrain(settings: PretrainSettings) -> State:
     Raises:
         BrainfmError: whatever the user can mend, in one sentence.
     """
+    before = None if settings.backbone_from == "none" else load_backbone(settings.backbone_from)
+    if before is not None:
+        settings = replace(settings, backbone=dict(before.backbone.config))
     build_backbone(**settings.backbone)  # what cannot be built is refused before a store is looked for
     store, folder = Store.open(settings.store), settings.run
     settings = replace(settings, trainer=settled(settings.trainer))
@@ -116,6 +129,7 @@ def pretrain(settings: PretrainSettings) -> State:
     made = assembled(settings, store, fabric.world_size)
     module, train_set, sides, targets = made.module, made.train_set, made.sides, made.targets
     objective, backbone, batch_size = module.question, module.question.backbone, trainer.batch_size
+    taken = None if before is None else module.begin_with(before, settings.backbone_from)
     quicken(objective, trainer)  # after the average was copied: a compiled network cannot be
     optimizer = build_optimizer(objective, **optim_values(settings.optim))
     if fabric.is_global_zero:
@@ -124,9 +138,9 @@ def pretrain(settings: PretrainSettings) -> State:
             f"({sum(p.numel() for p in backbone.parameters()):,} in the encoder); "
             f"{len(train_set)} subjects to train on, {len({s.subject_key for s in sides[1]})} held out"
         )
-        for note in targets.notes:
+        for note in (*targets.notes, *([] if taken is None else [f"{settings.backbone_from}: {taken}"])):
             say(note)
-    spec, identity, finish = _schedule(settings, pretrain_identity(settings, store), fabric)
+    spec, identity, finish = _schedule(settings, pretrain_identity(settings, store, before), fabric)
     probe = _online_probe(settings, module, store, sides, fabric)
     if probe is not None:
         spec = replace(spec, probe_every=probe.spec.every)
@@ -138,7 +152,7 @@ def pretrain(settings: PretrainSettings) -> State:
         steps = StepSampler(step, spec.max_steps, batch_size, fabric.global_rank, fabric.world_size)
         return make_loader(train_set, steps, trainer.workers, pin_memory=fabric.device.type == "cuda")
 
-    file = _BackboneFile(module, store, train_set, settings, fabric, finish)
+    file = _BackboneFile(module, store, train_set, settings, fabric, finish, before)
     state = train(
         Run(
             fabric=fabric,
@@ -273,6 +287,7 @@ class _BackboneFile:
     settings: PretrainSettings
     fabric: Fabric
     finish: Finish | None
+    before: LoadedBackbone | None
 
     def write(self, state: State) -> str:
         """Writes it. Returns a sentence about it."""
@@ -283,8 +298,12 @@ class _BackboneFile:
         if self.finish is not None:
             config["finish"]["from_step"] = self.finish.from_step
             parents = (self.finish.parent,)
+        if self.before is not None:
+            config["before"] = so_far(self.before)
+            parents = (self.before.fingerprint, *parents)
         provenance = provenance_of(config, settings.seed, self.store, state, samples, self.fabric, parents)
-        write_backbone(path, answering, self.store.spec, self.train_set, settings.seed, provenance)
+        earlier = None if self.before is None else self.before.subjects
+        write_backbone(path, answering, self.store.spec, self.train_set, settings.seed, provenance, earlier)
         branched = f" (decayed from step {self.finish.from_step} on)" if self.finish is not None else ""
         return (
             f"{path}: {state.step} steps{branched}, {samples:,} samples, {provenance.hours:.2f} h on "
@@ -299,9 +318,11 @@ def write_backbone(
     train_set: PretrainPatches | WindowPatches,
     seed: int,
     provenance: Provenance,
+    earlier: SeenSubjects | None = None,
 ) -> str:
-    """The backbone file of an objective, with all that is trained beside it and the people it was trained on, by hash.
-    Returns its fingerprint."""
+    """The backbone file of an objective, with all that is trained beside it and the people it was trained on, by hash:
+    those of ``earlier`` trainings as well. Returns its fingerprint."""
+    people = [session.subject_key for session in train_set.sessions]
     return save_backbone(
         path,
         objective.backbone,
@@ -313,7 +334,7 @@ def write_backbone(
         decoder=objective.dense,
         heads=objective.heads,
         voxel_mm=train_set.voxel_mm,
-        subjects=SeenSubjects.of((session.subject_key for session in train_set.sessions), seed),
+        subjects=SeenSubjects.of(people, seed) if earlier is None else earlier.with_more(people),
     )
 
 
@@ -467,9 +488,13 @@ class _Validation:
         return sums
 
 
-def pretrain_identity(settings: PretrainSettings, store: Store) -> dict[str, Any]:
-    """`identity_of`; where no step depends on how many follow, the number of steps is no part of it."""
+def pretrain_identity(settings: PretrainSettings, store: Store, before: LoadedBackbone | None = None) -> dict[str, Any]:
+    """`identity_of`; where no step depends on how many follow, the number of steps is no part of it, and of the file
+    that it goes on from only what is in it."""
     identity = identity_of(settings, store)
+    del identity["backbone_from"]
+    if before is not None:
+        identity["backbone_from"] = before.fingerprint
     if isinstance(settings.optim, WsdSettings) and settings.optim.schedule == "wsd":
         del identity["trainer"]["max_steps"]
     return identity

@@ -189,6 +189,11 @@ class PretrainSettings:
     store: Annotated[Path, "prepared scans", FREE]
     run: Annotated[Path, "folder of this run", FREE]
     seed: Annotated[int, "of weights, samples and masks"] = 0
+    backbone_from: Annotated[
+        str,
+        "a backbone file, or the name of weights that ship, to go on from, with a fresh optimiser; none: fresh weights",
+        VERBATIM,
+    ] = "none"
     average: Annotated[
         float | None, "of the weights: what is probed, validated, shown and saved; null: the last weights (published)"
     ] = 0.999
@@ -202,7 +207,7 @@ class PretrainSettings:
     finish: Annotated[
         FinishSettings, "a finished copy of a run with optim=wsd: its own command, with another run=", FREE
     ] = FinishSettings()
-    backbone: Annotated[Mapping[str, Any], "the network", Group("unet_b")]
+    backbone: Annotated[Mapping[str, Any], "the network, only with backbone_from=none", Group("unet_b")]
     objective: Annotated[
         ObjectiveSettings,
         "the question",
