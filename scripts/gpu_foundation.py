@@ -47,7 +47,6 @@ from brainfm.errors import BrainfmError, ConfigError, WeightsError
 from brainfm.files import write_whole
 from brainfm.nets.backbone import build_backbone
 from brainfm.nets.backbone_file import load_backbone, save_backbone
-from brainfm.nets.transfer import listed, misfits
 from brainfm.objectives.dense_split import DenseSplit
 from brainfm.objectives.objective import build_objective
 from brainfm.seeds import unit_hash
@@ -60,6 +59,7 @@ from brainfm.training.optim import build_optimizer, lr_factor
 from brainfm.training.region_dice import RegionDice
 from brainfm.training.settings import PretrainData, TrainerSettings
 from brainfm.training.speed import quicken
+from brainfm.training.warm_start import so_far, take_weights
 
 BEGAN = time.monotonic()
 MOST_MIB = 60.0  # of a packed file: what travels beside the code
@@ -195,7 +195,8 @@ class Session:
         self.settled = self.spec.settle_steps
         self.source = DeviceWindows(self.windows(self.trained, self.spec, from_step=self.settled), self.device)
         self.parents: tuple[str, ...] = ()
-        self.before: dict[str, float] = {"steps": 0, "samples": 0, "hours": 0.0}
+        self.before: dict[str, float] = {}
+        self.earlier: SeenSubjects | None = None
         self.objective = self.fresh()
         if asked.warm is not None:
             self.warm(asked.warm)
@@ -225,20 +226,10 @@ class Session:
                 file = Path(folder) / "joined.safetensors"
                 join(source, file)
             loaded = load_backbone(file, needs_decoder=True)
-        state = {f"backbone.{name}": value for name, value in loaded.backbone.state_dict().items()}
-        if loaded.decoder is not None:
-            state |= {f"dense.{name}": value for name, value in loaded.decoder.state_dict().items()}
-        for key, head in loaded.heads.items():
-            state |= {f"heads.{key}.{name}": value for name, value in head.state_dict().items()}
-        wrong = misfits(self.objective.state_dict(), state | loaded.extra)
-        if wrong:
-            name = self.asked.backbone
-            raise WeightsError(f"{source}: does not fit {name} with these heads' classes: {listed(wrong)}")
-        self.objective.load_state_dict(state | loaded.extra)
-        earlier = loaded.provenance
-        so_far = earlier.config.get("before", {})
-        self.parents = (loaded.fingerprint,)
-        self.before = {name: so_far.get(name, 0) + getattr(earlier, name) for name in ("steps", "samples", "hours")}
+        report = take_weights(self.objective, loaded, str(source))
+        say(f"{source}: {report}")
+        self.parents, self.before = (loaded.fingerprint,), so_far(loaded)
+        self.earlier = loaded.subjects
 
     def course(self, channels_last: bool = False, compiled: bool = False) -> Course:
         """A copy of the network with an optimiser of its own, to be computed in this way."""
@@ -421,6 +412,8 @@ class Session:
             "subjects": SeenSubjects.of((s.subject_key for s in self.trained), self.seed).to_dict(),
             "trials": self.trials, "dice": dict(dice), "called_for_s": round(time.monotonic() - BEGAN, 1),
         }  # fmt: skip
+        if self.earlier is not None:
+            about["subjects"] = self.earlier.with_more(s.subject_key for s in self.trained).to_dict()
         sizes = write_pieces(self.asked.out, course.average.weights(), about)
         say(f"{self.asked.out}: step {step}, {len(sizes)} pieces of at most {max(sizes) / 2**20:.1f} MiB")
 

@@ -1,13 +1,15 @@
 """Weights that ship: a backbone file of the long training in half precision, with all that its card says.
 
-    python scripts/weights.py RUN_OR_FILE NAME --data DATA3D [--commit COMMIT] [--out FOLDER]
+    python scripts/weights.py RUN_OR_FILE NAME --data DATA3D [--earlier RUN_OR_FILE ...] [--commit COMMIT] [--out DIR]
 
 Writes OUT/NAME.safetensors (OUT: brainfm/weights). Kept are encoder, decoder, the heads `regions` and `lesion`, and
 the objective's own few tensors, with which the demo draws a scan in another contrast. Beside them stand how scans are
 prepared, provenance (steps, hours, commit, seed; paths are cut to their last name), the voxel sizes seen, salted hashes
 of the people, and the release: sources with licences and attributions, people, ages, curves, what half precision costs
 on one held head, and what the answers to ordinary heads measure: N scans of the training side (--ordinary N) are
-labelled, and beyond the ranges of their answers `anatomy` calls another one out of scope (inference/scope.py).
+labelled, and beyond the ranges of their answers `anatomy` calls another one out of scope (inference/scope.py). Of
+trainings that it went on from (`pretrain backbone_from=`), named by --earlier, the curves are there too, each at the
+steps that all before it had taken.
 
 Refused: a file of more than 11 MB; a person of foundation/split.csv's side `held` among those seen; a source without
 an attribution; answers of the half file that are not those of the whole one within _LEAST_COSINE and _LEAST_DICE.
@@ -40,6 +42,7 @@ from brainfm.inference.scope import answer_measures
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backbone
 from brainfm.nets.lengths import restore_lengths
 from brainfm.nets.shipped import FOLDER, MOST_BYTES
+from brainfm.training.warm_start import so_far
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "foundation"
@@ -138,15 +141,35 @@ def people_of(manifest: Path, loaded: LoadedBackbone) -> list[dict[str, Any]]:
     return found
 
 
-def curves_of(path: Path) -> dict[str, list[list[float]]]:
-    """[step, value] of what was measured on held-out people, at most 40 points each; empty without the file."""
+def curves_of(source: Path) -> dict[str, list[list[float]]]:
+    """[step, value] of what was measured on held-out people; empty where nothing tells.
+
+    Args:
+        source: a run's folder, or a file that ships. Steps of trainings that it went on from are counted.
+    """
+    loaded = load_backbone(_file_of(source))
+    shift, path = (loaded.provenance.config.get("before") or {}).get("steps", 0), _file_of(source).parent / "curves.csv"
     if not path.is_file():
-        return {}
+        return dict(loaded.release.get("curves", {}))
     found = defaultdict(list)
     for row in table(path):
         if row["name"] in CURVES:
-            found[row["name"]].append([int(row["step"]), round(float(row["value"]), 4)])
-    return {name: [points[i] for i in _spread(len(points))] for name, points in found.items()}
+            found[row["name"]].append([shift + int(row["step"]), round(float(row["value"]), 4)])
+    return dict(found)
+
+
+def joined(curves: Iterable[Mapping[str, list[list[float]]]]) -> dict[str, list[list[float]]]:
+    """Curves one after the other, at most 40 points each."""
+    found = defaultdict(list)
+    for one in curves:
+        for name, points in one.items():
+            found[name] += points
+    ordered = {name: sorted(points) for name, points in found.items()}
+    return {name: [points[i] for i in _spread(len(points))] for name, points in ordered.items()}
+
+
+def _file_of(source: Path) -> Path:
+    return source / "backbone.safetensors" if source.is_dir() else source
 
 
 def _spread(count: int, most: int = _MOST_POINTS) -> list[int]:
@@ -256,7 +279,7 @@ def held_head(data: Path, loaded: LoadedBackbone) -> tuple[str, torch.Tensor]:
 
 def make(given: argparse.Namespace) -> dict[str, Any]:
     """Writes the file. Returns the release. Raises: WeightsError (see the module)."""
-    source = given.source / "backbone.safetensors" if given.source.is_dir() else given.source
+    source = _file_of(given.source)
     loaded = load_backbone(source, needs_decoder=True)
     loaded = replace(loaded, heads={name: head for name, head in loaded.heads.items() if name in KEPT_HEADS})
     if set(loaded.heads) != set(KEPT_HEADS):
@@ -267,7 +290,7 @@ def make(given: argparse.Namespace) -> dict[str, Any]:
     manifest = given.manifest or Path(loaded.provenance.config["store"]).parent / "manifest.csv"
     release: dict[str, Any] = {
         "name": given.name, "licence": licence_of(sources), "sources": sources, "people": people_of(manifest, loaded),
-        "curves": curves_of(source.parent / "curves.csv"),
+        "curves": joined(curves_of(one) for one in (*given.earlier, source)),
     }  # fmt: skip
     person, image = held_head(given.data, loaded)
     tried = {restored: (half := halved(loaded, restored), likeness(loaded, half, image)) for restored in (False, True)}
@@ -310,8 +333,8 @@ def make(given: argparse.Namespace) -> dict[str, Any]:
         if again["voxels_alike"] < 1 or min(again["cosine"]) < 1 - 1e-5:
             raise WeightsError(f"{out.name}: read again it answers otherwise ({again})")
         write_whole(out, made.read_bytes())
-    hours = provenance.receipt.get("cpu_hours", 0.0)
-    print(f"{out}: {size / 1e6:.2f} MB, {provenance.steps} steps, {hours:.1f} core-hours, {release['licence']['name']}")
+    told, licence = so_far(replace(loaded, provenance=provenance)), release["licence"]["name"]
+    print(f"{out}: {size / 1e6:.2f} MB, {told['steps']} steps, {told['cpu_hours']:.1f} core-hours in all, {licence}")
     return release
 
 
@@ -321,6 +344,14 @@ def main() -> int:
     parser.add_argument("name", help="e.g. brainfm_s")
     parser.add_argument("--data", type=Path, required=True, help="the folder of data sets")
     parser.add_argument("--manifest", type=Path, help="of scripts/foundation_data.py; else beside the run's store")
+    parser.add_argument(
+        "--earlier",
+        type=Path,
+        nargs="*",
+        default=[],
+        metavar="RUN_OR_FILE",
+        help="what it went on from, for the curves",
+    )
     parser.add_argument("--commit", help="of the code that trained, where the file does not say")
     parser.add_argument("--ordinary", type=int, default=40, help="scans of the training side to label; 0: none")
     parser.add_argument("--look-mm", type=float, nargs=2, metavar=("LOW", "HIGH"), help="voxels that anatomy sees")

@@ -144,4 +144,4 @@ def test_refusals(script: Any, trained: Path, capsys: pytest.CaptureFixture[str]
     assert call(script, *words, "--warm", trained) == 2
     assert "run.json: cannot be read" in capsys.readouterr().err
     assert call(script, *words, "--backbone", "unet_s", "--patch", "32", "--warm", trained / "out") == 2
-    assert "does not fit unet_s with these heads' classes: backbone.levels" in capsys.readouterr().err
+    assert "does not fit DenseSplit: backbone.levels" in capsys.readouterr().err

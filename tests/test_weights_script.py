@@ -19,8 +19,9 @@ from safetensors import safe_open
 from brainfm.data.manifest import Scan, write_manifest
 from brainfm.errors import WeightsError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.backbone_file import load_backbone, save_backbone
+from brainfm.nets.backbone_file import load_backbone, read_description, save_backbone
 from brainfm.nets.decoders import DenseDecoder, DenseHead
+from brainfm.reports.weights_card import receipt
 from brainfm.seen import SeenSubjects
 from brainfm.specs import PreprocessSpec, Provenance
 from tests import phantoms
@@ -98,7 +99,7 @@ def asked(tmp_path: Path, lists: Path) -> argparse.Namespace:
     write_manifest(tmp_path / "manifest.csv", scans)
     return argparse.Namespace(
         source=run, name="brainfm_x", data=tmp_path / "data", manifest=None, commit="c0ffee", out=tmp_path / "out",
-        ordinary=0, look_mm=(1.5, 2.5),
+        ordinary=0, look_mm=(1.5, 2.5), earlier=[],
     )  # fmt: skip
 
 
@@ -134,6 +135,28 @@ def test_the_file_holds_halves_of_what_is_of_use_and_says_where_it_comes_from(as
 def test_permissive_sources_give_a_permissive_licence() -> None:
     source = {"dataset": "a", "share_alike": False, "licences": ["CC0"]}
     assert script.licence_of([source])["name"] == "CC-BY-4.0" and not script.licence_of([source])["terms"]
+
+
+def test_curves_of_trainings_it_went_on_from_come_first(asked: argparse.Namespace, tmp_path: Path) -> None:
+    """Of a run, and of a file that ships, which has them in its release; each at the steps of all before it."""
+    script.make(asked)
+    first = asked.out / "brainfm_x.safetensors"
+    loaded = load_backbone(asked.source / "backbone.safetensors", needs_decoder=True)
+    run = tmp_path / "on"
+    config = {**loaded.provenance.config, "before": {"steps": 7, "samples": 7, "hours": 1.0, "cpu_hours": 2.0}}
+    save_backbone(
+        run / "backbone.safetensors", loaded.backbone, objective=loaded.objective, objective_state=loaded.extra,
+        preprocess=loaded.preprocess, patch_vox=loaded.patch_vox, decoder=loaded.decoder, heads=loaded.heads,
+        provenance=replace(loaded.provenance, config=config, steps=5), subjects=loaded.subjects,
+    )  # fmt: skip
+    rows(run / "curves.csv", "step,name,value\n200,val_total,.5\n250,val_total,.25\n")
+    asked = argparse.Namespace(**vars(asked) | {"source": run, "earlier": [first]})
+    release = script.make(asked)
+    points = release["curves"]["val_total"]
+    assert points[0] == [1, 1.0] and points[-1] == [257, 0.25] and len(points) <= 40
+    description = read_description(asked.out / "brainfm_x.safetensors")
+    said = receipt(description, 1)
+    assert any("weights of 7 steps, 7 samples and 2.0 core-hours: 12 steps in all" in line for line in said)
 
 
 def test_what_must_not_ship_is_refused(asked: argparse.Namespace, lists: Path, monkeypatch: pytest.MonkeyPatch) -> None:

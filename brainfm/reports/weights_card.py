@@ -29,6 +29,13 @@ def receipt(about: Mapping[str, Any], size_bytes: int) -> list[str]:
         f"code {origin['commit'] or 'unknown'} (brainfm {origin['version']}), data {origin['data']}, "
         f"fingerprint {about['fingerprint'][:16]}",
     ]
+    before = origin["config"].get("before")
+    if before:
+        lines.insert(
+            2,
+            f"it went on from weights of {before['steps']:,} steps, {before['samples']:,} samples and "
+            f"{before.get('cpu_hours', 0):.1f} core-hours: {before['steps'] + origin['steps']:,} steps in all",
+        )
     if about.get("voxel_mm"):
         lines.append("voxels seen: {:g} to {:g} mm".format(*about["voxel_mm"]))
     if half:

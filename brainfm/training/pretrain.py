@@ -492,7 +492,6 @@ def pretrain_identity(settings: PretrainSettings, store: Store, before: LoadedBa
     """`identity_of`; where no step depends on how many follow, the number of steps is no part of it, and of the file
     that it goes on from only what is in it."""
     identity = identity_of(settings, store)
-    del identity["backbone_from"]
     if before is not None:
         identity["backbone_from"] = before.fingerprint
     if isinstance(settings.optim, WsdSettings) and settings.optim.schedule == "wsd":

@@ -12,7 +12,7 @@ from brainfm.data.settings import Augment, TargetSpec, WindowSpec
 from brainfm.errors import ConfigError
 from brainfm.objectives.settings import OBJECTIVES, ObjectiveSettings, settings_class
 from brainfm.probing.settings import OnlineProbeSpec
-from brainfm.settings import FREE, VERBATIM, Group
+from brainfm.settings import FREE, LATER, VERBATIM, Group
 from brainfm.synthesis.settings import LookSpec
 from brainfm.tasks.registry import TaskOptions, task_settings_class
 from brainfm.tasks.settings import FinetuneData, TaskSettings
@@ -192,6 +192,7 @@ class PretrainSettings:
     backbone_from: Annotated[
         str,
         "a backbone file, or the name of weights that ship, to go on from, with a fresh optimiser; none: fresh weights",
+        LATER,
         VERBATIM,
     ] = "none"
     average: Annotated[

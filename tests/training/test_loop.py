@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -36,6 +37,27 @@ class Net(nn.Module):
         if odd.any():
             parts["odd"] = batch.sample[odd].float().mean()
         return Terms(error.mean(), parts)
+
+
+class Asked(Net):
+    """Keeps what a step is given."""
+
+    def forward(self, batch: Batch, progress: float) -> Terms:
+        self.given = batch
+        self.half = self.first(batch.image).dtype
+        return super().forward(batch, progress)
+
+
+def test_mixed_precision_rounds_no_batch(tmp_path: Path) -> None:
+    """Layers compute in bfloat16; answers, voxels and what is told of a sample come as they were made."""
+    net, answer = Asked(), torch.tensor([[73.4], [20.1]])
+    batch = Batch(torch.randn(2, 1, 6, 6, 6), torch.arange(2), answer=answer, voxel_mm=torch.tensor([1.3, 0.77]))
+    optimizer, spec = torch.optim.SGD(net.parameters(), lr=0.1), LoopSpec(1, 0)
+    fabric = make_fabric(replace(TRAINER, precision="bf16-mixed"))
+    train(Run(fabric, tmp_path, {}, net, optimizer, lambda step: [batch], spec))
+    assert net.half == torch.bfloat16
+    for name in ("answer", "image", "voxel_mm"):
+        assert torch.equal(getattr(net.given, name), getattr(batch, name))
 
 
 def loader_from(step: int) -> Iterator[Batch]:
