@@ -101,14 +101,7 @@ def demo(
             "optim.lr=3e-4", "trainer.evaluate_every=25", "trainer.batch_size=2", "trainer.log_every=2",
             "trainer.checkpoint_every=25", f"seed={seed}")  # fmt: skip
     weights = out / "pretrain" / "backbone.safetensors" if backbone is None else backbone
-    anatomy: dict[str, tuple[Path, Path]] = {}
-    if "regions" in load_backbone(weights).heads:
-        subject, files = _shown(out)
-        for contrast, file in files.items():
-            labels = out / "anatomy" / contrast / f"{subject}_dseg.nii.gz"
-            anatomy[contrast] = file, labels
-            run("anatomy", "anatomy", f"input.{contrast}={file}", f"out={labels}", f"backbone={weights}",
-                f"spacing_mm={cohort_mm}")  # fmt: skip
+    anatomy = _anatomy(out, weights, cohort_mm, run)
     for number in range(runs):
         for arm in ARMS:
             place, source = out / arm / f"run{number}", weights if arm == "pretrained" else "none"
@@ -131,6 +124,20 @@ def demo(
                          anatomy))  # fmt: skip
     (out / "summary.json").write_text(json.dumps(summary, indent=1) + "\n")
     return summary
+
+
+def _anatomy(out: Path, weights: Path, cohort_mm: float, run: Callable[..., None]) -> dict[str, tuple[Path, Path]]:
+    """Contrast -> scan and label map of one subject, where the weights tell regions; else nothing."""
+    found: dict[str, tuple[Path, Path]] = {}
+    if "regions" not in load_backbone(weights).heads:
+        return found
+    subject, files = _shown(out)
+    for contrast, file in files.items():
+        labels = out / "anatomy" / contrast / f"{subject}_dseg.nii.gz"
+        found[contrast] = file, labels
+        run("anatomy", "anatomy", f"input.{contrast}={file}", f"out={labels}", f"backbone={weights}",
+            f"spacing_mm={cohort_mm}")  # fmt: skip
+    return found
 
 
 def _agreement(anatomy: Mapping[str, tuple[Path, Path]]) -> dict[str, float]:

@@ -19,6 +19,7 @@ _KINDS: dict[str, tuple[float, ...]] = {
     "pd":    (0.0, 0.80, 0.85, 0.78, 0.62, 0.84, 0.64),
 }  # fmt: skip
 KINDS = (*_KINDS, "free")
+_TISSUE = slice(FAMILIES.index("cortex"), FAMILIES.index("outside"))
 
 
 @dataclass(frozen=True)
@@ -52,7 +53,11 @@ def draw_look(rng: np.random.Generator, families: np.ndarray, spec: LookSpec) ->
     if kind == "free":
         of_family = rng.uniform(0.05, 1.0, len(FAMILIES))
     else:
-        of_family = np.array([*_KINDS[kind], 0.5]) + spec.family_std * rng.standard_normal(len(FAMILIES))
+        usual = np.array([*_KINDS[kind], 0.5])
+        if spec.least_contrast < 1:  # real T2s hardly tell grey from white matter, however bright their fluid is
+            tissue = usual[_TISSUE]
+            usual[_TISSUE] = tissue.mean() + rng.uniform(spec.least_contrast, 1) * (tissue - tissue.mean())
+        of_family = usual + spec.family_std * rng.standard_normal(len(FAMILIES))
     means = of_family[families] * np.exp(spec.class_std * rng.standard_normal(len(families)))
     outside = families == FAMILIES.index("outside")
     means[outside] = rng.uniform(0.0, 1.1, int(outside.sum()))  # skull, fat, muscle: as they please

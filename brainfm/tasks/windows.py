@@ -72,12 +72,7 @@ def predict_windows(
         windows; where they lie, see window_slices. Differs: probabilities are averaged, not logits, so that no window
         outvotes the others by its scale.
     """
-    if image.ndim != 4 or present.shape != image.shape[:1] or not bool(present.any()):
-        raise ValueError(f"expected [M, X, Y, Z] and [M] with a contrast present, found {image.shape}, {present}")
-    if not 0 <= overlap < 1:
-        raise ValueError(f"expected an overlap in [0, 1), found {overlap}")
-    if not set(mirror) <= {0, 1, 2} or len(set(mirror)) < len(mirror):
-        raise ValueError(f"expected mirror axes from 0, 1 and 2, each once, found {tuple(mirror)}")
+    _check(image, present, overlap, mirror)
     padded, inner = _padded(image.float(), patch_vox)
     weight = gaussian_weight(patch_vox, sigma)
     target = torch.device(device)
@@ -105,6 +100,15 @@ def predict_windows(
     assert total is not None  # there is always one window
     total /= mass
     return total[(slice(None), *inner)].contiguous()
+
+
+def _check(image: Tensor, present: Tensor, overlap: float, mirror: Collection[int]) -> None:
+    if image.ndim != 4 or present.shape != image.shape[:1] or not bool(present.any()):
+        raise ValueError(f"expected [M, X, Y, Z] and [M] with a contrast present, found {image.shape}, {present}")
+    if not 0 <= overlap < 1:
+        raise ValueError(f"expected an overlap in [0, 1), found {overlap}")
+    if not set(mirror) <= {0, 1, 2} or len(set(mirror)) < len(mirror):
+        raise ValueError(f"expected mirror axes from 0, 1 and 2, each once, found {tuple(mirror)}")
 
 
 def _in_order(function: Callable[[list[Window]], Tensor], groups: list[list[Window]], at_once: int) -> Iterator[Tensor]:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -124,6 +126,19 @@ def test_looks_lie_about_their_kind_and_air_is_nothing() -> None:
     free = np.array([look.means for look in looks if look.kind == "free"])
     assert 0.3 < np.mean(free[:, 3] > free[:, 1]) < 0.7
     assert all(look.means[0] == look.stds[0] == 0 for look in looks)
+
+
+def test_tissues_of_a_kind_may_be_told_apart_less_and_fluid_stays() -> None:
+    """The spread between cortex and white matter falls; without the key every number is as it was."""
+    plain, flat = LookSpec(free_share=0.0, family_std=0.0, class_std=0.0), {}
+    looks = {least: [draw_look(seeds.stream(0, "look", n), CLASSES, replace(plain, least_contrast=least))
+                     for n in range(80)] for least in (1.0, 0.0)}  # fmt: skip
+    for least, of in looks.items():
+        t2 = [look.means for look in of if look.kind == "t2"]
+        assert len(t2) > 5 and all(abs(m[1] - 1) < 1e-6 for m in t2)  # fluid
+        flat[least] = np.array([m[2] / m[3] for m in t2])  # cortex to white
+    assert np.allclose(flat[1.0], 0.60 / 0.38)
+    assert flat[0.0].min() >= 1 and flat[0.0].max() <= 0.60 / 0.38 + 1e-6 and np.ptp(flat[0.0]) > 0.3
 
 
 def test_refusals() -> None:
