@@ -56,6 +56,7 @@ from brainfm.seen import overlap
 from brainfm.tasks.segmentation.cases import find_cases
 from brainfm.tasks.segmentation.settings import SegmentationSettings
 from brainfm.tasks.segmentation.study import SegmentationStudy
+from brainfm.training.warm_start import so_far
 
 QUESTIONS = ("hippocampus", "lesions", "tissues", "contrast", "whole_head", "one_pass")
 STARTS = ("scratch", "encoder", "decoder", "rendered")
@@ -244,7 +245,7 @@ def heading(args: argparse.Namespace, loaded: LoadedBackbone, work: Work, held: 
     held |= {key for name in names for key in work.people[name].held}
     held |= set(real_of(args)) if "tissues" in names else set()
     seen = overlap(loaded.subjects, held) if held else None
-    lines = [f"## Backbone {loaded.fingerprint[:8]}: {loaded.provenance.steps} steps of {loaded.objective['name']}", ""]
+    lines = [f"## Backbone {loaded.fingerprint[:8]}: {so_far(loaded)['steps']} steps of {loaded.objective['name']}", ""]
     if loaded.subjects is None:
         lines.append("The file does not say whom it has seen.")
     lines += [f"{str(seen)[:1].upper()}{str(seen)[1:]}."] if seen else []

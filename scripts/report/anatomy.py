@@ -36,6 +36,7 @@ from brainfm.imaging import anatomy, nifti
 from brainfm.inference.anatomy import Labeller
 from brainfm.nets.backbone_file import load_backbone
 from brainfm.synthesis import phantom
+from brainfm.training.warm_start import so_far
 from brainfm.volume import Volume
 
 TUNED = (
@@ -212,7 +213,8 @@ def network_report(given: argparse.Namespace) -> tuple[list[str], dict[str, obje
     strangers = [key for key in keys if tuple(key.split("/")) not in held]
     if strangers or (loaded.subjects and loaded.subjects.among(keys)):
         raise SystemExit(f"{strangers or loaded.subjects.among(keys)}: expected people that no pre-training saw")
-    lines = [f"{loaded.provenance.steps} steps, {loaded.provenance.hours:.1f} h of {loaded.provenance.device}.", ""]
+    told = so_far(loaded)
+    lines = [f"{told['steps']} steps, {told['hours']:.1f} h of {loaded.provenance.device}.", ""]
     columns = ["fine", *schemes.GROUPS[1:], "within skull", "seconds", "cpu_seconds"]
     lines += ["| look | flagged | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     figures: dict[str, object] = {}
