@@ -1,6 +1,6 @@
 """The long pre-training of the backbones that ship: in the background, from a frozen copy of the code, resumable.
 
-    python scripts/foundation_train.py start --store STORE [--run runs/foundation] [KEY=VALUE ...]
+    python scripts/foundation_train.py start --store STORE [--run runs/foundation] [--experiment NAME] [KEY=VALUE ...]
     python scripts/foundation_train.py status [--run runs/foundation]
     python scripts/foundation_train.py stop [--run runs/foundation]
 
@@ -45,17 +45,19 @@ def running(run: Path) -> int | None:
     return number
 
 
-def start(run: Path, store: Path, nice: int, keys: list[str]) -> str:
+def start(run: Path, store: Path, nice: int, experiment: str, keys: list[str]) -> str:
     if number := running(run):
         return f"{run}: process {number} is training already"
     code, kept = run / "code", run / "keys"
     keys = keys or (kept.read_text().splitlines() if kept.exists() else [])
+    if not any(key.startswith("experiment=") for key in keys):
+        keys = [f"experiment={experiment}", *keys]
     kept.write_text("".join(f"{key}\n" for key in keys))
     if not (code / "COMMIT").exists():
         freeze(code, "HEAD")
     lesions = store.parent / "lesion_shapes"
     command = [
-        sys.executable, "-m", "brainfm.cli", "pretrain", "experiment=dense_split_s", f"store={store.resolve()}",
+        sys.executable, "-m", "brainfm.cli", "pretrain", f"store={store.resolve()}",
         f"run={(run / 'run').resolve()}", *([f"data.targets.lesion_shapes={lesions.resolve()}"] * lesions.is_dir()),
         *keys,
     ]  # fmt: skip
@@ -113,12 +115,13 @@ def main() -> None:
     parser.add_argument("what", choices=["start", "status", "stop"])
     parser.add_argument("--run", type=Path, default=ROOT / "runs" / "foundation")
     parser.add_argument("--store", type=Path, default=ROOT / "runs" / "foundation_data" / "store")
+    parser.add_argument("--experiment", default="dense_split_s", help="of a run that begins")
     parser.add_argument("--nice", type=int, default=19)
     parser.add_argument("keys", nargs="*", help="further keys of `brainfm pretrain`, e.g. optim.lr=1e-3")
     asked = parser.parse_intermixed_args()
     asked.run.mkdir(parents=True, exist_ok=True)
     if asked.what == "start":
-        say(start(asked.run, asked.store, asked.nice, asked.keys))
+        say(start(asked.run, asked.store, asked.nice, asked.experiment, asked.keys))
     else:
         say(status(asked.run) if asked.what == "status" else stop(asked.run))
 

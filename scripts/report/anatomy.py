@@ -163,7 +163,16 @@ def fine_dice(found: np.ndarray, muse: np.ndarray) -> float:
     return float(np.mean(scores))
 
 
-def network_on_ixi(root: Path, asked: Labeller, people: list[str]) -> list[dict[str, float | str]]:
+def tissues_of(labels: np.ndarray) -> np.ndarray:
+    """uint8 tissues of a map in the scheme brainfm, numbered as the atlas's."""
+    table = np.zeros(max(regions.REGIONS.values()) + 1, np.uint8)
+    for name, tissue in regions.TISSUE_OF.items():
+        table[regions.REGIONS[name]] = regions.TISSUES[tissue]
+    return table[labels]
+
+
+def network_on_ixi(root: Path, asked: Labeller, people: list[str], atlas: bool) -> list[dict[str, float | str]]:
+    """``atlas``: whether the same heads are segmented by method=atlas, too."""
     rows = []
     for name in people:
         muse, _ = nifti.read(next((root / name).glob("*dseg.nii.gz")), labels=True)
@@ -175,6 +184,13 @@ def network_on_ixi(root: Path, asked: Labeller, people: list[str]) -> list[dict[
             "within skull": dice(found.mask, muse.voxels > 0), "icv_ml": found.volumes_ml["icv"],
             "icv_ref_ml": float((muse.voxels > 0).sum()) * 8e-3, "flag": found.reason, "subject": name,
         }  # fmt: skip
+        answers = {"": tissues_of(found.labels)}
+        if atlas:
+            volume, _ = nifti.read(next((root / name).glob("*_T1w.nii.gz")))
+            answers["atlas "] = anatomy.segment(volume).labels
+        for way, tissues in answers.items():
+            truth = reference(muse.voxels)
+            row |= {f"{way}{tissue}": dice(tissues == k, truth == k) for k, tissue in enumerate(NAMES, start=1)}
         rows.append(row)
         print(name, line(row), found.reason, flush=True)
     return rows
@@ -215,11 +231,12 @@ def network_report(given: argparse.Namespace) -> tuple[list[str], dict[str, obje
         raise SystemExit(f"{strangers or loaded.subjects.among(keys)}: expected people that no pre-training saw")
     told = so_far(loaded)
     lines = [f"{told['steps']} steps, {told['hours']:.1f} h of {loaded.provenance.device}.", ""]
-    columns = ["fine", *schemes.GROUPS[1:], "within skull", "seconds", "cpu_seconds"]
+    columns = ["fine", *schemes.GROUPS[1:], "within skull", *NAMES, "seconds", "cpu_seconds"]
+    columns[-2:-2] = [f"atlas {name}" for name in NAMES] if given.atlas else []
     lines += ["| look | flagged | " + " | ".join(columns) + " |", "|" + "---|" * (len(columns) + 2)]
     figures: dict[str, object] = {}
     for look in given.look:
-        rows = network_on_ixi(root, labeller(given.backbone, look), people)
+        rows = network_on_ixi(root, labeller(given.backbone, look), people, given.atlas)
         cells = [interval(np.array([float(row[column]) for row in rows]), given.seed) for column in columns]
         flagged = sum(bool(row["flag"]) for row in rows)
         lines.append(f"| {look} | {flagged} of {len(rows)} | " + " | ".join(cells) + " |")
@@ -273,6 +290,7 @@ def main() -> None:
     parser.add_argument("--spacing-mm", type=float, default=2.0, help="of the phantoms")
     parser.add_argument("--seed", type=int, default=23)
     parser.add_argument("--backbone", type=Path, help="measures method=network with this file instead")
+    parser.add_argument("--atlas", action="store_true", help="with --backbone: tissues of the same heads by the atlas")
     parser.add_argument("--look", action="append", help="EDGE_MM:WINDOW_VOX of the network, or EDGE_MM:whole")
     given = parser.parse_args()
     if given.backbone:
