@@ -108,7 +108,7 @@ def demo(
             run(f"finetune {arm}", "finetune", "task=segmentation", "task.target=lesion", f"store={out / 'store'}",
                 f"run={place}", f"backbone_from={source}", "backbone=unet_s", f"task.patch_vox={patch}", "folds=1",
                 f"trainer.max_steps={finetune_steps}", "trainer.batch_size=1", "optim.lr=1e-3",
-                "adapt.decoder=false", "adapt.layer_decay=1", "data.foreground_share=0.9", "trainer.evaluate_every=20",
+                "adapt.decoder=false", "data.foreground_share=0.9", "trainer.evaluate_every=20",
                 "trainer.checkpoint_every=40", "trainer.log_every=2", "baselines=[]", "mirror=[]",
                 "clean=false", "audit=false", "report=false", f"seed={seed + number}")  # fmt: skip
             run(f"predict {arm}", "predict", f"bundle={place / 'bundle'}", f"manifest={out / 'test.csv'}",

@@ -342,9 +342,7 @@ class FinetuneSettings:
         Group("segmentation", kinds=task_settings_class, named=TaskOptions()),
     ]
     backbone: Annotated[Mapping[str, Any], "the network, only with backbone_from=none", Group("unet_b")]
-    adapt: Annotated[AdaptSpec, "without a backbone file: all layers at one rate", Group("layer_decay")] = AdaptSpec(
-        "layer_decay", layer_decay=0.75
-    )
+    adapt: Annotated[AdaptSpec, "without a backbone file: all layers at one rate", Group("full")] = AdaptSpec()
     optim: Annotated[OptimSettings, "the optimiser", Group("finetune", kinds=optim_class)] = OptimSettings(5e-4, 3e-5)
     trainer: Annotated[TrainerSettings, "the machine", Group("auto", over=_OVER, gone=TRAINERS_GONE)] = TrainerSettings(
         **_OVER  # type: ignore[arg-type]

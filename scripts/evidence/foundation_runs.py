@@ -48,7 +48,6 @@ from brainfm.training.supervised import Supervised
 
 AUGMENT = {"flip": 0.5, "affine": 0.3, "rotate_deg": 15, "scale": 0.15, "intensity": 0.3}  # configs/finetune.yaml
 ARTEFACTS = {"preset": "full", "intensity": 0.3, "bias": 0.5, "low_res": 0.3}  # configs/experiment/dense_split_s.yaml
-LAYER_DECAY = 0.75  # configs/adapt/layer_decay.yaml, of starts that were pre-trained
 AVERAGE = 0.999
 WARMUP_STEPS = 10
 CHECKPOINT_EVERY = 200
@@ -290,7 +289,7 @@ def prepared(job: Job, family: Family, start: Start) -> Prepared:
     if len(cases) != len(job.trained):
         raise ConfigError(f"{family.store.path}: {len(cases)} of the people {', '.join(job.trained)} are there")
     task = swap_in(family.question.task(encoder, cases, start.file if decoder else None))
-    adapt = AdaptSpec(start.name, layer_decay=LAYER_DECAY if start.file is not None else 1.0, decoder=decoder)
+    adapt = AdaptSpec(start.name, decoder=decoder)
     for part in learning_parts(task, adapt, decoder) if start.file is not None else ():
         restore_lengths(part)
     family.question.start(task, cases, torch.device("cpu"))  # of scratch too, as in fine-tuning

@@ -409,6 +409,8 @@ def test_fresh_weights_learn_at_one_rate_of_their_own(store: Store, backbone: Pa
     study, _ = _begin(config(store, tmp_path / "a", "none", "scratch_lr_scale=2", *SEGMENTATION))
     assert (study.adapt.layer_decay, study.adapt.lr_scale, study.adapt.decoder) == (1.0, 2.0, False)
     study, _ = _begin(config(store, tmp_path / "b", backbone, "scratch_lr_scale=2", *SEGMENTATION))
-    assert (study.adapt.layer_decay, study.adapt.lr_scale, study.adapt.decoder) == (0.75, 1.0, "auto")
+    assert (study.adapt.layer_decay, study.adapt.lr_scale, study.adapt.decoder) == (1.0, 1.0, "auto")
+    study, _ = _begin(config(store, tmp_path / "d", backbone, "adapt=layer_decay", *SEGMENTATION))
+    assert study.adapt.layer_decay == 0.75
     study, _ = _begin(config(store, tmp_path / "c", backbone, "adapt=scratch", "scratch_lr_scale=2", *SEGMENTATION))
     assert (study.adapt.lr_scale, study.pretrained) == (3.0, None)

@@ -15,7 +15,8 @@ from brainfm.training.settings import OptimSettings, SteppedSettings, WsdSetting
 from brainfm.verbs.compose import resolve
 
 # Made by the version before settings had types (133fc24), from the same words; only a reason to refuse runs changes it:
-# adapt.restore_lengths came later, and a fine-tuning begun without it would end with other weights.
+# adapt.restore_lengths came later, and a fine-tuning begun without it would end with other weights; so would one begun
+# when layer-wise rates were the default (decision 149).
 KNOWN = json.loads(Path(__file__).with_name("identities.json").read_text())
 
 
