@@ -132,7 +132,7 @@ def drawn_kinds(root: Path) -> None:
             continue
         rng = stream(0, f"drawn {name}")
         several = target is TaskTarget.MULTILABEL_CLASSIFICATION
-        labels = rng.random((200, 3)) < 0.4 if several else rng.choice(values, 200)
+        labels = rng.random((200, 3)) < 0.4 if several else rng.permutation(np.resize(values, 200))
         images = np.zeros((200, 32, 32), np.uint8)
         for number, label in enumerate(labels):
             if several:
