@@ -29,7 +29,16 @@ MAY_IMPORT: dict[str, set[str]] = {
     "study": {"root", "imaging", "data", "nets", "scoring", "tasks"},
     "probing": {"root", "imaging", "data", "nets", "objectives.objective", "scoring", "tasks"},
     "rooms": {"root", "imaging", "data", "nets", "scoring", "tasks", "study", "reports"},
-    "crossdomain": {"root", "nets", "scoring", "reports.charts", "reports.page", "reports.style", "reports.wording"},
+    "crossdomain": {
+        "root",
+        "nets",
+        "scoring",
+        "data.workers",
+        "reports.charts",
+        "reports.page",
+        "reports.style",
+        "reports.wording",
+    },
     "training": {"root", "data", "nets", "objectives", "scoring", "tasks", "study", "probing", "synthesis.settings"},
     "comparison": {"root", "data", "nets", "probing", "scoring", "study", "tasks", "training"},
     "inference": {

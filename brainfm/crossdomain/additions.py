@@ -18,7 +18,7 @@ from typing import Any, Literal
 import numpy as np
 
 from brainfm.crossdomain.checks import check
-from brainfm.crossdomain.layout import ANNOTATIONS, IMAGES, INFO, SPLITS, TaskTarget, check_task_name, read_info
+from brainfm.crossdomain.layout import ANNOTATIONS, IMAGES, INFO, SPLITS, TaskTarget, check_file_name, read_info
 from brainfm.errors import ConfigError, DatasetError
 from brainfm.extras import missing
 from brainfm.files import npy_bytes, read_arrays, write_table, write_text, write_whole, writing_folder
@@ -167,6 +167,10 @@ def from_medmnist(path: Path, task_name: str, names: Sequence[str] = ()) -> Addi
             raise DatasetError(
                 f"{path}: {split}_labels are {labels.dtype}, expected whole numbers from 0 to {_MOST_CLASSES - 1}"
             )
+    for what in ("images", "labels"):
+        shapes = {split: list(arrays[f"{split}_{what}"].shape[1:]) for split in SPLITS}
+        if len({str(shape) for shape in shapes.values()}) > 1:
+            raise DatasetError(f"{path}: {what} are {shapes}, expected one shape in every split")
     images = np.concatenate([arrays[f"{split}_images"] for split in SPLITS])
     labels = np.concatenate([arrays[f"{split}_labels"].reshape(len(arrays[f"{split}_images"]), -1) for split in SPLITS])
     splits = [split for split in SPLITS for _ in arrays[f"{split}_images"]]
@@ -256,9 +260,8 @@ def write_dataset(root: Path, about: About, addition: Addition, progress: Progre
     """
     target = root / about.id
     for task in addition.tasks:
-        check_task_name(task.name)
-    if not about.id or Path(about.id).name != about.id or about.id.startswith("."):
-        raise ConfigError(f"id={about.id}: expected the name of a folder")
+        check_file_name(task.name, "task")
+    check_file_name(about.id, "id")
     if target.exists():
         raise ConfigError(f"{target}: is there already, expected another id or an empty place")
     with writing_folder(target) as part:

@@ -8,12 +8,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-import multiprocessing
 import re
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import FIRST_COMPLETED, Future, ProcessPoolExecutor, wait
 from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -29,10 +28,11 @@ from brainfm.crossdomain.heads import HEADS, columns
 from brainfm.crossdomain.layout import INFO, SPLITS, DatasetInfo, absent, find, read_split
 from brainfm.crossdomain.medimeta import MedIMeta
 from brainfm.crossdomain.methods import FewShotMethod
-from brainfm.crossdomain.networks import ImageNetwork, build_network, check_network, load_kept
+from brainfm.crossdomain.networks import ImageNetwork, build_network, check_network, file_mark, load_kept
 from brainfm.crossdomain.planar import Axis
 from brainfm.crossdomain.pretraining import Maml, MultiTask, maml, multi_task, sources_for, tasks_of
 from brainfm.crossdomain.twins import twins
+from brainfm.data.workers import in_pool, in_this_process
 from brainfm.errors import ConfigError, DatasetError
 from brainfm.files import read_arrays, write_arrays, write_table, write_text, write_whole
 from brainfm.progress import say
@@ -56,6 +56,7 @@ class BenchmarkPlan:
         resplits: random splits of the same sizes beside the fixed one, for methods on the whole training split but
             end-to-end training.
         axis: of planar networks.
+        tiff: whether single TIFF files are read in place of images.hdf5.
     """
 
     root: Path
@@ -70,6 +71,7 @@ class BenchmarkPlan:
     seed: int = 0
     size: int = 224
     axis: Axis = "mean"
+    tiff: bool = False
     device: str = "cpu"
     fine_tune: FineTune = field(default_factory=FineTune)
     supervised: SupervisedMethod = field(default_factory=SupervisedMethod)
@@ -90,7 +92,7 @@ class BenchmarkPlan:
         )  # fmt: skip
 
 
-_NO_IDENTITY = ("root", "out", "methods", "datasets", "all_tasks", "device")
+_NO_IDENTITY = ("root", "out", "methods", "datasets", "all_tasks", "tiff", "device")
 
 
 @dataclass(frozen=True)
@@ -101,26 +103,25 @@ class BenchmarkJob:
     task: str
 
     def folder(self, out: Path) -> Path:
-        return out / "answers" / self.dataset / _file_name(self.task)
+        return out / "answers" / self.dataset / self.task
 
 
 def run(
     plan: BenchmarkPlan, workers: int = 1, progress: Callable[[int, int], None] | None = None
-) -> list[BenchmarkJob]:
-    """Runs what is not there yet; returns the tasks.
+) -> tuple[list[BenchmarkJob], list[DatasetError]]:
+    """Runs what is not there yet; returns the tasks, and why data sets among them were not finished.
 
     Args:
         workers: processes, each with one data set at a time.
 
     Raises:
         ConfigError: where ``out`` holds answers of another plan, or a network is unknown.
-        DatasetError: the first that a data set gives, when the others are done.
+        DatasetError: where none of the data sets, or not one that is named, can be read.
     """
-    for method in plan.methods:
-        if not method.is_floor:
-            check_network(method.network)
+    for name in dict.fromkeys(method.network for method in plan.methods if not method.is_floor):
+        check_network(name, plan.axis)
     found, faults = find(plan.root)
-    for fault in faults:
+    for fault in faults if found else ():
         say(f"left out: {fault}")
     names = list(plan.datasets or found)
     if not names:
@@ -135,8 +136,8 @@ def run(
     _settle_identity(plan)
     plan = plan.of_size()
     jobs = [BenchmarkJob(name, task) for name in names for task in _tasks(found[name], plan.all_tasks)]
-    total, done = len(jobs) * len(plan.methods), 0
-    errors: list[DatasetError] = []
+    size = {name: len(plan.methods) * len(_tasks(found[name], plan.all_tasks)) for name in names}
+    total, done = sum(size.values()), 0
 
     def move(count: int) -> None:
         nonlocal done
@@ -144,27 +145,28 @@ def run(
         if progress is not None:
             progress(done, total)
 
+    errors: list[DatasetError] = []
     if workers == 1 or len(names) == 1:
-        for name in names:
-            try:
-                run_dataset(plan, name, lambda: move(1))
-            except DatasetError as error:
-                errors.append(error)
+        results = in_this_process(partial(_or_its_error, plan, one_done=lambda: move(1)), names)
     else:
-        context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(min(workers, len(names)), mp_context=context) as pool:
-            pending: dict[Future[None], str] = {pool.submit(run_dataset, plan, name): name for name in names}
-            while pending:
-                for future in wait(pending, return_when=FIRST_COMPLETED).done:
-                    name = pending.pop(future)
-                    try:
-                        future.result()
-                        move(len(plan.methods) * len(_tasks(found[name], plan.all_tasks)))
-                    except DatasetError as error:
-                        errors.append(error)
-    if errors:
-        raise errors[0]
-    return jobs
+        results = in_pool(partial(_or_its_error, plan), names, workers, _KILLED)
+    for number, error in results:
+        if error is not None:
+            errors.append(error)
+        elif workers > 1 and len(names) > 1:
+            move(size[names[number]])
+    return jobs, errors
+
+
+_KILLED = "a process of the benchmark was killed, perhaps for want of memory; the same command with workers=1 goes on"
+
+
+def _or_its_error(plan: BenchmarkPlan, name: str, one_done: Callable[[], None] | None = None) -> DatasetError | None:
+    try:
+        run_dataset(plan, name, one_done)
+    except DatasetError as error:
+        return error
+    return None
 
 
 def run_dataset(plan: BenchmarkPlan, name: str, one_done: Callable[[], None] | None = None) -> None:
@@ -173,8 +175,8 @@ def run_dataset(plan: BenchmarkPlan, name: str, one_done: Callable[[], None] | N
     info = find(plan.root)[0][name]
     for task in _tasks(info, plan.all_tasks):
         job = BenchmarkJob(name, task)
-        items = MedIMeta(plan.root, name, task)
-        _audit_twins(plan, job, items)
+        items = MedIMeta(plan.root, name, task, use_hdf5=not plan.tiff)
+        _audit_twins(plan, job, items, anew=_settle_data(plan, job, items))
         episodes: list[Episode] | None = None
         for method in plan.methods:
             path = answers_path(plan.out, job, method)
@@ -195,9 +197,7 @@ def answers_path(out: Path, job: BenchmarkJob, method: FewShotMethod) -> Path:
 
 
 def _mark(text: str, network: str) -> str:
-    file = Path(network.partition(":")[2])
-    content = hashlib.sha256(file.read_bytes()).hexdigest() if ":" in network and file.is_file() else ""
-    return hashlib.sha256(f"{text}{content}".encode()).hexdigest()[:8]
+    return hashlib.sha256(f"{text}{file_mark(network)}".encode()).hexdigest()[:8]
 
 
 def save_answers(path: Path, groups: dict[str, list[Answers]], about: dict[str, object]) -> None:
@@ -288,7 +288,7 @@ def _network(plan: BenchmarkPlan, job: BenchmarkJob, method: FewShotMethod) -> I
     path = plan.out / "pretrained" / f"{job.dataset}_{method.pretraining}_{mark}.safetensors"
     if not path.is_file():
         found = find(plan.root)[0]
-        sources = tasks_of(str(plan.root), sources_for(job.dataset, found), found, plan.learn_all_tasks)
+        sources = tasks_of(str(plan.root), sources_for(job.dataset, found), found, plan.learn_all_tasks, plan.tiff)
         say(f"{method.pretraining} of {method.network} without {job.dataset}: {len(sources)} tasks")
         if method.pretraining == "mmpt":
             network = multi_task(network, sources, plan.multi_task, plan.seed)
@@ -308,6 +308,8 @@ def _episodes(plan: BenchmarkPlan, job: BenchmarkJob, items: MedIMeta) -> list[E
     if plan.pools == "test":
         sides = _sides(items)
         pools = (np.flatnonzero(np.isin(sides, ("train", "val"))), np.flatnonzero(sides == "test"))
+        for side, rows in zip(("train", "test"), pools):
+            _check_side(items, side, rows)
     name = f"{job.dataset}: {job.task}"
     episodes = draw(items.places, items.task_target, plan.shots, plan.seed, name, pools)
     path = job.folder(plan.out) / "episodes.npz"
@@ -348,23 +350,49 @@ def _of_sides(items: MedIMeta, sides: np.ndarray, apart: bool) -> tuple[Episode,
     learnt = np.flatnonzero(np.isin(sides, ("train",) if apart else ("train", "val")))
     query, validation = np.flatnonzero(sides == "test"), np.flatnonzero(sides == "val")
     for name, rows in (("train", learnt), ("test", query), *([("val", validation)] if apart else [])):
-        truth = columns(items.places[rows], items.task_target, len(items.classes))
-        flawed = np.flatnonzero(truth.all(axis=0) | ~truth.any(axis=0)) if len(rows) else np.array([0])
-        if flawed.size and (items.places.ndim == 1 or flawed.size == truth.shape[1]):
-            names = list(items.classes.values())
-            lacking = names[-1] if truth.shape[1] == 1 else names[flawed[0]]
-            path = items.dataset.folder / "splits" / f"{name}.txt"
-            raise DatasetError(
-                f"{path}: task {items.task_name!r} has no image with or none without {lacking!r} there, expected both"
-            )
+        _check_side(items, name, rows)
     places = items.places
     classes = tuple(range(len(items.classes)))
     return Episode(learnt, query, places[learnt], places[query], classes), validation
 
 
-def _audit_twins(plan: BenchmarkPlan, job: BenchmarkJob, items: MedIMeta) -> None:
+def _check_side(items: MedIMeta, name: str, rows: np.ndarray) -> None:
+    """Raises: DatasetError where a split is empty, lacks a class, or of every label one of the two answers."""
+    path = items.dataset.folder / "splits" / f"{name}.txt"
+    if not len(rows):
+        raise DatasetError(f"{path}: no such split, or no image in it, expected some of every class")
+    names = [items.classes[value] for value in sorted(items.classes)]
+    if items.places.ndim == 1:
+        lacking = [names[place] for place in range(len(names)) if not (items.places[rows] == place).any()]
+        if lacking:
+            raise DatasetError(f"{path}: task {items.task_name!r} has no image of {lacking[0]!r} there")
+        return
+    truth = items.places[rows]
+    if (truth.min(axis=0) == truth.max(axis=0)).all():
+        raise DatasetError(f"{path}: task {items.task_name!r} has no label there that some images have and some not")
+
+
+def _settle_data(plan: BenchmarkPlan, job: BenchmarkJob, items: MedIMeta) -> bool:
+    """Answers of other images under the same id are not gone on from. Returns whether the data are new here.
+
+    Raises: DatasetError.
+    """
+    path, mark = job.folder(plan.out) / "data.json", items.fingerprint()
+    if path.is_file() and mark in path.read_text(encoding="utf-8", errors="replace"):
+        return False
+    if path.is_file() and any(path.parent.glob("*@*.npz")):
+        raise DatasetError(
+            f"{path}: {items.task_identifier} had other images, labels or splits when the answers there were made; "
+            "give another out="
+        )
+    (path.parent / "episodes.npz").unlink(missing_ok=True)
+    write_text(path, json.dumps({"images_and_labels": mark}) + "\n")
+    return True
+
+
+def _audit_twins(plan: BenchmarkPlan, job: BenchmarkJob, items: MedIMeta, anew: bool) -> None:
     path = plan.out / "answers" / job.dataset / "twins.csv"
-    if path.is_file():
+    if path.is_file() and not anew:
         return
     sides = _sides(items)
     test, learnt = np.flatnonzero(sides == "test"), np.flatnonzero(np.isin(sides, ("train", "val")))

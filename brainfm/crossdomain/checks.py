@@ -7,12 +7,16 @@ from typing import Any
 import numpy as np
 
 from brainfm.crossdomain.images import Images
-from brainfm.crossdomain.layout import SPLITS, DatasetInfo, TaskInfo, read_labels, read_split
+from brainfm.crossdomain.layout import INFO, SPLITS, DatasetInfo, TaskInfo, read_labels, read_split
 from brainfm.errors import DatasetError
 
 
-def check(info: DatasetInfo) -> list[str]:
-    """Every fault of a data set, a sentence each: labels, splits, images, classes that a split lacks."""
+def check(info: DatasetInfo, tiff: bool = False) -> list[str]:
+    """Every fault of a data set, a sentence each: labels, splits, images, classes that a split lacks.
+
+    Args:
+        tiff: whether its TIFF files are looked at in place of images.hdf5.
+    """
     faults: list[str] = []
 
     def tried(read: Any, *arguments: Any) -> Any:
@@ -29,6 +33,9 @@ def check(info: DatasetInfo) -> list[str]:
         rows = tried(read_split, info, split) if path.is_file() else None
         if rows is None:
             continue
+        counts = info.raw.get("splits_num_samples")
+        if isinstance(counts, dict) and counts.get(split, len(rows)) != len(rows):
+            faults.append(f"{path}: names {len(rows)} images, expected {counts[split]} as {INFO} says")
         shared = [row for row in rows.tolist() if row in seen]
         if shared:
             faults.append(f"{path}: image {shared[0]} is also in {seen[shared[0]]}, expected one split an image")
@@ -38,7 +45,7 @@ def check(info: DatasetInfo) -> list[str]:
                 faults += [f"{path}: {words}" for words in _absent(info.tasks[name], values[rows])]
     if not seen:
         faults.append(f"{info.folder / 'splits'}: holds no split, expected train.txt, val.txt and test.txt")
-    images = tried(Images, info)
+    images = tried(Images, info, not tiff)
     if images is not None:
         images.close()
     return faults

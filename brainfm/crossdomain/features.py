@@ -68,9 +68,16 @@ class CachedFeatures:
 
     @property
     def key(self) -> str:
-        """What they are filed under: data set, its size, network and the size of images."""
+        """What they are filed under: data set, its images, network and the size of images."""
         mark = self.source if isinstance(self.source, str) else self.source.fingerprint()
-        about = [self.items.dataset.id, len(self.items), self.items.rows.tolist(), mark, self.size]
+        about = [
+            self.items.dataset.id,
+            len(self.items),
+            self.items.rows.tolist(),
+            mark,
+            self.size,
+            self.items.images.fingerprint(),
+        ]
         return hashlib.sha256(json.dumps(about).encode()).hexdigest()[:20]
 
     def _compute(self, rows: np.ndarray) -> np.ndarray:

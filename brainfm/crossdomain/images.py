@@ -6,6 +6,7 @@ of it; else it is read through h5py, opened anew in each process.
 
 from __future__ import annotations
 
+import hashlib
 import os
 from collections.abc import Sequence
 from typing import Any
@@ -15,6 +16,8 @@ import numpy as np
 from brainfm.crossdomain.layout import IMAGES, DatasetInfo
 from brainfm.errors import DatasetError
 from brainfm.extras import missing
+
+_SAMPLE = 64  # images that a fingerprint is of
 
 
 class Images:
@@ -65,6 +68,11 @@ class Images:
             if len(run):
                 found[run[0] : run[-1] + 1] = array[int(ordered[run[0]]) : int(ordered[run[-1]]) + 1]
         return found[place]
+
+    def fingerprint(self) -> str:
+        """Of 64 of the images, evenly spread: what tells them from others in the same place."""
+        rows = np.unique(np.linspace(0, len(self) - 1, _SAMPLE).astype(np.int64))
+        return hashlib.sha256(self.read(rows).tobytes()).hexdigest()[:16]
 
     def close(self) -> None:
         if self._file is not None and self._process == os.getpid():

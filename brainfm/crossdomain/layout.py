@@ -167,6 +167,7 @@ def read_info(folder: Path) -> DatasetInfo:
     for key in ("id", "name", "domain"):
         if not _is_word(raw[key]):
             raise DatasetError(f"{path}: {key}={_shown(raw[key])}, expected text")
+    check_file_name(str(raw["id"]), f"{path}: id")
     size = raw["input_size"]
     if not (isinstance(size, list) and len(size) == 3 and all(_is_count(n) for n in size) and size[0] in (1, 3)):
         raise DatasetError(f"{path}: input_size={size}, expected [1 or 3, height, width]")
@@ -195,10 +196,10 @@ def read_info(folder: Path) -> DatasetInfo:
     )
 
 
-def check_task_name(name: str) -> None:
-    """Raises: DatasetError for a name that would lead out of the folder in which a task's labels lie."""
-    if not name or Path(name).name != name:
-        raise DatasetError(f"task {name!r}: expected the name of a file, without folders")
+def check_file_name(name: str, what: str) -> None:
+    """Raises: DatasetError for a name that would lead out of the folder in which what is called so is kept."""
+    if not name or Path(name).name != name or name.startswith(".") or not name.isprintable():
+        raise DatasetError(f"{what} {name!r}: expected the name of a file or folder, without folders before it")
 
 
 def _task(path: Path, raw: Any) -> TaskInfo:
@@ -208,7 +209,7 @@ def _task(path: Path, raw: Any) -> TaskInfo:
     name, target, labels = (raw[key] for key in _TASK_KEYS)
     if not _is_word(name):
         raise DatasetError(f"{path}: task_name={_shown(name)}, expected text")
-    check_task_name(str(name))
+    check_file_name(str(name), f"{path}: task")
     if not isinstance(target, str) or target not in TaskTarget.__members__:
         legal = ", ".join(TaskTarget.__members__)
         raise DatasetError(f"{path}: task_target {target!r} of task {name!r}, expected one of {legal}")

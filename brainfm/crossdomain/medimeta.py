@@ -10,6 +10,7 @@ DataLoader's batches), objects go to spawned workers, and what contradicts itsel
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,6 +23,7 @@ from torch.utils.data import Dataset
 
 from brainfm.crossdomain.images import Images, with_channels
 from brainfm.crossdomain.layout import (
+    SPLITS,
     DatasetInfo,
     TaskTarget,
     find,
@@ -124,6 +126,15 @@ class MedIMeta(Dataset):
             part = slice(start, start + AT_ONCE)
             found[part].copy_(torch.from_numpy(self.pixels(indices[part]))).div_(255).sub_(0.5).div_(0.5)
         return found
+
+    def fingerprint(self) -> str:
+        """Of the labels, the splits and the images: what tells a data set from another of its name."""
+        found = hashlib.sha256(self.places.tobytes() + repr((self.task.classes, self.input_size)).encode())
+        for split in SPLITS:
+            if (self.dataset.folder / "splits" / f"{split}.txt").is_file():
+                found.update(read_split(self.dataset, split).tobytes())
+        found.update(self.images.fingerprint().encode())
+        return found.hexdigest()[:16]
 
     @property
     def task_target(self) -> TaskTarget:

@@ -9,6 +9,7 @@ efficientnet_lite0                ImageNet weights that come with ``brainfm-mri[
 from __future__ import annotations
 
 import copy
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -155,11 +156,23 @@ def load_kept(module: nn.Module, path: Path, apart: Sequence[str] = ()) -> dict[
     return rest
 
 
-def check_network(name: str) -> None:
-    """For callers who want to know before long work, without building it.
+def check_network(name: str, axis: Axis = "mean") -> None:
+    """For callers who want to know before long work: builds the network once, and lets it go.
 
-    Raises: ConfigError for an unknown name, WeightsError for a file that is not there.
+    Raises: ConfigError for an unknown name or one without a planar form, WeightsError for a file that does not fit.
     """
+    build_network(name, axis=axis)
+
+
+def file_mark(name: str) -> str:
+    """A hash of the file in a network's name, so that other weights under one name are told apart; empty without."""
+    kind, _, file = name.partition(":")
+    path = located(file) if kind == "planar" else Path(file)
+    return hashlib.sha256(path.read_bytes()).hexdigest() if file else ""
+
+
+def _check_name(name: str) -> None:
+    """Raises: ConfigError for an unknown name, WeightsError for a file that is not there."""
     kind, colon, file = name.partition(":")
     with_file = kind in DEPTHS or kind == "planar"
     if (colon and not with_file) or not (with_file or kind in BACKBONES or kind == "efficientnet_lite0"):
@@ -183,7 +196,7 @@ def build_network(name: str, seed: int = 0, axis: Axis = "mean") -> ImageNetwork
 
     Raises: ConfigError for an unknown name, WeightsError for a file that does not fit.
     """
-    check_network(name)
+    _check_name(name)
     kind, _, file = name.partition(":")
     if kind == "planar":
         return _planar(load_backbone(file).backbone, name, axis)

@@ -22,6 +22,7 @@ from brainfm.errors import ConfigError
 from brainfm.nets.backbone import Backbone
 from brainfm.nets.cpu import swap_out
 from brainfm.nets.transfer import TransferReport, transfer
+from brainfm.nets.transformer import Attention
 
 Axis = Literal["x", "y", "z", "mean"]
 AXES: tuple[Axis, ...] = ("x", "y", "z", "mean")
@@ -40,7 +41,7 @@ class Planar(nn.Module):
         report: what was transferred.
         widths, strides: of the maps.
 
-    Raises: ConfigError for a layer that has no planar form.
+    Raises: ConfigError for a layer that has no planar form, as those of transformers, which know places in a volume.
     """
 
     def __init__(self, backbone: Backbone, axis: Axis = "z") -> None:
@@ -48,6 +49,8 @@ class Planar(nn.Module):
         if axis not in AXES:
             raise ConfigError(f"axis={axis}: expected one of {', '.join(AXES)}")
         self.axis, self.widths, self.strides = axis, backbone.widths, backbone.strides
+        if any(isinstance(part, Attention) for part in backbone.modules()):
+            raise ConfigError(f"{type(backbone).__name__} is a transformer, which has no planar form; expected a CNN")
         source = swap_out(copy.deepcopy(backbone))
         kernels = {
             f"{name}.weight" if name else "weight"

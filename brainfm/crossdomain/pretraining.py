@@ -92,14 +92,19 @@ def sources_for(target: str, found: Mapping[str, DatasetInfo]) -> list[str]:
     ]
 
 
-def tasks_of(root: str, names: Sequence[str], found: Mapping[str, DatasetInfo], all_tasks: bool) -> list[MedIMeta]:
-    """Every task of the data sets, or each one's main task. Raises: DatasetError where there is none."""
+def tasks_of(
+    root: str, names: Sequence[str], found: Mapping[str, DatasetInfo], all_tasks: bool, tiff: bool = False
+) -> list[MedIMeta]:
+    """Every task of the data sets, or each one's main task; ``tiff``: of their TIFF files.
+
+    Raises: DatasetError where there is none.
+    """
     if not names:
         raise DatasetError(
             f"{root}: no data set is left to learn from, expected one of another domain and other people"
         )
     return [
-        MedIMeta(root, name, task)
+        MedIMeta(root, name, task, use_hdf5=not tiff)
         for name in names
         for task in (found[name].tasks if all_tasks else [found[name].main_task])
     ]

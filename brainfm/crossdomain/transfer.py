@@ -26,7 +26,7 @@ from brainfm.crossdomain.episodes import Episode
 from brainfm.crossdomain.features import forward
 from brainfm.crossdomain.layout import TaskTarget, open_dataset, read_split
 from brainfm.crossdomain.medimeta import MedIMeta
-from brainfm.crossdomain.networks import Classifier, build_network, check_network, load_kept
+from brainfm.crossdomain.networks import Classifier, build_network, check_network, file_mark, load_kept
 from brainfm.crossdomain.planar import Axis
 from brainfm.errors import ConfigError, DatasetError
 from brainfm.files import check_writable, write_whole
@@ -46,6 +46,7 @@ class Route:
         task: of both sets, or empty: the first of each.
         networks: see networks.py; at least one.
         training: on the source; on the target at a tenth of its rate.
+        tiff: whether single TIFF files are read in place of images.hdf5.
     """
 
     root: Path
@@ -56,6 +57,7 @@ class Route:
     networks: tuple[str, ...] = ("resnet18", "unet_s")
     training: SupervisedMethod = field(default_factory=SupervisedMethod)
     axis: Axis = "mean"
+    tiff: bool = False
     seed: int = 0
 
 
@@ -88,7 +90,7 @@ class Transferred:
 
     Attributes:
         findings: names of the labels.
-        truth: [N, L] of the target's test split.
+        truth: [N, L] of the target's test split, 0 or 1, NaN where nobody knows.
         rows: numbers of its items.
         ways: every way.
         tuned: the fine-tuned models.
@@ -105,15 +107,29 @@ class Transferred:
 
     def scores(self, way: Way, seed: int = 0) -> tuple[list[Interval], Interval]:
         """AUROC of each finding with DeLong's interval, and their mean with a bootstrap's over images."""
-        each = [delong(self.truth[:, k], way.answers[:, k]) for k in range(len(self.findings))]
+        known = np.isfinite(self.truth)
+        each = [delong(self.truth[known[:, k], k], way.answers[known[:, k], k]) for k in range(len(self.findings))]
+        groups = [str(row) for row in self.rows]
+        return each, bootstrap(_macro, self.truth, way.answers, groups=groups, seed=seed, resamples=1000)
 
-        def macro(truth: np.ndarray, answers: np.ndarray) -> float:
-            values = [auroc(truth[:, k], answers[:, k]) for k in range(truth.shape[1])]
-            known = [value for value in values if np.isfinite(value)]
-            return float(np.mean(known)) if known else float("nan")
+    def difference(self, way: Way, other: Way, seed: int = 0) -> Interval:
+        """Mean AUROC of a way less that of another, with a bootstrap's interval over the same images."""
+
+        def less(truth: np.ndarray, own: np.ndarray, others: np.ndarray) -> float:
+            return _macro(truth, own) - _macro(truth, others)
 
         groups = [str(row) for row in self.rows]
-        return each, bootstrap(macro, self.truth, way.answers, groups=groups, seed=seed, resamples=1000)
+        return bootstrap(less, self.truth, way.answers, other.answers, groups=groups, seed=seed, resamples=1000)
+
+
+def _macro(truth: np.ndarray, answers: np.ndarray) -> float:
+    """The mean AUROC over findings that have both answers; unknown labels are left out."""
+    values = []
+    for label, answer in zip(truth.T, answers.T):
+        known = np.isfinite(label)
+        values.append(auroc(label[known], answer[known]))
+    defined = [value for value in values if np.isfinite(value)]
+    return float(np.mean(defined)) if defined else float("nan")
 
 
 def run(route: Route, progress: Callable[[int, int], None] | None = None) -> Transferred:
@@ -124,7 +140,7 @@ def run(route: Route, progress: Callable[[int, int], None] | None = None) -> Tra
     """
     check_writable(route.out)
     for name in route.networks:
-        check_network(name)
+        check_network(name, route.axis)
     source, target = _items(route, route.source), _items(route, route.target)
     if list(source.classes.values()) != list(target.classes.values()) or source.task_target is not target.task_target:
         raise ConfigError(
@@ -139,6 +155,7 @@ def run(route: Route, progress: Callable[[int, int], None] | None = None) -> Tra
         if progress is not None:
             progress(done, steps)
 
+    data = f"{source.fingerprint()} {target.fingerprint()}"
     learnt, test = _rows(target, "train", "val"), _rows(target, "test")
     size, device = route.training.size, route.training.device
     first: dict[str, Classifier] = {}
@@ -146,10 +163,10 @@ def run(route: Route, progress: Callable[[int, int], None] | None = None) -> Tra
     seconds: dict[str, float] = {}
     tuned_seconds: dict[str, float] = {}
     for name in route.networks:
-        first[name], seconds[name] = _trained(route, name, source, None)
+        first[name], seconds[name] = _trained(route, name, source, None, data)
         move()
     for name in route.networks:
-        tuned[name], tuned_seconds[name] = _trained(route, name, target, first[name])
+        tuned[name], tuned_seconds[name] = _trained(route, name, target, first[name], data)
         move()
     y = _truth(target, learnt)
     here = {name: predicted(model, target, learnt, size, device) for name, model in first.items()}
@@ -190,7 +207,7 @@ def _ensembles(ways: Sequence[Way]) -> list[Way]:
 
 def _items(route: Route, dataset: str) -> MedIMeta:
     info = open_dataset(route.root, dataset)
-    items = MedIMeta(route.root, dataset, route.task or info.main_task)
+    items = MedIMeta(route.root, dataset, route.task or info.main_task, use_hdf5=not route.tiff)
     if items.task_target not in (TaskTarget.BINARY_CLASSIFICATION, TaskTarget.MULTILABEL_CLASSIFICATION):
         raise ConfigError(f"{items.task_identifier}: is {items.task_target.name}, expected a binary task or findings")
     return items
@@ -204,11 +221,12 @@ def _rows(items: MedIMeta, *splits: str) -> np.ndarray:
 
 
 def _truth(items: MedIMeta, rows: np.ndarray, hard: bool = False) -> np.ndarray:
-    """float [N, L]; of soft labels these, NaN where unknown, or hard ones."""
-    if items.targets is not None and not hard:
-        return items.targets[rows].astype(np.float64)
+    """float [N, L]; of soft labels these, or hard ones; NaN where unknown."""
     places = items.places[rows].astype(np.float64)
-    return places if places.ndim == 2 else places[:, None]
+    if items.targets is None:
+        return places if places.ndim == 2 else places[:, None]
+    soft = items.targets[rows].astype(np.float64)
+    return np.where(np.isfinite(soft), places, np.nan) if hard else soft
 
 
 def _embedded(model: Classifier, items: MedIMeta, rows: np.ndarray, size: int, device: str) -> np.ndarray:
@@ -216,9 +234,11 @@ def _embedded(model: Classifier, items: MedIMeta, rows: np.ndarray, size: int, d
     return np.concatenate(parts)
 
 
-def _trained(route: Route, name: str, items: MedIMeta, start: Classifier | None) -> tuple[Classifier, float]:
-    """A classifier of the items' task, from disk or trained, with the processor time that it took."""
-    mark = hashlib.sha256(f"{name}|{route.seed}|{route.training}|{route.axis}".encode()).hexdigest()[:10]
+def _trained(route: Route, name: str, items: MedIMeta, start: Classifier | None, data: str) -> tuple[Classifier, float]:
+    """A classifier of the items' task, from disk or trained, with the processor time that it took; ``data`` tells what
+    it is learnt on from other data under the same ids."""
+    about = (name, file_mark(name), route.seed, route.training, route.axis, route.source, route.task, data)
+    mark = hashlib.sha256(repr(about).encode()).hexdigest()[:10]
     step = "source" if start is None else f"{route.source}_to"
     path = route.out / "networks" / f"{step}_{items.dataset.id}_{mark}.safetensors"
     network = build_network(name, route.seed, route.axis)

@@ -20,21 +20,25 @@ from brainfm.reports.wording import number, signed
 from brainfm.scoring.intervals import Interval
 
 _SHOWN = 4  # images a finding
+_MOST = 200  # images a finding whose maps are compared with regions of interest
 
-Scored = tuple[Way, list[Interval], Interval]
+Scored = tuple[Way, list[Interval], Interval, Interval]  # of each finding, their mean, and that less the source's
 
 
 def write_transfer(out: Path, found: Transferred, audits: Sequence[tuple[str, MarkerAudit]], size: int, device: str,
                    command: str, seed: int = 0) -> Path:  # fmt: skip
     """OUT/table.csv, roc.png, maps.png and index.html; returns the page."""
-    scored = [(way, *found.scores(way, seed)) for way in found.ways]
-    head = ["way", "auroc", "low", "high", "images", "seconds"]
+    source = [way for way in found.ways if way.family == "source" and way.network != "entropy"][
+        -1
+    ]  # the mean, of several
+    scored = [(way, *found.scores(way, seed), found.difference(way, source, seed)) for way in found.ways]
+    head = ["way", "auroc", "low", "high", "minus_source", "minus_source_low", "minus_source_high", "images", "seconds"]
     for finding in found.findings:
         head += [finding, f"{finding} low", f"{finding} high"]
     rows = []
-    for way, each, whole in scored:
+    for way, each, whole, less in scored:
         cells = [x for one in each for x in (one.mean, one.low, one.high)]
-        numbers = [f"{x:.4f}" for x in (whole.mean, whole.low, whole.high)]
+        numbers = [f"{x:.4f}" for one in (whole, less) for x in (one.mean, one.low, one.high)]
         rows.append([way.name, *numbers, whole.n, f"{way.seconds:.1f}", *(f"{x:.4f}" for x in cells)])
     write_table(out / "table.csv", head, rows)
     roc, (maps, overlaps) = roc_figure(found, _best(scored)), maps_figure(found, size, device)
@@ -43,7 +47,8 @@ def write_transfer(out: Path, found: Transferred, audits: Sequence[tuple[str, Ma
     trained = ", ".join(f"`{name}` {number(spent)} s" for name, spent in found.source_seconds.items())
     sections = [
         Section("AUROC on the target's test split", f"Of each finding with DeLong's interval, of the mean with a "
-                f"bootstrap's over images. Processor time of the source networks: {trained}.",
+                f"bootstrap's over images; differences are to `{source.name}`, on the same images. Processor time of "
+                f"the source networks: {trained}.",
                 figures=(("ROC of the best way of each family, by the mean", roc),), table=_table(found, scored)),
         Section("Grad-CAM", "Of the fine-tuned networks: the mean of the maps of those that decide as all do together.",
                 figures=(("Images with the finding, and what speaks for it", maps),), table=_overlap_table(overlaps)),
@@ -58,14 +63,16 @@ def write_transfer(out: Path, found: Transferred, audits: Sequence[tuple[str, Ma
 
 def _best(scored: Sequence[Scored]) -> list[Way]:
     """Of each family the way with the highest mean: chosen on the images that are shown, so the curves flatter."""
-    families = dict.fromkeys(way.family for way, _, _ in scored)
+    families = dict.fromkeys(way.family for way, *_ in scored)
     return [max((s for s in scored if s[0].family == family), key=lambda s: s[2].mean)[0] for family in families]
 
 
 def _table(found: Transferred, scored: Sequence[Scored]) -> tuple[tuple[str, ...], ...]:
-    head = ("way", "mean", *found.findings, "CPU s")
+    head = ("way", "mean", "to the source", *found.findings, "CPU s")
     return (head, *(
-        (f"`{way.name}`", _shown(whole), *map(_shown, each), number(way.seconds)) for way, each, whole in scored
+        (f"`{way.name}`", _shown(whole), f"{signed(less.mean)} [{signed(less.low)}, {signed(less.high)}]",
+         *map(_shown, each), number(way.seconds))
+        for way, each, whole, less in scored
     ))  # fmt: skip
 
 
@@ -112,14 +119,15 @@ def roc_figure(found: Transferred, ways: Sequence[Way]) -> bytes:
     """A panel a finding, a curve a way. Returns a PNG."""
     from matplotlib.figure import Figure
 
-    shown = [k for k in range(len(found.findings)) if 0 < found.truth[:, k].sum() < len(found.truth)][:6]
+    shown = [k for k in range(len(found.findings)) if {0.0, 1.0} <= set(found.truth[:, k])][:6]
     across = min(3, max(1, len(shown)))
     down = -(-max(1, len(shown)) // across)
     figure = Figure(figsize=(3.4 * across, 3.4 * down + 0.9), facecolor="white", layout="constrained")
     for place, k in enumerate(shown):
         axes = figure.add_subplot(down, across, place + 1)
         for colour, way in zip(COLOURS, ways):
-            x, y = roc(found.truth[:, k], way.answers[:, k])
+            known = np.isfinite(found.truth[:, k])
+            x, y = roc(found.truth[known, k], way.answers[known, k])
             axes.plot(x, y, color=colour, linewidth=1.6, label=plain(way.name) if place == 0 else None)
         axes.plot([0, 1], [0, 1], color=LINE, linewidth=0.9)
         axes.set_title(plain(found.findings[k]), fontsize=10, color=INK)
@@ -148,13 +156,16 @@ def maps_figure(found: Transferred, size: int, device: str) -> tuple[bytes, list
     overlaps: list[tuple[str, RegionOverlap]] = []
     down = min(3, len(found.findings))
     for k, finding in enumerate(found.findings):
-        ill = np.flatnonzero(found.truth[:, k] != 0)
-        for place, row in enumerate(ill[:_SHOWN]):
+        ill = np.flatnonzero(found.truth[:, k] == 1)
+        regions = {int(row): _region(found, int(found.rows[row]), size) for row in ill[:_MOST]}
+        for place, row in enumerate(ill[:_MOST]):
+            region = regions[int(row)]
+            if place >= _SHOWN and region is None:
+                continue
             heat = _joined(found, found.rows[[row]], k, size, device)
-            region = _region(found, int(found.rows[row]), size)
             if heat is not None and region is not None:
                 overlaps.append((finding, overlap(heat, region)))
-            if k < down:
+            if k < down and place < _SHOWN:
                 panel = figure.add_subplot(down, _SHOWN, k * _SHOWN + place + 1)
                 image = found.items.pixels(found.rows[[row]])[0].mean(0)
                 extent = (0, 1, 0, 1)

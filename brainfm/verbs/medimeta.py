@@ -8,7 +8,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from brainfm.errors import ConfigError
+from brainfm.errors import ConfigError, DatasetError
 from brainfm.settings import VERBATIM
 from brainfm.verbs.running import bar
 
@@ -106,6 +106,7 @@ class Settings:
     target: Annotated[str, "transfer: id of the data set that they are taken to", VERBATIM] = ""
     networks: Annotated[tuple[str, ...], "transfer"] = ("resnet18", "unet_s")
     shortcut: Annotated[bool, "transfer: also train with a planted marker, and audit whether it is exposed"] = False
+    tiff: Annotated[bool, "check, benchmark, transfer: read images/NNNNNN.tiff in place of images.hdf5"] = False
     device: Annotated[str, "auto | cpu | cuda"] = "auto"
     workers: Annotated[int, "benchmark: processes, a data set each"] = 1
     seed: Annotated[int, "of episodes, splits and fresh weights"] = 0
@@ -159,7 +160,7 @@ class Settings:
             root=self.root, out=self.out, methods=tuple(with_floors(self.methods)), datasets=self.datasets,
             all_tasks=self.all_tasks, learn_all_tasks=self.learn_all_tasks,
             shots=Shots(self.shots, self.queries, self.ways, self.episodes), pools=self.pools, resplits=self.resplits,
-            seed=self.seed, size=self.size, axis=self.axis, device=_device(self.device),
+            seed=self.seed, size=self.size, axis=self.axis, tiff=self.tiff, device=_device(self.device),
             fine_tune=FineTune(lr=self.lr, steps=self.steps), supervised=SupervisedMethod(**splits),
             multi_task=MultiTask(**splits),
             maml=Maml(**trained, episodes=self.meta_episodes, validation=self.meta_validation,
@@ -198,7 +199,7 @@ def _check(settings: Settings) -> int:
     found, broken = find(settings.root)
     faults = [str(error) for error in broken]
     for info in found.values():
-        own = check(info)
+        own = check(info, settings.tiff)
         faults += own
         print(f"{info.id}: {info.total} images, {len(info.tasks)} tasks, {len(own) or 'no'} faults")
     print("\n".join(faults) if faults else f"{settings.root}: {len(found)} data sets, no faults")
@@ -212,14 +213,19 @@ def _benchmark(settings: Settings) -> int:
 
     plan = settings.plan()
     with bar("benchmark") as move:
-        jobs = run(plan, settings.workers, move)
+        jobs, errors = run(plan, settings.workers, move)
     rows, pairs = tables(plan.out, jobs, plan.methods, plan.seed)
+    if errors and not rows:
+        raise errors[0]
     write_tables(plan.out, rows, pairs)
     page = write_benchmark(plan.out, rows, pairs, settings.command)
     for row in rows:
         print(f"{row.setting:<12} {row.dataset:<14} {row.method:<40} {row.found.mean:.3f} "
               f"[{row.found.low:.3f}, {row.found.high:.3f}]")  # fmt: skip
     print(f"{page}: {len(rows)} rows")
+    if errors:
+        rest = f" (and {len(errors) - 1} more data sets)" if len(errors) > 1 else ""
+        raise DatasetError(f"{errors[0]}{rest}; the table holds what was answered")
     return 0
 
 
@@ -235,7 +241,7 @@ def _transfer(settings: Settings) -> int:
     )  # fmt: skip
     route = Route(
         settings.root, settings.out, settings.source, settings.target, settings.task, settings.networks, training,
-        settings.axis, settings.seed,
+        settings.axis, settings.tiff, settings.seed,
     )  # fmt: skip
     with bar("transfer") as move:
         found = run(route, move)

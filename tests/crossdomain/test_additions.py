@@ -120,6 +120,9 @@ def test_a_medmnist_file(tmp_path: Path) -> None:
         np.savez(tmp_path / "w.npz", **arrays | {"val_labels": wrong})
         with pytest.raises(DatasetError, match=words):
             from_medmnist(tmp_path / "w.npz", "disease")
+    np.savez(tmp_path / "w.npz", **arrays | {"val_images": arrays["val_images"][:, :14]})
+    with pytest.raises(DatasetError, match=r"images are .*\[14, 28\].* expected one shape in every split"):
+        from_medmnist(tmp_path / "w.npz", "disease")
     (tmp_path / "w.npz").write_bytes((tmp_path / "m.npz").read_bytes()[:200])
     with pytest.raises(DatasetError, match="cannot be read as"):
         from_medmnist(tmp_path / "w.npz", "disease")
@@ -184,7 +187,7 @@ def test_pictures_are_fitted() -> None:
 @pytest.mark.parametrize("name", ["", "..", "a/b", ".hidden"])
 def test_an_id_is_a_folder(name: str, tmp_path: Path) -> None:
     addition = from_table(tmp_path / "in", table_of(tmp_path / "in"), TASKS)
-    with pytest.raises(ConfigError, match="expected the name of a folder"):
+    with pytest.raises(DatasetError, match="expected the name of a file or folder"):
         write_dataset(tmp_path / "sets", About(id=name, name="x", domain="y"), addition)
 
 

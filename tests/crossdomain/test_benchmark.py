@@ -111,6 +111,8 @@ def test_several_processes_give_the_same_answers(root: Path, tmp_path: Path) -> 
         (["ways=0"], "ways=0: expected 1 or more classes"),
         (["methods=[]"], "methods=[]: expected one or more, each once"),
         (["methods=[logistic@planar:none.safetensors]"], "none.safetensors: no such file"),
+        (["methods=[logistic@vit_s]"], "is a transformer, which has no planar form; expected a CNN"),
+        (["methods=[logistic@primus_s]"], "is a transformer, which has no planar form; expected a CNN"),
     ],
 )
 def test_a_wrong_word_is_one_sentence(
@@ -172,7 +174,63 @@ def test_a_class_that_a_split_lacks_is_refused(tmp_path: Path, capsys: pytest.Ca
     capsys.readouterr()
     words = command(tmp_path, tmp_path / "out", ["full_logistic@statistics"])
     assert main(words) == 2
-    assert "test.txt: task 'kind' has no image with or none without 'none' there" in capsys.readouterr().err
+    assert "test.txt: task 'kind' has no image of 'none' there" in capsys.readouterr().err
+    (folder / "splits" / "val.txt").unlink()
+    (folder / "splits" / "test.txt").write_text("\n".join(lines))
+    assert main(command(tmp_path, tmp_path / "out", ["supervised@unet_tiny"])) == 2
+    assert "val.txt: no such split, or no image in it" in capsys.readouterr().err
+
+
+def test_one_data_set_that_cannot_be_asked_keeps_no_other_from_the_table(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    write_set(tmp_path / "sets", "few", 6, 16)
+    write_set(tmp_path / "sets", "many", 60, 16)
+    for workers in (1, 2):
+        out = tmp_path / str(workers)
+        assert main(command(tmp_path / "sets", out, ["prototypes@statistics"], f"workers={workers}")) == 2
+        last = capsys.readouterr().err.strip().splitlines()[-1]
+        assert last.startswith("brainfm: few: kind: 2 images of class 0") and "the table holds what was" in last
+        assert {line.split(",")[1] for line in (out / "table.csv").read_text().splitlines()[1:]} == {"many"}
+
+
+def test_tiff_files_alone_are_enough_where_they_are_asked_for(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("matplotlib")
+    both = []
+    for name in ("whole", "tiff"):
+        for number, dataset in enumerate(("one", "two")):
+            folder = write_set(tmp_path / name, dataset, 60, 16, 1, number)
+            if name == "tiff":
+                (folder / "images.hdf5").unlink()
+        words = command(tmp_path / name, tmp_path / f"{name}_out", ["logistic@unet_tiny+mmpt"], "datasets=[one]")
+        if name == "tiff":
+            assert main(words) == 2 and "images.hdf5: no such file" in capsys.readouterr().err
+            assert main(["medimeta", "action=check", f"root={tmp_path / name}"]) == 1
+            assert main(["medimeta", "action=check", f"root={tmp_path / name}", "tiff=true"]) == 0
+            words.append("tiff=true")
+        assert main(words) == 0
+        both.append([line.split(",")[:7] for line in (tmp_path / f"{name}_out" / "table.csv").read_text().split()])
+    assert both[0] == both[1]
+
+
+def test_tasks_of_like_names_are_kept_apart(tmp_path: Path) -> None:
+    places = {BenchmarkJob("one", name).folder(tmp_path) for name in ("a task", "a_task", "a-task: (1)", "a_task_ (1)")}
+    assert len(places) == 4
+
+
+def test_answers_of_other_images_are_not_gone_on_from(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pytest.importorskip("matplotlib")
+    write_set(tmp_path / "a", "one", 60, 16, 1, 1)
+    write_set(tmp_path / "b", "one", 60, 16, 1, 2)
+    assert main(command(tmp_path / "a", tmp_path / "out", ["prototypes@statistics"])) == 0
+    before = (tmp_path / "out" / "table.csv").read_bytes()
+    assert main(command(tmp_path / "a", tmp_path / "out", ["prototypes@statistics"])) == 0
+    assert main(command(tmp_path / "b", tmp_path / "out", ["prototypes@statistics"])) == 2
+    assert "One: kind had other images, labels or splits" in capsys.readouterr().err
+    assert (tmp_path / "out" / "table.csv").read_bytes() == before
 
 
 def test_adding_from_the_command_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

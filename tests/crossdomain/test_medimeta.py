@@ -223,3 +223,27 @@ def test_checking_names_every_fault(tmp_path: Path) -> None:
     said = check(open_dataset(tmp_path, "grey"))
     assert any("is also in train" in line for line in said) and any("sick.npy" in line for line in said)
     assert any("has not an image of class 'flat'" in line for line in said)
+
+
+def test_other_images_labels_or_splits_are_told_apart(tmp_path: Path) -> None:
+    folder = write_set(tmp_path, "grey", 24, 16, 1, 1)
+    found = [MedIMeta(tmp_path, "grey", "kind").fingerprint()]
+    assert MedIMeta(tmp_path, "grey", "kind", use_hdf5=False).fingerprint() == found[0]
+    for damage in (
+        labels(np.arange(24)[::-1] % 3),
+        lambda f: (f / "splits" / "test.txt").write_text("images/000003.tiff"),
+        lambda f: write_set(f.parent / "new", "grey", 24, 16, 1, 2) and None,
+    ):
+        damage(folder)
+        place = tmp_path / "new" if (tmp_path / "new").exists() else tmp_path
+        found.append(MedIMeta(place, "grey", "kind").fingerprint())
+    assert len(set(found)) == 4
+
+
+@pytest.mark.parametrize("name", ["../evil", "a/b", "..", ".hidden"])
+@pytest.mark.parametrize("key", ["id: grey", "task_name: kind"])
+def test_a_name_that_leads_elsewhere_is_refused(key: str, name: str, tmp_path: Path) -> None:
+    folder = write_set(tmp_path, "grey", 24, 16, 1, 1)
+    edited(key, f"{key.partition(':')[0]}: {name}")(folder)
+    faults = find(tmp_path)[1]
+    assert [f"{folder / 'info.yaml'}: " in str(fault) and f"{name!r}" in str(fault) for fault in faults] == [True]

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import csv
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -19,6 +20,7 @@ from brainfm.crossdomain.medimeta import MedIMeta
 from brainfm.crossdomain.networks import Classifier, build_network
 from brainfm.crossdomain.saliency import agreeing, grad_cam, overlap
 from brainfm.crossdomain.shortcut import Marked, corner_audit, planted, trained_on_markers
+from brainfm.crossdomain.transfer import Transferred, Way
 from brainfm.crossdomain.transfer_page import roc
 from brainfm.scoring.answers import auroc
 from brainfm.scoring.intervals import bootstrap
@@ -40,12 +42,18 @@ def test_every_way_from_one_command(tmp_path: Path, capsys: pytest.CaptureFixtur
     for row in rows.values():
         assert 0 <= float(row["low"]) <= float(row["auroc"]) <= float(row["high"]) <= 1
         assert float(row["edge low"]) <= float(row["edge"])
+        assert float(row["minus_source_low"]) <= float(row["minus_source"]) <= float(row["minus_source_high"])
+    assert float(rows["source mean"]["minus_source"]) == float(rows["source mean"]["minus_source_high"]) == 0
+    less = float(rows["finetune mean"]["auroc"]) - float(rows["source mean"]["auroc"])
+    assert float(rows["finetune mean"]["minus_source"]) == pytest.approx(less, abs=2e-4)
     assert (tmp_path / "out" / "roc.png").stat().st_size > 1000 and (tmp_path / "out" / "maps.png").is_file()
     before = {path: path.stat().st_mtime_ns for path in (tmp_path / "out" / "networks").iterdir()}
     capsys.readouterr()
     assert main([*words[:6], "task=kind", *words[7:]]) == 2
     assert "is MULTICLASS_CLASSIFICATION, expected a binary task or findings" in capsys.readouterr().err
     assert len(before) == 4
+    assert main([*words[:6], "task=sick", *words[7:]]) == 0, "weights of one task are not another's"
+    assert len(list((tmp_path / "out" / "networks").iterdir())) == 8
 
 
 def test_a_place_that_cannot_be_written_is_said_before_any_training(
@@ -64,6 +72,17 @@ def test_a_place_that_cannot_be_written_is_said_before_any_training(
     for networks in ("[]", "[unet_tiny,unet_tiny]"):
         assert main([*words, f"out={tmp_path / 'out'}", f"networks={networks}"]) == 2
         assert "expected one or more, each once" in capsys.readouterr().err
+
+
+def test_unknown_labels_are_not_scored() -> None:
+    truth = np.array([[1, 0], [0, 1], [1, 1], [0, 0], [np.nan, 0], [0, np.nan]])
+    answers = np.array([[0.9, 0.1], [0.2, 0.8], [0.7, 0.6], [0.1, 0.2], [0.0, 0.3], [0.3, 0.0]])
+    way = Way("source", "a", "", answers, 0.0)
+    found = Transferred(("a", "b"), truth, np.arange(6), None, (way,), {}, {})  # type: ignore[arg-type]
+    each, whole = found.scores(way)
+    assert [one.mean for one in each] == [1.0, 1.0] and [one.n for one in each] == [5, 5] and whole.mean == 1.0
+    other = replace(way, answers=1 - answers)
+    assert found.difference(other, way).mean == -1.0
 
 
 # ---- intervals -------------------------------------------------------------------------------------------------------
