@@ -37,13 +37,14 @@ from brainfm.scoring.intervals import bootstrap, paired_bootstrap, paired_permut
 from brainfm.specs import TaskSpec
 from brainfm.submission.challenge import ChallengeTask, task_of
 from brainfm.submission.convert import LABELS, SCANS
-from brainfm.tasks.study import paired, subjects_of
+from brainfm.tasks.study import subjects_of
 from brainfm.tasks.whole_head.baselines import linear_answers
 from brainfm.tasks.whole_head.scores import answer_score
 
 QUESTIONS = {"sex": "fomo26_task5", "age": "fomo26_task3"}
 PEOPLE = {"held": ("held",), "train": ("train",), "all": ("train", "held")}
-FEW, MANY = "volumes", "regions"  # the tables
+FEW, MANY = "volumes", "regions"
+TABLES = {FEW: "volumes of tissues and groups", MANY: "volumes of each region"}
 KEY = ("dataset", "subject", "session")
 CAVITY, REGIONS = "702", 300  # of DLMUSE's table: what is inside the skull; ids below are no sums
 
@@ -64,10 +65,7 @@ def main() -> None:
     write_tables(task, people, data, out)
     words = [f"experiment={task.id}", f"backbone_from={asked.backbone}", f"root={out / 'data'}"]
     run("finetune", *words, f"run={out / 'run'}", f"task.volumes={out / FEW}.csv", *asked.set)
-    lean = ["task.candidates=[mean]", "baselines=[volumes]", "audit=false", "report=false", f"run={out / MANY}"]
-    own = [word for word in asked.set if not word.startswith(("baselines=", "audit=", "report="))]
-    run("finetune", *words, *lean, f"store={out / 'run' / 'store'}", f"task.volumes={out / MANY}.csv", *own)
-    print("\n".join(chosen(out / "run") + against_regions(out)))
+    print("\n".join(chosen(out / "run") + against_volumes(out)))
     if asked.people == "train":
         tested = people_of(data, asked.question, PEOPLE["held"])
         print("\n".join(on_held(task, people, tested, data, out)))
@@ -139,12 +137,16 @@ def grouped(parcels: Path) -> dict[str, float]:
     return found
 
 
-def volumes_of(table: Path, ids: Sequence[str]) -> np.ndarray:
-    """[N, F] log shares of the cavity inside the skull, and log of that."""
-    read = read_volumes(table)
-    shares, _ = log_fractions(read, ids)
-    whole = shares[:, np.isfinite(shares).all(axis=0)]
-    return np.column_stack([whole, np.log([read.icv_ml[who] for who in ids])]).astype(np.float64)
+def volumes_of(parts: Sequence[tuple[Path, Sequence[str]]]) -> np.ndarray:
+    """[N, F] of rows of several tables: log shares of the cavity inside the skull that all rows have, and its log."""
+    found = []
+    for table, ids in parts:
+        read = read_volumes(table)
+        shares, regions = log_fractions(read, ids)
+        cavity = np.log([read.icv_ml[who] for who in ids])
+        found.append({"cavity": cavity} | {name: shares[:, place] for place, name in enumerate(regions)})
+    names = [name for name in found[0] if all(name in part and np.isfinite(part[name]).all() for part in found)]
+    return np.concatenate([np.column_stack([part[name] for name in names]) for part in found]).astype(np.float64)
 
 
 # ---- scores ----------------------------------------------------------------------------------------------------------
@@ -158,14 +160,34 @@ def chosen(run: Path) -> list[str]:
     return [f"shipped: {', '.join(f'{name} by {n} folds' for name, n in ships.most_common())}", f"inner loss: {inner}"]
 
 
-def against_regions(out: Path) -> list[str]:
-    """What is shipped against the single regions' volumes, on the same folds; these are not corrected afterwards."""
+def against_volumes(out: Path) -> list[str]:
+    """What is shipped, and every candidate alone, against both volume baselines on the same folds; none of these
+    answers is corrected afterwards."""
     document = json.loads((out / "run" / "results.json").read_text())
-    rows, others = paired(document["cases"], json.loads((out / MANY / "baselines" / "volumes.json").read_text()))
     spec, primary = TaskSpec.from_dict(document["task"]), document["primary"]
-    told = [np.array([row["truth"][0] for row in rows], dtype=np.float64)]
-    told += [given(spec, np.array([row["answer"] for row in own], dtype=np.float64)) for own in (rows, others)]
-    return compared(spec, primary, told, subjects_of(rows), "volumes of each region")
+    folders = [out / "run" / split["folder"] for split in document["splits"]]
+    rows = [row for folder in folders for row in json.loads((folder / "held.json").read_text())]
+    truth = np.array([row["truth"][0] for row in rows], dtype=np.float64)
+    lines = []
+    for table, title in TABLES.items():
+        other = of_volumes(document, rows, spec, out / f"{table}.csv")
+        for name in ("shipped", *rows[0]["candidates"]):
+            own = given(spec, [row["raw"] if name == "shipped" else row["candidates"][name] for row in rows])
+            lines += compared(spec, primary, (truth, own, other), subjects_of(rows), (name, title))
+    return lines
+
+
+def of_volumes(document: Mapping[str, Any], rows: Sequence[Mapping[str, Any]], spec: TaskSpec, table: Path) -> Any:
+    """The answers of a table's volumes to the held-out rows of a run, learned from the others of each fold."""
+    known = {"/".join(row[name] for name in KEY): row["truth"][0] for row in rows}
+    ids, right = list(known), np.array(list(known.values()), dtype=np.float64)
+    x, found = volumes_of([(table, ids)]), {}
+    for split in document["splits"]:
+        held = [place for place, who in enumerate(ids) if who in split["held"]]
+        trained = [place for place in range(len(ids)) if place not in held]
+        answers = linear_answers(x, right, ids, [(trained, held)], spec, split["repeat"])
+        found |= {(split["repeat"], ids[place]): answers[place] for place in held}
+    return np.array([found[row["repeat"], "/".join(row[name] for name in KEY)] for row in rows])
 
 
 def on_held(
@@ -188,32 +210,35 @@ def on_held(
     learned = [f"{task.id}/sub_{number}/ses_1" for number in range(1, len(people) + 1)]
     right = np.array([float(answer) for _, answer in people.values()])
     lines = []
-    for name, words_of in ((FEW, "volumes of tissues and groups"), (MANY, "volumes of each region")):
-        x = np.concatenate([volumes_of(folder / f"{name}.csv", own) for folder, own in ((out, learned), (where, ids))])
+    for name, title in TABLES.items():
+        x = volumes_of([(out / f"{name}.csv", learned), (where / f"{name}.csv", ids)])
         parts = [(range(len(learned)), range(len(learned), len(x)))]
         who = [f"learned {one}" for one in learned] + ids
         found = linear_answers(x, np.concatenate([right, truth]), who, parts, spec, 0)[len(learned) :]
         rows = np.column_stack([1 - answers, answers]) if spec.classes else answers
         told = [truth, rows, found]
-        lines += ["held people: " + line for line in compared(spec, primary, told, ids, words_of)]
+        lines += ["held people: " + line for line in compared(spec, primary, told, ids, ("the bundle", title))]
     return lines
 
 
-def given(spec: TaskSpec, answers: np.ndarray) -> np.ndarray:
+def given(spec: TaskSpec, answers: Sequence[Sequence[float]]) -> np.ndarray:
     """[N, K] as scores take them: [N] of values."""
-    return answers if spec.classes else answers[:, 0]
+    array = np.array(answers, dtype=np.float64)
+    return array if spec.classes else array[:, 0]
 
 
-def compared(spec: TaskSpec, primary: str, told: Sequence[np.ndarray], subjects: Sequence[str], name: str) -> list[str]:
-    """Both scores and their difference. ``told``: truth, own answers, the other's."""
+def compared(
+    spec: TaskSpec, primary: str, told: Sequence[np.ndarray], subjects: Sequence[str], names: tuple[str, str]
+) -> list[str]:
+    """A line: both scores and their difference. ``told``: truth, the one's answers, the other's."""
     metric, (truth, mine, other) = answer_score(spec, primary), told
     strata = [str(t) for t in truth] if spec.classes else None
     own, alone = (bootstrap(metric, truth, x, groups=subjects, seed=0, strata=strata) for x in (mine, other))
     apart = paired_bootstrap(metric, truth, mine, other, groups=subjects, seed=0, strata=strata)
     p = paired_permutation(metric, truth, mine, other, groups=subjects, seed=0)
+    first, second = (f"{name} {one.mean:.3f} [{one.low:.3f}, {one.high:.3f}]" for name, one in zip(names, (own, alone)))
     return [
-        f"shipped {primary} {own.mean:.3f} [{own.low:.3f}, {own.high:.3f}], {name} {alone.mean:.3f} "
-        f"[{alone.low:.3f}, {alone.high:.3f}]: {apart.mean:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}], p {p:.3g}, "
+        f"{primary}: {first}, {second}: {apart.mean:+.3f} [{apart.low:+.3f}, {apart.high:+.3f}], p {p:.3g}, "
         f"{len(truth)} answers about {len(set(subjects))} people"
     ]
 
