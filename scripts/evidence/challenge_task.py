@@ -6,12 +6,13 @@ The people are those of ixi2mm whose sex and age are known, the sides those of f
 brainfm_s has seen no scan of ``held``. Their T1s are laid out as the organisers of FOMO26 hand theirs out: sex as task
 5 (``t1.nii.gz``, a class), age as task 3 (``t1w.nii.gz``, years). `finetune experiment=` converts, prepares and learns
 by the task's own preset; the one key that the script adds are the volumes, as a table: shown, and never shipped, for in
-a container nobody measures them.
+a container nobody measures them. The note about people who were in the pre-training goes by names, which are new here.
 
-Printed, with intervals: what is shipped beside every candidate, the preset's baselines and two of volumes (of tissues
-and groups of structures; of each region of a parcellation), all on the same folds of people, and what the inner folds
-chose. With ``--people train`` then the bundle on ``held`` as the organisers would score it, beside volumes learned from
-the same people. Interrupted, the same command goes on.
+Printed, with intervals: what `finetune` says of the shipped choice, every candidate and the baselines; what the inner
+folds chose; then, person by person on the same folds, what is shipped and every candidate against two sets of volumes
+that come with the data: of tissues and groups of structures, and of each region of a parcellation. With ``--people
+train`` then the bundle on ``held`` as the organisers would score it, beside volumes learned from the same people.
+Interrupted, the same command goes on.
 """
 
 from __future__ import annotations
