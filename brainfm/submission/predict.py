@@ -2,10 +2,10 @@
 
 Beside the script lie ``task.json`` (the task's flags and output), ``settings.json``, and ``bundle/``, or for an
 embedding ``backbone.safetensors`` and ``scale.npy``. Scans are answered as ``brainfm predict`` and ``embed`` do.
-What is added, since a case without a file costs more than a poor answer: a scan without any signal counts as not
-given; one that training would refuse for its outliers is clipped; scans that do not fit together are answered from the
-first; and where none is left a harmless answer is written. All of that is said on stderr. A file that cannot be read is
-refused: one sentence, exit code 2.
+What is added, since a case without a file costs more than a poor answer: a scan without any signal, or given twice,
+counts as not given; one that training would refuse for its outliers is clipped; scans that do not fit together are
+answered from the first; and where none is left a harmless answer is written. All of that is said on stderr. A file that
+cannot be read is refused: one sentence, exit code 2.
 """
 
 from __future__ import annotations
@@ -121,12 +121,23 @@ def respond(app: Path, task: ChallengeTask, inputs: Mapping[str, Path], output: 
     if task.kind == "embedding":
         _write_embedding(app, settings, next(iter(inputs.values())), output)
         return
+    inputs = _each_once(inputs)
     on = next(iter(inputs))
     try:
         _write_answer(app, settings, task, inputs, output, on)
     except ScanError as error:
         with tempfile.TemporaryDirectory(prefix="brainfm") as folder:
             _write_all_the_same(app, settings, task, inputs, output, Path(folder), error)
+
+
+def _each_once(inputs: Mapping[str, Path]) -> dict[str, Path]:
+    """Without a file that is given a second time: it can show but one contrast, and counts as the first."""
+    first: dict[Path, str] = {}
+    for contrast, file in inputs.items():
+        other = first.setdefault(file.resolve(), contrast)
+        if other != contrast:
+            _say(f"{contrast} is the file of {other} again, and counts as not given")
+    return {contrast: inputs[contrast] for contrast in first.values()}
 
 
 def _write_all_the_same(

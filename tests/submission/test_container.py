@@ -12,12 +12,15 @@ import numpy as np
 import pytest
 
 from brainfm.errors import BundleError, ConfigError
+from brainfm.imaging import nifti
+from brainfm.inference.predict import predict
 from brainfm.submission import container as module
 from brainfm.submission.challenge import Input, read_challenge
 from brainfm.submission.container import container, describe, reached, requirements, stage
 from brainfm.submission.predict import AppSettings, main
+from brainfm.volume import Volume
 from tests.submission.conftest import backbone_file, bundle_for
-from tests.submission.test_predict import scans, words
+from tests.submission.test_predict import answered, scans, words
 
 HEAVY = {
     "lightning", "pytorch_lightning", "hydra", "omegaconf", "yaml", "wandb", "tensorboard", "matplotlib", "sklearn",
@@ -50,6 +53,30 @@ def test_a_staged_submission_runs_alone(app_of, tmp_path, name):
     assert code == 0 and where == str(app / "brainfm" / "__init__.py")
     assert not HEAVY & set(loaded), HEAVY & set(loaded)
     assert not (app / "brainfm" / "__pycache__").exists(), "nothing is written into the image"
+
+
+@pytest.mark.parametrize("name", ["task1", "task3", "task5"])
+def test_what_is_measured_of_a_head_is_measured_in_a_container(app_of, tmp_path, name):
+    """Most bundles of few cases ship that candidate: with every scan, with some, and where nothing is to be seen."""
+    task = task_of(name)
+    bundle, output = bundle_for(task, tmp_path / "bundle", measured=True), tmp_path / "answer.txt"
+    app = stage(task, bundle, tmp_path / "app")
+    files = scans(tmp_path, task)
+    for number, some in enumerate((files, dict(list(files.items())[:1]))):
+        env = {"PATH": os.environ["PATH"], "HOME": "/nonexistent", "OMP_NUM_THREADS": "1"}
+        called = [sys.executable, str(app / "predict.py"), *words(task, some, output)]
+        ran = subprocess.run(called, cwd=tmp_path, env=env, capture_output=True, text=True)
+        assert ran.returncode == 0, ran.stderr
+        predict(bundle, some, tmp_path / f"library{number}.txt", device="cpu")
+        assert output.read_bytes() == (tmp_path / f"library{number}.txt").read_bytes()
+        assert np.isfinite(float(output.read_text())) and float(output.read_text()) not in (task.low, task.high)
+    plain = answered(app_of("fomo26", name), task, files, tmp_path, "features")
+    assert plain.read_text() != (tmp_path / "library0.txt").read_text(), "another part of the answer was asked"
+    volume, _ = nifti.read(next(iter(files.values())))
+    empty = tmp_path / "empty.nii.gz"
+    nifti.write(empty, Volume(np.zeros_like(volume.voxels), volume.affine_mm))
+    assert main(app, words(task, dict.fromkeys(files, empty), output)) == 0
+    assert float(output.read_text()) == task.blank
 
 
 def test_only_what_prediction_reaches_is_staged(app_of):

@@ -125,7 +125,7 @@ def test_dice_is_the_mean_over_labels():
 def test_nsd_against_naive_surface_distances():
     """The surface as the corners of voxels with both kinds of voxels around them, all of one area: the share within
     1 mm of the other one. Areas differ with direction, so the two agree to some hundredths; exactly they are held in
-    tests/tasks/test_metrics.py against stored values of google-deepmind/surface-distance 0.1."""
+    tests/scoring/test_masks.py against stored values of google-deepmind/surface-distance 0.1."""
     pytest.importorskip("monai")
     spacing = np.array([1.0, 0.7, 1.5])
     for shift in (0.0, 1.0, 2.0, 4.0):

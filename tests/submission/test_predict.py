@@ -151,6 +151,15 @@ def test_one_blank_contrast_counts_as_not_given(app_of, tmp_path, capsys):
     assert "nothing is to be seen in dwi" in capsys.readouterr().err
 
 
+def test_one_file_for_two_contrasts_counts_as_the_first(app_of, tmp_path, capsys):
+    task = read_challenge("fomo26").task("task2")
+    app, files = app_of("fomo26", "task2"), scans(tmp_path, task)
+    without = answered(app, task, {k: v for k, v in files.items() if k != "dwi"}, tmp_path, "without")
+    files["dwi"] = files["flair"]
+    assert answered(app, task, files, tmp_path, "twice").read_bytes() == without.read_bytes()
+    assert "note: dwi is the file of flair again, and counts as not given" in capsys.readouterr().err
+
+
 def test_the_mask_that_must_not_be_empty_is_not(app_of, tmp_path):
     """FOMO25's validator expects the values 0 and 1 to be there."""
     task = read_challenge("fomo25").task("task2")
