@@ -42,7 +42,7 @@ from brainfm.inference.scope import answer_measures
 from brainfm.nets.backbone_file import LoadedBackbone, load_backbone, save_backbone
 from brainfm.nets.lengths import restore_lengths
 from brainfm.nets.shipped import FOLDER, MOST_BYTES
-from brainfm.training.warm_start import so_far
+from brainfm.training.warm_start import so_far, voxels_seen
 
 ROOT = Path(__file__).resolve().parents[1]
 LISTS = ROOT / "foundation"
@@ -156,6 +156,14 @@ def curves_of(source: Path) -> dict[str, list[list[float]]]:
         if row["name"] in CURVES:
             found[row["name"]].append([shift + int(row["step"]), round(float(row["value"]), 4)])
     return dict(found)
+
+
+def voxels_of(loaded: LoadedBackbone, earlier: Iterable[Path]) -> tuple[float, float] | None:
+    """The smallest and largest edge of a voxel that it, or what it went on from, was trained on."""
+    found = loaded.voxel_mm
+    for one in earlier:
+        found = found and voxels_seen(load_backbone(_file_of(one)), found)
+    return found
 
 
 def joined(curves: Iterable[Mapping[str, list[list[float]]]]) -> dict[str, list[list[float]]]:
@@ -319,7 +327,7 @@ def make(given: argparse.Namespace) -> dict[str, Any]:
                 made, half.backbone, objective=loaded.objective, objective_state=loaded.extra,
                 preprocess=loaded.preprocess, patch_vox=loaded.patch_vox, provenance=provenance,
                 decoder=half.decoder, heads=half.heads,
-                voxel_mm=loaded.voxel_mm, subjects=loaded.subjects, half=True, release=release,
+                voxel_mm=voxels_of(loaded, given.earlier), subjects=loaded.subjects, half=True, release=release,
             )  # fmt: skip
 
         save()

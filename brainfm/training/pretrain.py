@@ -50,7 +50,7 @@ from brainfm.training.processes import make_fabric
 from brainfm.training.run import identity_of, loop_spec, optim_values, provenance_of
 from brainfm.training.settings import PretrainData, PretrainSettings, WsdSettings
 from brainfm.training.speed import quicken, settled
-from brainfm.training.warm_start import so_far, take_weights
+from brainfm.training.warm_start import so_far, take_weights, voxels_seen
 
 LOOKS = LookSpec()
 BACKBONE_FILE = "backbone.safetensors"
@@ -302,8 +302,7 @@ class _BackboneFile:
             config["before"] = so_far(self.before)
             parents = (self.before.fingerprint, *parents)
         provenance = provenance_of(config, settings.seed, self.store, state, samples, self.fabric, parents)
-        earlier = None if self.before is None else self.before.subjects
-        write_backbone(path, answering, self.store.spec, self.train_set, settings.seed, provenance, earlier)
+        write_backbone(path, answering, self.store.spec, self.train_set, settings.seed, provenance, self.before)
         branched = f" (decayed from step {self.finish.from_step} on)" if self.finish is not None else ""
         return (
             f"{path}: {state.step} steps{branched}, {samples:,} samples, {provenance.hours:.2f} h on "
@@ -318,10 +317,11 @@ def write_backbone(
     train_set: PretrainPatches | WindowPatches,
     seed: int,
     provenance: Provenance,
-    earlier: SeenSubjects | None = None,
+    before: LoadedBackbone | None = None,
 ) -> str:
     """The backbone file of an objective, with all that is trained beside it and the people it was trained on, by hash:
-    those of ``earlier`` trainings as well. Returns its fingerprint."""
+    those of the file ``before``, that it went on from, as well. Returns its fingerprint."""
+    earlier = None if before is None else before.subjects
     people = [session.subject_key for session in train_set.sessions]
     return save_backbone(
         path,
@@ -333,7 +333,7 @@ def write_backbone(
         provenance=provenance,
         decoder=objective.dense,
         heads=objective.heads,
-        voxel_mm=train_set.voxel_mm,
+        voxel_mm=voxels_seen(before, train_set.voxel_mm),
         subjects=SeenSubjects.of(people, seed) if earlier is None else earlier.with_more(people),
     )
 

@@ -52,5 +52,12 @@ def so_far(loaded: LoadedBackbone) -> dict[str, Any]:
     return {name: round(before.get(name, 0) + value, 4) for name, value in own.items()}
 
 
+def voxels_seen(loaded: LoadedBackbone | None, voxel_mm: tuple[float, float]) -> tuple[float, float]:
+    """Smallest and largest edge of a voxel of a training and of those that led to the file it went on from."""
+    if loaded is None or loaded.voxel_mm is None:
+        return voxel_mm
+    return min(loaded.voxel_mm[0], voxel_mm[0]), max(loaded.voxel_mm[1], voxel_mm[1])
+
+
 def _named(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:
     return {f"{prefix}.{name}": value for name, value in state.items()}
