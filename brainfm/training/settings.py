@@ -30,7 +30,7 @@ class TrainerSettings:
     devices: Annotated[int | Literal["auto"], "processes, one a device"] = 1
     num_nodes: Annotated[int, "machines"] = 1
     strategy: Annotated[Literal["auto", "ddp"], "of several processes"] = "auto"
-    precision: Annotated[Literal["auto", "bf16-mixed", "32-true"], "auto: bf16-mixed on a GPU or a CPU with AMX"] = (
+    precision: Annotated[Literal["auto", "bf16-mixed", "32-true"], "auto: bf16-mixed on a GPU, 32-true on a CPU"] = (
         "auto"
     )
     compile: Annotated[Compile | None, "of pretrain; auto: default on a GPU, null elsewhere"] = "auto"

@@ -15,13 +15,14 @@ from brainfm.training.settings import TrainerSettings
 def settled(trainer: TrainerSettings) -> TrainerSettings:
     """``trainer`` with each ``auto`` of precision, compile and channels_last replaced by what it means on this machine.
 
-    A GPU: bf16-mixed, compile=default, channels last. A CPU: float32 (bf16-mixed where it has matrix units, AMX:
-    without them bfloat16 convolutions are slower than float32), not compiled, the layout left to each layer.
+    A GPU: bf16-mixed, compile=default, channels last. A CPU: float32, not compiled, the layout left to each layer.
+    bf16-mixed has to be asked for there: it pays with matrix units (AMX) alone, answers on a CPU are float32, and the
+    same command should give the same on any of them.
     """
     gpu = trainer.accelerator != "cpu" and torch.cuda.is_available()
     precision, compile_mode, channels_last = trainer.precision, trainer.compile, trainer.channels_last
     if precision == "auto":
-        precision = "bf16-mixed" if gpu or _has_matrix_units() else "32-true"
+        precision = "bf16-mixed" if gpu else "32-true"
     if compile_mode == "auto":
         compile_mode = "default" if gpu else None
     if channels_last == "auto":
@@ -51,9 +52,3 @@ def quicken(module: nn.Module, trainer: TrainerSettings) -> None:
             child.climb = torch.compile(child.climb, mode=trainer.compile)  # type: ignore[method-assign]
         else:
             child.compile(mode=trainer.compile)
-
-
-def _has_matrix_units() -> bool:
-    """Whether the CPU multiplies bfloat16 tiles (AMX)."""
-    ask = getattr(torch.cpu, "_is_amx_tile_supported", None)
-    return bool(ask is not None and ask())

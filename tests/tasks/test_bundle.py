@@ -254,4 +254,4 @@ def test_a_bundle_of_before_answers_as_it_did():
     image = torch.from_numpy(rng.normal(size=(12, 1, 1, 16, 16, 16))).float()[:2] * 3
     with torch.no_grad():
         found = network.decode(network(image, torch.ones(2, 1, dtype=torch.bool)))
-    assert found.tolist() == pytest.approx([70.7085, 61.9248], abs=1e-3)
+    assert found.tolist() == pytest.approx([70.7085, 61.9248], abs=1e-2)  # processors differ by .002

@@ -19,17 +19,15 @@ AUTO = TrainerSettings(max_steps=7)
 
 
 @pytest.mark.parametrize(
-    ("gpu", "units", "accelerator", "precision", "mode", "channels_last"),
+    ("gpu", "accelerator", "precision", "mode", "channels_last"),
     [
-        (True, False, "auto", "bf16-mixed", "default", True),
-        (True, False, "cpu", "32-true", None, False),
-        (False, True, "auto", "bf16-mixed", None, False),
-        (False, False, "auto", "32-true", None, False),
+        (True, "auto", "bf16-mixed", "default", True),
+        (True, "cpu", "32-true", None, False),
+        (False, "auto", "32-true", None, False),
     ],
 )
 def test_auto_is_settled_by_the_machine(
     gpu: bool,
-    units: bool,
     accelerator: Any,
     precision: str,
     mode: str | None,
@@ -37,7 +35,6 @@ def test_auto_is_settled_by_the_machine(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
-    monkeypatch.setattr(speed, "_has_matrix_units", lambda: units)
     found = speed.settled(replace(AUTO, accelerator=accelerator))
     assert (found.precision, found.compile, found.channels_last) == (precision, mode, channels_last)
     assert found.max_steps == 7 and speed.settled(found) == found
