@@ -7,6 +7,7 @@ from typing import Any
 from torch import Tensor
 
 from brainfm.nets.backbone_file import LoadedBackbone
+from brainfm.nets.decoders import DenseHead
 from brainfm.nets.transfer import TransferReport, misfits, transfer
 from brainfm.objectives.objective import Objective
 
@@ -28,7 +29,11 @@ def take_weights(objective: Objective, loaded: LoadedBackbone, origin: str) -> T
     """
     own = objective.state_dict()
     state: dict[str, Tensor] = _named("backbone", loaded.backbone.state_dict())
-    beside = [_named(f"heads.{name}", head.state_dict()) for name, head in sorted(loaded.heads.items())]
+    beside = [
+        _named(f"heads.{name}", head.state_dict())
+        for name, head in sorted(loaded.heads.items())
+        if not _means_other_classes(objective, name, head)
+    ]
     if loaded.decoder is not None:
         beside.append(_named("dense", loaded.decoder.state_dict()))
     parts: dict[str, dict[str, Tensor]] = {}
@@ -57,6 +62,12 @@ def voxels_seen(loaded: LoadedBackbone | None, voxel_mm: tuple[float, float]) ->
     if loaded is None or loaded.voxel_mm is None:
         return voxel_mm
     return min(loaded.voxel_mm[0], voxel_mm[0]), max(loaded.voxel_mm[1], voxel_mm[1])
+
+
+def _means_other_classes(objective: Objective, name: str, head: DenseHead) -> bool:
+    """Whether the objective's head of this name tells other classes, or the same in another order: shapes may agree."""
+    own = objective.heads[name] if objective.heads is not None and name in objective.heads else None
+    return isinstance(own, DenseHead) and (own.names, own.part) != (head.names, head.part)
 
 
 def _named(prefix: str, state: dict[str, Tensor]) -> dict[str, Tensor]:

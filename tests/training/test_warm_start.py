@@ -11,8 +11,9 @@ from brainfm.cli import main
 from brainfm.data.store import Store
 from brainfm.errors import ConfigError
 from brainfm.nets.backbone import build_backbone
-from brainfm.nets.backbone_file import load_backbone
-from brainfm.objectives.objective import build_objective
+from brainfm.nets.backbone_file import load_backbone, save_backbone
+from brainfm.objectives.objective import Objective, build_objective
+from brainfm.specs import PreprocessSpec, Provenance
 from brainfm.training.loop import CHECKPOINT, read_checkpoint
 from brainfm.training.pretrain import pretrain
 from brainfm.training.warm_start import take_weights
@@ -104,3 +105,22 @@ def test_unknown_file_is_one_sentence(toy_store: Store, tmp_path: Path, capsys: 
     assert main(["pretrain", *words(toy_store, run, "backbone_from=brainfm_z")]) == 2
     assert "brainfm_z: no such file, and no weights of this name ship" in capsys.readouterr().err
     assert not run.exists()
+
+
+def test_a_head_of_the_same_classes_in_another_order_is_not_taken(tmp_path: Path) -> None:
+    def made(*classes: str) -> Objective:
+        torch.manual_seed(len(classes[0]))
+        network = build_backbone("unet_tiny")
+        return build_objective("dense_split", network, patch_vox=(16, 16, 16), seed=0, classes=classes)
+
+    one, other = made("background", "head", "csf"), made("csf", "head", "background")
+    file = tmp_path / "one.safetensors"
+    save_backbone(
+        file, one.backbone, objective={"name": "dense_split", "config": one.config}, decoder=one.dense, heads=one.heads,
+        objective_state=one.state_for_file(), preprocess=PreprocessSpec(), patch_vox=(16, 16, 16),
+        provenance=Provenance("0", "", ""),
+    )  # fmt: skip
+    report = take_weights(other, load_backbone(file), "one")
+    assert not any(name.startswith("heads.regions") for name in report.loaded)
+    assert any(name.startswith("dense.") for name in report.loaded)
+    assert any(name.startswith("heads.regions") for name in take_weights(one, load_backbone(file), "one").loaded)
